@@ -1,0 +1,51 @@
+"""What an estimator does about a mapped axis: `pmap` and `shard_map`.
+
+Every device is at least one group. It must square its own gradient before any sum over
+devices, and draw its own labels or probes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+AxisName = str | tuple[str, ...] | None
+
+
+def as_varying(tree: Any, axis_name: AxisName) -> Any:
+    """The same values, marked as different on each device of the mapped axes.
+
+    In a `shard_map` that checks replication, the gradient with respect to a replicated
+    parameter is summed over devices on its own: the mean gradient, squared too late.
+    """
+    if axis_name is None:
+        return tree
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+    def vary(x):
+        varying = jax.typeof(x).manual_axis_type.varying
+        new = tuple(name for name in names if name not in varying)
+        return jax.lax.pcast(x, new, to="varying") if new else x
+
+    return jax.tree.map(vary, tree)
+
+
+def key_of_device(key: jax.Array, axis_name: AxisName) -> jax.Array:
+    """A key of this device's own. Raises TypeError for what is not one PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32
+    if not (is_typed or is_raw) or jnp.ndim(key) != (0 if is_typed else 1):
+        got = f"{dtype}{list(jnp.shape(key))}" if dtype is not None else repr(key)
+        raise TypeError(f"`key` must be one PRNG key, as `jax.random.key(0)`, got {got}.")
+    if axis_name is None:
+        return key
+    return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def sum_over_devices(tree: Any, axis_name: AxisName) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def number_of_devices(axis_name: AxisName) -> int:
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)

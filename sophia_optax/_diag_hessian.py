@@ -1,0 +1,211 @@
+"""The stage that Optax does not have: divide by a moving average of the Hessian."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Smaller divisors are raised to this: an `eps` that was rounded to zero on its way
+# here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class ScaleByDiagHessianState(NamedTuple):
+    """State of `scale_by_diag_hessian`. It holds no key and no callable.
+
+    The last division was by `max(divisor_gamma * hessian, divisor_eps)`.
+    """
+
+    num_updates: jax.Array  # shape=(), dtype=int32
+    num_refreshes: jax.Array  # shape=(), dtype=int32, estimates taken in
+    num_refused: jax.Array  # shape=(), dtype=int32, estimates that were not finite
+    divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
+    divisor_eps: jax.Array  # shape=(), dtype=float32
+    hessian: optax.Updates  # like the parameters, dtype=hessian_dtype
+
+
+def scale_by_diag_hessian(
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.05,
+    eps: jax.typing.ArrayLike = 1e-12,
+    *,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    hessian_dtype: Any = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divide by a moving average of estimates of the Hessian's diagonal.
+
+    .. math::
+      h_t = b_2 h_{t-1} + (1 - b_2) \hat h_t \text{ on a refresh, else } h_{t-1},
+      \qquad u_t = g_t / \max(\gamma h_t, \epsilon)
+
+    An estimate reaches `update` by one of two keyword arguments. Without either, the
+    step divides by the average as it stands.
+
+    - `hessian_fn`, a function of a key that returns an estimate. It is called on the
+      first update and on every `update_interval`-th after it, under `jax.lax.cond`,
+      with `jax.random.fold_in(jax.random.key(seed), n)` on update number n (from 0).
+    - `hessian`, an estimate already made: it is taken in now, whatever
+      `update_interval` says.
+
+    An estimate is a tree like the parameters, of the diagonal for the mean loss. The
+    refresh counts in the same update. An estimate with any entry that is not finite is
+    refused whole: the average stays as it was and `num_refused` goes up.
+
+    Args:
+      b2: decay of the average, per refresh and not per update.
+      gamma: scale of the divisor, or a schedule of the number of updates. Larger
+        leaves more entries of Sophia's update unclipped.
+      eps: the smallest divisor.
+      update_interval: number of updates from one call of `hessian_fn` to the next.
+      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it
+        (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
+        sees a `hessian` several times too small.
+      hessian_dtype: dtype of the average; float32 by default. In bfloat16 an average
+        with b2 = 0.99 stalls.
+      seed: seed of the keys that `hessian_fn` is called with.
+
+    Returns:
+      A transformation whose updates have the dtype of the parameters (of the incoming
+      updates, where `update` gets no parameters).
+
+    Raises:
+      ValueError: from `update`, if it gets both `hessian` and `hessian_fn`, or if an
+        estimate does not have the structure and shapes of the updates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from sophia_optax import scale_by_diag_hessian
+      >>> tx = scale_by_diag_hessian(b2=0.0, gamma=0.5)
+      >>> params = jnp.array([1.0, 1.0])
+      >>> state = tx.init(params)
+      >>> grads, hessian = jnp.array([1.0, 1.0]), jnp.array([2.0, 4.0])
+      >>> updates, state = tx.update(grads, state, params, hessian=hessian)
+      >>> print(updates)
+      [1.  0.5]
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
+    """
+    if isinstance(update_interval, int) and update_interval < 1:
+        raise ValueError(
+            f"`update_interval` is the number of updates from one refresh to the next "
+            f"and must be at least 1, got {update_interval}."
+        )
+    hessian_dtype = jax.dtypes.canonicalize_dtype(hessian_dtype or jnp.float32)
+
+    def init(params: optax.Params) -> ScaleByDiagHessianState:
+        return ScaleByDiagHessianState(
+            num_updates=jnp.zeros([], jnp.int32),
+            num_refreshes=jnp.zeros([], jnp.int32),
+            num_refused=jnp.zeros([], jnp.int32),
+            divisor_gamma=jnp.zeros([], jnp.float32),
+            divisor_eps=jnp.zeros([], jnp.float32),
+            hessian=optax.tree.zeros_like(params, dtype=hessian_dtype),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByDiagHessianState,
+        params: optax.Params | None = None,
+        *,
+        hessian: optax.Updates | None = None,
+        hessian_fn: Callable[[jax.Array], optax.Updates] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
+        del extra_args
+
+        def refresh(average, estimate):
+            estimate = _cut_down(estimate, updates)
+            finite = jnp.stack(
+                [jnp.all(jnp.isfinite(e)) for e in jax.tree.leaves(estimate)] or [True]
+            ).all()
+
+            def blend(h, e):
+                dtype = jnp.promote_types(h.dtype, jnp.float32)
+                new = b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)
+                return jnp.where(finite, new, h).astype(h.dtype)
+
+            return jax.tree.map(blend, average, estimate), finite
+
+        average, taken, refused = state.hessian, False, False
+        if hessian is not None and hessian_fn is not None:
+            raise ValueError(
+                "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate "
+                "for now, `hessian_fn` makes one when it is due: pass one of them."
+            )
+        if hessian is not None:
+            average, taken = refresh(average, hessian)
+            refused = ~taken
+        if hessian_fn is not None:
+            key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
+            due = state.num_updates % update_interval == 0
+            average, taken = jax.lax.cond(
+                due,
+                lambda h: refresh(h, hessian_fn(key)),
+                lambda h: (h, jnp.array(False)),
+                average,
+            )
+            refused = due & ~taken
+
+        num_refreshes = state.num_refreshes + jnp.int32(taken)
+        divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
+        if debias:
+            weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
+            divisor_gamma /= jnp.where(num_refreshes > 0, weight, 1)
+        divisor_gamma = jnp.asarray(divisor_gamma, jnp.float32)
+        divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
+
+        def divide(u, h, dtype):
+            quotient = u / jnp.maximum(divisor_gamma * h, divisor_eps)
+            # In float16 almost any quotient is past the range: saturate, not inf.
+            bound = float(jnp.finfo(dtype).max)
+            return jnp.clip(quotient, -bound, bound).astype(dtype)
+
+        dtypes = jax.tree.map(
+            lambda leaf: leaf.dtype, updates if params is None else params
+        )
+        return jax.tree.map(divide, updates, average, dtypes), ScaleByDiagHessianState(
+            num_updates=state.num_updates + 1,
+            num_refreshes=num_refreshes,
+            num_refused=state.num_refused + jnp.int32(refused),
+            divisor_gamma=divisor_gamma,
+            divisor_eps=divisor_eps,
+            hessian=average,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def _cut_down(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """`estimate` without the parts that are masked in `updates`, if it fits them."""
+
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
+    try:
+        estimate = jax.tree.map(
+            lambda u, e: u if is_masked(u) else e, updates, estimate, is_leaf=is_masked
+        )
+        jax.tree.map(lambda u, e: None, estimate, updates)
+    except ValueError as error:
+        raise ValueError(
+            "The estimate of `hessian` or `hessian_fn` must have the structure of the "
+            f"updates.\n  got      {jax.tree.structure(estimate)}\n"
+            f"  expected {jax.tree.structure(updates)}\n"
+            "Under `optax.masked` or `optax.partition` pass the estimate for all the "
+            "parameters; if that can't be, pass the masked one, or set "
+            "`mask_compatible_extra_args=True`."
+        ) from error
+    named, _ = jax.tree_util.tree_flatten_with_path(updates)
+    for (path, u), e in zip(named, jax.tree.leaves(estimate), strict=True):
+        if jnp.shape(e) != jnp.shape(u):
+            raise ValueError(
+                f"The estimate of `hessian` or `hessian_fn` must have the shapes of the "
+                f"updates, got {jnp.shape(e)} for `{jax.tree_util.keystr(path)}` of "
+                f"shape {jnp.shape(u)}."
+            )
+    return estimate

@@ -1,0 +1,211 @@
+"""The diagonal of the Gauss-Newton matrix, from squared gradients of summed losses.
+
+Let the loss be the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions, W = Σ_b w_b,
+and let labels ŷ_b be drawn from the model. For ℓ = -log p the gradients of single
+predictions, g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b), are independent, have mean zero, and the mean of
+g_b g_bᵀ is b's Gauss-Newton matrix J_bᵀ (∂²ℓ/∂f²) J_b. So for any split into groups
+
+    E Σ_g (Σ_{b in g} √w_b g_b)²  =  Σ_b w_b E g_b²  =  W diag(Gauss-Newton of L)
+
+because every cross term E g_b g_c vanishes. More groups change nothing in the mean: they
+leave fewer cross terms in the estimate, whose error falls as 1 / √groups.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sophia_optax._devices import (
+    AxisName,
+    as_varying,
+    key_of_device,
+    number_of_devices,
+    sum_over_devices,
+)
+from sophia_optax._groups import accumulator_dtype, check_counts, sum_over_groups
+from sophia_optax._likelihoods import Categorical, Likelihood
+
+_CATEGORICAL = Categorical()
+
+
+def gnb(
+    logits_fn: Callable[..., Any],
+    *,
+    likelihood: Likelihood = _CATEGORICAL,
+    groups: int = 1,
+    parallel_groups: int = 1,
+    axis_name: AxisName = None,
+) -> Callable[..., Any]:
+    r"""Gauss-Newton-Bartlett: squared gradients of labels sampled from the model.
+
+    .. math::
+      \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
+      S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
+
+    The mean of the estimate is the diagonal of the Gauss-Newton matrix of the mean
+    loss, whatever the number of groups; its error falls as 1 / √groups at no cost in
+    arithmetic. One group is the paper's estimator. A few sequences in as many groups
+    err less than the whole batch in one.
+
+    Args:
+      logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood`
+        takes, for `Categorical` logits of shape (..., classes).
+      likelihood: the distribution of a label given the outputs. `Categorical`,
+        `Bernoulli`, `Normal`, `Poisson`, or any object with their two methods.
+      groups: number of groups, blocks of consecutive examples. Must divide the leading
+        axis of every array in the batch and of the weights.
+      parallel_groups: how many groups are computed at once, each with a gradient of its
+        own in memory; the others wait their turn. Must divide `groups`.
+      axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
+        are then a device's, and the estimate is the same on every device. Under `jit`
+        with sharded arrays leave it None.
+
+    Returns:
+      A function `estimate(params, *batch, key, weights=None)`.
+
+      `key` is a PRNG key, and `weights` are not negative, one for each prediction, in
+      the shape that `likelihood.neg_log_prob` returns. Predictions of weight 0, the
+      masked ones, count nowhere. The result is a tree like `params` of the shapes of
+      `params`, in float32 (float64 where `params` are), never negative. If all the
+      weights are 0 it is NaN, which the optimizer refuses.
+
+    Raises:
+      ValueError: for counts below 1; from the estimate, if `groups` does not divide
+        the batch or the weights do not have the shape of the predictions.
+      TypeError: from the estimate, if `key` is not a PRNG key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sophia_optax import gnb
+      >>> def logits_fn(params, x):
+      ...     return x @ params
+      >>> estimate = gnb(logits_fn, groups=4)
+      >>> params, x = jnp.zeros((3, 2)), jnp.ones((8, 3))
+      >>> hessian = estimate(params, x, key=jax.random.key(0))
+      >>> hessian.shape, hessian.dtype
+      ((3, 2), dtype('float32'))
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 2
+    """
+    square = _square_of_sums(groups, parallel_groups, axis_name)
+
+    def estimate(params, *batch, key, weights=None):
+        own_key = key_of_device(key, axis_name)
+
+        def losses(params, group, number):
+            outputs = logits_fn(params, *group["batch"])
+            group_key = jax.random.fold_in(own_key, number)
+            labels = likelihood.sample(group_key, jax.lax.stop_gradient(outputs))
+            return likelihood.neg_log_prob(outputs, labels)
+
+        return square(losses, params, batch=batch, weights=weights)
+
+    return estimate
+
+
+def empirical_fisher(
+    logits_fn: Callable[..., Any],
+    *,
+    likelihood: Likelihood = _CATEGORICAL,
+    groups: int = 1,
+    parallel_groups: int = 1,
+    axis_name: AxisName = None,
+) -> Callable[..., Any]:
+    """The diagonal of the empirical Fisher matrix: `gnb` with the labels of the data.
+
+    Gradients of true labels do not have mean zero, so this is no estimate of the
+    Gauss-Newton matrix, and its mean depends on the groups. It is here because it is
+    what Sophia is compared with (the paper's E-F+clip).
+
+    Args:
+      logits_fn: as `gnb`, and so for all the others.
+      likelihood: its `neg_log_prob` is the loss.
+      groups: number of groups, blocks of consecutive examples.
+      parallel_groups: how many groups are computed at once.
+      axis_name: name or names of the mapped axes.
+
+    Returns:
+      A function `estimate(params, *batch, targets, weights=None)`. It takes no key.
+      `targets` are the labels, a tree of arrays with the leading axis of the batch.
+      The rest is as for `gnb`.
+
+    Raises:
+      ValueError: as `gnb`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax import empirical_fisher
+      >>> def logits_fn(params, x):
+      ...     return x @ params
+      >>> estimate = empirical_fisher(logits_fn, groups=2)
+      >>> params, x, y = jnp.zeros((3, 2)), jnp.ones((2, 3)), jnp.array([0, 1])
+      >>> print(estimate(params, x, targets=y)[0].round(4))
+      [0.25 0.25]
+
+    References:
+      Kunstner et al., `Limitations of the Empirical Fisher Approximation
+      <https://arxiv.org/abs/1905.12558>`_, 2019
+    """
+    square = _square_of_sums(groups, parallel_groups, axis_name)
+
+    def estimate(params, *batch, targets, weights=None):
+        def losses(params, group, number):
+            del number
+            outputs = logits_fn(params, *group["batch"])
+            return likelihood.neg_log_prob(outputs, group["targets"])
+
+        return square(losses, params, batch=batch, targets=targets, weights=weights)
+
+    return estimate
+
+
+def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
+    """Returns `square(losses, params, weights=, **batch)`, which makes
+
+        (1 / W) Σ_g (∇ Σ_{b in g} √w_b ℓ_b)²
+
+    of the losses ℓ_b = losses(params, group, number), an entry for each prediction.
+    """
+    check_counts(groups=groups, parallel_groups=parallel_groups)
+
+    def square(losses, params, *, weights, **batch):
+        params = as_varying(params, axis_name)
+        total_weight = None
+        if weights is not None:
+            batch["weights"] = weights
+            total_weight = sum_over_devices(weights.sum(dtype=jnp.float32), axis_name)
+
+        def squared_gradient(group, number):
+            def loss(params):
+                # W divides before the square, which keeps float16 in its range.
+                per_prediction = losses(params, group, number)
+                if total_weight is None:
+                    count = per_prediction.size * groups * number_of_devices(axis_name)
+                    return jnp.sum(per_prediction) / count**0.5
+                w = group["weights"]
+                if w.shape != per_prediction.shape:
+                    raise ValueError(
+                        "`weights` must have one entry for each prediction, got shape "
+                        f"{w.shape} for losses of shape {per_prediction.shape} (a "
+                        f"group of `groups={groups}`). Broadcast them, or check axes."
+                    )
+                # A masked prediction may have no loss at all, as for the label -100.
+                per_prediction = jnp.where(w > 0, per_prediction, 0)
+                return jnp.sum(jnp.sqrt(w / total_weight) * per_prediction)
+
+            gradient = jax.grad(loss)(params)
+            return jax.tree.map(lambda g: g.astype(accumulator_dtype(g)) ** 2, gradient)
+
+        squares = sum_over_groups(
+            squared_gradient,
+            batch,
+            like=params,
+            groups=groups,
+            parallel_groups=parallel_groups,
+        )
+        return sum_over_devices(squares, axis_name)
+
+    return square

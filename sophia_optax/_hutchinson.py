@@ -1,0 +1,137 @@
+"""The diagonal of the Hessian, from its products with random signs.
+
+For a probe z of independent signs, E z_i z_j is 1 if i = j and else 0. So
+
+    E [z ⊙ Hz]_i  =  Σ_j H_ij E z_i z_j  =  H_ii
+
+exactly, for any H: positive or not, with entries off the diagonal as the only error.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sophia_optax._devices import (
+    AxisName,
+    as_varying,
+    key_of_device,
+    number_of_devices,
+    sum_over_devices,
+)
+from sophia_optax._groups import accumulator_dtype, check_counts, sum_over_groups
+
+
+def hutchinson(
+    loss_fn: Callable[..., jax.Array],
+    *,
+    groups: int = 1,
+    num_probes: int = 1,
+    parallel_groups: int = 1,
+    axis_name: AxisName = None,
+) -> Callable[..., Any]:
+    r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
+
+    .. math::
+      \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
+      \qquad z_{gp} \in \{-1, 1\}^n
+
+    The products are forward-over-reverse: a jvp of the gradient, about twice its cost.
+
+    Args:
+      loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
+        groups or devices the mean over the batch must be the mean of theirs: a mean
+        over unmasked predictions only is not, where their number differs.
+      groups: number of groups, blocks of consecutive examples, each with probes of its
+        own. Must divide the leading axis of every array in the batch.
+      num_probes: number of probes for each group, one after another.
+      parallel_groups: how many groups are computed at once, each with a product of its
+        own in memory; the others wait their turn. Must divide `groups`.
+      axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
+        are then a device's, and the estimate is the same on every device. Under `jit`
+        with sharded arrays leave it None.
+
+    Returns:
+      A function `estimate(params, *batch, key)`, `key` a PRNG key. The result is a tree
+      like `params` of the shapes of `params`, in float32 (float64 where `params` are).
+
+    Raises:
+      ValueError: for counts below 1; from the estimate, if `groups` does not divide
+        the batch or `loss_fn` does not return a scalar.
+      TypeError: from the estimate, if `key` is not a PRNG key.
+      NotImplementedError: from the estimate, if `loss_fn` uses a kernel that can't be
+        differentiated twice, such as cuDNN's attention.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sophia_optax import hutchinson
+      >>> def loss_fn(params):
+      ...     return jnp.sum(jnp.array([1.0, 2.0, 3.0]) * params**2)
+      >>> estimate = hutchinson(loss_fn)
+      >>> print(estimate(jnp.ones(3), key=jax.random.key(0)))
+      [2. 4. 6.]
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 1
+    """
+    check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
+
+    def estimate(params, *batch, key):
+        params = as_varying(params, axis_name)
+        own_key = key_of_device(key, axis_name)
+
+        def product_of_group(group, number):
+            group_key = jax.random.fold_in(own_key, number)
+
+            def loss(params):
+                return _scalar(loss_fn(params, *group["batch"]))
+
+            def product(_, probe_number):
+                probe_key = jax.random.fold_in(group_key, probe_number)
+                probe = optax.tree.random_like(probe_key, params, jax.random.rademacher)
+                return _times_hessian(loss, params, probe)
+
+            return sum_over_probes(product, params)
+
+        def sum_over_probes(product, like):
+            probes = {"probe": jnp.arange(num_probes)}
+            return sum_over_groups(product, probes, like=like, groups=num_probes)
+
+        total = sum_over_groups(
+            product_of_group,
+            {"batch": batch},
+            like=params,
+            groups=groups,
+            parallel_groups=parallel_groups,
+        )
+        count = groups * num_probes * number_of_devices(axis_name)
+        return jax.tree.map(lambda t: t / count, sum_over_devices(total, axis_name))
+
+    return estimate
+
+
+def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) -> Any:
+    """probe ⊙ ∇²loss(params) probe."""
+    try:
+        _, product = jax.jvp(jax.grad(loss), (params,), (probe,))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        if "differentiat" not in str(error).lower():
+            raise
+        raise NotImplementedError(
+            "`hutchinson` differentiates the gradient of `loss_fn` once more, which a "
+            "part of it does not allow, such as cuDNN's attention or another kernel "
+            "with a `custom_vjp` and no JVP. Estimate with `gnb`, which needs gradients "
+            "alone, or use a kernel that XLA makes, as "
+            "`jax.nn.dot_product_attention(..., implementation='xla')`."
+        ) from error
+    return jax.tree.map(lambda z, hz: z.astype(accumulator_dtype(hz)) * hz, probe, product)
+
+
+def _scalar(loss: jax.Array) -> jax.Array:
+    if jnp.shape(loss):
+        raise ValueError(
+            f"`loss_fn` must return the mean loss, a scalar, got shape {jnp.shape(loss)}."
+        )
+    return loss

@@ -1,0 +1,62 @@
+"""Draw classes from logits by inverting the cumulative distribution in two steps.
+
+One uniform number u in (0, 1) for each draw. The classes are cut into blocks, whose
+weights, sums of exp(logit - top), take one pass over the logits and no memory. The
+first block with cumulative weight above u W holds the draw, and within it the first
+class. Only that block's exponentials are ever kept.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 256
+
+
+def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Classes drawn with probabilities softmax(logits).
+
+    A class's probability is exact to 2**-23, the step of a float32 uniform number, and
+    0 for logits of -inf.
+
+    Args:
+      key: PRNG key.
+      logits: shape (..., classes), float32 or float64.
+
+    Returns:
+      Classes, shape (...), int32.
+    """
+    uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
+    return invert_cdf(uniform + 2.0**-24, logits)  # the middle of its step
+
+
+def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
+    """The class at which the cumulative softmax passes `uniform`, shape (...)."""
+    classes = logits.shape[-1]
+    top = logits.max(-1, keepdims=True)
+
+    weights = jnp.exp(logits - top)
+    weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, -classes % _BLOCK)])
+    block_weights = weights.reshape(*logits.shape[:-1], -1, _BLOCK).sum(-1)
+    cumulative = jnp.cumsum(block_weights, -1)
+    target = uniform[..., None] * cumulative[..., -1:]
+    block = _first_above(target, cumulative, block_weights)
+
+    # Only now the block's own classes, from the logits: `weights` is never stored.
+    before = jnp.take_along_axis(cumulative - block_weights, block, -1)
+    candidates = block * _BLOCK + jnp.arange(_BLOCK)
+    inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
+    weights = jnp.where(candidates < classes, jnp.exp(inside - top), 0)
+    first = _first_above(target - before, jnp.cumsum(weights, -1), weights)
+    return (block * _BLOCK + first)[..., 0].astype(jnp.int32)
+
+
+def _first_above(target, cumulative, weights):
+    """Index of the first `cumulative` above `target`, among those of positive weight.
+
+    A rounded cumulative sum may step where the weight is 0, and end short of `target`:
+    neither may draw a class that can't be, or none.
+    """
+    possible = weights > 0
+    last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)
+    target = jnp.minimum(target, jnp.nextafter(last, jnp.zeros_like(last)))
+    return jnp.argmax(possible & (cumulative > target), -1, keepdims=True)

@@ -1,0 +1,353 @@
+"""sophia = scale_by_sophia . add_decayed_weights . scale_by_learning_rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sophia_optax._diag_hessian import scale_by_diag_hessian
+from sophia_optax._hutchinson import hutchinson
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+class RecordedClipState(NamedTuple):
+    """State of the clip: what `unclipped_fraction` compares with."""
+
+    clipped_at: jax.Array  # shape=(), dtype=float32
+
+
+def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
+    """`optax.clip`, with the threshold it last clipped at in its state."""
+    clip = optax.clip(clip_threshold)
+
+    def record() -> RecordedClipState:
+        return RecordedClipState(jnp.array(clip_threshold, jnp.float32))
+
+    def update(updates, state, params=None):
+        del state
+        return clip.update(updates, optax.EmptyState(), params)[0], record()
+
+    return optax.GradientTransformation(lambda params: record(), update)
+
+
+def scale_by_sophia(
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.05,
+    eps: jax.typing.ArrayLike = 1e-12,
+    *,
+    clip_threshold: jax.typing.ArrayLike = 1.0,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    mu_dtype: Any = None,
+    hessian_dtype: Any = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sophia without learning rate, sign and weight decay.
+
+    .. math::
+      m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
+      u_t = \mathrm{clip}(m_t / \max(\gamma h_t, \epsilon), \pm\rho)
+
+    Three stages: `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. See
+    `scale_by_diag_hessian` for h and for how an estimate reaches `update`.
+
+    Args:
+      b1: decay of the moving average of gradients. It has no bias correction.
+      b2: decay of the moving average of the Hessian, per refresh.
+      gamma: scale of the Hessian, or a schedule of it.
+      eps: the smallest divisor.
+      clip_threshold: ρ, the largest size of an entry of the update.
+      update_interval: number of updates from one refresh to the next.
+      debias: correct the bias of the average of the Hessian.
+      mu_dtype: dtype of the average of gradients; the parameters' by default.
+      hessian_dtype: dtype of the average of the Hessian; float32 by default.
+      seed: seed of the keys that `hessian_fn` is called with.
+
+    Returns:
+      A transformation whose updates have the dtype of the parameters and entries in
+      [-clip_threshold, clip_threshold].
+
+    Raises:
+      ValueError: as `scale_by_diag_hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from sophia_optax import scale_by_sophia
+      >>> tx = optax.chain(scale_by_sophia(b1=0.0, b2=0.0), optax.scale(-0.1))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> grads, hessian = jnp.array([2.0, 2.0]), jnp.array([1.0, 80.0])
+      >>> updates, state = tx.update(grads, tx.init(params), params, hessian=hessian)
+      >>> print(updates)
+      [-0.1  -0.05]
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
+        scale_by_diag_hessian(
+            b2,
+            gamma,
+            eps,
+            update_interval=update_interval,
+            debias=debias,
+            hessian_dtype=hessian_dtype,
+            seed=seed,
+        ),
+        _recorded_clip(clip_threshold),
+    )
+
+
+def sophia(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.05,
+    eps: jax.typing.ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+    *,
+    clip_threshold: jax.typing.ArrayLike = 1.0,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    mu_dtype: Any = None,
+    hessian_dtype: Any = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sophia, for any estimate of the Hessian's diagonal.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
+        m_t / \max(\gamma h_t, \epsilon), \pm\rho) + \lambda \theta_{t-1})
+
+    `scale_by_sophia`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`.
+    Without an estimate in any update this is momentum with a sign: pass `hessian_fn`
+    (or `hessian`) to `update`, as `scale_by_diag_hessian` says.
+
+    Args:
+      learning_rate: η, or a schedule of it. The largest change of an entry in a step.
+      b1: decay of the moving average of gradients.
+      b2: decay of the moving average of the Hessian, per refresh.
+      gamma: scale of the Hessian, or a schedule of it. Choose it so that
+        `unclipped_fraction` is between 0.1 and 0.5.
+      eps: the smallest divisor.
+      weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
+      mask: where weight decay applies: a tree of booleans, a prefix of the
+        parameters', or a function from parameters to one.
+      clip_threshold: ρ, the largest size of an entry before the learning rate.
+      update_interval: number of updates from one refresh to the next.
+      debias: correct the bias of the average of the Hessian.
+      mu_dtype: dtype of the average of gradients; the parameters' by default.
+      hessian_dtype: dtype of the average of the Hessian; float32 by default.
+      seed: seed of the keys that `hessian_fn` is called with.
+
+    Returns:
+      A transformation whose updates have the dtype of the parameters.
+
+    Raises:
+      ValueError: as `scale_by_diag_hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from sophia_optax import sophia
+      >>> tx = sophia(0.1, b1=0.5, gamma=1.0, weight_decay=0.0, debias=True)
+      >>> params, hessian = jnp.array([1.0, -3.0]), jnp.array([2.0, 20.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(100):  # of the loss ½ Σ hessian · params²
+      ...     grads = hessian * params
+      ...     updates, state = tx.update(grads, state, params, hessian=hessian)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.all(jnp.abs(params) < 0.1)))
+      True
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
+    """
+    return optax.chain(
+        scale_by_sophia(
+            b1,
+            b2,
+            gamma,
+            eps,
+            clip_threshold=clip_threshold,
+            update_interval=update_interval,
+            debias=debias,
+            mu_dtype=mu_dtype,
+            hessian_dtype=hessian_dtype,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sophia_g(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.05,
+    eps: jax.typing.ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+    *,
+    clip_threshold: jax.typing.ArrayLike = 1.0,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    mu_dtype: Any = None,
+    hessian_dtype: Any = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Sophia-G: `sophia` with the paper's settings for the estimates of `gnb`.
+
+    The arguments are those of `sophia`.
+
+    Returns:
+      A transformation whose updates have the dtype of the parameters.
+
+    Raises:
+      ValueError: as `scale_by_diag_hessian`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from sophia_optax import gnb, sophia_g
+      >>> def logits_fn(params, x):
+      ...     return x @ params
+      >>> def loss_fn(params, x, y):
+      ...     logits = logits_fn(params, x)
+      ...     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+      ...     return losses.mean()
+      >>> x, y = jnp.eye(4), jnp.array([1, 2, 0, 1])
+      >>> params, estimate = jnp.zeros((4, 3)), gnb(logits_fn)
+      >>> tx = sophia_g(learning_rate=0.1)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+      ...     updates, state = tx.update(
+      ...         grads, state, params, hessian_fn=lambda key: estimate(params, x, key=key)
+      ...     )
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> for _ in range(30):
+      ...     params, state, loss = step(params, state)
+      >>> print(bool(loss < 0.2))
+      True
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 2, 3
+    """
+    return sophia(
+        learning_rate,
+        b1,
+        b2,
+        gamma,
+        eps,
+        weight_decay,
+        mask,
+        clip_threshold=clip_threshold,
+        update_interval=update_interval,
+        debias=debias,
+        mu_dtype=mu_dtype,
+        hessian_dtype=hessian_dtype,
+        seed=seed,
+    )
+
+
+def sophia_h(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.01,
+    eps: jax.typing.ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+    *,
+    clip_threshold: jax.typing.ArrayLike = 1.0,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    mu_dtype: Any = None,
+    hessian_dtype: Any = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Sophia-H: `sophia` with the paper's settings for the estimates of `hutchinson`.
+
+    Its `update` also takes `obj_fn`, a function from the parameters to the loss, as
+    `optax.contrib.sophia` does: the same as
+    `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
+
+    The arguments are those of `sophia`.
+
+    Returns:
+      A transformation whose updates have the dtype of the parameters.
+
+    Raises:
+      ValueError: as `scale_by_diag_hessian`; and if `obj_fn` comes together with an
+        estimate, without `params`, or where `optax.masked` hides part of `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from sophia_optax import sophia_h
+      >>> def loss_fn(params):
+      ...     return jnp.sum(params**4)
+      >>> tx = sophia_h(0.1, b1=0.5, b2=0.5, gamma=1.0, weight_decay=0.0)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     updates, state = tx.update(grads, state, params, obj_fn=loss_fn)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(loss_fn(params) < 0.1))
+      True
+
+    References:
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 1, 3
+    """
+    tx = sophia(
+        learning_rate,
+        b1,
+        b2,
+        gamma,
+        eps,
+        weight_decay,
+        mask,
+        clip_threshold=clip_threshold,
+        update_interval=update_interval,
+        debias=debias,
+        mu_dtype=mu_dtype,
+        hessian_dtype=hessian_dtype,
+        seed=seed,
+    )
+
+    def update(updates, state, params=None, *, obj_fn=None, **extra_args):
+        if obj_fn is not None:
+            extra_args["hessian_fn"] = _hessian_fn_of(obj_fn, params, extra_args)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _hessian_fn_of(obj_fn, params, extra_args):
+    """The `hessian_fn` that estimates `obj_fn`'s curvature at `params`."""
+    for name in ("hessian", "hessian_fn"):
+        if extra_args.get(name) is not None:
+            raise ValueError(
+                f"`update` got both `obj_fn` and `{name}`. `obj_fn` is turned into a "
+                "`hessian_fn` by `hutchinson`: pass one of them."
+            )
+    if params is None:
+        raise ValueError(
+            "`obj_fn` needs the parameters, got `params=None`: call "
+            "`update(grads, state, params, obj_fn=obj_fn)`."
+        )
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "`obj_fn` takes all the parameters, but `optax.masked` or "
+            "`optax.partition` hides some of them here. Pass "
+            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)` instead, "
+            "with all the parameters: the estimate is cut down to the mask."
+        )
+    return lambda key: hutchinson(obj_fn)(params, key=key)
