@@ -175,8 +175,9 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
         params = as_varying(params, axis_name)
         total_weight = None
         if weights is not None:
-            batch["weights"] = weights
-            total_weight = sum_over_devices(weights.sum(dtype=jnp.float32), axis_name)
+            batch["weights"] = weights = jnp.asarray(weights)
+            total_weight = weights.sum(dtype=accumulator_dtype(weights))
+            total_weight = sum_over_devices(total_weight, axis_name)
 
         def squared_gradient(group, number):
             def loss(params):
@@ -185,16 +186,16 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
                 if total_weight is None:
                     count = per_prediction.size * groups * number_of_devices(axis_name)
                     return jnp.sum(per_prediction) / count**0.5
-                w = group["weights"]
-                if w.shape != per_prediction.shape:
+                share = group["weights"] / total_weight  # NaN if there are no predictions
+                if share.shape != per_prediction.shape:
                     raise ValueError(
                         "`weights` must have one entry for each prediction, got shape "
-                        f"{w.shape} for losses of shape {per_prediction.shape} (a "
+                        f"{share.shape} for losses of shape {per_prediction.shape} (a "
                         f"group of `groups={groups}`). Broadcast them, or check axes."
                     )
                 # A masked prediction may have no loss at all, as for the label -100.
-                per_prediction = jnp.where(w > 0, per_prediction, 0)
-                return jnp.sum(jnp.sqrt(w / total_weight) * per_prediction)
+                per_prediction = jnp.where(share != 0, per_prediction, 0)
+                return jnp.sum(jnp.sqrt(share) * per_prediction)
 
             gradient = jax.grad(loss)(params)
             return jax.tree.map(lambda g: g.astype(accumulator_dtype(g)) ** 2, gradient)

@@ -1,0 +1,174 @@
+"""Every choice of a run, and why the default is what it is."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+Optimizer = Literal["sophia_g", "sophia_h", "adamw", "lion"]
+
+
+class ConfigError(ValueError):
+    """A choice that can't be, found before anything is compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An optimizer's own best settings on the default run."""
+
+    learning_rate: float
+    b1: float
+    b2: float
+    weight_decay: float
+    gamma: float | None = None
+
+
+RECIPES: dict[Optimizer, Recipe] = {
+    "sophia_g": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.1),
+    "sophia_h": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.1),
+    "adamw": Recipe(learning_rate=1.6e-2, b1=0.8, b2=0.95, weight_decay=0.1),
+    "lion": Recipe(learning_rate=1e-3, b1=0.9, b2=0.98, weight_decay=0.2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a byte-level GPT-2 with Sophia.
+
+    Without arguments it reads the source of Python's standard library, trains for a few
+    minutes on two CPU cores, and writes its configuration, metrics and a picture of the
+    loss to `runs/sophia_g`.
+    """
+
+    optimizer: Optimizer = "sophia_g"
+    """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
+
+    compare: Optimizer | None = None
+    """Train a second time with this optimizer, at its own best settings, from the same
+    parameters on the same batches, and draw both."""
+
+    data: Path | None = None
+    """A text file, or a folder of them. The standard library's source by default."""
+
+    out: Path | None = None
+    """Folder for what comes out; `runs/` and the optimizer's name by default."""
+
+    steps: int = 500
+    """Number of training steps."""
+
+    seed: int = 0
+    """Seed of the parameters, the batches, the sampled labels and the sampled text."""
+
+    layers: int = 2
+    """Number of transformer blocks."""
+
+    heads: int = 4
+    """Number of attention heads; divides the width."""
+
+    width: int = 64
+    """Width of the residual stream."""
+
+    context: int = 64
+    """Length of a sequence, in bytes."""
+
+    bias: bool = False
+    """Give linear layers and norms a bias, as GPT-2 has; the paper's models have none."""
+
+    batch: int = 64
+    """Number of sequences in a batch."""
+
+    refresh_batch: int = 16
+    """Number of sequences of the batch that a refresh of the Hessian looks at."""
+
+    groups: int = 16
+    """Number of groups of the refresh; divides `refresh_batch`."""
+
+    update_interval: int = 10
+    """Number of steps from one refresh to the next."""
+
+    warmup: int = 50
+    """Number of steps in which the learning rate rises; after it falls to 0 as a cosine."""
+
+    learning_rate: float | None = None
+    """Peak of the learning rate. This and the next four are the optimizer's own best,
+    of `RECIPES` in `config.py`, if not given."""
+
+    b1: float | None = None
+    """Decay of the moving average of gradients."""
+
+    b2: float | None = None
+    """Decay of the moving average of the Hessian, or of the squared gradients."""
+
+    gamma: float | None = None
+    """Sophia's scale of the Hessian; larger clips less."""
+
+    weight_decay: float | None = None
+    """Decoupled weight decay, on matrices and embeddings only."""
+
+    log_every: int = 10
+    """Number of steps from one line of metrics to the next."""
+
+    validate_every: int = 50
+    """Number of steps from one validation to the next."""
+
+    validation_batches: int = 8
+    """Number of batches of a validation, always the same ones."""
+
+    def recipe(self) -> Recipe:
+        """The optimizer's settings: its own, where none are given."""
+        own = RECIPES[self.optimizer]
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
+        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+
+    def compared(self) -> "Config":
+        """The same run with the optimizer `compare`, at its own settings."""
+        assert self.compare is not None
+        unset = {f.name: None for f in dataclasses.fields(Recipe)}
+        return dataclasses.replace(self, optimizer=self.compare, compare=None, **unset)
+
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.optimizer
+
+    def as_json(self) -> dict:
+        """All of it, with the recipe filled in."""
+        fields = dataclasses.asdict(self) | dataclasses.asdict(self.recipe())
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+    def check(self) -> None:
+        """Raises ConfigError if the run can't be."""
+        positive = (
+            "steps layers heads width context batch refresh_batch groups update_interval"
+            " log_every validate_every validation_batches"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"`{name}` must be at least 1, got {getattr(self, name)}."
+                )
+        if not 0 <= self.warmup < self.steps:
+            raise ConfigError(
+                f"`warmup` must be less than `steps`, got {self.warmup} of {self.steps}."
+            )
+        if self.width % self.heads:
+            raise ConfigError(
+                f"`heads` must divide `width`, got {self.heads} heads for {self.width}."
+            )
+        if self.refresh_batch > self.batch:
+            raise ConfigError(
+                f"`refresh_batch` is a part of the batch and can't be larger, got "
+                f"{self.refresh_batch} of {self.batch} sequences."
+            )
+        if self.refresh_batch % self.groups:
+            raise ConfigError(
+                f"`groups` must divide `refresh_batch`, got {self.groups} groups of "
+                f"{self.refresh_batch} sequences."
+            )
+        if self.compare == self.optimizer:
+            raise ConfigError(f"`compare` is the optimizer itself, {self.optimizer}.")
+        out = self.folder()
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"`out` must be a folder, but {out} is a file.")
+        if (out / "config.json").exists():
+            raise ConfigError(
+                f"`out` already holds a run: {out / 'config.json'}. Name another folder "
+                "with --out, or remove this one."
+            )

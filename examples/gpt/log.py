@@ -1,0 +1,60 @@
+"""Where a run's figures go: a file, and a progress bar or lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import tqdm
+
+from examples.gpt.config import Config
+
+Row = dict[str, float | None]
+
+
+class Log:
+    """Writes config.json and metrics.jsonl, and shows how far a run is."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.rows: list[Row] = []
+        self._config = config
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
+        self._file = (folder / "metrics.jsonl").open("w")
+        self._is_terminal = sys.stdout.isatty()
+
+    def start(self) -> None:
+        self._bar = tqdm.tqdm(
+            total=self._config.steps,
+            desc=self._config.optimizer,
+            unit="step",
+            file=sys.stdout,
+            disable=not self._is_terminal,
+        )
+        self._last_step, self._last_time = 0, time.perf_counter()
+
+    def tokens_per_second(self, step: int) -> float:
+        """Since the row before; the first also counts compilation."""
+        tokens = (step - self._last_step) * self._config.batch * self._config.context
+        return tokens / (time.perf_counter() - self._last_time)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
+        if row["unclipped_fraction"] is not None:
+            text += f", unclipped {row['unclipped_fraction']:.0%}"
+        text += f", {row['tokens_per_second']:,.0f} tokens/s"
+        if "val_loss" in row:
+            text += f", val loss {row['val_loss']:.3f}"
+        if self._is_terminal:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        elif "val_loss" in row:
+            print(f"{self._config.optimizer} step {row['step']}: {text}", flush=True)
+        self._last_step, self._last_time = row["step"], time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()

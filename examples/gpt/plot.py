@@ -1,0 +1,62 @@
+"""The picture of a run: the loss, and below it how much of each update is unclipped."""
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from examples.gpt.log import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What one run's picture is made of."""
+
+    name: str
+    rows: list[Row]
+
+    def points(self, key: str) -> tuple[list, list]:
+        rows = [row for row in self.rows if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    @property
+    def val_loss(self) -> float:
+        return self.points("val_loss")[1][-1]
+
+
+def losses(curves: list[Curve], path: Path) -> None:
+    """Draws training and validation loss, and the unclipped fraction, over the steps."""
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 6.5), height_ratios=(3, 1), layout="constrained"
+    )
+    for i, curve in enumerate(curves):
+        color = f"C{i}"
+        top.plot(
+            *curve.points("loss"),
+            color=color,
+            alpha=0.4,
+            lw=1,
+            label=f"{curve.name}, training",
+        )
+        top.plot(
+            *curve.points("val_loss"),
+            color=color,
+            marker="o",
+            ms=4,
+            label=f"{curve.name}, validation: {curve.val_loss:.3f} at the end",
+        )
+        if curve.points("unclipped_fraction")[0]:
+            bottom.plot(*curve.points("unclipped_fraction"), color=color, label=curve.name)
+    low = min(min(curve.points("val_loss")[1]) for curve in curves)
+    top.set(ylabel="loss (nats per byte)", ylim=(low - 0.2, low + 2.0))
+    top.set_title("Byte-level GPT: " + " and ".join(curve.name for curve in curves))
+    bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
+    bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

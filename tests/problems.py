@@ -1,0 +1,96 @@
+"""Small problems whose curvature is known densely, for the estimators to meet."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+
+def network(params, x):
+    """Outputs, shape (..., 3), of a network that bends: its Hessian is not its GN."""
+    return jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"]
+
+
+def network_params(outputs=3, dtype=None):
+    keys = jax.random.split(jax.random.key(1), 3)
+    return {
+        "in": jax.random.normal(keys[0], (2, 3), dtype),
+        "out": jax.random.normal(keys[1], (3, outputs), dtype),
+        "bias": jax.random.normal(keys[2], (outputs,), dtype),
+    }
+
+
+def scalar_network(params, x):
+    """One output for each prediction: shape (...)."""
+    return network(params, x)[..., 0]
+
+
+def hessian_diagonal(loss, params):
+    flat, unravel = ravel_pytree(params)
+    return unravel(jnp.diag(jax.hessian(lambda v: loss(unravel(v)))(flat)))
+
+
+def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=None):
+    """diag Σ_b w_b J_bᵀ H_b J_b / W, from dense Jacobians J and Hessians H.
+
+    `targets` are any labels: for these likelihoods H does not depend on them.
+    """
+    flat, unravel = ravel_pytree(params)
+    predictions = np.shape(targets)
+    size = int(np.prod(predictions))
+    targets = np.reshape(targets, size)
+    weights = np.ones(size) if weights is None else np.reshape(weights, size)
+
+    @jax.jit
+    def diagonal(flat):
+        def outputs(v):  # shape (size, outputs of a prediction)
+            return outputs_fn(unravel(v), x).reshape(size, -1)
+
+        def loss(f, b):
+            return likelihood.neg_log_prob(f if rest else f[0], targets[b])
+
+        f, jacobian = outputs(flat), jax.jacobian(outputs)(flat)
+        hessians = [jax.hessian(loss)(f[b], b) for b in range(size)]
+        return sum(
+            w * jnp.einsum("in,ij,jn->n", j, h, j)
+            for w, j, h in zip(weights, jacobian, hessians, strict=True)
+        )
+
+    rest = jax.eval_shape(outputs_fn, params, x).shape[len(predictions) :]
+    return unravel(diagonal(flat) / weights.sum())
+
+
+class Given:
+    """A likelihood that "samples" the labels that the outputs carry: (outputs, labels).
+
+    It makes an estimator's mean over labellings a sum that can be written out.
+    """
+
+    def __init__(self, likelihood):
+        self.likelihood = likelihood
+
+    def sample(self, key, outputs):
+        del key
+        return outputs[1]
+
+    def neg_log_prob(self, outputs, targets):
+        return self.likelihood.neg_log_prob(outputs[0], targets)
+
+
+def labellings(values, log_probs):
+    """Every assignment of `values` to predictions, and its probability.
+
+    Args:
+      values: shape (V,), the labels.
+      log_probs: shape (*predictions, V), of each value for each prediction.
+
+    Returns:
+      Labels, shape (V ** size, *predictions), and probabilities, shape (V ** size,).
+    """
+    shape, size = log_probs.shape[:-1], int(np.prod(log_probs.shape[:-1]))
+    log_probs = np.asarray(log_probs).reshape(size, -1)
+    choices = np.array(list(itertools.product(range(len(values)), repeat=size)))
+    total = log_probs[np.arange(size), choices].sum(1)
+    return np.asarray(values)[choices].reshape(-1, *shape), np.exp(total)
