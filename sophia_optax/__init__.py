@@ -33,7 +33,8 @@ from sophia_optax._gauss_newton import empirical_fisher, gnb
 from sophia_optax._hutchinson import hutchinson
 from sophia_optax._likelihoods import Bernoulli, Categorical, Normal, Poisson
 from sophia_optax._metrics import sophia_metrics, unclipped_fraction
-from sophia_optax._sophia import scale_by_sophia, sophia, sophia_g, sophia_h
+from sophia_optax._scale_by_sophia import scale_by_sophia
+from sophia_optax._sophia import sophia, sophia_g, sophia_h
 
 __version__ = "0.1.0"
 

@@ -95,7 +95,8 @@ def scale_by_diag_hessian(
             f"`update_interval` is the number of updates from one refresh to the next "
             f"and must be at least 1, got {update_interval}."
         )
-    hessian_dtype = jax.dtypes.canonicalize_dtype(hessian_dtype or jnp.float32)
+    if hessian_dtype is None:
+        hessian_dtype = jnp.float32
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
         return ScaleByDiagHessianState(
@@ -118,19 +119,6 @@ def scale_by_diag_hessian(
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
         del extra_args
 
-        def refresh(average, estimate):
-            estimate = _cut_down(estimate, updates)
-            finite = jnp.stack(
-                [jnp.all(jnp.isfinite(e)) for e in jax.tree.leaves(estimate)] or [True]
-            ).all()
-
-            def blend(h, e):
-                dtype = jnp.promote_types(h.dtype, jnp.float32)
-                new = b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)
-                return jnp.where(finite, new, h).astype(h.dtype)
-
-            return jax.tree.map(blend, average, estimate), finite
-
         average, taken, refused = state.hessian, False, False
         if hessian is not None and hessian_fn is not None:
             raise ValueError(
@@ -138,14 +126,14 @@ def scale_by_diag_hessian(
                 "for now, `hessian_fn` makes one when it is due: pass one of them."
             )
         if hessian is not None:
-            average, taken = refresh(average, hessian)
+            average, taken = _blend(average, hessian, updates, b2)
             refused = ~taken
         if hessian_fn is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
             due = state.num_updates % update_interval == 0
             average, taken = jax.lax.cond(
                 due,
-                lambda h: refresh(h, hessian_fn(key)),
+                lambda h: _blend(h, hessian_fn(key), updates, b2),
                 lambda h: (h, jnp.array(False)),
                 average,
             )
@@ -165,9 +153,7 @@ def scale_by_diag_hessian(
             bound = float(jnp.finfo(dtype).max)
             return jnp.clip(quotient, -bound, bound).astype(dtype)
 
-        dtypes = jax.tree.map(
-            lambda leaf: leaf.dtype, updates if params is None else params
-        )
+        dtypes = jax.tree.map(jnp.result_type, updates if params is None else params)
         return jax.tree.map(divide, updates, average, dtypes), ScaleByDiagHessianState(
             num_updates=state.num_updates + 1,
             num_refreshes=num_refreshes,
@@ -178,6 +164,26 @@ def scale_by_diag_hessian(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def _blend(
+    average: optax.Updates,
+    estimate: optax.Updates,
+    updates: optax.Updates,
+    b2: jax.typing.ArrayLike,
+) -> tuple[optax.Updates, jax.Array]:
+    """The average with the estimate in it, and whether that is finite: if not, without."""
+    estimate = _cut_down(estimate, updates)
+    finite = jax.tree.reduce(
+        lambda so_far, e: so_far & jnp.isfinite(e).all(), estimate, jnp.array(True)
+    )
+
+    def blend(h, e):
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+        new = b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)
+        return jnp.where(finite, new, h).astype(h.dtype)
+
+    return jax.tree.map(blend, average, estimate), finite
 
 
 def _cut_down(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._diag_hessian import ScaleByDiagHessianState
-from sophia_optax._sophia import RecordedClipState
+from sophia_optax._scale_by_sophia import RecordedClipState
 
 
 def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:

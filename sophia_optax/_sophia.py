@@ -1,105 +1,15 @@
 """sophia = scale_by_sophia . add_decayed_weights . scale_by_learning_rate."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from sophia_optax._diag_hessian import scale_by_diag_hessian
 from sophia_optax._hutchinson import hutchinson
+from sophia_optax._scale_by_sophia import scale_by_sophia
 
 Mask = Any | Callable[[optax.Params], Any] | None
-
-
-class RecordedClipState(NamedTuple):
-    """State of the clip: what `unclipped_fraction` compares with."""
-
-    clipped_at: jax.Array  # shape=(), dtype=float32
-
-
-def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
-    """`optax.clip`, with the threshold it last clipped at in its state."""
-    clip = optax.clip(clip_threshold)
-
-    def record() -> RecordedClipState:
-        return RecordedClipState(jnp.array(clip_threshold, jnp.float32))
-
-    def update(updates, state, params=None):
-        del state
-        return clip.update(updates, optax.EmptyState(), params)[0], record()
-
-    return optax.GradientTransformation(lambda params: record(), update)
-
-
-def scale_by_sophia(
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
-    *,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    mu_dtype: Any = None,
-    hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Sophia without learning rate, sign and weight decay.
-
-    .. math::
-      m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
-      u_t = \mathrm{clip}(m_t / \max(\gamma h_t, \epsilon), \pm\rho)
-
-    Three stages: `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. See
-    `scale_by_diag_hessian` for h and for how an estimate reaches `update`.
-
-    Args:
-      b1: decay of the moving average of gradients. It has no bias correction.
-      b2: decay of the moving average of the Hessian, per refresh.
-      gamma: scale of the Hessian, or a schedule of it.
-      eps: the smallest divisor.
-      clip_threshold: ρ, the largest size of an entry of the update.
-      update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian.
-      mu_dtype: dtype of the average of gradients; the parameters' by default.
-      hessian_dtype: dtype of the average of the Hessian; float32 by default.
-      seed: seed of the keys that `hessian_fn` is called with.
-
-    Returns:
-      A transformation whose updates have the dtype of the parameters and entries in
-      [-clip_threshold, clip_threshold].
-
-    Raises:
-      ValueError: as `scale_by_diag_hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from sophia_optax import scale_by_sophia
-      >>> tx = optax.chain(scale_by_sophia(b1=0.0, b2=0.0), optax.scale(-0.1))
-      >>> params = jnp.array([1.0, 1.0])
-      >>> grads, hessian = jnp.array([2.0, 2.0]), jnp.array([1.0, 80.0])
-      >>> updates, state = tx.update(grads, tx.init(params), params, hessian=hessian)
-      >>> print(updates)
-      [-0.1  -0.05]
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
-    """
-    return optax.chain(
-        optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
-        scale_by_diag_hessian(
-            b2,
-            gamma,
-            eps,
-            update_interval=update_interval,
-            debias=debias,
-            hessian_dtype=hessian_dtype,
-            seed=seed,
-        ),
-        _recorded_clip(clip_threshold),
-    )
 
 
 def sophia(

@@ -322,5 +322,5 @@ def test_errors(extra, message):
 
 
 def test_update_interval_below_one():
-    with pytest.raises(ValueError, match="`update_interval` .* at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"`update_interval` .* at least 1, got 0"):
         scale_by_diag_hessian(update_interval=0)

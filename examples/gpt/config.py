@@ -43,8 +43,7 @@ class Config:
     """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
 
     compare: Optimizer | None = None
-    """Train a second time with this optimizer, at its own best settings, from the same
-    parameters on the same batches, and draw both."""
+    """Train again with this one, at its own best: same parameters, same batches."""
 
     data: Path | None = None
     """A text file, or a folder of them. The standard library's source by default."""
@@ -89,8 +88,7 @@ class Config:
     """Number of steps in which the learning rate rises; after it falls to 0 as a cosine."""
 
     learning_rate: float | None = None
-    """Peak of the learning rate. This and the next four are the optimizer's own best,
-    of `RECIPES` in `config.py`, if not given."""
+    """Peak of the learning rate; the optimizer's own best, like the next four."""
 
     b1: float | None = None
     """Decay of the moving average of gradients."""
@@ -144,6 +142,15 @@ class Config:
                 raise ConfigError(
                     f"`{name}` must be at least 1, got {getattr(self, name)}."
                 )
+        if self.seed < 0:
+            raise ConfigError(f"`seed` must not be negative, got {self.seed}.")
+        recipe = self.recipe()
+        for name in ("learning_rate", "gamma"):
+            if (value := getattr(recipe, name)) is not None and not value > 0:
+                raise ConfigError(f"`{name}` must be positive, got {value}.")
+        for name in ("b1", "b2"):
+            if not 0 <= (value := getattr(recipe, name)) < 1:
+                raise ConfigError(f"`{name}` must be at least 0 and below 1, got {value}.")
         if not 0 <= self.warmup < self.steps:
             raise ConfigError(
                 f"`warmup` must be less than `steps`, got {self.warmup} of {self.steps}."

@@ -45,8 +45,6 @@ def load(path: Path | None) -> Corpus:
         if file.is_file()
         and not any(p.startswith(".") for p in file.relative_to(path).parts)
     )
-    if not files:
-        raise ConfigError(f"`data` must be a text file or a folder, got {path}: no files.")
     return _split(str(path), path, files)
 
 
@@ -74,6 +72,8 @@ def _split(name: str, root: Path, files: list[Path]) -> Corpus:
     """A tenth of the bytes for validation, in whole files, the same on every machine."""
     texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     texts = {file: text for file, text in texts.items() if b"\0" not in text}
+    if not texts:
+        raise ConfigError(f"`data` must be text, got {name}: no text files.")
     total = sum(map(len, texts.values()))
     if len(texts) == 1:
         [text] = texts.values()

@@ -4,12 +4,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tqdm
 
 from examples.gpt.config import Config
 
-Row = dict[str, float | None]
+Row = dict[str, Any]  # the keys of metrics.jsonl
 
 
 class Log:
@@ -20,7 +21,7 @@ class Log:
         self._config = config
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
-        self._file = (folder / "metrics.jsonl").open("w")
+        self._metrics = folder / "metrics.jsonl"
         self._is_terminal = sys.stdout.isatty()
 
     def start(self) -> None:
@@ -40,8 +41,8 @@ class Log:
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
         if row["unclipped_fraction"] is not None:
             text += f", unclipped {row['unclipped_fraction']:.0%}"
@@ -57,4 +58,3 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()

@@ -97,7 +97,7 @@ def train(config: Config, corpus: data.Corpus, log: Log) -> TrainState:
     batches = data.batches(corpus.train, config.batch, config.context, config.seed)
     log.start()
     for step, tokens in zip(range(1, config.steps + 1), batches, strict=False):
-        rate = float(schedule(step - 1))
+        rate = float(jnp.asarray(schedule(step - 1)))
         state, loss = train_step(state, tokens.astype(np.int32))
         is_last = step == config.steps
         if step % config.log_every == 0 or step % config.validate_every == 0 or is_last:

@@ -1,0 +1,52 @@
+"""What a measurement was made on, and where its results go."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    """The device and the versions, as they are kept with every result."""
+    packages = ("jax", "jaxlib", "optax", "flax", "sophia_optax")
+    return {
+        "device": _device(),
+        "device_count": jax.device_count(),
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def write(name: str, results: Any) -> None:
+    """Writes results with the machine's description to benchmarks/results/."""
+    machine = describe()
+    slug = re.sub(
+        r"[^a-z0-9.]+", "-", f"{machine['device']} {machine['cpu_cores']} cores".lower()
+    )
+    path = RESULTS / slug / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    print(f"\nwritten to {path.relative_to(RESULTS.parent.parent)}")
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.*)", cpuinfo)
+    name = match[1] if match else platform.machine()
+    return " ".join(re.sub(r"\((R|TM)\)|CPU|Processor|@", " ", name).split())
