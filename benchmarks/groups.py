@@ -58,8 +58,8 @@ class Config:
     reference_draws: int = 256
     """Number of estimates in the mean that stands for the truth."""
 
-    train_steps: int = 500
-    """Number of steps that the trained model was trained for."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    """The model, and how it is trained."""
 
 
 class Errors:
@@ -76,7 +76,7 @@ class Errors:
 
     def batches(self, sequences: int, fresh: bool, seed: int) -> Iterator[jax.Array]:
         """Inputs, shape (sequences, context): new ones each time, or always the same."""
-        context = RunConfig().context
+        context = self.config.run.context
         source = data.batches(self.text, sequences, context, seed if fresh else 0)
         first = next(source)
         for tokens in source if fresh else itertools.repeat(first):
@@ -112,7 +112,7 @@ def seconds(fns: dict[Any, Callable[[], Any]], repeats: int = 7) -> dict[Any, fl
 
 
 def main(config: Config) -> None:
-    run = RunConfig(steps=config.train_steps)
+    run = config.run
     corpus = data.load(None)
     graph, initial = nnx.split(GPT(run, nnx.Rngs(run.seed)))
     print(f"training for {run.steps} steps ...", flush=True)

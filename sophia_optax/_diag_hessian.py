@@ -173,7 +173,7 @@ def _blend(
     b2: jax.typing.ArrayLike,
 ) -> tuple[optax.Updates, jax.Array]:
     """The average with the estimate in it, and whether that is finite: if not, without."""
-    estimate = _cut_down(estimate, updates)
+    estimate = _fit(estimate, updates)
     finite = jax.tree.reduce(
         lambda so_far, e: so_far & jnp.isfinite(e).all(), estimate, jnp.array(True)
     )
@@ -186,17 +186,16 @@ def _blend(
     return jax.tree.map(blend, average, estimate), finite
 
 
-def _cut_down(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
-    """`estimate` without the parts that are masked in `updates`, if it fits them."""
+def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """The estimate in the structure of `updates`: without what is masked there.
 
-    def is_masked(node):
-        return isinstance(node, optax.MaskedNode)
-
+    A leaf may come wrapped in a node of its own, as Flax's `nnx.Param` is.
+    """
+    named, structure = jax.tree_util.tree_flatten_with_path(
+        updates, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+    )
     try:
-        estimate = jax.tree.map(
-            lambda u, e: u if is_masked(u) else e, updates, estimate, is_leaf=is_masked
-        )
-        jax.tree.map(lambda u, e: None, estimate, updates)
+        parts = structure.flatten_up_to(estimate)
     except ValueError as error:
         raise ValueError(
             "The estimate of `hessian` or `hessian_fn` must have the structure of the "
@@ -206,12 +205,19 @@ def _cut_down(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
             "parameters; if that can't be, pass the masked one, or set "
             "`mask_compatible_extra_args=True`."
         ) from error
-    named, _ = jax.tree_util.tree_flatten_with_path(updates)
-    for (path, u), e in zip(named, jax.tree.leaves(estimate), strict=True):
-        if jnp.shape(e) != jnp.shape(u):
+
+    def fit(path, u, part):
+        if isinstance(u, optax.MaskedNode):
+            return u
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]
+        if shapes != [jnp.shape(u)]:
             raise ValueError(
-                f"The estimate of `hessian` or `hessian_fn` must have the shapes of the "
-                f"updates, got {jnp.shape(e)} for `{jax.tree_util.keystr(path)}` of "
-                f"shape {jnp.shape(u)}."
+                "The estimate of `hessian` or `hessian_fn` must have the shapes of the "
+                f"updates, got {shapes} for `{jax.tree_util.keystr(path)}` of shape "
+                f"{jnp.shape(u)}."
             )
-    return estimate
+        return jax.tree.leaves(part)[0]
+
+    return structure.unflatten(
+        [fit(path, u, part) for (path, u), part in zip(named, parts, strict=True)]
+    )

@@ -99,8 +99,8 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         "momentum_norm": _norm(sophia.momentum),
         "hessian_norm": _norm(state.hessian),
         "nonpositive_fraction": _share(nonpositive, state.hessian),
-        "refreshes": state.num_refreshes,
-        "refused": state.num_refused,
+        "refreshes": jnp.asarray(state.num_refreshes),
+        "refused": jnp.asarray(state.num_refused),
     }
 
 

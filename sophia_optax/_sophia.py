@@ -205,10 +205,13 @@ def sophia_h(
       >>> tx = sophia_h(0.1, b1=0.5, b2=0.5, gamma=1.0, weight_decay=0.0)
       >>> params = jnp.array([1.0, -2.0])
       >>> state = tx.init(params)
-      >>> for _ in range(50):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss_fn)(params)
       ...     updates, state = tx.update(grads, state, params, obj_fn=loss_fn)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(50):
+      ...     params, state = step(params, state)
       >>> print(bool(loss_fn(params) < 0.1))
       True
 

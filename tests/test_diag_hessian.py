@@ -304,14 +304,12 @@ def test_unexpected_extra_arguments_are_ignored():
             "both `hessian` and `hessian_fn`",
         ),
         ({"hessian": {"w": HESSIAN["w"]}}, r"structure of the updates(.|\n)*`mask_compat"),
-        (
-            {"hessian": {"w": HESSIAN["w"], "b": {"c": jnp.ones(2)}}},
-            "structure of the updates",
-        ),
+        ({"hessian": {"w": HESSIAN["w"], "b": None}}, r"got \[\] for `\['b'\]`"),
+        ({"hessian": HESSIAN | {"b": [jnp.ones(2)] * 2}}, r"got \[\(2,\), \(2,\)\] for"),
         ({"hessian_fn": lambda key: (HESSIAN, 0)}, "structure of the updates"),
         (
             {"hessian": {"w": HESSIAN["w"], "b": jnp.ones(())}},
-            r"got \(\) for `\['b'\]` of shape \(2,\)",
+            r"got \[\(\)\] for `\['b'\]` of shape \(2,\)",
         ),
     ],
 )

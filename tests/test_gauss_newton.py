@@ -132,7 +132,7 @@ def test_gnb_is_the_empirical_fisher_of_the_labels_it_draws(groups):
 
 def test_groups_draw_labels_of_their_own():
     params = network_params()
-    x = jnp.ones((64, 2))  # equal inputs: only the draw can differ
+    x = jnp.ones((64, 2))  # equal inputs, so that only the draw can differ
     drawn = []
 
     class Spy(Categorical):

@@ -30,12 +30,12 @@ def path():
     return grads.astype(np.float32), estimates.astype(np.float32)
 
 
-def run(tx, theta, grads, estimates, *, first_refresh=0):
+def run(tx, theta, grads, estimates):
     """The parameters after each step, with an estimate at every K-th."""
     theta, thetas = jnp.asarray(theta), []
     state, update = tx.init(theta), jax.jit(tx.update)
-    for t in range(STEPS):
-        extra = {"hessian": estimates[t]} if t % K == first_refresh else {}
+    for t in range(len(grads)):
+        extra = {"hessian": estimates[t]} if t % K == 0 else {}
         updates, state = update(grads[t], state, theta, **extra)
         theta = optax.apply_updates(theta, updates)
         thetas.append(theta)
@@ -142,7 +142,7 @@ def test_signatures_and_defaults():
 
 def test_every_argument_arrives(path):
     """Each alias hands on what it is given: one changed argument, another result."""
-    grads, estimates = path
+    grads, estimates = (array[: K + 2] for array in path)
     theta = np.linspace(-1, 1, 40, dtype=np.float32)
     changed = {
         "b1": 0.5,
@@ -156,7 +156,7 @@ def test_every_argument_arrives(path):
         "mu_dtype": jnp.bfloat16,
         "hessian_dtype": jnp.bfloat16,
     }
-    for make in (sophia, sophia_g, sophia_h):
+    for make in (sophia_g, sophia_h):
         usual = run(make(1e-2), theta, grads, estimates)
         for name, value in changed.items():
             other = run(make(1e-2, **{name: value}), theta, grads, estimates)
