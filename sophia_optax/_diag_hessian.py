@@ -1,5 +1,6 @@
 """The stage that Optax does not have: divide by a moving average of the Hessian."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ def scale_by_diag_hessian(
         (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
         sees a `hessian` several times too small.
       hessian_dtype: dtype of the average; float32 by default. In bfloat16 an average
-        with b2 = 0.99 stalls.
+        with b2 = 0.99 stalls. Under `optax.inject_hyperparams` write its name, as
+        "bfloat16": a dtype itself is taken for a schedule there.
       seed: seed of the keys that `hessian_fn` is called with.
 
     Returns:
@@ -74,7 +76,8 @@ def scale_by_diag_hessian(
 
     Raises:
       ValueError: from `update`, if it gets both `hessian` and `hessian_fn`, or if an
-        estimate does not have the structure and shapes of the updates.
+        estimate does not have the structure and shapes of the updates (each array may
+        be wrapped in a node of its own, as Flax's `nnx.Param` is).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -90,10 +93,12 @@ def scale_by_diag_hessian(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
     """
-    if isinstance(update_interval, int) and update_interval < 1:
+    if isinstance(update_interval, numbers.Number) and (
+        not isinstance(update_interval, numbers.Integral) or int(update_interval) < 1
+    ):
         raise ValueError(
-            f"`update_interval` is the number of updates from one refresh to the next "
-            f"and must be at least 1, got {update_interval}."
+            "`update_interval` is the number of updates from one refresh to the next, an "
+            f"integer of at least 1, got {update_interval}."
         )
     if hessian_dtype is None:
         hessian_dtype = jnp.float32
@@ -117,14 +122,21 @@ def scale_by_diag_hessian(
         hessian_fn: Callable[[jax.Array], optax.Updates] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
-        del extra_args
-
+        if hessian is None and hessian_fn is None and extra_args.get("obj_fn") is not None:
+            raise ValueError(
+                "`obj_fn` is an argument of `sophia_h` alone. Pass "
+                "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
+            )
         average, taken, refused = state.hessian, False, False
         if hessian is not None and hessian_fn is not None:
             raise ValueError(
                 "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate "
                 "for now, `hessian_fn` makes one when it is due: pass one of them."
             )
+        if callable(hessian):
+            raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
+        if hessian_fn is not None and not callable(hessian_fn):
+            raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
         if hessian is not None:
             average, taken = _blend(average, hessian, updates, b2)
             refused = ~taken
@@ -144,7 +156,7 @@ def scale_by_diag_hessian(
         if debias:
             weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
             divisor_gamma /= jnp.where(num_refreshes > 0, weight, 1)
-        divisor_gamma = jnp.asarray(divisor_gamma, jnp.float32)
+        divisor_gamma = jnp.array(divisor_gamma, jnp.float32)  # never the caller's buffer
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 
         def divide(u, h, dtype):
@@ -173,17 +185,17 @@ def _blend(
     b2: jax.typing.ArrayLike,
 ) -> tuple[optax.Updates, jax.Array]:
     """The average with the estimate in it, and whether that is finite: if not, without."""
-    estimate = _fit(estimate, updates)
-    finite = jax.tree.reduce(
-        lambda so_far, e: so_far & jnp.isfinite(e).all(), estimate, jnp.array(True)
-    )
 
     def blend(h, e):
         dtype = jnp.promote_types(h.dtype, jnp.float32)
-        new = b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)
-        return jnp.where(finite, new, h).astype(h.dtype)
+        return (b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)).astype(h.dtype)
 
-    return jax.tree.map(blend, average, estimate), finite
+    # What is stored must be finite: an estimate may be so in its own dtype alone.
+    blended = jax.tree.map(blend, average, _fit(estimate, updates))
+    finite = jax.tree.reduce(
+        lambda so_far, h: so_far & jnp.isfinite(h).all(), blended, jnp.array(True)
+    )
+    return jax.tree.map(lambda new, h: jnp.where(finite, new, h), blended, average), finite
 
 
 def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
@@ -191,30 +203,45 @@ def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
 
     A leaf may come wrapped in a node of its own, as Flax's `nnx.Param` is.
     """
-    named, structure = jax.tree_util.tree_flatten_with_path(
-        updates, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
-    )
+
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
+    named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
     try:
         parts = structure.flatten_up_to(estimate)
     except ValueError as error:
-        raise ValueError(
+        got, expected = (
+            {
+                jax.tree_util.keystr(path)
+                for path, _ in jax.tree_util.tree_leaves_with_path(t)
+            }
+            for t in (estimate, updates)
+        )
+        message = (
             "The estimate of `hessian` or `hessian_fn` must have the structure of the "
-            f"updates.\n  got      {jax.tree.structure(estimate)}\n"
-            f"  expected {jax.tree.structure(updates)}\n"
-            "Under `optax.masked` or `optax.partition` pass the estimate for all the "
-            "parameters; if that can't be, pass the masked one, or set "
-            "`mask_compatible_extra_args=True`."
-        ) from error
+            f"updates: {len(expected - got)} of their paths are missing in it, such as "
+            f"{sorted(expected - got)[:1]}, and {len(got - expected)} of its own are not "
+            f"theirs, such as {sorted(got - expected)[:1]}. It is of type "
+            f"`{type(estimate).__name__}`, and they of `{type(updates).__name__}`."
+        )
+        if any(is_masked(u) for _, u in named):
+            message += (
+                " Under `optax.masked` or `optax.partition` pass the estimate for all the "
+                "parameters; if that can't be, pass the masked one, or set "
+                "`mask_compatible_extra_args=True`."
+            )
+        raise ValueError(message) from error
 
     def fit(path, u, part):
-        if isinstance(u, optax.MaskedNode):
+        if is_masked(u):
             return u
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]
         if shapes != [jnp.shape(u)]:
             raise ValueError(
                 "The estimate of `hessian` or `hessian_fn` must have the shapes of the "
-                f"updates, got {shapes} for `{jax.tree_util.keystr(path)}` of shape "
-                f"{jnp.shape(u)}."
+                f"updates, got {shapes} for `params{jax.tree_util.keystr(path)}` of "
+                f"shape {jnp.shape(u)}."
             )
         return jax.tree.leaves(part)[0]
 

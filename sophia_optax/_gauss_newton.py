@@ -67,9 +67,9 @@ def gnb(
 
       `key` is a PRNG key, and `weights` are not negative, one for each prediction, in
       the shape that `likelihood.neg_log_prob` returns. Predictions of weight 0, the
-      masked ones, count nowhere. The result is a tree like `params` of the shapes of
-      `params`, in float32 (float64 where `params` are), never negative. If all the
-      weights are 0 it is NaN, which the optimizer refuses.
+      masked ones, count nowhere, if their outputs are finite. The result is a tree like
+      `params` of the shapes of `params`, in float32 (float64 where `params` are), never
+      negative. If all the weights are 0 it is NaN, which the optimizer refuses.
 
     Raises:
       ValueError: for counts below 1; from the estimate, if `groups` does not divide
@@ -129,7 +129,8 @@ def empirical_fisher(
 
     Returns:
       A function `estimate(params, *batch, targets, weights=None)`. It takes no key.
-      `targets` are the labels, a tree of arrays with the leading axis of the batch.
+      `targets` are the labels, a tree of arrays with the leading axis of the batch; a
+      label that is no class, such as -100, needs a weight of 0, or the estimate is NaN.
       The rest is as for `gnb`.
 
     Raises:
@@ -172,7 +173,7 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
     check_counts(groups=groups, parallel_groups=parallel_groups)
 
     def square(losses, params, *, weights, **batch):
-        params = as_varying(params, axis_name)
+        params = as_varying(jax.tree.map(jnp.asarray, params), axis_name)
         total_weight = None
         if weights is not None:
             batch["weights"] = weights = jnp.asarray(weights)
@@ -183,6 +184,11 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
             def loss(params):
                 # W divides before the square, which keeps float16 in its range.
                 per_prediction = losses(params, group, number)
+                if not per_prediction.ndim:
+                    raise ValueError(
+                        "`neg_log_prob` must return one loss for each prediction, got a "
+                        "scalar: return it without the mean or the sum."
+                    )
                 if total_weight is None:
                     count = per_prediction.size * groups * number_of_devices(axis_name)
                     return jnp.sum(per_prediction) / count**0.5
@@ -197,8 +203,12 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
                 per_prediction = jnp.where(share != 0, per_prediction, 0)
                 return jnp.sum(jnp.sqrt(share) * per_prediction)
 
-            gradient = jax.grad(loss)(params)
-            return jax.tree.map(lambda g: g.astype(accumulator_dtype(g)) ** 2, gradient)
+            value, gradient = jax.value_and_grad(loss)(params)
+            # A label that is no class has a loss of NaN, but a gradient that is finite.
+            one = jnp.where(jnp.isfinite(value), 1, jnp.nan)
+            return jax.tree.map(
+                lambda g: one * g.astype(accumulator_dtype(g)) ** 2, gradient
+            )
 
         squares = sum_over_groups(
             squared_gradient,

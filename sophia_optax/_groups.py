@@ -6,6 +6,7 @@ busy, and suits a batch whose leading axis is spread over devices: group number
 `p * steps + s` is computed at step s, so that what runs at once lies far apart.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 def check_counts(**counts: int) -> None:
     """Raises ValueError unless each of the named counts is an int of at least 1."""
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, numbers.Integral) or int(count) < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {count!r}.")
     groups, parallel_groups = counts["groups"], counts["parallel_groups"]
     if groups % parallel_groups:
@@ -89,7 +90,7 @@ def _check_batch(batch: dict[str, Any], groups: int) -> None:
                 "what is not part of the batch, or use `groups=1`."
             )
         sizes[name] = jnp.shape(x)[0]
-        if sizes[name] % groups:
+        if sizes[name] % groups or not sizes[name]:
             raise ValueError(
                 f"`{name}` has a leading axis of {sizes[name]}, which `groups={groups}` "
                 "does not divide. Choose a divisor, or cut the batch to a multiple."

@@ -35,6 +35,11 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     top = logits.max(-1, keepdims=True)
 
     weights = jnp.exp(logits - top)
+    if classes <= _BLOCK:
+        cumulative = jnp.cumsum(weights, -1)
+        target = uniform[..., None] * cumulative[..., -1:]
+        return _first_above(target, cumulative, weights)[..., 0].astype(jnp.int32)
+
     weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, -classes % _BLOCK)])
     block_weights = weights.reshape(*logits.shape[:-1], -1, _BLOCK).sum(-1)
     cumulative = jnp.cumsum(block_weights, -1)

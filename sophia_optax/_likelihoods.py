@@ -119,8 +119,9 @@ class Normal:
 class Poisson:
     """A count; the outputs are the log of its rate.
 
-    Outputs: log rates, any shape. Labels: the same shape, int32. Losses: the same
-    shape, in nats, at least float32: `exp(outputs) - targets * outputs + log targets!`.
+    Outputs: log rates, any shape, at most 21 (a count of 2**31 is JAX's largest). Labels:
+    the same shape, integers. Losses: the same shape, in nats, at least float32:
+    `exp(outputs) - targets * outputs + log targets!`.
     Keys must be of JAX's default kind, threefry: `jax.random.poisson` takes no other.
 
     Example:

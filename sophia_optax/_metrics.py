@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr
 
 from sophia_optax._diag_hessian import ScaleByDiagHessianState
 from sophia_optax._scale_by_sophia import RecordedClipState
@@ -92,8 +93,7 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     return {
         "unclipped_fraction": _share(unclipped, sophia.momentum),
         **{
-            "unclipped_fraction/"
-            + jax.tree_util.keystr(path, simple=True, separator="/"): f
+            "/".join(["unclipped_fraction", *(keystr((k,), simple=True) for k in path)]): f
             for path, f in jax.tree_util.tree_leaves_with_path(by_parameter)
         },
         "momentum_norm": _norm(sophia.momentum),

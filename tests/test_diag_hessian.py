@@ -53,6 +53,7 @@ def test_hessian_fn_is_called_when_due_with_the_key_of_the_update(jit):
         refreshes.append(int(state.num_refreshes))
     jax.effects_barrier()
     assert refreshes == [1, 1, 1, 2, 2, 2, 3]
+    assert state.num_refused == 0
     assert int(state.num_updates) == 7
     expected = [jax.random.fold_in(jax.random.key(7), n) for n in (0, 3, 6)]
     np.testing.assert_array_equal(seen, [jax.random.key_data(k) for k in expected])
@@ -85,7 +86,8 @@ def test_a_step_without_refresh_leaves_the_average_bit_for_bit(extra):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("way", ["hessian", "hessian_fn"])
-def test_an_estimate_that_is_not_finite_is_refused_whole(bad, way):
+@pytest.mark.parametrize("name", ["w", "b"])
+def test_an_estimate_that_is_not_finite_is_refused_whole(name, bad, way):
     tx = scale_by_diag_hessian(b2=0.5, update_interval=1)
 
     def step(state, estimate):
@@ -97,7 +99,7 @@ def test_an_estimate_that_is_not_finite_is_refused_whole(bad, way):
         return tx.update(GRADS, state, PARAMS, **extra)
 
     _, state = jax.jit(step)(tx.init(PARAMS), HESSIAN)
-    broken = {"w": HESSIAN["w"].at[1, 0].set(bad), "b": HESSIAN["b"]}
+    broken = HESSIAN | {name: HESSIAN[name].at[(1,) * HESSIAN[name].ndim].set(bad)}
     updates, after = jax.jit(step)(state, broken)
     assert_trees_all_equal(after.hessian, state.hessian)
     assert after.num_refused == 1
@@ -106,6 +108,15 @@ def test_an_estimate_that_is_not_finite_is_refused_whole(bad, way):
     _, recovered = jax.jit(step)(after, HESSIAN)
     assert recovered.num_refused == 1
     assert recovered.num_refreshes == 2
+
+
+def test_an_estimate_past_the_range_of_the_average_is_refused(x64):
+    for dtype, value in ((jnp.float16, 1e7), (jnp.float32, 1e300)):
+        tx = scale_by_diag_hessian(hessian_dtype=dtype)
+        params = jnp.ones(2, jnp.float64)
+        _, state = tx.update(params, tx.init(params), params, hessian=value * params)
+        np.testing.assert_array_equal(state.hessian, [0, 0])
+        assert state.num_refused == 1
 
 
 def test_debias_is_the_mean_of_equal_estimates():
@@ -155,6 +166,12 @@ def test_state_can_be_donated():
             assert all(x.is_deleted() for x in jax.tree.leaves(before.hessian))
             assert not leaves_alias(state)
             assert state.num_updates == n + 1
+
+
+def test_state_shares_no_buffer_with_hyperparameters():
+    tx = optax.inject_hyperparams(scale_by_diag_hessian)()
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert not leaves_alias(state)
 
 
 def test_state_is_arrays_without_keys():
@@ -280,6 +297,12 @@ def test_masked_parameters(way, cut, compatible):
     assert jax.tree.leaves(state.inner_state.hessian["b"]) == []
 
 
+def test_a_masked_estimate_that_does_not_fit():
+    tx = optax.masked(scale_by_diag_hessian(), FROZEN_B)
+    with pytest.raises(ValueError, match="`mask_compatible_extra_args=True`"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian={"w": HESSIAN["w"]})
+
+
 def test_partition():
     tx = optax.partition(
         {"sophia": scale_by_diag_hessian(b2=0.0, gamma=1.0), "sgd": optax.identity()},
@@ -303,13 +326,16 @@ def test_unexpected_extra_arguments_are_ignored():
             {"hessian": HESSIAN, "hessian_fn": refreshing(1.0)},
             "both `hessian` and `hessian_fn`",
         ),
-        ({"hessian": {"w": HESSIAN["w"]}}, r"structure of the updates(.|\n)*`mask_compat"),
-        ({"hessian": {"w": HESSIAN["w"], "b": None}}, r"got \[\] for `\['b'\]`"),
+        ({"hessian": {"w": HESSIAN["w"]}}, r"1 of their paths .* such as \[\"\['b'\]\"\]"),
+        ({"hessian": refreshing(1.0)}, "`hessian` is a function: pass it as `hessian_fn`"),
+        ({"hessian_fn": HESSIAN}, "`hessian_fn` is not a function: pass it as `hessian`"),
+        ({"obj_fn": jnp.sum}, "`obj_fn` is an argument of `sophia_h` alone"),
+        ({"hessian": {"w": HESSIAN["w"], "b": None}}, r"got \[\] for `params\['b'\]`"),
         ({"hessian": HESSIAN | {"b": [jnp.ones(2)] * 2}}, r"got \[\(2,\), \(2,\)\] for"),
         ({"hessian_fn": lambda key: (HESSIAN, 0)}, "structure of the updates"),
         (
             {"hessian": {"w": HESSIAN["w"], "b": jnp.ones(())}},
-            r"got \[\(\)\] for `\['b'\]` of shape \(2,\)",
+            r"got \[\(\)\] for `params\['b'\]` of shape \(2,\)",
         ),
     ],
 )
@@ -319,6 +345,7 @@ def test_errors(extra, message):
         jax.jit(lambda s: tx.update(GRADS, s, PARAMS, **extra))(tx.init(PARAMS))
 
 
-def test_update_interval_below_one():
-    with pytest.raises(ValueError, match=r"`update_interval` .* at least 1, got 0"):
-        scale_by_diag_hessian(update_interval=0)
+@pytest.mark.parametrize("interval", [0, -1, 0.5, np.int32(0)])
+def test_update_interval_that_cannot_be(interval):
+    with pytest.raises(ValueError, match=r"`update_interval` .* at least 1, got"):
+        scale_by_diag_hessian(update_interval=interval)

@@ -218,6 +218,29 @@ def test_estimates_are_float32_and_finite(dtype):
     np.testing.assert_allclose(hessian, np.stack([expected, expected]), rtol=2e-2)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_squares_are_float32_before_they_are_squares(size):
+    """The square of a float16 gradient of this size is outside float16."""
+    params, x = jnp.zeros((1, 3), jnp.float16), jnp.full((1, 1), size, jnp.float16)
+    hessian = empirical_fisher(lambda p, x: x @ p)(params, x, targets=jnp.array([0]))
+    np.testing.assert_allclose(
+        hessian[0], (size * np.array([-2, 1, 1]) / 3) ** 2, rtol=1e-2
+    )
+
+
+def test_a_label_that_is_no_class_makes_no_estimate():
+    estimate = empirical_fisher(network)
+    hessian = estimate(network_params(), jnp.ones((2, 2)), targets=jnp.array([0, 9]))
+    assert jnp.isnan(hessian["in"]).all()
+
+
+def test_parameters_may_be_python_numbers():
+    for groups in (1, 2):
+        estimate = gnb(lambda p, x: x * p["scale"], groups=groups)
+        hessian = estimate({"scale": 2.0}, jnp.ones((2, 3)), key=jax.random.key(0))
+        assert hessian["scale"].shape == ()
+
+
 def test_same_key_same_estimate():
     estimate = jax.jit(gnb(network, groups=2))
     params, x = network_params(), jnp.ones((4, 2))
@@ -248,6 +271,11 @@ def test_a_distribution_of_another_library_is_one_line():
         gnb(network, likelihood=adapted)(params, x, key=key),
         gnb(network)(params, x, key=key),
     )
+
+
+class MeanLoss(Categorical):
+    def neg_log_prob(self, outputs, targets):
+        return super().neg_log_prob(outputs, targets).mean()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +309,16 @@ def test_a_distribution_of_another_library_is_one_line():
             lambda p, x, k: gnb(network)(p, x, key=k, weights=jnp.ones((6, 1))),
             ValueError,
             r"`weights` must have one entry for each prediction, got shape \(6, 1\)",
+        ),
+        (
+            lambda p, x, k: gnb(network, groups=2)(p, x[:0], key=k),
+            ValueError,
+            r"`batch\[0\]` has a leading axis of 0",
+        ),
+        (
+            lambda p, x, k: gnb(network, likelihood=MeanLoss())(p, x, key=k),
+            ValueError,
+            "`neg_log_prob` must return one loss for each prediction, got a scalar",
         ),
         (lambda p, x, k: gnb(network)(p, x, key=0), TypeError, "`key` must be one PRNG"),
         (

@@ -31,13 +31,15 @@ def probes(monkeypatch):
     return queue
 
 
-def test_mean_over_all_probes_is_the_diagonal(x64, probes):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_mean_over_all_probes_is_the_diagonal(x64, probes, groups):
+    """With groups too: each has a mean of its own, so that one probe may serve them all."""
     params = small_params()
     x = jax.random.normal(jax.random.key(0), (6, 3))
 
     def with_probe(signs):
         probes.append({"a": signs[:3], "b": signs[3:].reshape(2, 1)})
-        return hutchinson(small_loss)(params, x, key=jax.random.key(0))
+        return hutchinson(small_loss, groups=groups)(params, x, key=jax.random.key(0))
 
     every = jnp.array(list(itertools.product([-1.0, 1.0], repeat=5)))
     mean = jax.tree.map(lambda e: e.mean(0), jax.vmap(with_probe)(every))
@@ -120,11 +122,20 @@ def test_a_kernel_without_jvp_is_named_and_so_is_the_way_out():
         jax.eval_shape(lambda p: estimate(p, key=jax.random.key(0)), jnp.ones(3))
 
 
-def test_another_error_of_the_loss_stays_what_it_is():
-    def broken(params):
-        raise TypeError("mine")
+def raising(params):
+    raise TypeError("mine: can only differentiate cats")
 
-    with pytest.raises(TypeError, match=r"^mine"):
+
+def not_reverse(params):
+    return jax.lax.while_loop(lambda x: x < 9, lambda x: 2 * x, params.sum())
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [(raising, TypeError, "mine"), (not_reverse, ValueError, "while_loop")],
+)
+def test_another_error_of_the_loss_stays_what_it_is(broken, error, message):
+    with pytest.raises(error, match=message):
         hutchinson(broken)(jnp.ones(3), key=jax.random.key(0))
 
 
@@ -142,7 +153,12 @@ def test_another_error_of_the_loss_stays_what_it_is():
         (
             lambda: hutchinson(lambda p: p)(jnp.ones(3), key=jax.random.key(0)),
             ValueError,
-            r"`loss_fn` must return the mean loss, a scalar, got shape \(3,\)",
+            r"`loss_fn` must return the mean loss alone, a scalar, got shape \(3,\)",
+        ),
+        (
+            lambda: hutchinson(lambda p: (p.sum(), p))(jnp.ones(3), key=jax.random.key(0)),
+            ValueError,
+            "`loss_fn` must return the mean loss alone, a scalar, got tuple",
         ),
         (lambda: hutchinson(loss)(jnp.ones(3), key=1), TypeError, "`key` must be one PRNG"),
     ],

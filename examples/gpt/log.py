@@ -8,7 +8,7 @@ from typing import Any
 
 import tqdm
 
-from examples.gpt.config import Config
+from examples.gpt.config import Config, ConfigError
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
 
@@ -19,8 +19,12 @@ class Log:
     def __init__(self, config: Config, folder: Path):
         self.rows: list[Row] = []
         self._config = config
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config.as_json(), indent=2) + "\n"
+            (folder / "config.json").write_text(text)
+        except OSError as error:
+            raise ConfigError(f"`out`: {folder} can't be written to: {error}.") from error
         self._metrics = folder / "metrics.jsonl"
         self._is_terminal = sys.stdout.isatty()
 

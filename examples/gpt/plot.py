@@ -1,6 +1,7 @@
 """The picture of a run: the loss, and below it how much of each update is unclipped."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import matplotlib
@@ -20,11 +21,12 @@ class Curve:
 
     def points(self, key: str) -> tuple[list, list]:
         rows = [row for row in self.rows if row.get(key) is not None]
+        rows = [row for row in rows if math.isfinite(row[key])]  # a run may diverge
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     @property
     def val_loss(self) -> float:
-        return self.points("val_loss")[1][-1]
+        return [row["val_loss"] for row in self.rows if "val_loss" in row][-1]
 
 
 def losses(curves: list[Curve], path: Path) -> None:
@@ -50,8 +52,9 @@ def losses(curves: list[Curve], path: Path) -> None:
         )
         if curve.points("unclipped_fraction")[0]:
             bottom.plot(*curve.points("unclipped_fraction"), color=color, label=curve.name)
-    low = min(min(curve.points("val_loss")[1]) for curve in curves)
-    top.set(ylabel="loss (nats per byte)", ylim=(low - 0.2, low + 2.0))
+    seen = [y for c in curves for key in ("loss", "val_loss") for y in c.points(key)[1]]
+    low = min(seen, default=0.0)
+    top.set(ylabel="loss (nats per byte)", ylim=(low - 0.1, low + 2.0))
     top.set_title("Byte-level GPT: " + " and ".join(curve.name for curve in curves))
     bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
     bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))

@@ -61,7 +61,7 @@ def train(config: Config, corpus: data.Corpus, log: Log) -> TrainState:
     """Trains from the seed's parameters on the seed's batches."""
     graph, params = nnx.split(GPT(config, nnx.Rngs(config.seed)))
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.recipe().learning_rate, config.warmup, config.steps
+        0.0, config.recipe().learning_rate, config.warmup_steps(), config.steps
     )
     tx = make_optimizer(config, schedule)
 
@@ -97,10 +97,10 @@ def train(config: Config, corpus: data.Corpus, log: Log) -> TrainState:
     batches = data.batches(corpus.train, config.batch, config.context, config.seed)
     log.start()
     for step, tokens in zip(range(1, config.steps + 1), batches, strict=False):
-        rate = float(jnp.asarray(schedule(step - 1)))
         state, loss = train_step(state, tokens.astype(np.int32))
         is_last = step == config.steps
         if step % config.log_every == 0 or step % config.validate_every == 0 or is_last:
+            rate = float(jnp.asarray(schedule(step - 1)))
             row = {"step": step, "loss": float(loss), "lr": rate}
             row["unclipped_fraction"] = (
                 float(unclipped(state.opt_state)) if "sophia" in config.optimizer else None

@@ -1,9 +1,12 @@
 import json
 
+import pytest
+
 from benchmarks import groups, machine
 from examples.gpt.config import Config
 
 
+@pytest.mark.slow
 def test_error_falls_with_the_groups(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "benchmarks" / "results")
     config = groups.Config(

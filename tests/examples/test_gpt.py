@@ -166,6 +166,8 @@ def test_default_corpus_is_the_standard_library():
         ({"refresh_batch": 16}, "`refresh_batch` is a part of the batch.* 16 of 8"),
         ({"heads": 3}, "`heads` must divide `width`"),
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"optimizer": "lion", "gamma": 0.1}, "`gamma` is Sophia's, and lion has none"),
+        ({"weight_decay": float("nan")}, "`weight_decay` must not be negative, got nan"),
         ({"warmup": 30}, "`warmup` must be less than `steps`, got 30 of 30"),
         ({"compare": "sophia_g"}, "`compare` is the optimizer itself"),
         ({"seed": -1}, "`seed` must not be negative, got -1"),
@@ -185,6 +187,18 @@ def test_a_folder_that_holds_a_run_is_left_alone(tiny):
     with pytest.raises(ConfigError, match="`out` already holds a run"):
         main(tiny)
     assert (tiny.folder() / "config.json").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_made(tiny, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"`out`: .* can't be written to"):
+        main(dataclasses.replace(tiny, out=tmp_path / "file" / "out"))
+
+
+def test_a_run_that_diverges_ends_with_its_picture(tiny, capsys):
+    main(dataclasses.replace(tiny, optimizer="adamw", learning_rate=1e30, compare="lion"))
+    assert (tiny.folder() / "loss.png").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == "val loss nan"
 
 
 def test_an_empty_folder_of_data(tiny, tmp_path):
