@@ -122,21 +122,8 @@ def scale_by_diag_hessian(
         hessian_fn: Callable[[jax.Array], optax.Updates] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
-        if hessian is None and hessian_fn is None and extra_args.get("obj_fn") is not None:
-            raise ValueError(
-                "`obj_fn` is an argument of `sophia_h` alone. Pass "
-                "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
-            )
+        _check_one_way(hessian, hessian_fn, extra_args.get("obj_fn"))
         average, taken, refused = state.hessian, False, False
-        if hessian is not None and hessian_fn is not None:
-            raise ValueError(
-                "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate "
-                "for now, `hessian_fn` makes one when it is due: pass one of them."
-            )
-        if callable(hessian):
-            raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
-        if hessian_fn is not None and not callable(hessian_fn):
-            raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
         if hessian is not None:
             average, taken = _blend(average, hessian, updates, b2)
             refused = ~taken
@@ -176,6 +163,24 @@ def scale_by_diag_hessian(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def _check_one_way(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
+    """Raises ValueError for arguments that would not do what they say."""
+    if hessian is not None and hessian_fn is not None:
+        raise ValueError(
+            "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate for "
+            "now, `hessian_fn` makes one when it is due: pass one of them."
+        )
+    if callable(hessian):
+        raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
+    if hessian_fn is not None and not callable(hessian_fn):
+        raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
+    if obj_fn is not None and hessian is None and hessian_fn is None:
+        raise ValueError(
+            "`obj_fn` is an argument of `sophia_h` alone. Pass "
+            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
+        )
 
 
 def _blend(

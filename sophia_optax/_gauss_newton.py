@@ -180,27 +180,36 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
             total_weight = weights.sum(dtype=accumulator_dtype(weights))
             total_weight = sum_over_devices(total_weight, axis_name)
 
+        def share_of(group, per_prediction):
+            """w_b / W of each prediction: 0 if it is masked, NaN if all of them are."""
+            if total_weight is None:
+                return 1 / (per_prediction.size * groups * number_of_devices(axis_name))
+            share = group["weights"] / total_weight
+            if share.shape != per_prediction.shape:
+                raise ValueError(
+                    "`weights` must have one entry for each prediction, got shape "
+                    f"{share.shape} for losses of shape {per_prediction.shape} (a "
+                    f"group of `groups={groups}`). Broadcast them, or check axes."
+                )
+            return share
+
         def squared_gradient(group, number):
             def loss(params):
-                # W divides before the square, which keeps float16 in its range.
                 per_prediction = losses(params, group, number)
                 if not per_prediction.ndim:
                     raise ValueError(
                         "`neg_log_prob` must return one loss for each prediction, got a "
                         "scalar: return it without the mean or the sum."
                     )
-                if total_weight is None:
-                    count = per_prediction.size * groups * number_of_devices(axis_name)
-                    return jnp.sum(per_prediction) / count**0.5
-                share = group["weights"] / total_weight  # NaN if there are no predictions
-                if share.shape != per_prediction.shape:
+                if not per_prediction.size:
                     raise ValueError(
-                        "`weights` must have one entry for each prediction, got shape "
-                        f"{share.shape} for losses of shape {per_prediction.shape} (a "
-                        f"group of `groups={groups}`). Broadcast them, or check axes."
+                        "`batch` has no predictions: the losses have shape "
+                        f"{per_prediction.shape}."
                     )
+                share = share_of(group, per_prediction)
                 # A masked prediction may have no loss at all, as for the label -100.
                 per_prediction = jnp.where(share != 0, per_prediction, 0)
+                # W divides before the square, which keeps float16 in its range.
                 return jnp.sum(jnp.sqrt(share) * per_prediction)
 
             value, gradient = jax.value_and_grad(loss)(params)

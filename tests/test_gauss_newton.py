@@ -316,6 +316,11 @@ class MeanLoss(Categorical):
             r"`batch\[0\]` has a leading axis of 0",
         ),
         (
+            lambda p, x, k: gnb(network)(p, x[:0], key=k),
+            ValueError,
+            r"`batch` has no predictions: the losses have shape \(0,\)",
+        ),
+        (
             lambda p, x, k: gnb(network, likelihood=MeanLoss())(p, x, key=k),
             ValueError,
             "`neg_log_prob` must return one loss for each prediction, got a scalar",
