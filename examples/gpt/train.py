@@ -170,4 +170,6 @@ def write_text(config: Config, params: Any, prompt: np.ndarray, length: int = 40
 
     window_T = jnp.asarray(prompt[: config.context], jnp.int32)
     written = np.asarray(write(params, window_T, jax.random.key(config.seed)))
-    return written.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    text = written.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    # An untrained model writes control characters too, which a terminal would obey.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
