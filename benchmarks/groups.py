@@ -62,6 +62,14 @@ class Config:
     """The model, and how it is trained."""
 
 
+_add = jax.jit(optax.tree.add)
+
+
+@jax.jit
+def _squared_distance(a: Any, b: Any) -> jax.Array:
+    return optax.tree.norm(optax.tree.sub(a, b), squared=True)
+
+
 class Errors:
     """Errors of estimates for a model, on one batch or on fresh ones."""
 
@@ -88,7 +96,7 @@ class Errors:
         for i in range(self.config.reference_draws):
             key = jax.random.key(2**20 + i)
             estimate = self.estimate(self.largest)(params, next(batches), key)
-            total = optax.tree.add(total, estimate)
+            total = _add(total, estimate)
         return optax.tree.scale(1 / self.config.reference_draws, total)
 
     def error(
@@ -97,7 +105,7 @@ class Errors:
         squares, batches = [], self.batches(sequences, fresh, seed=2)
         for i in range(self.config.draws):
             estimate = self.estimate(groups)(params, next(batches), jax.random.key(i))
-            squares.append(optax.tree.norm(optax.tree.sub(estimate, truth), squared=True))
+            squares.append(_squared_distance(estimate, truth))
         return float(jnp.sqrt(jnp.mean(jnp.stack(squares))) / optax.tree.norm(truth))
 
 
