@@ -225,11 +225,11 @@ def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
         )
         message = (
             "The estimate of `hessian` or `hessian_fn` must have the structure of the "
-            f"updates: {len(expected - got)} of their paths are missing in it, such as "
-            f"{sorted(expected - got)[:1]}, and {len(got - expected)} of its own are not "
-            f"theirs, such as {sorted(got - expected)[:1]}. It is of type "
-            f"`{type(estimate).__name__}`, and they of `{type(updates).__name__}`."
+            f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`."
         )
+        for what, paths in (("lacks", expected - got), ("has also", got - expected)):
+            if paths:
+                message += f" It {what} `params{min(paths)}` and {len(paths) - 1} more."
         if any(is_masked(u) for _, u in named):
             message += (
                 " Under `optax.masked` or `optax.partition` pass the estimate for all the "
@@ -243,10 +243,11 @@ def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
             return u
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]
         if shapes != [jnp.shape(u)]:
+            got = " and ".join(map(str, shapes)) or "nothing"
             raise ValueError(
                 "The estimate of `hessian` or `hessian_fn` must have the shapes of the "
-                f"updates, got {shapes} for `params{jax.tree_util.keystr(path)}` of "
-                f"shape {jnp.shape(u)}."
+                f"updates, got {got} for `params{jax.tree_util.keystr(path)}` of shape "
+                f"{jnp.shape(u)}."
             )
         return jax.tree.leaves(part)[0]
 

@@ -24,7 +24,12 @@ from sophia_optax._devices import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax._groups import accumulator_dtype, check_counts, sum_over_groups
+from sophia_optax._groups import (
+    accumulator_dtype,
+    as_parameters,
+    check_counts,
+    sum_over_groups,
+)
 from sophia_optax._likelihoods import Categorical, Likelihood
 
 _CATEGORICAL = Categorical()
@@ -51,7 +56,9 @@ def gnb(
 
     Args:
       logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood`
-        takes, for `Categorical` logits of shape (..., classes).
+        takes, for `Categorical` logits of shape (..., classes). It sees one group at a
+        time: where a model mixes examples, as batch normalisation in training does, use
+        its form for evaluation, or one group.
       likelihood: the distribution of a label given the outputs. `Categorical`,
         `Bernoulli`, `Normal`, `Poisson`, or any object with their two methods.
       groups: number of groups, blocks of consecutive examples. Must divide the leading
@@ -90,7 +97,7 @@ def gnb(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 2
     """
-    square = _square_of_sums(groups, parallel_groups, axis_name)
+    square = _square_of_sums(likelihood, groups, parallel_groups, axis_name)
 
     def estimate(params, *batch, key, weights=None):
         own_key = key_of_device(key, axis_name)
@@ -150,7 +157,7 @@ def empirical_fisher(
       Kunstner et al., `Limitations of the Empirical Fisher Approximation
       <https://arxiv.org/abs/1905.12558>`_, 2019
     """
-    square = _square_of_sums(groups, parallel_groups, axis_name)
+    square = _square_of_sums(likelihood, groups, parallel_groups, axis_name)
 
     def estimate(params, *batch, targets, weights=None):
         def losses(params, group, number):
@@ -163,7 +170,9 @@ def empirical_fisher(
     return estimate
 
 
-def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
+def _square_of_sums(
+    likelihood: Likelihood, groups: int, parallel_groups: int, axis_name: AxisName
+):
     """Returns `square(losses, params, weights=, **batch)`, which makes
 
         (1 / W) Σ_g (∇ Σ_{b in g} √w_b ℓ_b)²
@@ -171,10 +180,15 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
     of the losses ℓ_b = losses(params, group, number), an entry for each prediction.
     """
     check_counts(groups=groups, parallel_groups=parallel_groups)
+    if isinstance(likelihood, type) or not hasattr(likelihood, "neg_log_prob"):
+        raise ValueError(
+            "`likelihood` must be an object with `sample` and `neg_log_prob`, such as "
+            f"`Categorical()`, got {likelihood!r}."
+        )
 
     def square(losses, params, *, weights, **batch):
-        params = as_varying(jax.tree.map(jnp.asarray, params), axis_name)
-        total_weight = None
+        params = as_varying(as_parameters(params), axis_name)
+        total_weight = 1
         if weights is not None:
             batch["weights"] = weights = jnp.asarray(weights)
             total_weight = weights.sum(dtype=accumulator_dtype(weights))
@@ -182,14 +196,14 @@ def _square_of_sums(groups: int, parallel_groups: int, axis_name: AxisName):
 
         def share_of(group, per_prediction):
             """w_b / W of each prediction: 0 if it is masked, NaN if all of them are."""
-            if total_weight is None:
+            if weights is None:
                 return 1 / (per_prediction.size * groups * number_of_devices(axis_name))
             share = group["weights"] / total_weight
             if share.shape != per_prediction.shape:
+                first, *rest = per_prediction.shape
                 raise ValueError(
-                    "`weights` must have one entry for each prediction, got shape "
-                    f"{share.shape} for losses of shape {per_prediction.shape} (a "
-                    f"group of `groups={groups}`). Broadcast them, or check axes."
+                    "`weights` must have one entry for each prediction, shape "
+                    f"{(first * groups, *rest)}, got {weights.shape}."
                 )
             return share
 

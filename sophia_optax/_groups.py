@@ -75,6 +75,22 @@ def sum_over_groups(
     )[0]
 
 
+def as_parameters(params: Any) -> Any:
+    """The parameters as arrays. Raises TypeError for one that has no gradient."""
+
+    def check(path, p):
+        p = jnp.asarray(p)
+        if not jnp.issubdtype(p.dtype, jnp.floating):
+            raise TypeError(
+                f"`params{jax.tree_util.keystr(path)}` is of dtype {p.dtype} and has no "
+                "gradient. Pass the trainable parameters alone, in Flax NNX those of "
+                "`nnx.split(model, nnx.Param, ...)`, and close over the rest."
+            )
+        return p
+
+    return jax.tree_util.tree_map_with_path(check, params)
+
+
 def accumulator_dtype(x: jax.Array) -> Any:
     """float32, or float64 where `x` is."""
     return jnp.promote_types(x.dtype, jnp.float32)

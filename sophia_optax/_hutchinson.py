@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sophia_optax._devices import (
@@ -21,7 +20,12 @@ from sophia_optax._devices import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax._groups import accumulator_dtype, check_counts, sum_over_groups
+from sophia_optax._groups import (
+    accumulator_dtype,
+    as_parameters,
+    check_counts,
+    sum_over_groups,
+)
 
 
 def hutchinson(
@@ -43,7 +47,8 @@ def hutchinson(
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
         groups or devices the mean over the batch must be the mean of theirs: a mean
-        over unmasked predictions only is not, where their number differs.
+        over unmasked predictions is not where their number differs (use one group), nor
+        is a loss that mixes examples, as batch normalisation does.
       groups: number of groups, blocks of consecutive examples, each with probes of its
         own. Must divide the leading axis of every array in the batch.
       num_probes: number of probes for each group, one after another.
@@ -79,7 +84,7 @@ def hutchinson(
     check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
 
     def estimate(params, *batch, key):
-        params = as_varying(jax.tree.map(jnp.asarray, params), axis_name)
+        params = as_varying(as_parameters(params), axis_name)
         own_key = key_of_device(key, axis_name)
 
         def product_of_group(group, number):
@@ -127,5 +132,7 @@ def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) ->
 def _scalar(loss: jax.Array) -> jax.Array:
     got = f"shape {loss.shape}" if hasattr(loss, "shape") else type(loss).__name__
     if got != "shape ()":
-        raise ValueError(f"`loss_fn` must return the mean loss alone, a scalar, got {got}.")
+        raise ValueError(
+            f"`loss_fn` (`obj_fn`) must return the mean loss alone, a scalar, got {got}."
+        )
     return loss

@@ -152,6 +152,12 @@ def _check_logits(outputs: Any) -> jax.Array:
             f"{getattr(outputs, 'shape', type(outputs).__name__)}. If the model returns "
             "more than its logits, keep only them in `logits_fn`."
         )
+    if outputs.shape[-1] < 2:
+        raise ValueError(
+            "`Categorical` needs two classes or more, got logits of shape "
+            f"{outputs.shape}, whose curvature is 0. For one logit of a yes or no use "
+            "`Bernoulli()`."
+        )
     return outputs
 
 

@@ -129,8 +129,8 @@ def _find_sophia(opt_state: optax.OptState) -> _Sophia:
     if len(found) != 1:
         raise ValueError(
             f"`opt_state` must hold the state of one Sophia, found {len(found)}. Pass "
-            "the part of it that you mean: under `optax.partition` that is "
-            "`opt_state.inner_states[label]`."
+            "what `tx.init` or `tx.update` returned, and if it holds several, the part "
+            "that you mean: under `optax.partition` `opt_state.inner_states[label]`."
         )
     [(parts, i)] = found
     if i == 0 or not isinstance(parts[i - 1], optax.EmaState):

@@ -36,10 +36,12 @@ def sophia(
 
     `scale_by_sophia`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`.
     Without an estimate in any update this is momentum with a sign: pass `hessian_fn`
-    (or `hessian`) to `update`, as `scale_by_diag_hessian` says.
+    (or `hessian`) to `update`, as `scale_by_diag_hessian` says. Compile the step with
+    `jax.jit`: outside it, JAX compiles a new `hessian_fn` at every step.
 
     Args:
-      learning_rate: η, or a schedule of it. The largest change of an entry in a step.
+      learning_rate: η, or a schedule of it. Times `clip_threshold` it is the largest
+        change of an entry in a step, but for weight decay.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
       gamma: scale of the Hessian, or a schedule of it. Choose it so that
@@ -51,7 +53,8 @@ def sophia(
       clip_threshold: ρ, the largest size of an entry before the learning rate.
       update_interval: number of updates from one refresh to the next.
       debias: correct the bias of the average of the Hessian.
-      mu_dtype: dtype of the average of gradients; the parameters' by default.
+      mu_dtype: dtype of the average of gradients; the parameters' by default. Under
+        `optax.inject_hyperparams` write its name, as "bfloat16", here and below.
       hessian_dtype: dtype of the average of the Hessian; float32 by default.
       seed: seed of the keys that `hessian_fn` is called with.
 

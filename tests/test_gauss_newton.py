@@ -308,7 +308,7 @@ class MeanLoss(Categorical):
         (
             lambda p, x, k: gnb(network)(p, x, key=k, weights=jnp.ones((6, 1))),
             ValueError,
-            r"`weights` must have one entry for each prediction, got shape \(6, 1\)",
+            r"one entry for each prediction, shape \(6,\), got \(6, 1\)",
         ),
         (
             lambda p, x, k: gnb(network, groups=2)(p, x[:0], key=k),
@@ -324,6 +324,21 @@ class MeanLoss(Categorical):
             lambda p, x, k: gnb(network, likelihood=MeanLoss())(p, x, key=k),
             ValueError,
             "`neg_log_prob` must return one loss for each prediction, got a scalar",
+        ),
+        (
+            lambda p, x, k: gnb(network, likelihood=Categorical),
+            ValueError,
+            r"`likelihood` must be an object .* such as `Categorical\(\)`",
+        ),
+        (
+            lambda p, x, k: gnb(lambda p, x: network(p, x)[..., :1])(p, x, key=k),
+            ValueError,
+            r"`Categorical` needs two classes or more.* `Bernoulli\(\)`",
+        ),
+        (
+            lambda p, x, k: gnb(network)(p | {"rng": k}, x, key=k),
+            TypeError,
+            r"`params\['rng'\]` is of dtype key<fry> and has no gradient",
         ),
         (lambda p, x, k: gnb(network)(p, x, key=0), TypeError, "`key` must be one PRNG"),
         (

@@ -67,7 +67,7 @@ class Config:
     """A text file, or a folder of them. The standard library's source by default."""
 
     out: Path | None = None
-    """Folder for what comes out; `runs/` and the optimizer's name by default."""
+    """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
 
     steps: int = 500
     """Number of training steps."""
@@ -109,6 +109,11 @@ class Config:
     a tenth of all by default."""
     # With 20 steps, a twenty-fifth, sophia_g ends 0.02 higher.
 
+    debias: bool = True
+    """Correct the bias of the average of the Hessian."""
+    # In 500 steps the average is still far from its value, which without the correction is
+    # a gamma several times smaller than the one asked for.
+
     learning_rate: float | None = None
     """Peak of the learning rate; the optimizer's own best, like the next four."""
 
@@ -125,7 +130,7 @@ class Config:
     """Decoupled weight decay, on matrices and embeddings only."""
 
     log_every: int = 10
-    """Number of steps from one line of metrics to the next."""
+    """Number of steps from one line of metrics.jsonl to the next."""
 
     validate_every: int = 50
     """Number of steps from one validation to the next."""
@@ -149,7 +154,10 @@ class Config:
         return self.steps // 10 if self.warmup is None else self.warmup
 
     def folder(self) -> Path:
-        return self.out or Path("runs") / self.optimizer
+        name = (
+            self.optimizer if self.compare is None else f"{self.optimizer}_{self.compare}"
+        )
+        return self.out or Path("runs") / name
 
     def as_json(self) -> dict:
         """All of it, with the recipe filled in."""
@@ -206,8 +214,8 @@ class Config:
         out = self.folder()
         if out.exists() and not out.is_dir():
             raise ConfigError(f"`out` must be a folder, but {out} is a file.")
-        if (out / "config.json").exists():
+        if (out / "metrics.jsonl").exists():
             raise ConfigError(
-                f"`out` already holds a run: {out / 'config.json'}. Name another folder "
+                f"`out` already holds a run: {out / 'metrics.jsonl'}. Name another folder "
                 "with --out, or remove this one."
             )

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import tqdm
 
 from examples.gpt.config import Config, ConfigError
@@ -27,19 +28,21 @@ class Log:
             raise ConfigError(f"`out`: {folder} can't be written to: {error}.") from error
         self._metrics = folder / "metrics.jsonl"
         self._is_terminal = sys.stdout.isatty()
-
-    def start(self) -> None:
         self._bar = tqdm.tqdm(
-            total=self._config.steps,
-            desc=self._config.optimizer,
+            total=config.steps,
+            desc=config.optimizer,
             unit="step",
             file=sys.stdout,
             disable=not self._is_terminal,
         )
-        self._last_step, self._last_time = 0, time.perf_counter()
+
+    def start_clock(self, step: int, result: jax.Array) -> None:
+        """Counts tokens a second from here on, once the result of this step is there."""
+        jax.block_until_ready(result)
+        self._last_step, self._last_time = step, time.perf_counter()
 
     def tokens_per_second(self, step: int) -> float:
-        """Since the row before; the first also counts compilation."""
+        """Since the row before, or the first step."""
         tokens = (step - self._last_step) * self._config.batch * self._config.context
         return tokens / (time.perf_counter() - self._last_time)
 

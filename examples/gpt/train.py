@@ -44,7 +44,7 @@ def main(config: Config) -> list[plot.Curve]:
 
     print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
     print(f"{out}: config.json, metrics.jsonl, loss.png")
-    for curve in curves[1:]:
+    for curve in curves if config.compare else []:
         print(f"{curve.name}: val loss {curve.val_loss:.3f}")
     print(f"val loss {curves[0].val_loss:.3f}")
     return curves
@@ -95,9 +95,10 @@ def train(config: Config, corpus: data.Corpus, log: Log) -> TrainState:
     unclipped = jax.jit(unclipped_fraction)
     state = TrainState(params, tx.init(params))
     batches = data.batches(corpus.train, config.batch, config.context, config.seed)
-    log.start()
     for step, tokens in zip(range(1, config.steps + 1), batches, strict=False):
         state, loss = train_step(state, tokens.astype(np.int32))
+        if step == 1:
+            log.start_clock(step, loss)
         is_last = step == config.steps
         if step % config.log_every == 0 or step % config.validate_every == 0 or is_last:
             rate = float(jnp.asarray(schedule(step - 1)))
@@ -125,12 +126,10 @@ def make_optimizer(
         # Matrices and embeddings only: no norm's scale, and no bias.
         "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     }
-    # debias: in a run of a few hundred steps the average of the Hessian is still far
-    # from its value, which without the correction is a gamma several times smaller.
     sophia_settings = settings | {
         "gamma": recipe.gamma,
         "update_interval": config.update_interval,
-        "debias": True,
+        "debias": config.debias,
         "seed": config.seed,
     }
     optimizer = {

@@ -183,10 +183,10 @@ def test_what_comes_in_wrong_is_told_before_anything_is_written(tiny, changes, m
 
 def test_a_folder_that_holds_a_run_is_left_alone(tiny):
     tiny.folder().mkdir()
-    (tiny.folder() / "config.json").write_text("precious")
+    (tiny.folder() / "metrics.jsonl").write_text("precious")
     with pytest.raises(ConfigError, match="`out` already holds a run"):
         main(tiny)
-    assert (tiny.folder() / "config.json").read_text() == "precious"
+    assert (tiny.folder() / "metrics.jsonl").read_text() == "precious"
 
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
