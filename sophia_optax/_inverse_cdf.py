@@ -15,8 +15,8 @@ _BLOCK = 256
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Classes drawn with probabilities softmax(logits).
 
-    A class's probability is exact to 2**-23, the step of a float32 uniform number, and
-    0 for logits of -inf.
+    A class's probability is exact to a few 2**-23, the step of a float32 uniform number,
+    and 0 for logits of -inf.
 
     Args:
       key: PRNG key.
