@@ -227,11 +227,12 @@ def _square_of_sums(
                 return jnp.sum(jnp.sqrt(share) * per_prediction)
 
             value, gradient = jax.value_and_grad(loss)(params)
-            # A label that is no class has a loss of NaN, but a gradient that is finite.
-            one = jnp.where(jnp.isfinite(value), 1, jnp.nan)
-            return jax.tree.map(
-                lambda g: one * g.astype(accumulator_dtype(g)) ** 2, gradient
-            )
+            squares = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)) ** 2, gradient)
+            if "targets" in group:
+                # One that is no class has a loss of NaN, but a gradient that is finite.
+                one = jnp.where(jnp.isfinite(value), 1, jnp.nan)
+                squares = jax.tree.map(lambda s: one * s, squares)
+            return squares
 
         squares = sum_over_groups(
             squared_gradient,
