@@ -118,7 +118,8 @@ def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) ->
     try:
         _, product = jax.jvp(jax.grad(loss), (params,), (probe,))
     except (NotImplementedError, TypeError, ValueError) as error:
-        jax.eval_shape(jax.grad(loss), params)  # or the gradient itself is what fails
+        # Where the gradient itself fails, this raises what is wrong with it.
+        jax.eval_shape(jax.grad(loss), params)
         raise NotImplementedError(
             "`hutchinson` differentiates the gradient of `loss_fn` once more, which a "
             "part of it does not allow, such as cuDNN's attention or another kernel "

@@ -21,8 +21,9 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
     in or out of `jit`.
 
     Args:
-      opt_state: the state of any chain or wrapper that holds one Sophia: `optax.ema`,
-        `scale_by_diag_hessian` and a clip (at 1, if it isn't `scale_by_sophia`'s own).
+      opt_state: the state of any chain or wrapper that holds one Sophia: `optax.ema`
+        with `debias=False`, `scale_by_diag_hessian` and a clip (at 1, if it isn't
+        `scale_by_sophia`'s own).
 
     Returns:
       The fraction, shape (), float32.
