@@ -24,6 +24,7 @@ from sophia_optax._devices import (
     number_of_devices,
     sum_over_devices,
 )
+from sophia_optax._estimator import Estimator
 from sophia_optax._groups import (
     accumulator_dtype,
     as_parameters,
@@ -40,9 +41,9 @@ def gnb(
     *,
     likelihood: Likelihood = _CATEGORICAL,
     groups: int = 1,
-    parallel_groups: int = 1,
+    parallel_groups: int | None = None,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> Estimator:
     r"""Gauss-Newton-Bartlett: squared gradients of labels sampled from the model.
 
     .. math::
@@ -64,10 +65,12 @@ def gnb(
       groups: number of groups, blocks of consecutive examples. Must divide the leading
         axis of every array in the batch and of the weights.
       parallel_groups: how many groups are computed at once, each with a gradient of its
-        own in memory; the others wait their turn. Must divide `groups`.
+        own in memory; the others wait their turn. Must divide `groups`. By default one
+        on each device that the batch is spread over under `jit`; along Auto axes of a
+        mesh, where tracing does not know, as many as there are devices.
       axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
         are then a device's, and the estimate is the same on every device. Under `jit`
-        with sharded arrays leave it None.
+        with sharded arrays leave it None: the estimate is that of one device.
 
     Returns:
       A function `estimate(params, *batch, key, weights=None)`.
@@ -80,7 +83,8 @@ def gnb(
 
     Raises:
       ValueError: for counts below 1; from the estimate, if `groups` does not divide
-        the batch or the weights do not have the shape of the predictions.
+        the batch or can't be shared out to the devices that it is spread over, or the
+        weights do not have the shape of the predictions.
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:
@@ -97,9 +101,8 @@ def gnb(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 2
     """
-    square = _square_of_sums(likelihood, groups, parallel_groups, axis_name)
 
-    def estimate(params, *batch, key, weights=None):
+    def inputs(*batch, key, weights=None):
         own_key = key_of_device(key, axis_name)
 
         def losses(params, group, number):
@@ -108,9 +111,9 @@ def gnb(
             labels = likelihood.sample(group_key, jax.lax.stop_gradient(outputs))
             return likelihood.neg_log_prob(outputs, labels)
 
-        return square(losses, params, batch=batch, weights=weights)
+        return losses, {"batch": batch}, weights
 
-    return estimate
+    return _mean_of_squares(inputs, likelihood, groups, parallel_groups, axis_name)
 
 
 def empirical_fisher(
@@ -118,9 +121,9 @@ def empirical_fisher(
     *,
     likelihood: Likelihood = _CATEGORICAL,
     groups: int = 1,
-    parallel_groups: int = 1,
+    parallel_groups: int | None = None,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> Estimator:
     """The diagonal of the empirical Fisher matrix: `gnb` with the labels of the data.
 
     Gradients of true labels do not have mean zero, so this is no estimate of the
@@ -157,27 +160,35 @@ def empirical_fisher(
       Kunstner et al., `Limitations of the Empirical Fisher Approximation
       <https://arxiv.org/abs/1905.12558>`_, 2019
     """
-    square = _square_of_sums(likelihood, groups, parallel_groups, axis_name)
 
-    def estimate(params, *batch, targets, weights=None):
+    def inputs(*batch, targets, weights=None):
         def losses(params, group, number):
             del number
             outputs = logits_fn(params, *group["batch"])
             return likelihood.neg_log_prob(outputs, group["targets"])
 
-        return square(losses, params, batch=batch, targets=targets, weights=weights)
+        return losses, {"batch": batch, "targets": targets}, weights
 
-    return estimate
+    return _mean_of_squares(inputs, likelihood, groups, parallel_groups, axis_name)
 
 
-def _square_of_sums(
-    likelihood: Likelihood, groups: int, parallel_groups: int, axis_name: AxisName
-):
-    """Returns `square(losses, params, weights=, **batch)`, which makes
+def _mean_of_squares(
+    inputs: Callable[..., Any],
+    likelihood: Likelihood,
+    groups: int,
+    parallel_groups: int | None,
+    axis_name: AxisName,
+) -> Estimator:
+    """The estimator (1 / W) Σ_g (∇ Σ_{b in g} √w_b ℓ_b)².
 
-        (1 / W) Σ_g (∇ Σ_{b in g} √w_b ℓ_b)²
-
-    of the losses ℓ_b = losses(params, group, number), an entry for each prediction.
+    Args:
+      inputs: `inputs(*batch, ...)` takes what the estimator takes but for the parameters,
+        and returns the function `losses(params, group, number)`, with an entry ℓ_b for
+        each prediction of the group, the named arrays to split into groups, and w.
+      likelihood: to be checked.
+      groups: as `gnb`.
+      parallel_groups: as `gnb`.
+      axis_name: as `gnb`.
     """
     check_counts(groups=groups, parallel_groups=parallel_groups)
     if isinstance(likelihood, type) or not hasattr(likelihood, "neg_log_prob"):
@@ -186,13 +197,24 @@ def _square_of_sums(
             f"`Categorical()`, got {likelihood!r}."
         )
 
-    def square(losses, params, *, weights, **batch):
+    def sum_of(weights):
+        total = weights.sum(dtype=accumulator_dtype(weights))
+        return sum_over_devices(total, axis_name)
+
+    def weight(params, *batch, **kwargs):
+        losses, named, weights = inputs(*batch, **kwargs)
+        if weights is not None:
+            return sum_of(jnp.asarray(weights))
+        predictions = jax.eval_shape(losses, params, named, jnp.int32(0)).size
+        return predictions * number_of_devices(axis_name)
+
+    def estimate(first_group, params, *batch, **kwargs):
+        losses, named, weights = inputs(*batch, **kwargs)
         params = as_varying(as_parameters(params), axis_name)
         total_weight = 1
         if weights is not None:
-            batch["weights"] = weights = jnp.asarray(weights)
-            total_weight = weights.sum(dtype=accumulator_dtype(weights))
-            total_weight = sum_over_devices(total_weight, axis_name)
+            named["weights"] = weights = jnp.asarray(weights)
+            total_weight = sum_of(weights)
 
         def share_of(group, per_prediction):
             """w_b / W of each prediction: 0 if it is masked, NaN if all of them are."""
@@ -207,7 +229,7 @@ def _square_of_sums(
                 )
             return share
 
-        def squared_gradient(group, number):
+        def squared_gradient(params, group, number):
             def loss(params):
                 per_prediction = losses(params, group, number)
                 if not per_prediction.ndim:
@@ -236,11 +258,12 @@ def _square_of_sums(
 
         squares = sum_over_groups(
             squared_gradient,
-            batch,
-            like=params,
+            params,
+            named,
             groups=groups,
             parallel_groups=parallel_groups,
+            first=first_group,
         )
         return sum_over_devices(squares, axis_name)
 
-    return square
+    return Estimator(estimate, weight, groups)

@@ -2,10 +2,12 @@
 
 Groups are blocks of consecutive examples. One after another (a scan) bounds memory to
 one gradient; side by side (a vmap of `parallel_groups` of them) keeps a large device
-busy, and suits a batch whose leading axis is spread over devices: group number
-`p * steps + s` is computed at step s, so that what runs at once lies far apart.
+busy. Group number `p * steps + s` is computed at step s, so that what runs at once lies
+far apart: of a batch whose leading axis is spread over devices, each device computes its
+own groups, one after another, and what they add up to is summed over devices once.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +15,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sophia_optax._meshes import (
+    Axes,
+    auto_axes_of,
+    gather,
+    leading_axes,
+    mesh_of,
+    number_of_parts,
+    spread_leading,
+    spread_like,
+)
 
-def check_counts(**counts: int) -> None:
-    """Raises ValueError unless each of the named counts is an int of at least 1."""
+
+def check_counts(*, groups: int, parallel_groups: int | None, **counts: int) -> None:
+    """Raises ValueError unless each of the counts is an int of at least 1."""
+    counts["groups"] = groups
+    if parallel_groups is not None:
+        counts["parallel_groups"] = parallel_groups
     for name, count in counts.items():
         if not isinstance(count, numbers.Integral) or int(count) < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {count!r}.")
-    groups, parallel_groups = counts["groups"], counts["parallel_groups"]
-    if groups % parallel_groups:
+    if parallel_groups is not None and groups % parallel_groups:
         raise ValueError(
             f"`parallel_groups` is how many of the `groups={groups}` are computed at "
             f"once and must divide them, got {parallel_groups}."
@@ -28,51 +43,72 @@ def check_counts(**counts: int) -> None:
 
 
 def sum_over_groups(
-    fn: Callable[[dict[str, Any], jax.Array], Any],
+    fn: Callable[[Any, dict[str, Any], jax.Array], Any],
+    params: Any,
     batch: dict[str, Any],
     *,
-    like: Any,
     groups: int,
-    parallel_groups: int = 1,
+    parallel_groups: int | None = None,
+    first: jax.typing.ArrayLike = 0,
 ) -> Any:
-    """Σ_g fn(batch of group g, g).
+    """Σ_g fn(params, batch of group g, first + g).
 
     Args:
-      fn: function of a group's batch and its number, shape=(), dtype=int32.
+      fn: function of the parameters, a group's batch and its number, shape=(),
+        dtype=int32, to a tree like the parameters.
+      params: a tree of arrays.
       batch: named trees of arrays with one leading axis, which `groups` divides. With
         one group it goes to `fn` as it is.
-      like: a tree of arrays of the shapes that `fn` returns.
       groups: number of groups.
-      parallel_groups: how many of them are computed at once.
+      parallel_groups: how many of them are computed at once. By default one for each
+        device that the batch is spread over.
+      first: the number of the first group.
 
     Returns:
-      The sum, a tree like `like` with dtypes as `accumulator_dtype` gives them.
+      The sum, a tree like `params` with dtypes as `accumulator_dtype` gives them, spread
+      over devices as `params` are.
 
     Raises:
-      ValueError: if `groups` does not divide the leading axis of the batch.
+      ValueError: if `groups` does not divide the leading axis of the batch, or can't be
+        shared out to the devices that it is spread over.
     """
     if groups == 1:
-        return fn(batch, jnp.int32(0))
+        return fn(params, batch, jnp.int32(first))
     _check_batch(batch, groups)
-    steps = groups // parallel_groups
+    axes, parallel = _layout(batch, groups, parallel_groups)
+    steps = groups // parallel
+    # On a mesh the groups of a step may lie on as many devices, where to sum over them at
+    # each step would be an all-reduce at each: their sums are kept apart until the end.
+    kept = parallel if mesh_of((params, batch)) else 1
 
-    def split(x):  # (groups * b, ...) -> (steps, parallel_groups, b, ...)
+    def split(x):  # (groups * b, ...) -> (steps, parallel, b, ...)
         b = x.shape[0] // groups
-        return x.reshape(parallel_groups, steps, b, *x.shape[1:]).swapaxes(0, 1)
+        x = spread_leading(x, axes)
+        return x.reshape(parallel, steps, b, *x.shape[1:]).swapaxes(0, 1)
 
     def at_once(part):
-        if parallel_groups == 1:
-            return fn(*jax.tree.map(lambda x: x[0], part))
-        return jax.tree.map(lambda e: e.sum(0), jax.vmap(fn)(*part))
+        if parallel == 1:
+            sums = fn(shared, *jax.tree.map(lambda x: x[0], part))
+            return jax.tree.map(lambda s: s[None], sums)
+        sums = jax.vmap(fn, in_axes=(None, 0, 0))(shared, *part)
+        return jax.tree.map(lambda s: s.reshape(kept, -1, *s.shape[1:]).sum(1), sums)
 
-    parts = jax.tree.map(split, batch), split(jnp.arange(groups))[..., 0]
+    def zeros(p):
+        p = jnp.broadcast_to(p, (kept, *p.shape))
+        return spread_leading(jnp.zeros_like(p, accumulator_dtype(p)), axes)
+
+    # A group's gradient is whole on the device that computes it.
+    shared = jax.tree.map(lambda p: gather(p, axes), params)
+    parts = jax.tree.map(split, batch), split(first + jnp.arange(groups))[..., 0]
     if steps == 1:
-        return at_once(jax.tree.map(lambda x: x[0], parts))
-    return jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, at_once(part)), None),
-        jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x)), like),
-        parts,
-    )[0]
+        sums = at_once(jax.tree.map(lambda x: x[0], parts))
+    else:
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, at_once(part)), None),
+            jax.tree.map(zeros, shared),
+            parts,
+        )
+    return jax.tree.map(lambda s, p: spread_like(s.sum(0), p), sums, params)
 
 
 def as_parameters(params: Any) -> Any:
@@ -94,6 +130,33 @@ def as_parameters(params: Any) -> Any:
 def accumulator_dtype(x: jax.Array) -> Any:
     """float32, or float64 where `x` is."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _layout(
+    batch: dict[str, Any], groups: int, parallel_groups: int | None
+) -> tuple[Axes, int]:
+    """The Explicit axes that the batch is spread over, and the groups at once."""
+    mesh = mesh_of(batch)
+    if mesh is None:
+        return (), parallel_groups or 1
+    spreads = {leading_axes(x) for x in jax.tree.leaves(batch)} - {()}
+    if len(spreads) > 1:
+        raise ValueError(
+            "The arrays of a batch must be spread over the same axes of the mesh to be "
+            f"split into `groups={groups}`, got {sorted(spreads)}: `jax.reshard` them."
+        )
+    axes = spreads.pop() if spreads else ()
+    parts = number_of_parts(mesh, axes)
+    for name, count in (("groups", groups), ("parallel_groups", parallel_groups)):
+        if count is not None and count % parts:
+            raise ValueError(
+                f"`{name}={count}` can't be shared out to the {parts} devices that the "
+                f"batch is spread over, along {axes}: each is one group or more. Choose "
+                f"a multiple of {parts}, or `groups=1`."
+            )
+    # How the batch is spread along Auto axes is not known: as if along all of them.
+    rest = math.gcd(groups // parts, number_of_parts(mesh, auto_axes_of(mesh)))
+    return axes, parallel_groups or parts * rest
 
 
 def _check_batch(batch: dict[str, Any], groups: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sophia_optax._devices import (
@@ -20,6 +21,7 @@ from sophia_optax._devices import (
     number_of_devices,
     sum_over_devices,
 )
+from sophia_optax._estimator import Estimator
 from sophia_optax._groups import (
     accumulator_dtype,
     as_parameters,
@@ -33,9 +35,9 @@ def hutchinson(
     *,
     groups: int = 1,
     num_probes: int = 1,
-    parallel_groups: int = 1,
+    parallel_groups: int | None = None,
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> Estimator:
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
     .. math::
@@ -53,10 +55,11 @@ def hutchinson(
         own. Must divide the leading axis of every array in the batch.
       num_probes: number of probes for each group, one after another.
       parallel_groups: how many groups are computed at once, each with a product of its
-        own in memory; the others wait their turn. Must divide `groups`.
+        own in memory; the others wait their turn. Must divide `groups`. By default one
+        on each device that the batch is spread over, as for `gnb`.
       axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
         are then a device's, and the estimate is the same on every device. Under `jit`
-        with sharded arrays leave it None.
+        with sharded arrays leave it None: the estimate is that of one device.
 
     Returns:
       A function `estimate(params, *batch, key)`, `key` a PRNG key. The result is a tree
@@ -64,7 +67,8 @@ def hutchinson(
 
     Raises:
       ValueError: for counts below 1; from the estimate, if `groups` does not divide
-        the batch or `loss_fn` does not return a scalar.
+        the batch or can't be shared out to the devices that it is spread over, or
+        `loss_fn` does not return a scalar.
       TypeError: from the estimate, if `key` is not a PRNG key.
       NotImplementedError: from the estimate, if `loss_fn` uses a kernel that can't be
         differentiated twice, such as cuDNN's attention.
@@ -83,34 +87,47 @@ def hutchinson(
     """
     check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
 
-    def estimate(params, *batch, key):
+    def estimate(first_group, params, *batch, key):
         params = as_varying(as_parameters(params), axis_name)
         own_key = key_of_device(key, axis_name)
 
-        def product_of_group(group, number):
+        def product_of_group(params, group, number):
             group_key = jax.random.fold_in(own_key, number)
 
             def loss(params):
                 return _scalar(loss_fn(params, *group["batch"]))
 
-            def product(_, probe_number):
+            def product(params, _, probe_number):
                 probe_key = jax.random.fold_in(group_key, probe_number)
                 probe = optax.tree.random_like(probe_key, params, jax.random.rademacher)
                 return _times_hessian(loss, params, probe)
 
-            return sum_over_groups(product, {}, like=params, groups=num_probes)
+            return sum_over_groups(product, params, {}, groups=num_probes)
 
         total = sum_over_groups(
             product_of_group,
+            params,
             {"batch": batch},
-            like=params,
             groups=groups,
             parallel_groups=parallel_groups,
+            first=first_group,
         )
         count = groups * num_probes * number_of_devices(axis_name)
         return jax.tree.map(lambda t: t / count, sum_over_devices(total, axis_name))
 
-    return estimate
+    def weight(params, *batch, weight=None, **kwargs):
+        del params, kwargs
+        if weight is not None:
+            return weight
+        sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+        if len(sizes) != 1:
+            raise ValueError(
+                "`weight`, how much a micro-batch counts, can't be read from the leading "
+                f"axes of its arrays, {sorted(sizes)}: pass it, as `weight=mask.sum()`."
+            )
+        return sizes.pop() * number_of_devices(axis_name)
+
+    return Estimator(estimate, weight, groups)
 
 
 def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) -> Any:

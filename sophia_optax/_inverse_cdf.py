@@ -4,12 +4,17 @@ One uniform number u in (0, 1) for each draw. The classes are cut into blocks, w
 weights, sums of exp(logit - top), take one pass over the logits and no memory. The
 first block with cumulative weight above u W holds the draw, and within it the first
 class. Only that block's exponentials are ever kept.
+
+Where the classes are a multiple of 128 there are 128 blocks: if they are spread over
+devices, each device has whole blocks, and what is exchanged for a draw is 128 weights
+rather than the logits.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-_BLOCK = 256
+_BLOCKS, _BLOCK = 128, 256
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
@@ -26,33 +31,45 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
       Classes, shape (...), int32.
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
-    return invert_cdf(uniform + 2.0**-24, logits)  # the middle of its step
+    uniform += 2.0**-24  # the middle of its step
+    *predictions, classes = jax.typeof(logits).sharding.spec
+    if classes is None:
+        return invert_cdf(uniform, logits)
+    # The classes are spread over an Explicit axis. What to exchange is XLA's to find.
+    sample = jax.sharding.auto_axes(invert_cdf, out_sharding=PartitionSpec(*predictions))
+    return sample(uniform, logits)  # pyright: ignore[reportCallIssue]
 
 
 def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     """The class at which the cumulative softmax passes `uniform`, shape (...)."""
-    classes = logits.shape[-1]
+    classes, shape = logits.shape[-1], logits.shape[:-1]
     top = logits.max(-1, keepdims=True)
 
-    weights = jnp.exp(logits - top)
     if classes <= _BLOCK:
-        cumulative = jnp.cumsum(weights, -1)
-        target = uniform[..., None] * cumulative[..., -1:]
-        return _first_above(target, cumulative, weights)[..., 0].astype(jnp.int32)
-
-    weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, -classes % _BLOCK)])
-    block_weights = weights.reshape(*logits.shape[:-1], -1, _BLOCK).sum(-1)
+        size, block_weights = 1, jnp.exp(logits - top)
+    elif classes % _BLOCKS == 0:
+        size = classes // _BLOCKS
+        blocks = logits.reshape(*shape, _BLOCKS, size)
+        block_weights = jnp.exp(blocks - top[..., None]).sum(-1)
+    else:
+        size = _BLOCK
+        weights = jnp.pad(
+            jnp.exp(logits - top), [(0, 0)] * len(shape) + [(0, -classes % size)]
+        )
+        block_weights = weights.reshape(*shape, -1, size).sum(-1)
     cumulative = jnp.cumsum(block_weights, -1)
     target = uniform[..., None] * cumulative[..., -1:]
     block = _first_above(target, cumulative, block_weights)
+    if size == 1:
+        return block[..., 0].astype(jnp.int32)
 
-    # Only now the block's own classes, from the logits: `weights` is never stored.
+    # Only now the block's own classes, from the logits: their weights are never stored.
     before = jnp.take_along_axis(cumulative - block_weights, block, -1)
-    candidates = block * _BLOCK + jnp.arange(_BLOCK)
+    candidates = block * size + jnp.arange(size)
     inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
     weights = jnp.where(candidates < classes, jnp.exp(inside - top), 0)
     first = _first_above(target - before, jnp.cumsum(weights, -1), weights)
-    return (block * _BLOCK + first)[..., 0].astype(jnp.int32)
+    return (block * size + first)[..., 0].astype(jnp.int32)
 
 
 def _first_above(target, cumulative, weights):

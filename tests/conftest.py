@@ -5,7 +5,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
-        "--xla_force_host_platform_device_count=4",
+        "--xla_force_host_platform_device_count=8",
     ]
 )
 

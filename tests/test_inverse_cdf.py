@@ -40,7 +40,7 @@ def logits_of(classes, kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["flat", "normal", "huge", "offset", "forbidden"])
-@pytest.mark.parametrize("classes", [3, 255, 256, 257, 1000, 50257])
+@pytest.mark.parametrize("classes", [3, 255, 256, 257, 1000, 1024, 50257, 50304])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_edge_of_the_cdf(classes, kind, dtype):
     """On both sides of each edge the draw is the class there, to float32 rounding."""
@@ -59,7 +59,7 @@ def test_every_edge_of_the_cdf(classes, kind, dtype):
     np.testing.assert_array_equal(labels, np.broadcast_to(wide, labels.shape))
 
 
-@pytest.mark.parametrize("classes", [3, 257, 5000])
+@pytest.mark.parametrize("classes", [3, 257, 1024, 5000])
 def test_a_class_that_cannot_be_is_never_drawn(classes):
     """Not at the ends of (0, 1), nor where a rounded sum steps over it."""
     logits = logits_of(classes, "forbidden", np.random.default_rng(1))
@@ -129,7 +129,11 @@ def test_bfloat16_logits_are_drawn_from_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize(
     ("predictions", "classes", "copies"),
-    [(256, 50257, 0.1), (10_000, 10, 4)],  # few classes are not padded to a block of 256
+    [
+        (256, 50257, 0.1),
+        (256, 50304, 0.1),
+        (10_000, 10, 4),
+    ],  # few classes are not padded to a block of 256
 )
 def test_memory_of_a_draw(predictions, classes, copies):
     """In copies of the logits, read from the compiler."""

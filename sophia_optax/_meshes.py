@@ -1,0 +1,65 @@
+"""What tracing knows about a mesh, under `jit` and without mapped axes.
+
+Along an Explicit axis of the mesh an array's type says how the array is spread over
+devices. Along an Auto axis it does not: only the mesh itself is known.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+def mesh_of(tree: Any) -> jax.sharding.AbstractMesh | None:
+    """The mesh that arrays of `tree` lie on, if it has any axis left to `jit`."""
+    for x in jax.tree.leaves(tree):
+        mesh = jax.typeof(x).sharding.mesh
+        if set(mesh.axis_types) - {AxisType.Manual}:
+            return mesh
+    return None
+
+
+def leading_axes(x: jax.Array) -> Axes:
+    """The Explicit axes that the leading dimension of `x` is spread over."""
+    return _names(jax.typeof(x).sharding.spec[0])
+
+
+def number_of_parts(mesh: jax.sharding.AbstractMesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
+
+
+def auto_axes_of(mesh: jax.sharding.AbstractMesh) -> Axes:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in types if kind == AxisType.Auto)
+
+
+def spread_leading(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x` with its leading dimension spread over the Explicit axes."""
+    return _reshard(x, (axes, *jax.typeof(x).sharding.spec[1:])) if axes else x
+
+
+def gather(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x` with no dimension spread over the Explicit axes."""
+    spec = [
+        tuple(name for name in _names(entry) if name not in axes)
+        for entry in jax.typeof(x).sharding.spec
+    ]
+    return _reshard(x, spec) if axes else x
+
+
+def spread_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` spread over Explicit axes as `other`, an array of its shape, is."""
+    spec = jax.typeof(other).sharding.spec
+    return x if spec == jax.typeof(x).sharding.spec else _reshard(x, spec)
+
+
+def _names(entry: str | Axes | None) -> Axes:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _reshard(x, spec):
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
