@@ -28,6 +28,7 @@ Source: Liu, Li, Hall, Liang, Ma, "Sophia: A Scalable Stochastic Second-order Op
 for Language Model Pre-training", arXiv 2305.14342.
 """
 
+from sophia_optax._accumulate import accumulate
 from sophia_optax._diag_hessian import scale_by_diag_hessian
 from sophia_optax._gauss_newton import empirical_fisher, gnb
 from sophia_optax._hutchinson import hutchinson
@@ -43,6 +44,7 @@ __all__ = [
     "Categorical",
     "Normal",
     "Poisson",
+    "accumulate",
     "empirical_fisher",
     "gnb",
     "hutchinson",
