@@ -1,0 +1,125 @@
+"""The optimizer's state lies where the parameters do, and stays of one type."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from chex import assert_trees_all_equal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from sophia_optax import gnb, sophia_g
+
+P = PartitionSpec
+SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
+VALUES = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8), "b": jnp.zeros(8)}
+X = jax.random.normal(jax.random.key(0), (16, 8))
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def mesh_of(kind, shape=(4, 2)):
+    return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+def spread(mesh):
+    return {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in VALUES.items()}
+
+
+def shardings(tx, state, mesh):
+    """A state's shardings, made of the parameters' specs."""
+    return optax.tree.map_params(
+        tx,
+        lambda _, spec: NamedSharding(mesh, spec),
+        state,
+        SPECS,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+
+
+def describe(tree):
+    """What must not change from one step to the next."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type, x.sharding.spec), tree)
+
+
+@KINDS
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_the_state_has_the_parameters_shardings_and_keeps_its_types(kind, compiled, debias):
+    mesh = mesh_of(kind)
+    params = spread(mesh)
+    tx = sophia_g(optax.constant_schedule(0.1), mu_dtype="bfloat16", debias=debias)
+    expected = shardings(tx, jax.eval_shape(tx.init, params), mesh)
+    init, update = tx.init, tx.update
+    if compiled:
+        # On Auto axes a jitted `init` has to be told: its zeros depend on no parameter.
+        init = jax.jit(init, out_shardings=None if kind == AxisType.Explicit else expected)
+        update = jax.jit(update)
+    with jax.set_mesh(mesh):
+        state = first = init(params)
+        for hessian in (params, None, params):
+            updates, state = update(params, state, params, hessian=hessian)
+    assert describe(state) == describe(first)
+    assert describe(updates) == describe(params)
+    assert describe(state) == describe(jax.device_put(state, expected))
+
+
+@KINDS
+def test_init_of_shapes(kind):
+    mesh = mesh_of(kind)
+    tx = sophia_g(0.1)
+    params = spread(mesh)
+    shapes = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
+    )
+    with jax.set_mesh(mesh):
+        assert describe(tx.init(shapes)) == describe(tx.init(params))
+        abstract = jax.eval_shape(tx.init, shapes)
+    concrete = tx.init(params)
+    assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
+    dtypes = jax.tree.map(lambda x: (x.shape, x.dtype), (abstract, concrete))
+    assert dtypes[0] == dtypes[1]
+
+
+def test_orbax_restores_on_another_layout_bit_for_bit(tmp_path):
+    """Saved between refreshes on a mesh of 8, restored on one of 4 x 2."""
+    tx = sophia_g(0.1, update_interval=2)
+    estimate = gnb(lambda params, x: x @ params["w"] + params["b"], groups=8)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean((X @ p["w"] + p["b"]) ** 2))(params)
+        updates, state = tx.update(
+            grads, state, params, hessian_fn=lambda key: estimate(params, X, key=key)
+        )
+        return optax.apply_updates(params, updates), state
+
+    params = spread(mesh_of(AxisType.Auto, (8, 1)))
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    ocp.save(tmp_path / "checkpoint", {"params": params, "state": state})
+
+    mesh = mesh_of(AxisType.Auto)
+    shapes = {"params": params, "state": state}
+    places = {
+        "params": {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()},
+        "state": shardings(tx, state, mesh),
+    }
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+    )
+    restored = ocp.load(tmp_path / "checkpoint", abstract)
+    assert_trees_all_equal(jax.device_get(restored), jax.device_get(shapes))
+    found = jax.tree.map(lambda x: x.sharding, restored)
+    assert found == places
+
+    # On the layout that it had, what follows is what would have been, labels included.
+    again = jax.tree.map(
+        jax.device_put, restored, jax.tree.map(lambda x: x.sharding, shapes)
+    )
+    resumed = again["params"], again["state"]
+    for _ in range(3):
+        params, state = step(params, state)
+        resumed = step(*resumed)
+        assert_trees_all_equal(resumed, (params, state))
+    assert state[0][1].num_refreshes == 3
