@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sophia_optax._meshes import (
     Axes,
+    Mesh,
     auto_axes_of,
     gather,
     leading_axes,
@@ -75,16 +76,20 @@ def sum_over_groups(
     if groups == 1:
         return fn(params, batch, jnp.int32(first))
     _check_batch(batch, groups)
-    axes, parallel = _layout(batch, groups, parallel_groups)
+    mesh = mesh_of(batch)
+    axes = _axes_of(batch)
+    parallel = _parallel_groups(mesh, axes, groups, parallel_groups)
     steps = groups // parallel
     # On a mesh the groups of a step may lie on as many devices, where to sum over them at
     # each step would be an all-reduce at each: their sums are kept apart until the end.
-    kept = parallel if mesh_of((params, batch)) else 1
+    kept = 1 if mesh.empty else parallel
+
+    def spread(x):
+        return spread_leading(x, mesh, axes) if axes else x
 
     def split(x):  # (groups * b, ...) -> (steps, parallel, b, ...)
         b = x.shape[0] // groups
-        x = spread_leading(x, axes)
-        return x.reshape(parallel, steps, b, *x.shape[1:]).swapaxes(0, 1)
+        return spread(x).reshape(parallel, steps, b, *x.shape[1:]).swapaxes(0, 1)
 
     def at_once(part):
         if parallel == 1:
@@ -95,10 +100,10 @@ def sum_over_groups(
 
     def zeros(p):
         p = jnp.broadcast_to(p, (kept, *p.shape))
-        return spread_leading(jnp.zeros_like(p, accumulator_dtype(p)), axes)
+        return spread(jnp.zeros_like(p, accumulator_dtype(p)))
 
     # A group's gradient is whole on the device that computes it.
-    shared = jax.tree.map(lambda p: gather(p, axes), params)
+    shared = jax.tree.map(lambda p: gather(p, mesh, axes), params) if axes else params
     parts = jax.tree.map(split, batch), split(first + jnp.arange(groups))[..., 0]
     if steps == 1:
         sums = at_once(jax.tree.map(lambda x: x[0], parts))
@@ -132,20 +137,21 @@ def accumulator_dtype(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _layout(
-    batch: dict[str, Any], groups: int, parallel_groups: int | None
-) -> tuple[Axes, int]:
-    """The Explicit axes that the batch is spread over, and the groups at once."""
-    mesh = mesh_of(batch)
-    if mesh is None:
-        return (), parallel_groups or 1
+def _axes_of(batch: dict[str, Any]) -> Axes:
+    """The Explicit axes that the batch is spread over."""
     spreads = {leading_axes(x) for x in jax.tree.leaves(batch)} - {()}
     if len(spreads) > 1:
         raise ValueError(
             "The arrays of a batch must be spread over the same axes of the mesh to be "
-            f"split into `groups={groups}`, got {sorted(spreads)}: `jax.reshard` them."
+            f"split into groups, got {sorted(spreads)}: `jax.reshard` them."
         )
-    axes = spreads.pop() if spreads else ()
+    return spreads.pop() if spreads else ()
+
+
+def _parallel_groups(
+    mesh: Mesh, axes: Axes, groups: int, parallel_groups: int | None
+) -> int:
+    """How many groups are computed at once, so that each device computes its own."""
     parts = number_of_parts(mesh, axes)
     for name, count in (("groups", groups), ("parallel_groups", parallel_groups)):
         if count is not None and count % parts:
@@ -156,7 +162,7 @@ def _layout(
             )
     # How the batch is spread along Auto axes is not known: as if along all of them.
     rest = math.gcd(groups // parts, number_of_parts(mesh, auto_axes_of(mesh)))
-    return axes, parallel_groups or parts * rest
+    return parallel_groups or parts * rest
 
 
 def _check_batch(batch: dict[str, Any], groups: int) -> None:

@@ -11,15 +11,16 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Axes = tuple[str, ...]
+Mesh = jax.sharding.AbstractMesh
 
 
-def mesh_of(tree: Any) -> jax.sharding.AbstractMesh | None:
-    """The mesh that arrays of `tree` lie on, if it has any axis left to `jit`."""
+def mesh_of(tree: Any) -> Mesh:
+    """The mesh that arrays of `tree` lie on: empty, if `jit` has no axis of any."""
     for x in jax.tree.leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if set(mesh.axis_types) - {AxisType.Manual}:
             return mesh
-    return None
+    return Mesh((), ())
 
 
 def leading_axes(x: jax.Array) -> Axes:
@@ -27,39 +28,37 @@ def leading_axes(x: jax.Array) -> Axes:
     return _names(jax.typeof(x).sharding.spec[0])
 
 
-def number_of_parts(mesh: jax.sharding.AbstractMesh, axes: Axes) -> int:
+def number_of_parts(mesh: Mesh, axes: Axes) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
-def auto_axes_of(mesh: jax.sharding.AbstractMesh) -> Axes:
+def auto_axes_of(mesh: Mesh) -> Axes:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Auto)
 
 
-def spread_leading(x: jax.Array, axes: Axes) -> jax.Array:
+def spread_leading(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """`x` with its leading dimension spread over the Explicit axes."""
-    return _reshard(x, (axes, *jax.typeof(x).sharding.spec[1:])) if axes else x
+    spec = axes, *jax.typeof(x).sharding.spec[1:]
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def gather(x: jax.Array, axes: Axes) -> jax.Array:
+def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """`x` with no dimension spread over the Explicit axes."""
     spec = [
         tuple(name for name in _names(entry) if name not in axes)
         for entry in jax.typeof(x).sharding.spec
     ]
-    return _reshard(x, spec) if axes else x
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def spread_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` spread over Explicit axes as `other`, an array of its shape, is."""
-    spec = jax.typeof(other).sharding.spec
-    return x if spec == jax.typeof(x).sharding.spec else _reshard(x, spec)
+    here, there = jax.typeof(x).sharding, jax.typeof(other).sharding
+    if here.spec == there.spec:
+        return x
+    return jax.reshard(x, NamedSharding(here.mesh, there.spec))
 
 
 def _names(entry: str | Axes | None) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _reshard(x, spec):
-    mesh = jax.typeof(x).sharding.mesh
-    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))

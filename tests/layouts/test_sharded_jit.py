@@ -95,3 +95,39 @@ def test_estimate_equals_one_device(kind, layout, groups, on_one_device):
         for estimate in got.values():
             for k, e in estimate.items():
                 assert e.sharding.is_equivalent_to(params[k].sharding, 2)
+
+
+def test_a_batch_over_several_axes_and_an_array_that_is_not_spread(on_one_device):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    x, y = (jax.device_put(a, NamedSharding(mesh, P(("data", "tensor")))) for a in (X, Y))
+    with jax.set_mesh(mesh):
+        got = estimates(PARAMS, x, y, WEIGHTS, 16)
+    for name, estimate in on_one_device(16).items():
+        assert_equal_to_rounding(got[name], estimate)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_arrays_alone_say_how_they_are_spread(kind, on_one_device):
+    """Without `jax.set_mesh`, for a model that does not need it."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    spread = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (X, Y, WEIGHTS)]
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    got = estimates(params, *spread, 16)
+    for name, estimate in on_one_device(16).items():
+        assert_equal_to_rounding(got[name], estimate)
+
+
+@pytest.mark.parametrize(
+    ("groups", "parallel_groups", "spec", "message"),
+    [
+        (4, None, P("data"), "`groups=4` can't be shared out to the 8 devices"),
+        (16, 4, P("data"), "`parallel_groups=4` can't be shared out to the 8 devices"),
+        (16, None, P("other"), "spread over the same axes of the mesh"),
+    ],
+)
+def test_groups_that_do_not_fit_the_devices(groups, parallel_groups, spec, message):
+    mesh = jax.make_mesh((8, 1), ("data", "other"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    y, w = (jax.device_put(a, NamedSharding(mesh, spec)) for a in (Y, WEIGHTS))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        estimates(PARAMS, x, y, w, groups, parallel_groups)
