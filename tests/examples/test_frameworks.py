@@ -1,0 +1,34 @@
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sophia_optax import sophia_metrics
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ["fine_tuning", "with_equinox", "with_linen", "with_nnx", "with_pytrees"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_with_estimates_and_is_read_in_minutes(name, capsys):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    assert f"`python -m examples.{name}`" in text.splitlines()[0]
+
+    losses, opt_state = importlib.import_module(f"examples.{name}").main(steps=151)
+    assert np.mean(losses[-20:]) < 0.5 * losses[0]
+    metrics = sophia_metrics(opt_state)
+    assert metrics["refreshes"] == 16  # the first of 151 steps, and every tenth after it
+    assert metrics["refused"] == 0
+    assert metrics["hessian_norm"] > 0
+    assert 0.1 < metrics["unclipped_fraction"] < 0.7
+    assert capsys.readouterr().out == (
+        f"loss {losses[-1]:.3f}, unclipped {metrics['unclipped_fraction']:.2f}\n"
+    )
+
+
+def test_fine_tuning_keeps_nothing_for_what_is_frozen():
+    _, opt_state = importlib.import_module("examples.fine_tuning").main(steps=1)
+    names = {name for name in sophia_metrics(opt_state) if "/" in name}
+    assert names == {"unclipped_fraction/head"}
