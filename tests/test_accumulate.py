@@ -165,9 +165,9 @@ def test_under_multi_steps_every_micro_batch_is_seen_once():
         updates, state = multi.update(
             grads_of(params, x), state, params, hessian_fn=lambda key: micro.mean(total)
         )
-        empty = micro.init(params)
-        emitted = multi.has_updated(state)
-        total = jax.tree.map(lambda t, e: jnp.where(emitted, e, t), total, empty)
+        total = jax.lax.cond(
+            multi.has_updated(state), lambda t: micro.init(params), lambda t: t, total
+        )
         return optax.apply_updates(params, updates), state, total
 
     params, state, total = PARAMS, multi.init(PARAMS), micro.init(PARAMS)
