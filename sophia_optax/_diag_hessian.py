@@ -50,7 +50,8 @@ def scale_by_diag_hessian(
       first update and on every `update_interval`-th after it, under `jax.lax.cond`,
       with `jax.random.fold_in(jax.random.key(seed), n)` on update number n (from 0).
     - `hessian`, an estimate already made: it is taken in now, whatever
-      `update_interval` says.
+      `update_interval` says. Inside `optax.MultiSteps`, which keeps the last of its
+      micro-steps and drops the others, use `hessian_fn` with `accumulate`.
 
     An estimate is a tree like the parameters, of the diagonal for the mean loss. The
     refresh counts in the same update. An estimate with any entry that is not finite is
