@@ -21,6 +21,7 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     if axis_name is None:
         return tree
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    _check_mapped(axis_name)
 
     def vary(x):
         varying = jax.typeof(x).manual_axis_type.varying
@@ -40,6 +41,7 @@ def key_of_device(key: jax.Array, axis_name: AxisName) -> jax.Array:
         raise TypeError(f"`key` must be one PRNG key, as `jax.random.key(0)`, got {got}.")
     if axis_name is None:
         return key
+    _check_mapped(axis_name)
     return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
@@ -49,3 +51,13 @@ def sum_over_devices(tree: Any, axis_name: AxisName) -> Any:
 
 def number_of_devices(axis_name: AxisName) -> int:
     return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
+def _check_mapped(axis_name: str | tuple[str, ...]) -> None:
+    try:
+        jax.lax.axis_index(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name={axis_name!r}` is no mapped axis here. It names one inside `pmap` "
+            "or `shard_map`; under `jit` with sharded arrays leave it None."
+        ) from error

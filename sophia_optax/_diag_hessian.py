@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sophia_optax._received import check_one_way, fit_to
+
 # Smaller divisors are raised to this: an `eps` that was rounded to zero on its way
 # here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -105,6 +107,7 @@ def scale_by_diag_hessian(
         hessian_dtype = jnp.float32
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
+        _check_real(params)
         return ScaleByDiagHessianState(
             num_updates=jnp.zeros([], jnp.int32),
             num_refreshes=jnp.zeros([], jnp.int32),
@@ -123,7 +126,7 @@ def scale_by_diag_hessian(
         hessian_fn: Callable[[jax.Array], optax.Updates] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
-        _check_one_way(hessian, hessian_fn, extra_args.get("obj_fn"))
+        check_one_way(hessian, hessian_fn, extra_args.get("obj_fn"))
         average, taken, refused = state.hessian, False, False
         if hessian is not None:
             average, taken = _blend(average, hessian, updates, b2)
@@ -166,22 +169,15 @@ def scale_by_diag_hessian(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
-def _check_one_way(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
-    """Raises ValueError for arguments that would not do what they say."""
-    if hessian is not None and hessian_fn is not None:
-        raise ValueError(
-            "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate for "
-            "now, `hessian_fn` makes one when it is due: pass one of them."
-        )
-    if callable(hessian):
-        raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
-    if hessian_fn is not None and not callable(hessian_fn):
-        raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
-    if obj_fn is not None and hessian is None and hessian_fn is None:
-        raise ValueError(
-            "`obj_fn` is an argument of `sophia_h` alone. Pass "
-            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
-        )
+def _check_real(params: optax.Params) -> None:
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+            raise TypeError(
+                f"`params{jax.tree_util.keystr(path)}` is of dtype {jnp.result_type(p)}, "
+                "which Sophia does not divide. Leave it out with `optax.masked` or "
+                "`optax.partition`; complex parameters go into two real ones by "
+                "`optax.contrib.split_real_and_imaginary`."
+            )
 
 
 def _blend(
@@ -197,61 +193,8 @@ def _blend(
         return (b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)).astype(h.dtype)
 
     # What is stored must be finite: an estimate may be so in its own dtype alone.
-    blended = jax.tree.map(blend, average, _fit(estimate, updates))
+    blended = jax.tree.map(blend, average, fit_to(updates, estimate))
     finite = jax.tree.reduce(
         lambda so_far, h: so_far & jnp.isfinite(h).all(), blended, jnp.array(True)
     )
     return jax.tree.map(lambda new, h: jnp.where(finite, new, h), blended, average), finite
-
-
-def _fit(estimate: optax.Updates, updates: optax.Updates) -> optax.Updates:
-    """The estimate in the structure of `updates`: without what is masked there.
-
-    A leaf may come wrapped in a node of its own, as Flax's `nnx.Param` is.
-    """
-
-    def is_masked(node):
-        return isinstance(node, optax.MaskedNode)
-
-    named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
-    try:
-        parts = structure.flatten_up_to(estimate)
-    except ValueError as error:
-        got, expected = (
-            {
-                jax.tree_util.keystr(path)
-                for path, _ in jax.tree_util.tree_leaves_with_path(t)
-            }
-            for t in (estimate, updates)
-        )
-        message = (
-            "The estimate of `hessian` or `hessian_fn` must have the structure of the "
-            f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`."
-        )
-        for what, paths in (("lacks", expected - got), ("has also", got - expected)):
-            if paths:
-                message += f" It {what} `params{min(paths)}` and {len(paths) - 1} more."
-        if any(is_masked(u) for _, u in named):
-            message += (
-                " Under `optax.masked` or `optax.partition` pass the estimate for all the "
-                "parameters; if that can't be, pass the masked one, or set "
-                "`mask_compatible_extra_args=True`."
-            )
-        raise ValueError(message) from error
-
-    def fit(path, u, part):
-        if is_masked(u):
-            return u
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(part)]
-        if shapes != [jnp.shape(u)]:
-            got = " and ".join(map(str, shapes)) or "nothing"
-            raise ValueError(
-                "The estimate of `hessian` or `hessian_fn` must have the shapes of the "
-                f"updates, got {got} for `params{jax.tree_util.keystr(path)}` of shape "
-                f"{jnp.shape(u)}."
-            )
-        return jax.tree.leaves(part)[0]
-
-    return structure.unflatten(
-        [fit(path, u, part) for (path, u), part in zip(named, parts, strict=True)]
-    )

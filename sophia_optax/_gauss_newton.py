@@ -232,6 +232,12 @@ def _mean_of_squares(
         def squared_gradient(params, group, number):
             def loss(params):
                 per_prediction = losses(params, group, number)
+                dtype = getattr(per_prediction, "dtype", type(per_prediction).__name__)
+                if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
+                    raise TypeError(
+                        "`neg_log_prob` must return one array of losses in floating point, "
+                        f"got {dtype}."
+                    )
                 if not per_prediction.ndim:
                     raise ValueError(
                         "`neg_log_prob` must return one loss for each prediction, got a "

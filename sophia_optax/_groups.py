@@ -166,6 +166,11 @@ def _parallel_groups(
 
 
 def _check_batch(batch: dict[str, Any], groups: int) -> None:
+    if "batch" in batch and not jax.tree.leaves(batch["batch"]):
+        raise ValueError(
+            f"`batch` has no arrays to split into `groups={groups}`. Pass what the "
+            "function closes over as arguments, or use `groups=1`."
+        )
     sizes = {}
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         name = path[0].key + jax.tree_util.keystr(path[1:])

@@ -88,6 +88,8 @@ def hutchinson(
     check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
 
     def estimate(first_group, params, *batch, key):
+        if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
+            raise ValueError("`batch` has no examples, whose mean loss is not a number.")
         params = as_varying(as_parameters(params), axis_name)
         own_key = key_of_device(key, axis_name)
 
@@ -152,5 +154,10 @@ def _scalar(loss: jax.Array) -> jax.Array:
     if got != "shape ()":
         raise ValueError(
             f"`loss_fn` (`obj_fn`) must return the mean loss alone, a scalar, got {got}."
+        )
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            "`loss_fn` (`obj_fn`) must return a floating point loss, which has a gradient, "
+            f"got dtype {loss.dtype}."
         )
     return loss

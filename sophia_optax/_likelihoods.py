@@ -62,10 +62,11 @@ class Categorical:
             )
         # A sum, not an index: it is fused with the others, its gradient takes no scatter,
         # and it needs no gather where the classes are spread over devices.
+        shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        chosen = jnp.where(is_target, logits, 0).sum(-1)
+        chosen = jnp.where(is_target, shifted, 0).sum(-1)
         is_class = (targets >= 0) & (targets < logits.shape[-1])
-        return jax.nn.logsumexp(logits, -1) - jnp.where(is_class, chosen, jnp.nan)
+        return jnp.log(jnp.exp(shifted).sum(-1)) - jnp.where(is_class, chosen, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Bernoulli:
         return jax.random.bernoulli(key, p).astype(p.dtype)
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        _check_shape(targets, outputs.shape)
-        return optax.sigmoid_binary_cross_entropy(_float(outputs), targets)
+        logits = _float(outputs)
+        _check_shape(targets, logits.shape)
+        return optax.sigmoid_binary_cross_entropy(logits, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +118,9 @@ class Normal:
         return mean + self.scale * jax.random.normal(key, mean.shape, mean.dtype)
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        _check_shape(targets, outputs.shape)
-        return -jax.scipy.stats.norm.logpdf(targets, _float(outputs), self.scale)
+        mean = _float(outputs)
+        _check_shape(targets, mean.shape)
+        return -jax.scipy.stats.norm.logpdf(targets, mean, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +143,25 @@ class Poisson:
         return jax.random.poisson(key, jnp.exp(_float(outputs)))
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        _check_shape(targets, outputs.shape)
         log_rate = _float(outputs)
+        _check_shape(targets, log_rate.shape)
         log_factorial = jax.scipy.special.gammaln(targets + 1.0)
         return jnp.exp(log_rate) - targets * log_rate + log_factorial
 
 
-def _float(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _float(outputs: Any) -> jax.Array:
+    """The outputs of a model in float32 or float64."""
+    if not hasattr(outputs, "dtype"):
+        raise ValueError(
+            f"The outputs must be one array, got {type(outputs).__name__}. If the model "
+            "returns more than that, keep only them in `logits_fn`."
+        )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise TypeError(
+            "`logits_fn` must return floating point outputs, which have a gradient, got "
+            f"dtype {outputs.dtype}: leave out what rounds them."
+        )
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def _check_logits(outputs: Any) -> jax.Array:
@@ -167,8 +181,9 @@ def _check_logits(outputs: Any) -> jax.Array:
 
 
 def _check_shape(targets: jax.Array, shape: tuple[int, ...]) -> None:
-    if jnp.shape(targets) != shape:
+    got = getattr(targets, "shape", type(targets).__name__)
+    if got != shape:
         raise ValueError(
-            f"`targets` must have one entry for each prediction, shape {shape}, got "
-            f"{jnp.shape(targets)}."
+            "`targets` must have one entry for each prediction, in an array of shape "
+            f"{shape}, got {got}."
         )

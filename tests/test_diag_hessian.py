@@ -303,22 +303,6 @@ def test_a_masked_estimate_that_does_not_fit():
         tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian={"w": HESSIAN["w"]})
 
 
-def test_partition():
-    tx = optax.partition(
-        {"sophia": scale_by_diag_hessian(b2=0.0, gamma=1.0), "sgd": optax.identity()},
-        {"w": "sophia", "b": "sgd"},
-    )
-    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
-    assert_trees_all_equal(updates["b"], GRADS["b"])
-    assert updates["w"][0, 0] == 0.5
-
-
-def test_unexpected_extra_arguments_are_ignored():
-    tx = scale_by_diag_hessian()
-    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=1.0, hessian=HESSIAN)
-    assert jax.tree.structure(updates) == jax.tree.structure(GRADS)
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
