@@ -18,10 +18,7 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     In a `shard_map` that checks replication, the gradient with respect to a replicated
     parameter is summed over devices on its own: the mean gradient, squared too late.
     """
-    if axis_name is None:
-        return tree
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    _check_mapped(axis_name)
+    names = _names(axis_name)
 
     def vary(x):
         varying = jax.typeof(x).manual_axis_type.varying
@@ -39,25 +36,27 @@ def key_of_device(key: jax.Array, axis_name: AxisName) -> jax.Array:
     if not (is_typed or is_raw) or jnp.ndim(key) != (0 if is_typed else 1):
         got = f"{dtype}{list(jnp.shape(key))}" if dtype is not None else repr(key)
         raise TypeError(f"`key` must be one PRNG key, as `jax.random.key(0)`, got {got}.")
-    if axis_name is None:
-        return key
-    _check_mapped(axis_name)
-    return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    names = _names(axis_name)
+    return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key
 
 
 def sum_over_devices(tree: Any, axis_name: AxisName) -> Any:
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+    names = _names(axis_name)
+    return jax.lax.psum(tree, names) if names else tree
 
 
 def number_of_devices(axis_name: AxisName) -> int:
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    return jax.lax.axis_size(_names(axis_name))
 
 
-def _check_mapped(axis_name: str | tuple[str, ...]) -> None:
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    """Raises ValueError unless each is a mapped axis."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     try:
-        jax.lax.axis_index(axis_name)
+        jax.lax.axis_size(names)
     except NameError as error:
         raise ValueError(
             f"`axis_name={axis_name!r}` is no mapped axis here. It names one inside `pmap` "
             "or `shard_map`; under `jit` with sharded arrays leave it None."
         ) from error
+    return names

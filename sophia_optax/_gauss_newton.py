@@ -79,7 +79,8 @@ def gnb(
       the shape that `likelihood.neg_log_prob` returns. Predictions of weight 0, the
       masked ones, count nowhere, if their outputs are finite. The result is a tree like
       `params` of the shapes of `params`, in float32 (float64 where `params` are), never
-      negative. If all the weights are 0 it is NaN, which the optimizer refuses.
+      negative. If all the weights are 0, or of both signs, it is NaN, which the optimizer
+      refuses.
 
     Raises:
       ValueError: for counts below 1; from the estimate, if `groups` does not divide
@@ -199,7 +200,8 @@ def _mean_of_squares(
 
     def sum_of(weights):
         total = weights.sum(dtype=accumulator_dtype(weights))
-        return sum_over_devices(total, axis_name)
+        total = sum_over_devices(total, axis_name)
+        return jnp.where(jnp.isfinite(total), total, jnp.nan)
 
     def weight(params, *batch, **kwargs):
         losses, named, weights = inputs(*batch, **kwargs)

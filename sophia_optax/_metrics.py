@@ -140,9 +140,8 @@ def _find_sophia(opt_state: optax.OptState) -> _Sophia:
             "`scale_by_diag_hessian`: what was divided is not known. Build the chain "
             "with `scale_by_sophia`, or with `optax.ema(b1, debias=False)`."
         )
-    clip = parts[i + 1] if i + 1 < len(parts) else None
-    clipped_at = clip.clipped_at if isinstance(clip, RecordedClipState) else 1.0
-    return _Sophia(parts[i - 1].ema, parts[i], clipped_at)
+    clips = [part for part in parts[i + 1 :] if isinstance(part, RecordedClipState)]
+    return _Sophia(parts[i - 1].ema, parts[i], clips[0].clipped_at if clips else 1.0)
 
 
 def _unclipped(sophia: _Sophia) -> Any:

@@ -194,3 +194,10 @@ def test_what_is_no_estimator_is_refused():
         accumulate(lambda params, key: params)  # pyright: ignore
     with pytest.raises(ValueError, match=r"`weight`, how much .* \[\]: pass it"):
         added(accumulate(hutchinson(lambda p: loss(p, X))), [((), {"key": KEY})])
+
+
+@pytest.mark.parametrize("make", [gnb, empirical_fisher])
+def test_an_axis_that_is_not_mapped_is_told(make):
+    [part] = micro_batches(make, 12, weights=True)
+    with pytest.raises(ValueError, match="`axis_name='d'` is no mapped axis here"):
+        added(accumulate(make(network, axis_name="d")), [part])

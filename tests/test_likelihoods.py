@@ -61,9 +61,3 @@ def test_samples_have_the_mean_and_the_variance(likelihood, outputs, mean, varia
     error = np.sqrt(variance / n)
     np.testing.assert_allclose(labels.mean(), mean, atol=4 * error)
     np.testing.assert_allclose(labels.var(), variance, rtol=0.05)
-
-
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Normal(), Poisson()], ids=repr)
-def test_targets_of_another_shape_are_refused(likelihood):
-    with pytest.raises(ValueError, match=r"`targets` .* shape \(4, 1\), got \(4,\)"):
-        likelihood.neg_log_prob(jnp.zeros((4, 1)), jnp.zeros(4))

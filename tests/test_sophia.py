@@ -207,20 +207,6 @@ def test_obj_fn_is_hutchinson():
     assert_trees_all_equal(by_obj_fn, by_hand)
 
 
-def test_obj_fn_where_it_cannot_be():
-    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
-    tx = sophia_h(0.1)
-    state = tx.init(params)
-    for name in ("hessian", "hessian_fn"):
-        with pytest.raises(ValueError, match=f"both `obj_fn` and `{name}`"):
-            tx.update(params, state, params, obj_fn=quartic, **{name: params})
-    with pytest.raises(ValueError, match="`obj_fn` needs the parameters"):
-        tx.update(params, state, obj_fn=quartic)
-    masked = optax.masked(tx, {"a": True, "b": False})
-    with pytest.raises(ValueError, match=r"hides some of them.*`hessian_fn"):
-        masked.update(params, masked.init(params), params, obj_fn=quartic)
-
-
 DTYPES = {
     "float32": (jnp.float32, jnp.float32),
     "bfloat16": (jnp.bfloat16, jnp.bfloat16),
