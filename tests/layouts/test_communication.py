@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layouts.hlo import bytes_of, collectives
 
-from sophia_optax import gnb, hutchinson, sophia_g
+from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 P, DEVICES, BATCH, KEY = PartitionSpec, 8, 64, jax.random.key(0)
 PARAMS = {"up": jnp.ones((16, 128)), "out": jnp.ones((128, 256))}
@@ -97,6 +97,33 @@ def test_no_device_does_another_s_work(kind, name):
         return compiled(estimate, kind, devices=devices).cost_analysis()["flops"]
 
     assert flops(DEVICES) < 1.1 * flops(1) / DEVICES
+
+
+@KINDS
+def test_a_spread_vocabulary_is_not_gathered(kind):
+    """Labels are drawn, and their loss differentiated, where the logits lie."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
+    sharding = NamedSharding(mesh, P("data", "tensor"))
+    logits = jax.ShapeDtypeStruct((BATCH, 1024), jnp.float32, sharding=sharding)
+
+    def gradient(logits):
+        labels = Categorical().sample(KEY, logits)
+        return jax.grad(lambda f: Categorical().neg_log_prob(f, labels).mean())(logits)
+
+    with jax.set_mesh(mesh):
+        found = collectives(
+            jax.jit(gradient, out_shardings=sharding).lower(logits).compile()
+        )
+    blocks = 4 * 128 * BATCH // 2  # bytes: 128 weights for each of a device's predictions
+    assert max(c.bytes for c in found) == blocks
+
+
+@KINDS
+def test_a_part_of_every_device_s_batch_is_taken_in_place(kind):
+    def estimate(params, x):
+        return estimates("gnb", groups=8)(params, x[:: BATCH // 8])
+
+    assert bytes_of(collectives(compiled(estimate, kind))) == {"all-reduce": GRADIENT}
 
 
 @KINDS
