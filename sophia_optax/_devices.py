@@ -21,11 +21,25 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     names = _names(axis_name)
 
     def vary(x):
-        varying = jax.typeof(x).manual_axis_type.varying
-        new = tuple(name for name in names if name not in varying)
+        new = tuple(name for name in names if name not in _varying(x))
         return jax.lax.pcast(x, new, to="varying") if new else x
 
     return jax.tree.map(vary, tree)
+
+
+def check_axes(params: Any, batch: Any, axis_name: AxisName) -> None:
+    """Raises ValueError where an axis was forgotten, in a `shard_map` that can tell."""
+    varying = [
+        {name for x in jax.tree.leaves(tree) for name in _varying(x)}
+        for tree in (params, batch)
+    ]
+    forgotten = varying[1] - varying[0] - set(_names(axis_name))
+    if forgotten:
+        raise ValueError(
+            f"The batch differs along the mapped axes {sorted(forgotten)}, which are not "
+            f"in `axis_name={axis_name!r}`: gradients would be summed over them before "
+            "the square. Add them to `axis_name`."
+        )
 
 
 def key_of_device(key: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -47,6 +61,10 @@ def sum_over_devices(tree: Any, axis_name: AxisName) -> Any:
 
 def number_of_devices(axis_name: AxisName) -> int:
     return jax.lax.axis_size(_names(axis_name))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _names(axis_name: AxisName) -> tuple[str, ...]:

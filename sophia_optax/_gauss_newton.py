@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from sophia_optax._devices import (
     AxisName,
     as_varying,
+    check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
@@ -67,9 +68,12 @@ def gnb(
       parallel_groups: how many groups are computed at once, each with a gradient of its
         own in memory; the others wait their turn. Must divide `groups`. By default one
         on each device that the batch is spread over under `jit`; along Auto axes of a
-        mesh, where tracing does not know, as many as there are devices.
+        mesh, where tracing does not know how, as many as there are devices: give the
+        size of the data axes to need less memory. Both counts must be multiples of that
+        size, or devices repeat each other's work (on Explicit axes that is an error).
       axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
-        are then a device's, and the estimate is the same on every device. Under `jit`
+        are then a device's, `params` are whole and the same on every device (gather them
+        before, not in `logits_fn`), and so is the estimate. Under `jit`
         with sharded arrays leave it None: the estimate is that of one device.
 
     Returns:
@@ -103,7 +107,7 @@ def gnb(
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 2
     """
 
-    def inputs(*batch, key, weights=None):
+    def estimate(*batch, key, weights=None):
         own_key = key_of_device(key, axis_name)
 
         def losses(params, group, number):
@@ -114,7 +118,7 @@ def gnb(
 
         return losses, {"batch": batch}, weights
 
-    return _mean_of_squares(inputs, likelihood, groups, parallel_groups, axis_name)
+    return _mean_of_squares(estimate, likelihood, groups, parallel_groups, axis_name)
 
 
 def empirical_fisher(
@@ -162,7 +166,7 @@ def empirical_fisher(
       <https://arxiv.org/abs/1905.12558>`_, 2019
     """
 
-    def inputs(*batch, targets, weights=None):
+    def estimate(*batch, targets, weights=None):
         def losses(params, group, number):
             del number
             outputs = logits_fn(params, *group["batch"])
@@ -170,7 +174,7 @@ def empirical_fisher(
 
         return losses, {"batch": batch, "targets": targets}, weights
 
-    return _mean_of_squares(inputs, likelihood, groups, parallel_groups, axis_name)
+    return _mean_of_squares(estimate, likelihood, groups, parallel_groups, axis_name)
 
 
 def _mean_of_squares(
@@ -212,6 +216,7 @@ def _mean_of_squares(
 
     def estimate(first_group, params, *batch, **kwargs):
         losses, named, weights = inputs(*batch, **kwargs)
+        check_axes(params, batch, axis_name)
         params = as_varying(as_parameters(params), axis_name)
         total_weight = 1
         if weights is not None:

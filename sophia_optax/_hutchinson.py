@@ -17,6 +17,7 @@ import optax
 from sophia_optax._devices import (
     AxisName,
     as_varying,
+    check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
@@ -50,15 +51,16 @@ def hutchinson(
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
         groups or devices the mean over the batch must be the mean of theirs: a mean
         over unmasked predictions is not where their number differs (use one group), nor
-        is a loss that mixes examples, as batch normalisation does.
+        is a loss that mixes examples, as batch normalisation does. Under `pmap` and
+        `shard_map` it is this device's mean, without a `pmean` in it.
       groups: number of groups, blocks of consecutive examples, each with probes of its
         own. Must divide the leading axis of every array in the batch.
       num_probes: number of probes for each group, one after another.
       parallel_groups: how many groups are computed at once, each with a product of its
-        own in memory; the others wait their turn. Must divide `groups`. By default one
-        on each device that the batch is spread over, as for `gnb`.
+        own in memory; the others wait their turn. Must divide `groups`. As for `gnb`.
       axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
-        are then a device's, and the estimate is the same on every device. Under `jit`
+        are then a device's, `params` are whole and the same on every device, and so is
+        the estimate. Under `jit`
         with sharded arrays leave it None: the estimate is that of one device.
 
     Returns:
@@ -90,6 +92,7 @@ def hutchinson(
     def estimate(first_group, params, *batch, key):
         if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
             raise ValueError("`batch` has no examples, whose mean loss is not a number.")
+        check_axes(params, batch, axis_name)
         params = as_varying(as_parameters(params), axis_name)
         own_key = key_of_device(key, axis_name)
 
@@ -120,7 +123,7 @@ def hutchinson(
     def weight(params, *batch, weight=None, **kwargs):
         del params, kwargs
         if weight is not None:
-            return weight
+            return sum_over_devices(jnp.asarray(weight), axis_name)
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(

@@ -12,7 +12,8 @@ rather than the logits.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+
+from sophia_optax._meshes import on_auto_axes
 
 _BLOCKS, _BLOCK = 128, 256
 
@@ -32,12 +33,9 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
     uniform += 2.0**-24  # the middle of its step
-    *predictions, classes = jax.typeof(logits).sharding.spec
-    if classes is None:
-        return invert_cdf(uniform, logits)
-    # The classes are spread over an Explicit axis. What to exchange is XLA's to find.
-    sample = jax.sharding.auto_axes(invert_cdf, out_sharding=PartitionSpec(*predictions))
-    return sample(uniform, logits)  # pyright: ignore[reportCallIssue]
+    # What devices with a part of the classes each have to exchange is XLA's to find.
+    spec = jax.typeof(logits).sharding.spec[:-1]
+    return on_auto_axes(invert_cdf, spec)(uniform, logits)
 
 
 def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._inverse_cdf import sample_categorical
+from sophia_optax._meshes import on_auto_axes
 
 
 class Likelihood(Protocol):
@@ -140,7 +141,9 @@ class Poisson:
     """
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        return jax.random.poisson(key, jnp.exp(_float(outputs)))
+        rate = jnp.exp(_float(outputs))
+        spec = jax.typeof(rate).sharding.spec
+        return on_auto_axes(jax.random.poisson, spec)(key, rate)
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         log_rate = _float(outputs)

@@ -5,6 +5,7 @@ devices. Along an Auto axis it does not: only the mesh itself is known.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,10 +55,27 @@ def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
 
 def spread_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` spread over Explicit axes as `other`, an array of its shape, is."""
-    here, there = jax.typeof(x).sharding, jax.typeof(other).sharding
-    if here.spec == there.spec:
+    spec = jax.typeof(other).sharding.spec
+    if spec == jax.typeof(x).sharding.spec:
         return x
-    return jax.reshard(x, NamedSharding(here.mesh, there.spec))
+    return jax.reshard(x, NamedSharding(mesh_of((other, x)), spec))
+
+
+def on_auto_axes(fn: Callable[..., jax.Array], spec: Sequence[Any]) -> Callable[..., Any]:
+    """`fn` with Explicit axes taken for Auto inside, and a result spread as `spec` says."""
+
+    def call(*args):
+        mesh = mesh_of(args)
+        kinds = set(mesh.axis_types)
+        if AxisType.Explicit not in kinds or AxisType.Manual in kinds:
+            return fn(*args)
+        auto = jax.sharding.auto_axes(
+            fn, out_sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            return auto(*args)  # pyright: ignore[reportCallIssue]
+
+    return call
 
 
 def _names(entry: str | Axes | None) -> Axes:

@@ -165,4 +165,5 @@ def _share(counts: Any, tree: Any) -> jax.Array:
 
 
 def _norm(tree: Any) -> jax.Array:
-    return optax.tree.norm(optax.tree.cast(tree, jnp.float32))
+    squares = jax.tree.map(lambda x: jnp.sum(x.astype(jnp.float32) ** 2), tree)
+    return jnp.sqrt(jnp.asarray(optax.tree.sum(squares)))

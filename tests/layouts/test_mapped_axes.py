@@ -13,7 +13,14 @@ from problems import (
     network_params,
 )
 
-from sophia_optax import Categorical, empirical_fisher, gnb, hutchinson, sophia_g
+from sophia_optax import (
+    Categorical,
+    accumulate,
+    empirical_fisher,
+    gnb,
+    hutchinson,
+    sophia_g,
+)
 
 KEY = jax.random.key(5)
 PARAMS = network_params()
@@ -145,3 +152,32 @@ def test_a_refresh_inside_the_mapped_step(how):
     key = jax.random.fold_in(jax.random.key(0), 0)
     expected = of_devices(lambda x: estimate(PARAMS, x, key=key), X, how=how)
     assert_trees_all_close(hessian, jax.tree.map(lambda h: 0.01 * h, expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **k: gnb(network, **k), lambda **k: hutchinson(loss, **k)]
+)
+def test_a_forgotten_axis_is_told(make):
+    with pytest.raises(ValueError, match=r"differs along the mapped axes \['d'\]"):
+        of_devices(lambda x: make()(PARAMS, x, key=KEY), X, how="shard_map, check_vma")
+
+
+@HOW
+def test_micro_batches_are_one_estimate_on_all_devices(how):
+    """Of masks that differ between devices: W_i is summed over them."""
+    micro = accumulate(hutchinson(loss, axis_name="d"))
+
+    def total(x, w):
+        state = micro.init(PARAMS)
+        for scale in (1, 2):
+            state = micro.add(state, PARAMS, scale * x, key=KEY, weight=w.sum() ** scale)
+        mine = jax.tree.map(
+            lambda t: jax.lax.pmax(t, "d"), (state.weight, micro.mean(state))
+        )
+        least = jax.tree.map(lambda t: -jax.lax.pmax(-t, "d"), micro.mean(state))
+        return mine, least
+
+    (weight, most), least = of_devices(total, X, WEIGHTS, how=how)
+    shares = WEIGHTS.reshape(DEVICES[how], -1).sum(1)
+    assert_trees_all_close(weight, shares.sum() + (shares**2).sum())
+    assert_trees_all_close(most, least, rtol=1e-6)

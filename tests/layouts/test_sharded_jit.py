@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_optax import empirical_fisher, gnb, hutchinson
+from sophia_optax import Categorical, Poisson, empirical_fisher, gnb, hutchinson
 
 P, KEY, BATCH = PartitionSpec, jax.random.key(5), 32
 DIMS = {"up": (8, 16), "down": (16, 8), "out": (8, 512)}
@@ -106,15 +106,28 @@ def test_a_batch_over_several_axes_and_an_array_that_is_not_spread(on_one_device
         assert_equal_to_rounding(got[name], estimate)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_arrays_alone_say_how_they_are_spread(kind, on_one_device):
-    """Without `jax.set_mesh`, for a model that does not need it."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+def test_auto_axes_need_no_set_mesh(on_one_device):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (X, Y, WEIGHTS)]
     params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
     got = estimates(params, *spread, 16)
     for name, estimate in on_one_device(16).items():
         assert_equal_to_rounding(got[name], estimate)
+
+
+def test_likelihoods_whose_samplers_know_no_explicit_axes():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    params, x = PARAMS["out"], X
+    spread = (
+        jax.device_put(params, NamedSharding(mesh, P(None, "tensor"))),
+        jax.device_put(x, NamedSharding(mesh, P("data"))),
+    )
+    for likelihood in (Categorical(), Poisson()):
+        estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
+        with jax.set_mesh(mesh):
+            got = estimate(*spread, key=KEY)
+        expected = estimate(params, x, key=KEY)
+        assert_equal_to_rounding({"out": got}, {"out": expected})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from chex import assert_trees_all_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from sophia_optax import gnb, sophia_g
+from sophia_optax import gnb, sophia_g, sophia_metrics
 
 P = PartitionSpec
 SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
@@ -61,6 +61,7 @@ def test_the_state_has_the_parameters_shardings_and_keeps_its_types(kind, compil
     assert describe(state) == describe(first)
     assert describe(updates) == describe(params)
     assert describe(state) == describe(jax.device_put(state, expected))
+    assert 0 <= sophia_metrics(state)["unclipped_fraction"] <= 1  # without `set_mesh` too
 
 
 @KINDS
