@@ -239,22 +239,7 @@ def _mean_of_squares(
         def squared_gradient(params, group, number):
             def loss(params):
                 per_prediction = losses(params, group, number)
-                dtype = getattr(per_prediction, "dtype", type(per_prediction).__name__)
-                if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
-                    raise TypeError(
-                        "`neg_log_prob` must return one array of losses in floating point, "
-                        f"got {dtype}."
-                    )
-                if not per_prediction.ndim:
-                    raise ValueError(
-                        "`neg_log_prob` must return one loss for each prediction, got a "
-                        "scalar: return it without the mean or the sum."
-                    )
-                if not per_prediction.size:
-                    raise ValueError(
-                        "`batch` has no predictions: the losses have shape "
-                        f"{per_prediction.shape}."
-                    )
+                _check_losses(per_prediction)
                 share = share_of(group, per_prediction)
                 # A masked prediction may have no loss at all, as for the label -100.
                 per_prediction = jnp.where(share != 0, per_prediction, 0)
@@ -280,3 +265,21 @@ def _mean_of_squares(
         return sum_over_devices(squares, axis_name)
 
     return Estimator(estimate, weight, groups)
+
+
+def _check_losses(per_prediction: Any) -> None:
+    dtype = getattr(per_prediction, "dtype", type(per_prediction).__name__)
+    if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "`neg_log_prob` must return one array of losses in floating point, "
+            f"got {dtype}."
+        )
+    if not per_prediction.ndim:
+        raise ValueError(
+            "`neg_log_prob` must return one loss for each prediction, got a "
+            "scalar: return it without the mean or the sum."
+        )
+    if not per_prediction.size:
+        raise ValueError(
+            f"`batch` has no predictions: the losses have shape {per_prediction.shape}."
+        )
