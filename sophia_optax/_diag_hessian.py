@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._received import check_one_way, fit_to
+from sophia_optax._rounding import at_least_float32, round_stochastically
 
 # Smaller divisors are raised to this: an `eps` that was rounded to zero on its way
 # here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.
@@ -68,10 +69,11 @@ def scale_by_diag_hessian(
       debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it
         (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
         sees a `hessian` several times too small.
-      hessian_dtype: dtype of the average; float32 by default. In bfloat16 an average
-        with b2 = 0.99 stalls. Under `optax.inject_hyperparams` write its name, as
-        "bfloat16": a dtype itself is taken for a schedule there.
-      seed: seed of the keys that `hessian_fn` is called with.
+      hessian_dtype: dtype of the average; float32 by default. In bfloat16 it is rounded
+        stochastically: to nearest, an average with b2 = 0.99 stalls. Under
+        `optax.inject_hyperparams` write its name, as "bfloat16": a dtype itself is taken
+        for a schedule there.
+      seed: seed of the keys that `hessian_fn` is called with, and of the rounding.
 
     Returns:
       A transformation whose updates have the dtype of the parameters (of the incoming
@@ -128,15 +130,27 @@ def scale_by_diag_hessian(
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
         check_one_way(hessian, hessian_fn, extra_args.get("obj_fn"))
         average, taken, refused = state.hessian, False, False
+
+        def take_in(average, estimate):
+            estimate = fit_to(updates, estimate)
+            finite = _is_finite(estimate, average)
+            new = jax.tree.map(
+                lambda h, e: jnp.where(finite, b2 * h + (1 - b2) * e.astype(h.dtype), h),
+                at_least_float32(average),
+                jax.tree.map(jnp.asarray, estimate),
+            )
+            new = round_stochastically(new, average, seed, "hessian", state.num_updates)
+            return new, finite
+
         if hessian is not None:
-            average, taken = _blend(average, hessian, updates, b2)
+            average, taken = take_in(average, hessian)
             refused = ~taken
         if hessian_fn is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
             due = state.num_updates % update_interval == 0
             average, taken = jax.lax.cond(
                 due,
-                lambda h: _blend(h, hessian_fn(key), updates, b2),
+                lambda h: take_in(h, hessian_fn(key)),
                 lambda h: (h, jnp.array(False)),
                 average,
             )
@@ -180,21 +194,14 @@ def _check_real(params: optax.Params) -> None:
             )
 
 
-def _blend(
-    average: optax.Updates,
-    estimate: optax.Updates,
-    updates: optax.Updates,
-    b2: jax.typing.ArrayLike,
-) -> tuple[optax.Updates, jax.Array]:
-    """The average with the estimate in it, and whether that is finite: if not, without."""
+def _is_finite(estimate: optax.Updates, average: optax.Updates) -> jax.Array:
+    """Whether the estimate is finite in the dtype of the average, and so their mean."""
 
-    def blend(h, e):
-        dtype = jnp.promote_types(h.dtype, jnp.float32)
-        return (b2 * h.astype(dtype) + (1 - b2) * jnp.asarray(e, dtype)).astype(h.dtype)
+    def is_finite(e, h):
+        # One pass that stores nothing. A maximum passes nan on, which compares as false.
+        e = jnp.asarray(e).astype(jnp.promote_types(jnp.result_type(e), jnp.float32))
+        return jnp.max(jnp.abs(e), initial=0) <= float(jnp.finfo(h.dtype).max)
 
-    # What is stored must be finite: an estimate may be so in its own dtype alone.
-    blended = jax.tree.map(blend, average, fit_to(updates, estimate))
-    finite = jax.tree.reduce(
-        lambda so_far, h: so_far & jnp.isfinite(h).all(), blended, jnp.array(True)
+    return jax.tree.reduce(
+        jnp.logical_and, jax.tree.map(is_finite, estimate, average), jnp.array(True)
     )
-    return jax.tree.map(lambda new, h: jnp.where(finite, new, h), blended, average), finite

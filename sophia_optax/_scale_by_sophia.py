@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._diag_hessian import scale_by_diag_hessian
+from sophia_optax._rounding import at_least_float32, round_stochastically
 
 
 class RecordedClipState(NamedTuple):
@@ -27,6 +28,20 @@ def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
         return clip.update(updates, optax.EmptyState(), params)[0], record()
 
     return optax.GradientTransformation(lambda params: record(), update)
+
+
+def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
+    """`optax.ema` without bias correction, whose average may be kept in 16 bits."""
+    ema = optax.ema(b1, debias=False)
+
+    def update(updates, state, params=None):
+        wide = optax.EmaState(state.count, at_least_float32(state.ema))
+        average, new = ema.update(updates, wide, params)
+        average = round_stochastically(average, state.ema, seed, "mu", state.count)
+        return average, optax.EmaState(new.count, average)  # pyright: ignore
+
+    init = optax.ema(b1, debias=False, accumulator_dtype=dtype).init
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_sophia(
@@ -59,9 +74,10 @@ def scale_by_sophia(
       clip_threshold: ρ, the largest size of an entry of the update.
       update_interval: number of updates from one refresh to the next.
       debias: correct the bias of the average of the Hessian.
-      mu_dtype: dtype of the average of gradients; the parameters' by default.
+      mu_dtype: dtype of the average of gradients; the parameters' by default. Like
+        `hessian_dtype` it may be bfloat16, which is rounded to stochastically.
       hessian_dtype: dtype of the average of the Hessian; float32 by default.
-      seed: seed of the keys that `hessian_fn` is called with.
+      seed: seed of the keys that `hessian_fn` is called with, and of the rounding.
 
     Returns:
       A transformation whose updates have the dtype of the parameters and entries in
@@ -84,7 +100,7 @@ def scale_by_sophia(
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
     """
     return optax.chain(
-        optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
+        _ema(b1, mu_dtype, seed),
         scale_by_diag_hessian(
             b2,
             gamma,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from layouts.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_of, collectives
 
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 

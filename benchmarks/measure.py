@@ -1,0 +1,114 @@
+"""Run programs side by side, and read what the compiler says of them."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import tyro
+
+from benchmarks import machine
+
+Rows = list[dict[str, Any]]
+
+
+class Program:
+    """A compiled step `fn(carry, *args) -> carry`. It owns its carry, which is donated."""
+
+    def __init__(self, fn: Callable[..., Any], carry: Any, *args: Any):
+        self.carry, self.args = carry, args
+        jitted = jax.jit(fn, donate_argnums=0, keep_unused=True)
+        self.compiled = jitted.lower(carry, *args).compile()
+
+    def __call__(self) -> Any:
+        self.carry = self.compiled(self.carry, *self.args)
+        return self.carry
+
+
+def in_turn(
+    programs: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of every run of each program, after one run to warm up.
+
+    They run in turn, so that the machine's moods fall on all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(1 + repeats):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: runs[1:] for name, runs in seconds.items()}
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """The median, and the quartiles that half of the values lie between."""
+    values = list(values)
+    if len(values) < 2:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, median, high = statistics.quantiles(values, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
+    """The spread of a program's time over another's, taken round by round."""
+    return spread(a / b for a, b in zip(runs, base, strict=True))
+
+
+def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """What the compiler knows of a program: a loop's body counts once in the first two.
+
+    - `flops`, `bytes`: operations, and bytes that they read and write;
+    - `temporary_bytes`: memory that is held during the program alone;
+    - `peak_bytes`: that and the arguments and results, where donated ones count once.
+    """
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    assert analysis is not None
+    assert memory is not None
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "flops": analysis.get("flops", 0.0),
+        "bytes": analysis.get("bytes accessed", 0.0),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.temp_size_in_bytes + kept - memory.alias_size_in_bytes,
+    }
+
+
+def markdown(rows: Rows, columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:
+    """A table of the rows, a column for each heading."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(cell(row) for cell in columns.values())} |")
+    return "\n".join(lines)
+
+
+def run(
+    name: str,
+    measure: Callable[[Any], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    *,
+    small: Any,
+    full: Any,
+) -> None:
+    """The command line of a benchmark: measures, prints the table, writes the results.
+
+    Args:
+      name: of the benchmark and the file of its results.
+      measure: takes a configuration and returns results that JSON can hold.
+      table: the results in Markdown.
+      small: configuration for two CPU cores.
+      full: configuration for a GPU, taken by `--full`.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--full", action="store_true")
+    size, rest = parser.parse_known_args(sys.argv[1:])
+    default = full if size.full else small
+    config = tyro.cli(type(default), prog=f"benchmarks.{name}", args=rest, default=default)
+    print(json.dumps(machine.describe()), flush=True)
+    results = measure(config)
+    print(table(results))
+    machine.write(name, results)
