@@ -10,15 +10,19 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
     """Operations of one call of `fn(*args)`; the arguments may be shapes and dtypes.
 
     Two for each multiplication of a matrix product, one for each entry of the result of
-    anything else. Of the branches of a `cond` the dearest counts.
+    anything else; none for what no result depends on, which a compiler drops. Of the
+    branches of a `cond` the dearest counts.
     """
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _of_jaxpr(needed)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
@@ -27,19 +31,21 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
 
 def _of_equation(equation: core.JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
-    [*outputs] = [v.aval for v in equation.outvars]
+    results = sum(float(math.prod(_shape(v))) for v in equation.outvars)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        lhs = equation.invars[0].aval
-        return 2.0 * outputs[0].size * math.prod(lhs.shape[d] for d in contracted)
+        lhs = _shape(equation.invars[0])
+        return 2 * results * math.prod(lhs[dimension] for dimension in contracted)
     if name == "while":
         raise NotImplementedError("The number of trips of a `while` is not known.")
-    inner = [_of_jaxpr(getattr(j, "jaxpr", j)) for j in _jaxprs_of(params)]
+    inner = [_of_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in _jaxprs_of(params)]
     if name == "cond":
         return max(inner)
-    if inner:
-        return params.get("length", 1) * sum(inner)
-    return float(sum(math.prod(getattr(x, "shape", ())) for x in outputs))
+    return params.get("length", 1) * sum(inner) if inner else results
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return getattr(variable.aval, "shape", ())  # a token has none
 
 
 def _jaxprs_of(params: dict[str, Any]) -> list[Any]:

@@ -1,7 +1,6 @@
 """The GPT of `examples/gpt` at the sizes that are measured, as pure functions."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,12 +21,17 @@ class Shape:
     width: int = 768
     context: int = 1024
     vocabulary: int = 50257
+    bias: bool = True
     dtype: str = "float32"
-    """Of the arithmetic; parameters are float32."""
+    """Of the arithmetic; the parameters are float32."""
 
     def run(self) -> RunConfig:
         return RunConfig(
-            layers=self.layers, heads=self.heads, width=self.width, context=self.context
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            context=self.context,
+            bias=self.bias,
         )
 
 

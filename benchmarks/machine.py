@@ -27,15 +27,18 @@ def describe() -> dict[str, Any]:
     }
 
 
+def folder() -> Path:
+    """Where the results of this machine are."""
+    name = f"{_device()} {os.cpu_count()} cores".lower()
+    return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name)
+
+
 def write(name: str, results: Any) -> None:
     """Writes results with the machine's description to benchmarks/results/."""
-    machine = describe()
-    slug = re.sub(
-        r"[^a-z0-9.]+", "-", f"{machine['device']} {machine['cpu_cores']} cores".lower()
-    )
-    path = RESULTS / slug / f"{name}.json"
+    path = folder() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    written = {"machine": describe(), "results": results}
+    path.write_text(json.dumps(written, indent=2) + "\n")
     print(f"\nwritten to {path.relative_to(RESULTS.parent.parent)}")
 
 

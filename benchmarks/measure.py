@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -28,19 +29,24 @@ class Program:
         self.carry = self.compiled(self.carry, *self.args)
         return self.carry
 
+    def costs(self) -> dict[str, float]:
+        return costs(self.compiled)
+
 
 def in_turn(
     programs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
     """Seconds of every run of each program, after one run to warm up.
 
-    They run in turn, so that the machine's moods fall on all of them alike.
+    They run in turn, so that the machine's moods fall on all of them alike, and in another
+    order each round, so that what one leaves behind in caches and memory does too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    shuffled = random.Random(0)
     for _ in range(1 + repeats):
-        for name, program in programs.items():
+        for name in shuffled.sample(list(programs), len(programs)):
             start = time.perf_counter()
-            jax.block_until_ready(program())
+            jax.block_until_ready(programs[name]())
             seconds[name].append(time.perf_counter() - start)
     return {name: runs[1:] for name, runs in seconds.items()}
 

@@ -1,0 +1,179 @@
+"""Drawing labels: `Categorical` against `jax.random.categorical`, and what it is of a pass.
+
+    python -m benchmarks.sampling
+
+The first table is of the sampler alone, the second of a Gauss-Newton pass over the
+gradient of the same sequences, in a GPT-2 small of that vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import measure
+from benchmarks.gpt import Model, Shape
+from sophia_optax import Categorical, gnb
+
+
+class Gumbel(Categorical):
+    """Labels as most implementations draw them: a Gumbel variable for each logit."""
+
+    def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The cost of drawing labels."""
+
+    vocabularies: tuple[int, ...] = (256, 32000, 50257, 128256)
+    """Numbers of classes."""
+
+    predictions: int = 512
+    """Labels drawn at once."""
+
+    repeats: int = 9
+    """Runs of each sampler that a median is taken of."""
+
+    shape: Shape = dataclasses.field(default_factory=lambda: Shape(context=256))
+    """The model of the pass, but for its vocabulary."""
+
+    sequences: int = 1
+    """Sequences of the pass, in one group."""
+
+    pass_vocabularies: tuple[int, ...] = (50257,)
+    """Vocabularies that a pass is measured with."""
+
+    pass_repeats: int = 5
+    """Runs of each pass."""
+
+
+FULL = Config(
+    predictions=4096,
+    repeats=30,
+    shape=Shape(dtype="bfloat16"),
+    sequences=4,
+    pass_vocabularies=(256, 32000, 50257, 128256),
+    pass_repeats=20,
+)
+
+
+def measure_sampling(config: Config) -> dict[str, Any]:
+    samplers = [_samplers(config, v) for v in config.vocabularies]
+    passes = [_passes(config, v) for v in config.pass_vocabularies]
+    return {
+        "config": dataclasses.asdict(config),
+        "samplers": samplers,
+        "passes": passes,
+    }
+
+
+def _samplers(config: Config, vocabulary: int) -> dict[str, Any]:
+    shape = (config.predictions, vocabulary)
+    logits = 3 * jax.random.normal(jax.random.key(0), shape)
+
+    def step(sample, labels, logits):
+        return sample(jax.random.key(labels[0]), logits)
+
+    programs = {
+        name: measure.Program(
+            lambda labels, logits, sample=likelihood.sample: step(sample, labels, logits),
+            jnp.zeros(config.predictions, jnp.int32),
+            logits,
+        )
+        for name, likelihood in (("inverse CDF", Categorical()), ("Gumbel", Gumbel()))
+    }
+    seconds = measure.in_turn(programs, config.repeats)
+    return {
+        "vocabulary": vocabulary,
+        "seconds": measure.spread(seconds["inverse CDF"]),
+        "gumbel_over": measure.ratios(seconds["Gumbel"], seconds["inverse CDF"]),
+        **{
+            key: programs[name].costs()["temporary_bytes"] / logits.nbytes
+            for key, name in (("memory", "inverse CDF"), ("gumbel_memory", "Gumbel"))
+        },
+    }
+
+
+def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
+    model = Model(dataclasses.replace(config.shape, vocabulary=vocabulary))
+    params, tokens = model.init(), model.tokens(config.sequences)
+    estimates = {
+        "inverse CDF": gnb(model.logits),
+        "Gumbel": gnb(model.logits, likelihood=Gumbel()),
+    }
+
+    def gradient(carry, params, tokens):
+        del carry  # whose memory the result takes
+        return jax.grad(model.loss)(params, tokens)
+
+    def squares(name, carry, params, tokens):
+        del carry
+        return estimates[name](params, tokens, key=jax.random.key(0))
+
+    programs = {
+        name: measure.Program(fn, jax.tree.map(jnp.zeros_like, params), params, tokens)
+        for name, fn in {
+            "gradient": gradient,
+            "inverse CDF": lambda *args: squares("inverse CDF", *args),
+            "Gumbel": lambda *args: squares("Gumbel", *args),
+        }.items()
+    }
+    seconds = measure.in_turn(programs, config.pass_repeats)
+    logits_bytes = 4 * tokens.size * vocabulary
+    return {
+        "vocabulary": vocabulary,
+        "gradient_seconds": measure.spread(seconds["gradient"]),
+        "over_gradient": measure.ratios(seconds["inverse CDF"], seconds["gradient"]),
+        "gumbel_over_gradient": measure.ratios(seconds["Gumbel"], seconds["gradient"]),
+        **{
+            key: program.costs()["temporary_bytes"] / logits_bytes
+            for key, program in zip(
+                ("gradient_memory", "memory", "gumbel_memory"),
+                programs.values(),
+                strict=True,
+            )
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+
+    def times(spread):
+        return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+    samplers = measure.markdown(
+        results["samplers"],
+        {
+            "classes": lambda row: f"{row['vocabulary']:,}",
+            "inverse CDF, ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
+            "Gumbel over it": lambda row: times(row["gumbel_over"]),
+            "memory over the logits'": lambda row: f"{row['memory']:.2f}",
+            "Gumbel's": lambda row: f"{row['gumbel_memory']:.2f}",
+        },
+    )
+    passes = measure.markdown(
+        results["passes"],
+        {
+            "classes": lambda row: f"{row['vocabulary']:,}",
+            "gradient, s": lambda row: f"{row['gradient_seconds']['median']:.3g}",
+            "GNB over it": lambda row: times(row["over_gradient"]),
+            "with Gumbel": lambda row: times(row["gumbel_over_gradient"]),
+            "memory over the logits'": lambda row: f"{row['memory']:.2f}",
+            "the gradient's": lambda row: f"{row['gradient_memory']:.2f}",
+            "Gumbel's": lambda row: f"{row['gumbel_memory']:.2f}",
+        },
+    )
+    config = results["config"]
+    return (
+        f"Labels of {config['predictions']} predictions\n\n{samplers}\n\n"
+        f"A pass over {config['sequences']} x {config['shape']['context']} tokens, "
+        f"{config['shape']['layers']} layers of {config['shape']['width']}\n\n{passes}"
+    )
+
+
+if __name__ == "__main__":
+    measure.run("sampling", measure_sampling, table, small=Config(), full=FULL)

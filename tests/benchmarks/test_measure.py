@@ -1,0 +1,105 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import machine, measure
+from benchmarks.flops import flops
+
+
+def test_programs_run_in_turn_and_the_first_round_is_left_out():
+    ran = []
+    seconds = measure.in_turn({name: lambda n=name: ran.append(n) for name in "abc"}, 4)
+    assert [sorted(ran[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
+    assert len({tuple(ran[i : i + 3]) for i in range(0, 15, 3)}) > 1
+    assert {name: len(runs) for name, runs in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_ratio_is_taken_round_by_round():
+    # A machine twice as slow in every other round changes no ratio.
+    ratio = measure.ratios([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0])
+    assert ratio == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert measure.spread([1, 2, 3, 4, 5]) == {"median": 3, "low": 2, "high": 4}
+    assert measure.spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+
+
+def test_a_program_keeps_its_carry():
+    program = measure.Program(lambda carry, x: carry + x, jnp.zeros(4), jnp.ones(4))
+    for _ in range(3):
+        program()
+    np.testing.assert_array_equal(program.carry, 3)
+    costs = program.costs()
+    assert costs["flops"] == 4
+    assert costs["bytes"] == 3 * 16
+    assert costs["peak_bytes"] == 2 * 16  # the carry's memory is used again
+
+
+def test_a_table_has_a_column_for_each_heading():
+    rows = [{"a": 1.5, "b": "x"}, {"a": 2.0, "b": "y"}]
+    columns = {"name": lambda row: row["b"], "value": lambda row: f"{row['a']:.1f}"}
+    assert measure.markdown(rows, columns).splitlines() == [
+        "| name | value |",
+        "|---|---|",
+        "| x | 1.5 |",
+        "| y | 2.0 |",
+    ]
+
+
+def test_a_run_prints_the_machine_and_the_table_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "benchmarks" / "results")
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["name", *argv])
+        measure.run(
+            "name", lambda n: {"value": n}, lambda r: f"value {r['value']}", small=1, full=2
+        )
+        [path] = tmp_path.rglob("name.json")
+        assert path.parent == machine.folder()
+        return json.loads(path.read_text())
+
+    assert run()["results"] == {"value": 1}
+    assert run("--full")["results"] == {"value": 2}
+    out = capsys.readouterr().out
+    assert "value 1\n" in out
+    assert out.count(machine.describe()["device"]) == 2
+
+
+A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda a, b: a @ b, 2 * 3 * 5 * 7),
+        (lambda a, b: jnp.tanh(a @ b), 2 * 3 * 5 * 7 + 21),
+        (jax.jit(lambda a, b: a @ b), 2 * 3 * 5 * 7),
+        (lambda a, b: (a @ b, a @ b)[0], 2 * 3 * 5 * 7),
+        (
+            lambda a, b: jax.lax.scan(lambda c, _: (c, c @ b), a, length=4)[1],
+            4 * 2 * 3 * 5 * 7,
+        ),
+        (
+            lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: jnp.ones((3, 7))),
+            2 * 3 * 5 * 7,
+        ),
+        (jax.vmap(lambda a, b: a @ b, in_axes=(0, None)), 2 * 3 * 5 * 7),
+    ],
+)
+def test_operations_are_counted(fn, expected):
+    counted = flops(fn, A, B)
+    assert expected <= counted < expected + 10
+
+
+def test_a_checkpoint_computes_again_and_a_loop_without_end_is_an_error():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
+
+    x = jnp.ones((64, 32))
+    w = jnp.ones((32, 32))
+    plain = flops(jax.value_and_grad(loss), w, x)
+    again = flops(jax.value_and_grad(jax.checkpoint(loss)), w, x)
+    assert again - plain == pytest.approx(2 * 2 * 64 * 32 * 32, rel=0.2)
+    with pytest.raises(NotImplementedError, match="`while`"):
+        flops(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x), 0)
