@@ -71,11 +71,11 @@ class Config:
 
 SMALL = Config()
 FULL = Config(
-    draws=64,
-    large_draws=32,
-    reference_draws=128,
-    repeats=10,
-    run=RunConfig(layers=6, heads=6, width=384, context=256, steps=2000),
+    draws=48,
+    large_draws=24,
+    reference_draws=64,
+    repeats=5,
+    run=RunConfig(layers=4, heads=4, width=256, context=128, steps=1000),
 )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -69,6 +70,7 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     """What the compiler knows of a program: a loop's body counts once in the first two.
 
     - `flops`, `bytes`: operations, and bytes that they read and write;
+    - `kernels`: instructions that run one after another, launches on a GPU;
     - `temporary_bytes`: memory that is held during the program alone;
     - `peak_bytes`: that and the arguments and results, where donated ones count once.
     """
@@ -79,9 +81,17 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     return {
         "flops": analysis.get("flops", 0.0),
         "bytes": analysis.get("bytes accessed", 0.0),
+        "kernels": _kernels(compiled.as_text()),
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.temp_size_in_bytes + kept - memory.alias_size_in_bytes,
     }
+
+
+def _kernels(text: str | None) -> int:
+    _, _, entry = (text or "").partition("\nENTRY ")
+    operations = re.findall(r"^ .* = .*? ([\w\-]+)\(", entry, re.MULTILINE)
+    free = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+    return sum(operation not in free for operation in operations)
 
 
 def markdown(rows: Rows, columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:

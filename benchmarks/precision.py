@@ -31,7 +31,7 @@ class Config:
     """The optimizer's state in 16 bits."""
 
     run: RunConfig = dataclasses.field(
-        default_factory=lambda: RunConfig(steps=250, update_interval=2, refresh_batch=8)
+        default_factory=lambda: RunConfig(steps=200, update_interval=2, refresh_batch=8)
     )
     """The model and its training; a group for each sequence of a refresh."""
 
@@ -45,7 +45,7 @@ class Config:
     """Updates of these averages."""
 
 
-FULL = Config(run=RunConfig(steps=2000, layers=6, heads=6, width=384, context=256))
+FULL = Config(run=RunConfig(steps=1000, layers=4, heads=4, width=256, context=128))
 
 
 def to_nearest(state: Any) -> Any:

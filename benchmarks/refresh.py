@@ -145,6 +145,16 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
     rows = []
     for row in REFRESHES:
         sequences = row.sequences(config.batch)
+        rows.append(
+            {
+                **dataclasses.asdict(row),
+                "sequences": sequences,
+                "paper_sequences": row.sequences(config.paper_batch),
+                "flops_over_step": _on_paper(config, row),
+            }
+        )
+        if not row.grouped and sequences > config.micro_batch:
+            continue  # one group that is more than fits into memory
         estimate = row.estimator(Model(config.shape, remat=row.remat), config.batch)
         programs[repr(row)] = measure.Program(
             functools.partial(refresh, estimate),
@@ -152,19 +162,15 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
             params,
             tokens[:sequences],
         )
-        rows.append(
-            {
-                **dataclasses.asdict(row),
-                "sequences": sequences,
-                "paper_sequences": row.sequences(config.paper_batch),
-                "flops_over_step": _on_paper(config, row),
-                "temporary_over_step": programs[repr(row)].costs()["temporary_bytes"]
-                / programs["step"].costs()["temporary_bytes"],
-            }
+        temporary = programs[repr(row)].costs()["temporary_bytes"]
+        rows[-1]["temporary_over_step"] = (
+            temporary / programs["step"].costs()["temporary_bytes"]
         )
     seconds = measure.in_turn(programs, config.repeats)
     for row, refresh_ in zip(rows, REFRESHES, strict=True):
-        row["time_over_step"] = measure.ratios(seconds[repr(refresh_)], seconds["step"])
+        if repr(refresh_) in seconds:
+            runs = seconds[repr(refresh_)]
+            row["time_over_step"] = measure.ratios(runs, seconds["step"])
     return {
         "config": dataclasses.asdict(config),
         "step_seconds": measure.spread(seconds["step"]),
@@ -217,6 +223,9 @@ def table(results: dict[str, Any]) -> str:
     def percent(value):
         return f"{100 * value:.2g}%"
 
+    def time(row, form):
+        return form(row["time_over_step"]["median"]) if "time_over_step" in row else ""
+
     def yes(value):
         return "yes" if value else ""
 
@@ -232,11 +241,11 @@ def table(results: dict[str, Any]) -> str:
             "checkpoint": lambda row: yes(row["remat"]),
             "operations": lambda row: f"{row['flops_over_step']:.3f}",
             "averaged": lambda row: percent(row["flops_over_step"] / INTERVAL),
-            "time": lambda row: f"{row['time_over_step']['median']:.3f}",
-            "time averaged": lambda row: percent(
-                row["time_over_step"]["median"] / INTERVAL
+            "time": lambda row: time(row, "{:.3f}".format),
+            "time averaged": lambda row: time(row, lambda t: percent(t / INTERVAL)),
+            "memory": lambda row: (
+                f"{row['temporary_over_step']:.2f}" if "time_over_step" in row else ""
             ),
-            "memory": lambda row: f"{row['temporary_over_step']:.2f}",
         },
     )
     return (

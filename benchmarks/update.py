@@ -3,7 +3,8 @@
     python -m benchmarks.update
 
 Alone: on the parameters of GPT-2 small, and on one array of as many. "words" are what the
-compiler counts as read and written for a parameter, in units of 4 bytes.
+compiler counts as read and written for a parameter, in units of 4 bytes; of a `cond` it
+counts both branches.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Config:
 
 
 FULL = Config(
-    repeats=30,
+    repeats=20,
     step=Shape(dtype="bfloat16"),
     batch=30,
     refresh_batch=1,
@@ -114,6 +115,7 @@ def _alone(
             "words": costs["bytes"] / 4 / size,
             "bytes_over_adamw": costs["bytes"] / programs[_BASE].costs()["bytes"],
             "state_words": states[rival] / 4 / size,
+            "kernels": costs["kernels"],
             "temporary_words": costs["temporary_bytes"] / 4 / size,
             "peak_words": costs["peak_bytes"] / 4 / size,
         }
@@ -196,6 +198,7 @@ def table(results: dict[str, Any]) -> str:
             "time over AdamW's": ratio,
             "words": lambda row: f"{row['words']:.1f}",
             "bytes over AdamW's": lambda row: f"{row['bytes_over_adamw']:.2f}",
+            "kernels": lambda row: str(row["kernels"]),
             "words of state": lambda row: f"{row['state_words']:.2f}",
             "words at the peak": lambda row: f"{row['peak_words']:.2f}",
         },

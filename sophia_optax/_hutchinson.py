@@ -45,7 +45,8 @@ def hutchinson(
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
-    The products are forward-over-reverse: a jvp of the gradient, about twice its cost.
+    The products are forward-over-reverse: a jvp of the gradient, two to three
+    times its cost.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
