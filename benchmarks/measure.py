@@ -1,7 +1,9 @@
 """Run programs side by side, and read what the compiler says of them."""
 
 import argparse
+import concurrent.futures
 import json
+import os
 import random
 import re
 import statistics
@@ -32,6 +34,13 @@ class Program:
 
     def costs(self) -> dict[str, float]:
         return costs(self.compiled)
+
+
+def compile_all(makers: Mapping[str, Callable[[], Program]]) -> dict[str, Program]:
+    """The programs by name, compiled as many at once as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = pool.map(lambda make: make(), makers.values())
+        return dict(zip(makers, programs, strict=True))
 
 
 def in_turn(

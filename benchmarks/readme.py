@@ -91,8 +91,14 @@ def groups(found: dict[str, dict[str, Results]]) -> str:
 
 def refreshes(found: dict[str, dict[str, Results]]) -> str:
     """Errors on batches of their own, of our refreshes and others'."""
+    results = _first(found, "estimate")
+    known = "; ".join(
+        f"{truth['truth']} {truth['initial']:.2f} and {truth['trained']:.2f}"
+        for truth in results["truths"]
+        if truth["fresh"]
+    )
     return measure.markdown(
-        _first(found, "estimate")["fresh_batches"],
+        results["fresh_batches"],
         {
             "refresh": lambda row: row["name"],
             "sequences": lambda row: str(row["sequences"]),
@@ -101,10 +107,33 @@ def refreshes(found: dict[str, dict[str, Results]]) -> str:
             **_errors(with_root=False),
             "against the diagonal of the": lambda row: row["truth"],
         },
+    ) + (
+        "\n\n(The diagonals are long means themselves, with relative errors, initial and "
+        f"trained, of: {known}.)"
     )
 
 
-TABLES = {"costs": costs, "groups": groups, "refreshes": refreshes}
+def precision(found: dict[str, dict[str, Results]]) -> str:
+    """Training, and averages of a constant, with the state in 16 bits."""
+
+    def both(row):
+        return ", ".join(f"{loss:.3f}" for loss in row["validation_losses"])
+
+    def average(name):
+        return lambda row: f"{row[name]['mean']:.3f} ± {row[name]['deviation']:.3f}"
+
+    return measure.markdown(
+        _first(found, "precision")["rows"],
+        {
+            "m and h in": lambda row: row["state"],
+            "validation loss, nats a byte": both,
+            "m of a constant": average("momentum"),
+            "h of a constant": average("hessian"),
+        },
+    )
+
+
+TABLES = {"costs": costs, "groups": groups, "refreshes": refreshes, "precision": precision}
 
 
 def written(text: str) -> str:

@@ -6,6 +6,7 @@ By operations, counted on paper, for GPT-2 small at the paper's 480 sequences of
 tokens; by time, for a model of this machine's size. Averaged: a refresh every 10 steps.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -136,41 +137,40 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
     model = Model(config.shape)
     params, tokens = model.init(), model.tokens(config.batch)
     init, step = training_step(model, config.batch, config.micro_batch, None)
-    programs = {"step": measure.Program(step, (model.init(), init(params)), tokens)}
 
-    def refresh(estimate, carry, params, tokens):
-        del carry  # whose memory the result takes
-        return estimate(params, tokens, key=jax.random.key(0))
+    def program(refresh):
+        estimate = refresh.estimator(Model(config.shape, refresh.remat), config.batch)
 
-    rows = []
-    for row in REFRESHES:
-        sequences = row.sequences(config.batch)
-        rows.append(
-            {
-                **dataclasses.asdict(row),
-                "sequences": sequences,
-                "paper_sequences": row.sequences(config.paper_batch),
-                "flops_over_step": _on_paper(config, row),
-            }
-        )
-        if not row.grouped and sequences > config.micro_batch:
-            continue  # one group that is more than fits into memory
-        estimate = row.estimator(Model(config.shape, remat=row.remat), config.batch)
-        programs[repr(row)] = measure.Program(
-            functools.partial(refresh, estimate),
-            jax.tree.map(jnp.zeros_like, params),
-            params,
-            tokens[:sequences],
-        )
-        temporary = programs[repr(row)].costs()["temporary_bytes"]
-        rows[-1]["temporary_over_step"] = (
-            temporary / programs["step"].costs()["temporary_bytes"]
-        )
+        def fn(carry, params, tokens):
+            del carry  # whose memory the result takes
+            return estimate(params, tokens, key=jax.random.key(0))
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return measure.Program(fn, zeros, params, tokens[: refresh.sequences(config.batch)])
+
+    programs = measure.compile_all(
+        {"step": lambda: measure.Program(step, (model.init(), init(params)), tokens)}
+        | {
+            repr(refresh): functools.partial(program, refresh)
+            for refresh in REFRESHES
+            # One group of more than that does not fit into memory.
+            if refresh.grouped or refresh.sequences(config.batch) <= config.micro_batch
+        }
+    )
     seconds = measure.in_turn(programs, config.repeats)
-    for row, refresh_ in zip(rows, REFRESHES, strict=True):
-        if repr(refresh_) in seconds:
-            runs = seconds[repr(refresh_)]
-            row["time_over_step"] = measure.ratios(runs, seconds["step"])
+    temporary = {name: p.costs()["temporary_bytes"] for name, p in programs.items()}
+    rows = []
+    for refresh in REFRESHES:
+        row = {
+            **dataclasses.asdict(refresh),
+            "sequences": refresh.sequences(config.batch),
+            "paper_sequences": refresh.sequences(config.paper_batch),
+            "flops_over_step": _on_paper(config, refresh),
+        }
+        if (name := repr(refresh)) in programs:
+            row["temporary_over_step"] = temporary[name] / temporary["step"]
+            row["time_over_step"] = measure.ratios(seconds[name], seconds["step"])
+        rows.append(row)
     return {
         "config": dataclasses.asdict(config),
         "step_seconds": measure.spread(seconds["step"]),
@@ -213,7 +213,8 @@ def _peaks(config: Config) -> dict[str, float]:
         compiled = jax.jit(step, donate_argnums=0).lower(carry, tokens).compile()
         return measure.costs(compiled)["peak_bytes"]
 
-    without, with_ = peak(None), peak(estimate)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        without, with_ = pool.map(peak, (None, estimate))
     return {"without": without, "with": with_, "with_over_without": with_ / without}
 
 

@@ -92,39 +92,47 @@ def _alone(
 
     grads, size = filled(1e-3), optax.tree.size(filled(0.0))
 
-    def step(update, carry, grads):
-        return update(grads, carry[1], carry[0])
+    def program(rival):
+        def step(carry, grads):
+            params, state = carry
+            return rival.update(grads, state, params)
 
-    programs, states = {}, {}
-    for rival, (init, update, _) in rivals(dtype).items():
-        if rival.endswith("refresh") and not rival.startswith("sophia_g"):
-            continue  # theirs needs a model: see the training step
         params = filled(1.0)
-        carry = params, init(params)
-        states[rival] = sum(x.nbytes for x in jax.tree.leaves(carry[1]))
-        programs[rival] = measure.Program(functools.partial(step, update), carry, grads)
-        del params, carry
+        return measure.Program(step, (params, rival.init(params)), grads)
+
+    programs = measure.compile_all(
+        {
+            name: functools.partial(program, rival)
+            for name, rival in rivals(dtype).items()
+            # Theirs needs a model: see the training step.
+            if name.startswith("sophia_g") or not name.endswith(", refresh")
+        }
+    )
     seconds = measure.in_turn(programs, repeats)
     rows = [
         {
             "tree": name,
             "moments": dtype or "float32",
-            "optimizer": rival,
-            "seconds": measure.spread(seconds[rival]),
-            "time_over_adamw": measure.ratios(seconds[rival], seconds[_BASE]),
+            "optimizer": optimizer,
+            "seconds": measure.spread(seconds[optimizer]),
+            "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
             "words": costs["bytes"] / 4 / size,
             "bytes_over_adamw": costs["bytes"] / programs[_BASE].costs()["bytes"],
-            "state_words": states[rival] / 4 / size,
+            "state_words": _bytes(program.carry[1]) / 4 / size,
             "kernels": costs["kernels"],
             "temporary_words": costs["temporary_bytes"] / 4 / size,
             "peak_words": costs["peak_bytes"] / 4 / size,
         }
-        for rival, program in programs.items()
+        for optimizer, program in programs.items()
         for costs in [program.costs()]
     ]
     programs.clear()
     gc.collect()
     return rows
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _in_a_step(config: Config) -> measure.Rows:
@@ -134,18 +142,23 @@ def _in_a_step(config: Config) -> measure.Rows:
     def estimate(params, tokens, key):
         return estimator(params, tokens[: config.refresh_batch], key=key)
 
-    def step(train, carry, tokens):
-        return train(*carry, tokens)
+    def program(rival):
+        def step(carry, tokens):
+            return rival.train(*carry, tokens)
 
-    problem = Problem(model.logits, model.loss, estimate)
-    tokens, programs = model.tokens(config.batch), {}
-    for name, rival in rivals(None, problem).items():
         params = model.init()
-        carry = params, rival.init(params)
-        programs[name] = measure.Program(
-            functools.partial(step, rival.train), carry, tokens
-        )
-        del params, carry
+        return measure.Program(step, (params, rival.init(params)), tokens)
+
+    problem, tokens = (
+        Problem(model.logits, model.loss, estimate),
+        model.tokens(config.batch),
+    )
+    programs = measure.compile_all(
+        {
+            name: functools.partial(program, rival)
+            for name, rival in rivals(None, problem).items()
+        }
+    )
     seconds = measure.in_turn(programs, config.step_repeats)
     base = programs[_BASE].costs()["peak_bytes"]
     rows = [
