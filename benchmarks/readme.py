@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, measure
+from benchmarks import machine, measure, scaling
 
 README = Path(__file__).parents[1] / "README.md"
 PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -133,7 +133,18 @@ def precision(found: dict[str, dict[str, Results]]) -> str:
     )
 
 
-TABLES = {"costs": costs, "groups": groups, "refreshes": refreshes, "precision": precision}
+def pods(found: dict[str, dict[str, Results]]) -> str:
+    """The cost of a refresh on a pod, on paper."""
+    return scaling.pods(_first(found, "scaling"))
+
+
+TABLES = {
+    "costs": costs,
+    "groups": groups,
+    "refreshes": refreshes,
+    "precision": precision,
+    "pods": pods,
+}
 
 
 def written(text: str) -> str:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from benchmarks.hlo import bytes_of, collectives
 
+from benchmarks.hlo import bytes_of, collectives
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 P, DEVICES, BATCH, KEY = PartitionSpec, 8, 64, jax.random.key(0)
