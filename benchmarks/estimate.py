@@ -53,10 +53,10 @@ class Config:
     sizes: estimators.Sizes = dataclasses.field(default_factory=estimators.Sizes)
     """Sequences of the refreshes that are compared on batches of their own."""
 
-    draws: int = 32
+    draws: int = 24
     """Number of estimates that an error is averaged over."""
 
-    large_draws: int = 6
+    large_draws: int = 5
     """The same for estimates of more than `sequences` sequences, which take longer."""
 
     reference_draws: int = 48

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe() -> dict[str, Any]:
     """The device and the versions, as they are kept with every result."""
-    packages = ("jax", "jaxlib", "optax", "flax", "sophia_optax")
+    packages = ("jax", "jaxlib", "optax", "flax", "python-somax", "sophia_optax")
     return {
         "device": _device(),
         "device_count": jax.device_count(),

@@ -85,7 +85,7 @@ class Config:
     micro_batch: int = 120
     """How many of them go through the model at once."""
 
-    repeats: int = 9
+    repeats: int = 7
     """Runs of each that a median is taken of."""
 
     on_paper: Shape = dataclasses.field(default_factory=Shape)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape
@@ -84,8 +85,30 @@ def _samplers(config: Config, vocabulary: int) -> dict[str, Any]:
 
     programs = {"inverse CDF": program(Categorical()), "Gumbel": program(Gumbel())}
     seconds = measure.in_turn(programs, config.repeats)
+
+    def head(loss):
+        """Memory of the gradient of a linear layer before a loss, over the logits'."""
+
+        def gradient(x, w):
+            return jax.grad(lambda x, w: loss(x @ w).mean(), (0, 1))(x, w)
+
+        x = jax.ShapeDtypeStruct((config.predictions, 64), jnp.float32)
+        w = jax.ShapeDtypeStruct((64, vocabulary), jnp.float32)
+        compiled = jax.jit(gradient).lower(x, w).compile()
+        return measure.costs(compiled)["temporary_bytes"] / logits.nbytes
+
+    def sampled(logits):
+        labels = Categorical().sample(jax.random.key(0), jax.lax.stop_gradient(logits))
+        return Categorical().neg_log_prob(logits, labels)
+
+    def of_optax(logits):
+        labels = jnp.zeros(config.predictions, jnp.int32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
     return {
         "vocabulary": vocabulary,
+        "loss_memory": head(sampled),
+        "optax_loss_memory": head(of_optax),
         "seconds": measure.spread(seconds["inverse CDF"]),
         "gumbel_over": measure.ratios(seconds["Gumbel"], seconds["inverse CDF"]),
         **{
@@ -163,6 +186,8 @@ def table(results: dict[str, Any]) -> str:
             "Gumbel over it": lambda row: times(row["gumbel_over"]),
             "memory over the logits'": lambda row: f"{row['memory']:.2f}",
             "Gumbel's": lambda row: f"{row['gumbel_memory']:.2f}",
+            "of a head and the sampled loss": lambda row: f"{row['loss_memory']:.2f}",
+            "of a head and optax's loss": lambda row: f"{row['optax_loss_memory']:.2f}",
         },
     )
     passes = measure.markdown(

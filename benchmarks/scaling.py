@@ -61,7 +61,7 @@ class Config:
 
     shape: Shape = dataclasses.field(
         default_factory=lambda: Shape(
-            layers=2, heads=8, width=128, context=32, vocabulary=1024
+            layers=1, heads=8, width=128, context=32, vocabulary=1024
         )
     )
     """The model that is compiled."""

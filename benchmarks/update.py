@@ -34,7 +34,7 @@ class Config:
 
     step: Shape = dataclasses.field(
         default_factory=lambda: Shape(
-            layers=4, heads=4, width=128, context=64, vocabulary=256
+            layers=2, heads=4, width=128, context=64, vocabulary=256
         )
     )
     """The model of the training step."""

@@ -1,5 +1,6 @@
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -293,3 +294,27 @@ def test_scan_over_steps():
 
 def test_all_is_all():
     assert sorted(sophia_optax.__all__) == sophia_optax.__all__
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_donated_step_copies_neither_parameters_nor_averages(dtype):
+    """Refreshing under a cond or not: a copy would be a read and a write more."""
+    tx = sophia_g(1e-3, mu_dtype=dtype, hessian_dtype=dtype)
+    params = {"w": jnp.ones((64, 1024)), "b": jnp.ones(65536)}
+
+    def step(carry, grads, refreshing):
+        def hessian_fn(key):
+            return jax.tree.map(jnp.square, grads)
+
+        params, state = carry
+        extra = {"hessian_fn": hessian_fn} if refreshing else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=0, static_argnums=2)
+    for refreshing in (False, True):
+        compiled = jitted.lower((params, tx.init(params)), params, refreshing).compile()
+        text = compiled.as_text()
+        assert (" conditional(" in text) == refreshing
+        copies = re.findall(r"\[[\d,]{5,}\]\S* copy\(.*", text)
+        assert copies == []
