@@ -56,7 +56,7 @@ class Config:
     draws: int = 24
     """Number of estimates that an error is averaged over."""
 
-    large_draws: int = 5
+    large_draws: int = 4
     """The same for estimates of more than `sequences` sequences, which take longer."""
 
     reference_draws: int = 48
@@ -65,7 +65,7 @@ class Config:
     repeats: int = 2
     """Number of runs that a time is the median of."""
 
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    run: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(steps=300))
     """The model, and how it is trained."""
 
 

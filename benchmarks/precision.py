@@ -31,7 +31,9 @@ class Config:
     """The optimizer's state in 16 bits."""
 
     run: RunConfig = dataclasses.field(
-        default_factory=lambda: RunConfig(steps=150, update_interval=2, refresh_batch=8)
+        default_factory=lambda: RunConfig(
+            steps=150, batch=32, update_interval=2, refresh_batch=8
+        )
     )
     """The model and its training; a group for each sequence of a refresh."""
 

@@ -65,8 +65,13 @@ def costs(found: dict[str, dict[str, Results]]) -> str:
         ),
         "`somax.sophia_g` in the same place": lambda r: _spread(_step(r, "somax.sophia_g")),
     }
+    complete = {
+        name: results
+        for name, results in found.items()
+        if results.keys() >= {"update", "refresh", "estimate", "sampling"}
+    }
     rows = [
-        {"": text, **{name: line(results) for name, results in found.items()}}
+        {"": text, **{name: line(results) for name, results in complete.items()}}
         for text, line in lines.items()
     ]
     return measure.markdown(rows, {key: lambda row, key=key: row[key] for key in rows[0]})

@@ -66,9 +66,9 @@ def rivals(dtype: str | None, problem: Problem = NO_PROBLEM) -> dict[str, Rival]
     for name, interval in (("not due", _NEVER), ("refresh", 1)):
         ours = sophia_g(1e-3, update_interval=interval, **both)
         found[f"sophia_g, {name}"] = _of_optax(ours, "hessian_fn", problem)
-        contrib = optax.contrib.sophia(1e-3, update_interval=interval, mu_dtype=dtype)
-        found[f"optax.contrib.sophia, {name}"] = _of_optax(contrib, "obj_fn", problem)
-        if dtype is None:  # somax has no choice of it
+        if dtype is None:  # these two keep an average of the Hessian in the parameters'
+            contrib = optax.contrib.sophia(1e-3, update_interval=interval)
+            found[f"optax.contrib.sophia, {name}"] = _of_optax(contrib, "obj_fn", problem)
             found[f"somax.sophia_g, {name}"] = _of_somax(interval, problem)
     return found
 

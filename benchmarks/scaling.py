@@ -2,10 +2,9 @@
 
     python -m benchmarks.scaling
 
-Compiles the gradient of a training batch and a refresh on 1 to 8 simulated CPU devices,
-and reads from the compiled programs what each device computes and receives. Nothing is
-run. The cost on a pod follows from that, from operations counted on paper, and from the
-assumptions of `Chip`.
+Compiles the gradient of a training batch, a refresh and the optimizer's update on 1 to 8
+simulated CPU devices, and reads from the compiled programs what each device computes and
+exchanges. Nothing is run. The cost on a pod follows on paper, in `benchmarks.pod`.
 """
 
 import dataclasses
@@ -13,46 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks import measure
-from benchmarks.flops import flops
+from benchmarks import measure, pod
 from benchmarks.gpt import Model, Shape, abstract
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
-from sophia_optax import gnb
+from sophia_optax import gnb, sophia_g
 
 P = PartitionSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip of a pod is taken to do: a TPU v5p, by its maker's figures."""
-
-    flops: float = 459e12
-    """Operations a second, bfloat16."""
-
-    utilisation: float = 0.4
-    """Share of them that a training step gets."""
-
-    bandwidth: float = 600e9
-    """Bytes a second to its neighbours."""
-
-    def compute(self, operations: float) -> float:
-        return operations / (self.flops * self.utilisation)
-
-    def all_reduce(self, size: float, ways: int) -> float:
-        """Seconds to sum `size` bytes over as many chips, around a ring."""
-        return 2 * size * (ways - 1) / ways / self.bandwidth
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A training run on a pod."""
-
-    name: str
-    shape: Shape
-    batch: int
-    """Sequences, a power of two so that chips can share them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +43,7 @@ class Config:
     refresh_batch: int = 16
     """Sequences of a refresh, in a group for each."""
 
-    chip: Chip = dataclasses.field(default_factory=Chip)
+    chip: pod.Chip = dataclasses.field(default_factory=pod.Chip)
     """Of the pod."""
 
     chips: tuple[int, ...] = (256, 4096)
@@ -86,12 +54,6 @@ FULL = Config(
     shape=Shape(layers=4, heads=8, width=512, context=128, vocabulary=50304),
     batch=64,
 )
-
-TRAININGS = (
-    Training("GPT-2 small, 512 x 1,024", Shape(), 512),
-    Training("1.5B, 2,048 x 2,048", Shape(48, 24, 1536, 2048, 50432), 2048),
-)
-"""The sizes of the paper, with 512 sequences for its 480."""
 
 
 def of_every_leaf(path: str, shape: tuple[int, ...], devices: int) -> PartitionSpec:
@@ -117,6 +79,9 @@ LAYOUTS: dict[str, tuple[Callable[..., PartitionSpec], PartitionSpec]] = {
 }
 """How the parameters are spread, and how the batch is."""
 
+UPDATES = {"sophia_g": sophia_g, "adamw": optax.adamw}
+"""The optimizers whose updates, without a refresh, are compiled."""
+
 
 def measure_scaling(config: Config) -> dict[str, Any]:
     rows = []
@@ -125,23 +90,20 @@ def measure_scaling(config: Config) -> dict[str, Any]:
         for devices in config.devices:
             row: dict[str, Any] = {"layout": name, "devices": devices}
             for kind, compiled in _compiled(config, name, devices).items():
-                moved = bytes_of(collectives(compiled))
+                row[f"{kind}_bytes"] = bytes_of(collectives(compiled))
+                if kind in UPDATES:
+                    continue  # it has no matrix products
                 operations = matrix_flops(compiled)
-                row[f"{kind}_bytes"] = moved
                 row[f"{kind}_flops"] = operations
                 one.setdefault(kind, operations * devices)
                 row[f"{kind}_flops_over_share"] = operations * devices / one[kind]
             rows.append(row)
     return {
         "config": dataclasses.asdict(config),
-        "parameter_bytes": 4 * _size(Model(config.shape)),
+        "parameter_bytes": 4 * pod.parameters(Model(config.shape)),
         "rows": rows,
-        "pods": [row for t in TRAININGS for row in _on_a_pod(config, t)],
+        "pods": pod.costs(config.chip, config.chips),
     }
-
-
-def _size(model: Model) -> int:
-    return sum(p.size for p in jax.tree.leaves(model.abstract_params))
 
 
 def _compiled(config: Config, layout: str, devices: int) -> dict[str, jax.stages.Compiled]:
@@ -183,49 +145,38 @@ def _compiled(config: Config, layout: str, devices: int) -> dict[str, jax.stages
     )
     shardings = jax.tree.map(lambda p: p.sharding, params)
     with jax.set_mesh(mesh):
-        return {
-            fn.__name__: jax.jit(fn, out_shardings=shardings)
-            .lower(params, tokens)
-            .compile()
+        programs = {
+            fn.__name__: jax.jit(fn, out_shardings=shardings).lower(params, tokens)
             for fn in (gradient, refresh)
         }
+        for name, make in UPDATES.items():
+            programs[name] = _update(make(1e-3), params, NamedSharding(mesh, P()))
+        return {name: lowered.compile() for name, lowered in programs.items()}
 
 
-def _on_a_pod(config: Config, training: Training) -> measure.Rows:
-    """The cost of refreshes, a share of the time of a training step.
+def _update(
+    tx: optax.GradientTransformation, params: Any, whole: NamedSharding
+) -> jax.stages.Lowered:
+    """A step from gradients to parameters, with the state where the parameters lie."""
 
-    A step computes the whole batch, shared evenly by the chips, and sums a gradient over
-    those that have different sequences. A refresh computes a sequence on each of these,
-    for the others would wait, and sums as much.
-    """
-    model, one = Model(training.shape), abstract((1, training.shape.context))
+    def update(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    def refresh(params, tokens):
-        return gnb(model.logits)(params, tokens, key=jax.random.key(0))
+    def spread(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    of_step = flops(jax.grad(model.loss), model.abstract_params, one) * training.batch
-    of_group = flops(refresh, model.abstract_params, one)
-    rows = []
-    for chips in config.chips:
-        ways = min(chips, training.batch)
-        exchange = config.chip.all_reduce(4 * _size(model), ways)
-        step = config.chip.compute(of_step / chips) + exchange
-        time = config.chip.compute(of_group * ways / chips) + exchange
-        for interval in sorted({10, 100, 10 * ways // 16}):
-            rows.append(
-                {
-                    "training": training.name,
-                    "chips": chips,
-                    "sequences_of_refresh": ways,
-                    "update_interval": interval,
-                    "b2": 0.99 ** (interval / 10),
-                    "groups_in_average": ways * 1000 // interval,
-                    "step_seconds": step,
-                    "refresh_over_step": time / step,
-                    "averaged": time / step / interval,
-                }
-            )
-    return rows
+    state = optax.tree.map_params(
+        tx,
+        lambda x, p: spread(x, p.sharding),
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda x: spread(x, whole),
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    jitted = jax.jit(update, out_shardings=shardings, donate_argnums=0)
+    return jitted.lower((params, state), params)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -239,6 +190,10 @@ def table(results: dict[str, Any]) -> str:
 
         return cell
 
+    def refresh_over_gradient(row):
+        gradient = sum(row["gradient_bytes"].values())
+        return f"{sum(row['refresh_bytes'].values()) / gradient:.2f}" if gradient else ""
+
     rows = measure.markdown(
         results["rows"],
         {
@@ -246,38 +201,25 @@ def table(results: dict[str, Any]) -> str:
             "devices": lambda row: str(row["devices"]),
             "gradient exchanges": moved("gradient"),
             "refresh exchanges": moved("refresh"),
+            "refresh over gradient": refresh_over_gradient,
+            "update exchanges": moved("sophia_g"),
+            "`optax.adamw`'s": moved("adamw"),
             "gradient computes": lambda row: f"{row['gradient_flops_over_share']:.2f}",
             "refresh computes": lambda row: f"{row['refresh_flops_over_share']:.2f}",
         },
     )
-    chip = config["chip"]
     return (
-        f"{rows}\n\nexchanges: bytes that a device receives in a run, over those of the "
-        f"parameters ({size:,})\ncomputes: operations of matrix products on all devices "
-        "over those on one\n"
+        f"{rows}\n\nexchanges: sizes of the results of collectives on one device in a run, "
+        f"over those of the parameters ({size:,} bytes)\ncomputes: operations of matrix "
+        "products on all devices over those on one\nupdate: without a refresh\n"
         f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
-        f"groups\n\n{pods(results)}\n\non paper: chips of {chip['flops'] / 1e12:.0f} "
-        f"TFLOP/s at {chip['utilisation']:.0%}, {chip['bandwidth'] / 1e9:.0f} GB/s; one "
-        "sequence on each part of the batch; groups that count are those of 1,000 steps, "
-        "over which the average reaches in each case"
+        f"groups\n\n{pods(results)}\n\non paper: {pod.assumptions(config['chip'])}"
     )
 
 
 def pods(results: dict[str, Any]) -> str:
     """The cost of a refresh on a pod, in Markdown."""
-    return measure.markdown(
-        results["pods"],
-        {
-            "training": lambda row: row["training"],
-            "chips": lambda row: f"{row['chips']:,}",
-            "groups of a refresh": lambda row: f"{row['sequences_of_refresh']:,}",
-            "update_interval": lambda row: f"{row['update_interval']:,}",
-            "b2": lambda row: f"{row['b2']:.2f}",
-            "groups that count": lambda row: f"{row['groups_in_average']:,}",
-            "refresh over a step": lambda row: f"{row['refresh_over_step']:.2f}",
-            "averaged": lambda row: f"{row['averaged']:.2%}",
-        },
-    )
+    return pod.table(results["pods"])
 
 
 if __name__ == "__main__":

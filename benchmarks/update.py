@@ -29,7 +29,7 @@ class Config:
     tree: Shape = dataclasses.field(default_factory=Shape)
     """Whose parameters are updated."""
 
-    repeats: int = 7
+    repeats: int = 5
     """Runs of each that a median is taken of."""
 
     step: Shape = dataclasses.field(
@@ -45,7 +45,7 @@ class Config:
     refresh_batch: int = 2
     """Sequences of a refresh, in a group for each."""
 
-    step_repeats: int = 15
+    step_repeats: int = 11
     """Runs of each training step."""
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import scaling
+from benchmarks import pod, scaling
 from benchmarks.flops import flops
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
@@ -14,8 +14,7 @@ SHAPE = Shape(layers=1, heads=4, width=32, context=16, vocabulary=256, bias=Fals
 
 @pytest.mark.slow
 def test_devices_share_the_work_and_exchange_one_gradient(monkeypatch):
-    runs = [scaling.Training("tiny", SHAPE, 512)]
-    monkeypatch.setattr(scaling, "TRAININGS", runs)
+    monkeypatch.setattr(pod, "TRAININGS", [pod.Training("tiny", SHAPE, 512)])
     config = scaling.Config(shape=SHAPE, devices=(1, 4), batch=32, refresh_batch=8)
     results = json.loads(json.dumps(scaling.measure_scaling(config)))
     size = results["parameter_bytes"]
@@ -28,14 +27,9 @@ def test_devices_share_the_work_and_exchange_one_gradient(monkeypatch):
     assert rows["data parallel", 4]["refresh_bytes"] == {"all-reduce": size}
     expected = {"all-gather": size, "all-reduce": size}
     assert rows["fully sharded", 4]["refresh_bytes"] == expected
-    for pod in results["pods"]:
-        assert pod["averaged"] == pod["refresh_over_step"] / pod["update_interval"]
-    costs = {(pod["chips"], pod["update_interval"]): pod for pod in results["pods"]}
-    # Each chip waits for one sequence of 2, and all the chips share the others' 512.
-    assert 0.5 < costs[256, 10]["refresh_over_step"] < 1
-    assert costs[4096, 10]["refresh_over_step"] == pytest.approx(1, rel=0.01)
-    for chips, interval in ((256, 160), (4096, 320)):
-        assert costs[chips, interval]["groups_in_average"] == 1600
+    for layout in scaling.LAYOUTS:
+        for optimizer in scaling.UPDATES:
+            assert rows[layout, 4][f"{optimizer}_bytes"] == {}
     assert "| fully sharded | 4 |" in scaling.table(results)
 
 
@@ -47,3 +41,28 @@ def test_products_in_a_loop_are_counted_with_its_trips():
     products = 5 * 2 * 8 * 32 * 32
     assert matrix_flops(jax.jit(loop).lower(x, w).compile()) == products
     assert products < flops(loop, x, w) < 1.1 * products
+
+
+def test_a_pod_that_refreshes_less_often_pays_less_for_as_good_an_average(monkeypatch):
+    monkeypatch.setattr(pod, "TRAININGS", [pod.Training("tiny", SHAPE, 512)])
+    rows = pod.costs(pod.Chip(), (16, 256, 4096))
+    costs = {(row["chips"], row["update_interval"]): row for row in rows}
+    # A chip computes one sequence of its 32 or of its 2, or its share of all.
+    assert costs[16, 10]["refresh_over_step"] < costs[256, 10]["refresh_over_step"] < 1
+    assert costs[4096, 10]["refresh_over_step"] == pytest.approx(1, rel=0.01)
+    few = costs[16, 10]
+    for chips, interval in ((256, 160), (4096, 320)):
+        seldom = costs[chips, interval]
+        assert seldom["averaged"] < costs[chips, 100]["averaged"] < few["averaged"]
+        for kept in ("groups_in_average", "age"):
+            assert seldom[kept] == pytest.approx(few[kept], rel=0.02)
+
+
+def test_chips_that_share_a_sequence_sum_a_part_of_the_gradient_each(monkeypatch):
+    monkeypatch.setattr(pod, "TRAININGS", [pod.Training("tiny", SHAPE, 512)])
+    links_alone = pod.Chip(flops=1e40)
+    seconds = {
+        row["chips"]: row["step_seconds"] for row in pod.costs(links_alone, (512, 4096))
+    }
+    assert seconds[4096] == pytest.approx(seconds[512] / 8)
+    assert links_alone.all_reduce(1e9, 1) == 0

@@ -28,7 +28,7 @@ def test_update():
     config = update.Config(SHAPE, 1, SHAPE, batch=4, refresh_batch=2, step_repeats=2)
     results = read_back(update.measure_updates(config))
     alone = {(r["tree"], r["moments"], r["optimizer"]): r for r in results["alone"]}
-    assert len(alone) == 2 * (7 + 6)
+    assert len(alone) == 2 * (7 + 5)
     for (tree, moments, optimizer), row in alone.items():
         words = 2 if moments == "float32" else 1
         if optimizer.startswith("sophia_g"):
