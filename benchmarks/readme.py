@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, measure, scaling
+from benchmarks import machine, measure
 
 README = Path(__file__).parents[1] / "README.md"
 PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -114,7 +114,7 @@ def refreshes(found: dict[str, dict[str, Results]]) -> str:
         },
     ) + (
         "\n\n(The diagonals are long means themselves, with relative errors, initial and "
-        f"trained, of: {known}.)"
+        f"trained, of: {known}.)\n\n![Error of a refresh against its cost]({_picture()})"
     )
 
 
@@ -140,7 +140,17 @@ def precision(found: dict[str, dict[str, Results]]) -> str:
 
 def pods(found: dict[str, dict[str, Results]]) -> str:
     """The cost of a refresh on a pod, on paper."""
-    return scaling.pods(_first(found, "scaling"))
+    return measure.markdown(
+        _first(found, "scaling")["pods"],
+        {
+            "training": lambda row: row["training"],
+            "chips": lambda row: f"{row['chips']:,}",
+            "groups of a refresh": lambda row: f"{row['sequences_of_refresh']:,}",
+            "update_interval": lambda row: f"{row['update_interval']:,}",
+            "b2": lambda row: f"{row['b2']:.2f}",
+            "of a step, averaged": lambda row: f"{row['averaged']:.2%}",
+        },
+    )
 
 
 TABLES = {
@@ -162,6 +172,11 @@ def written(text: str) -> str:
 
 def _first(found: dict[str, dict[str, Results]], name: str) -> Results:
     return next(results[name] for results in found.values() if name in results)
+
+
+def _picture() -> str:
+    path = min(machine.RESULTS.glob("*/estimate.png"))
+    return path.relative_to(README.parent).as_posix()
 
 
 def _errors(with_root: bool) -> dict[str, Callable[[Results], str]]:
