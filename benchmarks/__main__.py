@@ -4,6 +4,7 @@ python -m benchmarks           # at a size for two CPU cores
 python -m benchmarks --full    # at the size for a GPU
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -12,13 +13,14 @@ NAMES = ("update", "refresh", "estimate", "sampling", "scaling", "precision")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Run them all.")
+    parser.add_argument("--full", action="store_true", help="at the size for a GPU")
+    size = ["--full"] if parser.parse_args().full else []
     begin = time.monotonic()
     for name in NAMES:
         print(f"\n==> benchmarks.{name}\n", flush=True)
         start = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True
-        )
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *size], check=True)
         print(f"{time.monotonic() - start:.0f} s", flush=True)
     print(f"\nall: {time.monotonic() - begin:.0f} s")
 

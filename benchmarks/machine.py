@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+def write_elsewhere() -> None:
+    """Sends what is written from now on to a new folder, outside of the project."""
+    global RESULTS
+    RESULTS = Path(tempfile.mkdtemp())
+
+
 def folder() -> Path:
     """Where the results of this machine are."""
     name = f"{_device()} {os.cpu_count()} cores".lower()
@@ -39,7 +46,7 @@ def write(name: str, results: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = {"machine": describe(), "results": results}
     path.write_text(json.dumps(written, indent=2) + "\n")
-    print(f"\nwritten to {path.relative_to(RESULTS.parent.parent)}")
+    print(f"\nwritten to {path}")
 
 
 def _device() -> str:

@@ -132,7 +132,16 @@ def run(
     parser.add_argument("--full", action="store_true")
     size, rest = parser.parse_known_args(sys.argv[1:])
     default = full if size.full else small
-    config = tyro.cli(type(default), prog=f"benchmarks.{name}", args=rest, default=default)
+    config = tyro.cli(
+        type(default),
+        prog=f"benchmarks.{name}",
+        description="For two CPU cores by default; --full is a size for a GPU, from which "
+        "the other options then start. Only these two sizes are written to results.",
+        args=rest,
+        default=default,
+    )
+    if config != default:  # a trial: it must not take the place of what is kept
+        machine.write_elsewhere()
     print(json.dumps(machine.describe()), flush=True)
     results = measure(config)
     print(table(results))

@@ -1,55 +1,71 @@
 """Writes the tables of README.md from the results that are kept here.
 
-    python -m benchmarks.readme
+    python -m benchmarks.readme            # or, to see whether they are as they should be:
+    python -m benchmarks.readme --check
 
 A table stands between two comments, the first of which names it.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import machine, measure
 
 README = Path(__file__).parents[1] / "README.md"
-PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+REFERENCE = "amd-epyc-2-cores"
+"""Whose results are shown where there is room for one machine."""
 
+_PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_IN_COSTS = ("update", "refresh", "estimate", "sampling")
+
+Row = dict[str, Any]
 Results = dict[str, Any]
 
 
-def machines() -> dict[str, dict[str, Results]]:
-    """The results of each machine, by its name and the benchmark's."""
+class Machine(NamedTuple):
+    name: str
+    folder: Path
+    results: dict[str, Results]  # by the name of the benchmark
+
+
+def machines() -> dict[str, Machine]:
+    """The machines that results are kept of, by the name of the folder."""
     found = {}
     for folder in sorted(machine.RESULTS.iterdir()):
         files = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if files:
             described = next(iter(files.values()))["machine"]
-            name = f"{described['device']}, {described['cpu_cores']} cores"
-            found[name] = {stem: content["results"] for stem, content in files.items()}
+            name = f"{described['device']} ({described['cpu_cores']} CPU cores)"
+            results = {stem: content["results"] for stem, content in files.items()}
+            found[folder.name] = Machine(name, folder, results)
     return found
 
 
-def costs(found: dict[str, dict[str, Results]]) -> str:
+def costs(found: dict[str, Machine]) -> str:
     """What Sophia costs: a line for each claim, a column for each machine."""
+    averaged = "training step, averaged over a refresh every 10, over AdamW's, time: "
     lines: dict[str, Callable[[dict[str, Results]], str]] = {
-        "update without a refresh, bytes over `optax.adamw`'s": lambda r: _number(
-            _alone(r, "sophia_g, no refresh")["bytes_over_adamw"]
+        "update without `hessian_fn` over `optax.adamw`'s, bytes": lambda r: (
+            f"{_alone(r, 'no refresh')['bytes_over_adamw']:.2f}"
         ),
-        "the same, time": lambda r: _spread(
-            _alone(r, "sophia_g, no refresh")["time_over_adamw"]
+        "the same, time": lambda r: _spread(_alone(r, "no refresh")["time_over_adamw"]),
+        "with a `hessian_fn` that is not due, time": lambda r: _spread(
+            _alone(r, "not due")["time_over_adamw"]
         ),
-        "the same, both with bfloat16 moments, time": lambda r: _spread(
-            _alone(r, "sophia_g, no refresh", "bfloat16")["time_over_adamw"]
+        "without it, m and h in bfloat16 (of AdamW's only m can be), time": lambda r: (
+            _spread(_alone(r, "no refresh", "bfloat16")["time_over_adamw"])
         ),
-        "refresh on 16 of 480 sequences in 16 groups, every 10 steps, operations over "
-        "GPT-2 small's step": lambda r: _percent(_refresh(r)["flops_over_step"] / 10),
-        "the same share of a smaller model's step, time": lambda r: _percent(
-            _refresh(r)["time_over_step"]["median"] / 10
+        "refresh on 16 of 480 sequences in 16 groups every 10 steps over GPT-2 small's "
+        "steps, operations": lambda r: f"{_refresh(r)['flops_over_step'] / 10:.2%}",
+        "the same share of the steps of a model of this machine's size, time": lambda r: (
+            f"{_refresh(r)['time_over_step']['median'] / 10:.2%}"
         ),
         "its error over that of the paper's 240 sequences in one group, trained model": (
-            lambda r: _number(_error(r, "gnb, 16 groups") / _error(r, "paper, Sophia-G"))
+            lambda r: f"{_error(r, 'gnb, 16 groups') / _error(r, 'paper, Sophia-G'):.2f}"
         ),
         "peak memory of GPT-2 small's step with that refresh over one without": (
             lambda r: f"{r['refresh']['peak']['with_over_without']:.3f}"
@@ -57,159 +73,186 @@ def costs(found: dict[str, dict[str, Results]]) -> str:
         "Gauss-Newton pass over a gradient, GPT-2 small, 50,257 classes, time": (
             lambda r: _spread(_pass(r)["over_gradient"])
         ),
-        "training step with a refresh every 10, over `optax.adamw`'s, time": lambda r: (
-            _spread(_step(r, "sophia_g"))
+        averaged + "`sophia_g`, which refreshes on a thirtieth of the batch": (
+            lambda r: _spread(_step(r, "sophia_g"))
         ),
-        "`optax.contrib.sophia` in the same place": lambda r: _spread(
-            _step(r, "optax.contrib.sophia")
+        "`optax.contrib.sophia`, on the whole batch": (
+            lambda r: _spread(_step(r, "optax.contrib.sophia"))
         ),
-        "`somax.sophia_g` in the same place": lambda r: _spread(_step(r, "somax.sophia_g")),
+        "`somax.sophia_g`, on the whole batch": (
+            lambda r: _spread(_step(r, "somax.sophia_g"))
+        ),
     }
-    complete = {
-        name: results
-        for name, results in found.items()
-        if results.keys() >= {"update", "refresh", "estimate", "sampling"}
-    }
-    rows = [
-        {"": text, **{name: line(results) for name, results in complete.items()}}
-        for text, line in lines.items()
-    ]
-    return measure.markdown(rows, {key: lambda row, key=key: row[key] for key in rows[0]})
+    complete = [m for m in found.values() if m.results.keys() >= set(_IN_COSTS)]
+    columns: dict[str, Callable[[Row], str]] = {"": lambda row: row["text"]}
+    for m in complete:
+        columns[m.name] = lambda row, m=m: row["line"](m.results)
+    rows = [{"text": text, "line": line} for text, line in lines.items()]
+    return measure.markdown(rows, columns)
 
 
-def groups(found: dict[str, dict[str, Results]]) -> str:
+def groups(found: dict[str, Machine]) -> str:
     """Errors on one batch, by the number of groups."""
-    results = _first(found, "estimate")
-    return measure.markdown(
+    reference = found[REFERENCE]
+    results = reference.results["estimate"]
+    config = results["config"]
+    rows = measure.markdown(
         results["one_batch"],
         {
             "sequences": lambda row: str(row["sequences"]),
             "groups": lambda row: str(row["groups"]),
             **_errors(with_root=True),
-            "time": lambda row: _number(row["time_over_gradient"]),
+            "time": lambda row: f"{row['time_over_gradient']:.2f}",
         },
-    ) + (
-        f"\n\n(Trained to {results['validation_loss']:.2f} nats a byte. Time: over that of "
-        "one gradient of these sequences.)"
+    )
+    return rows + (
+        f"\n\n{reference.name}. Trained: to {results['validation_loss']:.2f} nats a byte "
+        f"in {config['run']['steps']} steps. Errors: of {config['draws']} draws. Time: over "
+        "that of one gradient of these sequences at once, median of "
+        f"{config['repeats']}."
     )
 
 
-def refreshes(found: dict[str, dict[str, Results]]) -> str:
+def refreshes(found: dict[str, Machine]) -> str:
     """Errors on batches of their own, of our refreshes and others'."""
-    results = _first(found, "estimate")
+    reference = found[REFERENCE]
+    results = reference.results["estimate"]
     known = "; ".join(
         f"{truth['truth']} {truth['initial']:.2f} and {truth['trained']:.2f}"
         for truth in results["truths"]
         if truth["fresh"]
     )
-    return measure.markdown(
+    rows = measure.markdown(
         results["fresh_batches"],
         {
             "refresh": lambda row: row["name"],
             "sequences": lambda row: str(row["sequences"]),
             "groups": lambda row: str(row["groups"]),
-            "of a step, every 10": lambda row: _percent(row["share_of_step"]),
+            "of a step, every 10": lambda row: f"{row['share_of_step']:.2%}",
             **_errors(with_root=False),
             "against the diagonal of the": lambda row: row["truth"],
         },
-    ) + (
-        "\n\n(The diagonals are long means themselves, with relative errors, initial and "
-        f"trained, of: {known}.)\n\n![Error of a refresh against its cost]({_picture()})"
+    )
+    config = results["config"]
+    picture = (reference.folder / "estimate.png").relative_to(README.parent).as_posix()
+    return rows + (
+        f"\n\nErrors of {config['draws']} draws, of {config['large_draws']} where there "
+        f"are more than {config['sequences']} sequences. The diagonals are long means "
+        f"themselves, with errors, initial and trained, of: {known}.\n\n"
+        f"![Error of a refresh against its cost]({picture})"
     )
 
 
-def precision(found: dict[str, dict[str, Results]]) -> str:
+def precision(found: dict[str, Machine]) -> str:
     """Training, and averages of a constant, with the state in 16 bits."""
+    results = found[REFERENCE].results["precision"]
+    run = results["config"]["run"]
 
-    def both(row):
+    def losses(row):
         return ", ".join(f"{loss:.3f}" for loss in row["validation_losses"])
 
     def average(name):
         return lambda row: f"{row[name]['mean']:.3f} ± {row[name]['deviation']:.3f}"
 
-    return measure.markdown(
-        _first(found, "precision")["rows"],
+    rows = measure.markdown(
+        results["rows"],
         {
             "m and h in": lambda row: row["state"],
-            "validation loss, nats a byte": both,
+            "validation loss, nats a byte": losses,
             "m of a constant": average("momentum"),
             "h of a constant": average("hessian"),
         },
     )
+    return rows + (
+        f"\n\nLosses: {run['steps']} steps of {run['batch']} sequences, a refresh every "
+        f"{run['update_interval']}, for two seeds of the labels. Averages: after "
+        f"{results['config']['constant_updates']} updates, over the constant."
+    )
 
 
-def pods(found: dict[str, dict[str, Results]]) -> str:
+def devices(found: dict[str, Machine]) -> str:
+    """What devices exchange and compute, for the largest number of them."""
+    results = found[REFERENCE].results["scaling"]
+    size, most = results["parameter_bytes"], max(results["config"]["devices"])
+
+    def moved(kind):
+        def cell(row):
+            parts = {op: n / size for op, n in row[f"{kind}_bytes"].items()}
+            return ", ".join(f"{n:.2f} {op}" for op, n in parts.items() if n > 0.005)
+
+        return cell
+
+    return measure.markdown(
+        [row for row in results["rows"] if row["devices"] == most],
+        {
+            f"{most} devices": lambda row: row["layout"],
+            "gradient exchanges": moved("gradient"),
+            "refresh exchanges": moved("refresh"),
+            "refresh computes": lambda row: f"{row['refresh_flops_over_share']:.2f}",
+        },
+    )
+
+
+def pods(found: dict[str, Machine]) -> str:
     """The cost of a refresh on a pod, on paper."""
     return measure.markdown(
-        _first(found, "scaling")["pods"],
+        found[REFERENCE].results["scaling"]["pods"],
         {
             "training": lambda row: row["training"],
             "chips": lambda row: f"{row['chips']:,}",
             "groups of a refresh": lambda row: f"{row['sequences_of_refresh']:,}",
             "update_interval": lambda row: f"{row['update_interval']:,}",
             "b2": lambda row: f"{row['b2']:.2f}",
+            "groups that count": lambda row: f"{row['groups_in_average']:,.0f}",
+            "age, steps": lambda row: f"{row['age']:,.0f}",
             "of a step, averaged": lambda row: f"{row['averaged']:.2%}",
         },
     )
 
 
 TABLES = {
-    "costs": costs,
-    "groups": groups,
-    "refreshes": refreshes,
-    "precision": precision,
-    "pods": pods,
+    table.__name__: table for table in (costs, groups, refreshes, precision, devices, pods)
 }
 
 
 def written(text: str) -> str:
     """README's text with its tables as the results have them now."""
     found = machines()
-    return PATTERN.sub(
+    return _PATTERN.sub(
         lambda match: f"{match[1]}{TABLES[match[2]](found)}\n{match[3]}", text
     )
 
 
-def _first(found: dict[str, dict[str, Results]], name: str) -> Results:
-    return next(results[name] for results in found.values() if name in results)
-
-
-def _picture() -> str:
-    path = min(machine.RESULTS.glob("*/estimate.png"))
-    return path.relative_to(README.parent).as_posix()
-
-
-def _errors(with_root: bool) -> dict[str, Callable[[Results], str]]:
-    columns: dict[str, Callable[[Results], str]] = {}
+def _errors(with_root: bool) -> dict[str, Callable[[Row], str]]:
+    columns: dict[str, Callable[[Row], str]] = {}
     for model in ("initial", "trained"):
         columns[f"error, {model}"] = lambda row, model=model: (
             f"{row[f'error_{model}']:.2f} ± {row[f'uncertainty_{model}']:.2f}"
         )
         if with_root:
-            columns[f"× √groups, {model}"] = lambda row, model=model: _number(
-                row[f"error_{model}"] * row["groups"] ** 0.5
+            columns[f"× √groups, {model}"] = lambda row, model=model: (
+                f"{row[f'error_{model}'] * row['groups'] ** 0.5:.2f}"
             )
     return columns
 
 
-def _only(rows: measure.Rows, **wanted: Any) -> Results:
+def _only(rows: measure.Rows, **wanted: Any) -> Row:
     [row] = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
     return row
 
 
-def _alone(
-    results: dict[str, Results], optimizer: str, moments: str = "float32"
-) -> Results:
+def _alone(results: dict[str, Results], kind: str, moments: str = "float32") -> Row:
+    name = f"sophia_g, {kind}"
     rows = results["update"]["alone"]
-    return _only(rows, tree="GPT-2 small", optimizer=optimizer, moments=moments)
+    return _only(rows, tree="GPT-2 small", optimizer=name, moments=moments)
 
 
-def _step(results: dict[str, Results], optimizer: str) -> Results:
+def _step(results: dict[str, Results], optimizer: str) -> Row:
     rows = results["update"]["step"]
     return _only(rows, optimizer=f"{optimizer}, averaged over 10")["time_over_adamw"]
 
 
-def _refresh(results: dict[str, Results]) -> Results:
+def _refresh(results: dict[str, Results]) -> Row:
     rows = results["refresh"]["refreshes"]
     kind = {"method": "gnb", "grouped": True, "parallel": False, "remat": False}
     return _only(rows, paper_sequences=16, **kind)
@@ -219,21 +262,28 @@ def _error(results: dict[str, Results], name: str) -> float:
     return _only(results["estimate"]["fresh_batches"], name=name)["error_trained"]
 
 
-def _pass(results: dict[str, Results]) -> Results:
+def _pass(results: dict[str, Results]) -> Row:
     return _only(results["sampling"]["passes"], vocabulary=50257)
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2%}"
-
-
-def _spread(spread: Results) -> str:
+def _spread(spread: Row) -> str:
     return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.readme", description="Write README.md's tables."
+    )
+    parser.add_argument("--check", action="store_true", help="fail rather than write")
+    check = parser.parse_args().check
+    for name, kept in machines().items():
+        if missing := set(_IN_COSTS) - kept.results.keys():
+            print(f"{name} has no {', '.join(sorted(missing))}: no column of costs")
+    text = README.read_text()
+    if check and written(text) != text:
+        raise SystemExit("README.md is not as the results are: run it without --check")
+    README.write_text(written(text))
+
+
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    main()

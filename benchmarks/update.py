@@ -64,8 +64,9 @@ _BASE = "optax.adamw"
 def measure_updates(config: Config) -> dict[str, Any]:
     abstract = Model(config.tree).abstract_params
     size = sum(p.size for p in jax.tree.leaves(abstract))
+    gpt = "GPT-2 small" if config.tree == Shape() else "a smaller GPT"
     trees = {
-        "GPT-2 small": {
+        gpt: {
             jax.tree_util.keystr(path): p.shape
             for path, p in jax.tree_util.tree_leaves_with_path(abstract)
         },
@@ -78,7 +79,7 @@ def measure_updates(config: Config) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
         "parameters": size,
-        "leaves": len(trees["GPT-2 small"]),
+        "leaves": len(trees[gpt]),
         "alone": rows,
         "step": _in_a_step(config),
     }
@@ -227,7 +228,7 @@ def table(results: dict[str, Any]) -> str:
     )
     config = results["config"]
     return (
-        f"The update of {results['parameters']:,} parameters, GPT-2 small's in "
+        f"The update of {results['parameters']:,} parameters, the model's in "
         f"{results['leaves']} arrays\n\n{alone}\n\nA training step of {config['batch']} "
         f"sequences of {config['step']['context']}; sophia_g refreshes on "
         f"{config['refresh_batch']} of them, the others on all\n\n{step}"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._received import check_one_way, fit_to
-from sophia_optax._rounding import at_least_float32, round_stochastically
+from sophia_optax._rounding import at_least_float32, check_dtype, round_stochastically
 
 # Smaller divisors are raised to this: an `eps` that was rounded to zero on its way
 # here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.
@@ -70,9 +70,9 @@ def scale_by_diag_hessian(
         (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
         sees a `hessian` several times too small.
       hessian_dtype: dtype of the average; float32 by default. In bfloat16 it is rounded
-        stochastically: to nearest, an average with b2 = 0.99 stalls. Under
-        `optax.inject_hyperparams` write its name, as "bfloat16": a dtype itself is taken
-        for a schedule there.
+        stochastically: to nearest, an average with b2 = 0.99 stalls. In float16 small
+        entries become 0. Under `optax.inject_hyperparams` write its name, as "bfloat16":
+        a dtype itself is taken for a schedule there.
       seed: seed of the keys that `hessian_fn` is called with, and of the rounding.
 
     Returns:
@@ -83,6 +83,7 @@ def scale_by_diag_hessian(
       ValueError: from `update`, if it gets both `hessian` and `hessian_fn`, or if an
         estimate does not have the structure and shapes of the updates (each array may
         be wrapped in a node of its own, as Flax's `nnx.Param` is).
+      TypeError: for a `hessian_dtype` that is no floating point dtype of 16 bits or more.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -107,6 +108,7 @@ def scale_by_diag_hessian(
         )
     if hessian_dtype is None:
         hessian_dtype = jnp.float32
+    check_dtype("hessian_dtype", hessian_dtype)
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
         _check_real(params)
@@ -160,7 +162,8 @@ def scale_by_diag_hessian(
         divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
         if debias:
             weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
-            divisor_gamma /= jnp.where(num_refreshes > 0, weight, 1)
+            # Before the first refresh it is 0, and for a b2 that was rounded to 1.
+            divisor_gamma /= jnp.where(weight > 0, weight, 1)
         divisor_gamma = jnp.array(divisor_gamma, jnp.float32)  # never the caller's buffer
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 

@@ -18,6 +18,16 @@ import jax.numpy as jnp
 _STREAMS = ("mu", "hessian")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raises TypeError for a dtype that no average is kept in."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        raise TypeError(
+            f"`{name}` must be a floating point dtype of 16 bits or more, got {dtype}: an "
+            'average needs a mantissa and a range. Use "bfloat16" to save memory.'
+        )
+
+
 def at_least_float32(tree: Any) -> Any:
     """The leaves of `tree`, those of less than 32 bits in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax._diag_hessian import scale_by_diag_hessian
-from sophia_optax._rounding import at_least_float32, round_stochastically
+from sophia_optax._rounding import at_least_float32, check_dtype, round_stochastically
 
 
 class RecordedClipState(NamedTuple):
@@ -32,6 +32,8 @@ def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
 
 def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
     """`optax.ema` without bias correction, whose average may be kept in 16 bits."""
+    if dtype is not None:
+        check_dtype("mu_dtype", dtype)
     ema = optax.ema(b1, debias=False)
 
     def update(updates, state, params=None):
@@ -85,6 +87,7 @@ def scale_by_sophia(
 
     Raises:
       ValueError: as `scale_by_diag_hessian`.
+      TypeError: as it, for both dtypes.
 
     Example:
       >>> import jax.numpy as jnp, optax

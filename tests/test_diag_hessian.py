@@ -136,6 +136,13 @@ def test_debias_counts_refreshes_that_were_taken_in():
     assert_trees_all_close(updates, jax.tree.map(lambda g: g / 4, GRADS), rtol=1e-5)
 
 
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_b2_that_was_rounded_to_1_divides_by_no_zero(debias):
+    tx = scale_by_diag_hessian(jnp.bfloat16(0.999), eps=1e-3, debias=debias)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
+    assert_trees_all_close(updates, jax.tree.map(lambda g: g / 1e-3, GRADS))
+
+
 def test_gamma_may_be_a_schedule_of_the_number_of_updates():
     tx = scale_by_diag_hessian(b2=0.0, gamma=lambda n: 1.0 / (1 + n))
     state = tx.init(PARAMS)

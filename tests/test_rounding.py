@@ -183,3 +183,10 @@ def test_the_hessian_is_not_rounded_without_a_refresh():
     _, state = tx.update(params, tx.init(params), params, hessian=params / 3)
     _, after = tx.update(params, state, params)
     np.testing.assert_array_equal(after.hessian, state.hessian)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", jnp.complex64, bool], ids=str)
+@pytest.mark.parametrize("name", ["mu_dtype", "hessian_dtype"])
+def test_an_average_needs_a_dtype_that_holds_one(name, dtype):
+    with pytest.raises(TypeError, match=f"`{name}` must be a floating point dtype"):
+        scale_by_sophia(**{name: dtype})

@@ -61,9 +61,11 @@ def test_a_run_prints_the_machine_and_the_table_and_writes(tmp_path, monkeypatch
 
     assert run()["results"] == {"value": 1}
     assert run("--full")["results"] == {"value": 2}
+    assert run("3")["results"] == {"value": 2}  # of the run before: a trial is not kept
     out = capsys.readouterr().out
     assert "value 1\n" in out
-    assert out.count(machine.describe()["device"]) == 2
+    assert "value 3\n" in out
+    assert out.count(machine.describe()["device"]) == 3
 
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
