@@ -107,8 +107,8 @@ def groups(found: dict[str, Machine]) -> str:
     )
     return rows + (
         f"\n\n{reference.name}. Trained: to {results['validation_loss']:.2f} nats a byte "
-        f"in {config['run']['steps']} steps. Errors: of {config['draws']} draws. Time: over "
-        "that of one gradient of these sequences at once, median of "
+        f"in {config['run']['steps']} steps. Errors: of {config['draws']} draws. Time: "
+        "over that of one gradient of these sequences at once, median of "
         f"{config['repeats']}."
     )
 

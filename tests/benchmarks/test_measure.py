@@ -56,7 +56,7 @@ def test_a_run_prints_the_machine_and_the_table_and_writes(tmp_path, monkeypatch
             "name", lambda n: {"value": n}, lambda r: f"value {r['value']}", small=1, full=2
         )
         [path] = tmp_path.rglob("name.json")
-        assert path.parent == machine.folder()
+        assert path.parent.parent == tmp_path / "benchmarks" / "results"
         return json.loads(path.read_text())
 
     assert run()["results"] == {"value": 1}
