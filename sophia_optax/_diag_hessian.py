@@ -136,11 +136,14 @@ def scale_by_diag_hessian(
         def take_in(average, estimate):
             estimate = fit_to(updates, estimate)
             finite = _is_finite(estimate, average)
-            new = jax.tree.map(
-                lambda h, e: jnp.where(finite, b2 * h + (1 - b2) * e.astype(h.dtype), h),
-                at_least_float32(average),
-                jax.tree.map(jnp.asarray, estimate),
-            )
+
+            def blend(wide, h, e):
+                bound = float(jnp.finfo(h.dtype).max)
+                mean = b2 * wide + (1 - b2) * jnp.asarray(e, wide.dtype)
+                # A mean of what is in range may be past it by its rounding.
+                return jnp.where(finite, jnp.clip(mean, -bound, bound), wide)
+
+            new = jax.tree.map(blend, at_least_float32(average), average, estimate)
             new = round_stochastically(new, average, seed, "hessian", state.num_updates)
             return new, finite
 
@@ -198,12 +201,12 @@ def _check_real(params: optax.Params) -> None:
 
 
 def _is_finite(estimate: optax.Updates, average: optax.Updates) -> jax.Array:
-    """Whether the estimate is finite in the dtype of the average, and so their mean."""
+    """Whether the estimate is finite in the dtype of the average."""
 
     def is_finite(e, h):
-        # One pass that stores nothing. A maximum passes nan on, which compares as false.
         e = jnp.asarray(e).astype(jnp.promote_types(jnp.result_type(e), jnp.float32))
-        return jnp.max(jnp.abs(e), initial=0) <= float(jnp.finfo(h.dtype).max)
+        # A comparison with nan is false. A maximum over devices may lose the nan of one.
+        return jnp.all(jnp.abs(e) <= float(jnp.finfo(h.dtype).max))
 
     return jax.tree.reduce(
         jnp.logical_and, jax.tree.map(is_finite, estimate, average), jnp.array(True)

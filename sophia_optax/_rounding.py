@@ -38,8 +38,9 @@ def round_stochastically(
 ) -> Any:
     """The leaves of `tree` in the dtypes of those of `like`.
 
-    One of 32 bits or more is a cast. What is drawn depends on the arguments alone and not
-    on how arrays are spread over devices.
+    One of 32 bits or more is a cast. What is drawn depends on the arguments alone: under
+    `jit` not on how arrays are spread over devices; inside `shard_map` and `pmap` devices
+    draw alike, each for its part. So do leaves with the same place in two trees.
 
     Args:
       tree: a tree of arrays.

@@ -38,7 +38,7 @@ def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
 
     def update(updates, state, params=None):
         wide = optax.EmaState(state.count, at_least_float32(state.ema))
-        average, new = ema.update(updates, wide, params)
+        average, new = ema.update(at_least_float32(updates), wide, params)
         average = round_stochastically(average, state.ema, seed, "mu", state.count)
         return average, optax.EmaState(new.count, average)  # pyright: ignore
 

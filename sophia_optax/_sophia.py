@@ -54,9 +54,10 @@ def sophia(
       update_interval: number of updates from one refresh to the next.
       debias: correct the bias of the average of the Hessian.
       mu_dtype: dtype of the average of gradients; the parameters' by default. In bfloat16,
-        which is rounded to stochastically, it takes half the memory and trains alike.
+        which is rounded to stochastically, it takes half the memory.
         Under `optax.inject_hyperparams` write its name, as "bfloat16", here and below.
-      hessian_dtype: dtype of the average of the Hessian; float32 by default. As above.
+      hessian_dtype: dtype of the average of the Hessian; float32 by default. In bfloat16
+        as `mu_dtype`.
       seed: seed of the keys that `hessian_fn` is called with, and of the rounding.
 
     Returns:

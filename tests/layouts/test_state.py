@@ -14,6 +14,7 @@ P = PartitionSpec
 SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
 VALUES = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8), "b": jnp.zeros(8)}
 X = jax.random.normal(jax.random.key(0), (16, 8))
+PLACES = range(0, 64, 4)  # of entries of "w", two in each device's part
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
@@ -124,3 +125,27 @@ def test_orbax_restores_on_another_layout_bit_for_bit(tmp_path):
         resumed = step(*resumed)
         assert_trees_all_equal(resumed, (params, state))
     assert state[0][1].num_refreshes == 3
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["hessian", "hessian_fn"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_device_s_estimate_that_is_not_finite_is_refused_on_all(kind, way, bad):
+    tx, mesh = sophia_g(0.1, update_interval=1), mesh_of(kind)
+
+    @jax.jit
+    def update(grads, state, params, estimate):
+        given = estimate if way == "hessian" else lambda key: estimate
+        return tx.update(grads, state, params, **{way: given})[1]
+
+    with jax.set_mesh(mesh):
+        params = spread(mesh)
+        state = tx.init(params)
+        for place in PLACES:
+            broken = VALUES["w"].at[place // 8, place % 8].set(bad)
+            estimate = params | {"w": jax.device_put(broken, params["w"].sharding)}
+            state = update(params, state, params, estimate)
+    metrics = sophia_metrics(state)
+    assert metrics["refused"] == len(PLACES)
+    assert metrics["refreshes"] == 0
+    assert metrics["hessian_norm"] == 0
