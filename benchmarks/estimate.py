@@ -56,7 +56,7 @@ class Config:
     draws: int = 24
     """Number of estimates that an error is averaged over."""
 
-    large_draws: int = 4
+    large_draws: int = 10
     """The same for estimates of more than `sequences` sequences, which take longer."""
 
     reference_draws: int = 48
@@ -206,7 +206,6 @@ def measure_errors(config: Config) -> dict[str, Any]:
     compared = estimators.compared(logits_fn, config.sizes)
     return {
         "config": dataclasses.asdict(config) | {"run": run.as_json()},
-        "somax": estimators.somax_version(),
         "validation_loss": log.rows[-1]["val_loss"],
         "truths": known,
         "one_batch": rows([in_groups(g) for g in config.groups], config.sequences, False),

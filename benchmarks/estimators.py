@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 import optax.contrib
+from somax.curvature.ggn_ce import GGNCE
+from somax.estimators.gnb_ce import GaussNewtonBartlett
 
 from sophia_optax import Categorical, gnb, hutchinson
 
@@ -70,16 +69,10 @@ class Refresh:
 def compared(logits_fn: LogitsFn, sizes: Sizes) -> list[Refresh]:
     """The refreshes of the comparison."""
     whole = sizes.training
-    refreshes = [
+    return [
         gauss_newton(logits_fn, sizes.paper, 1, "paper, Sophia-G"),
         released_code(logits_fn, whole),
-    ]
-    if somax_version() is None:
-        print("python-somax is not installed: no row for its estimator")
-    else:
-        refreshes.append(somax_gnb(logits_fn, whole))
-    return [
-        *refreshes,
+        somax_gnb(logits_fn, whole),
         *(gauss_newton(logits_fn, n, n) for n in sizes.gnb),
         hessian(logits_fn, sizes.paper_hutchinson, 1, "paper, Sophia-H"),
         optax_hutchinson(logits_fn, whole),
@@ -158,24 +151,15 @@ def optax_hutchinson(logits_fn: LogitsFn, sequences: int) -> Refresh:
     return Refresh(name, name, HESSIAN, sequences, 1, estimate)
 
 
-def somax_version() -> str | None:
-    """The version of somax (python-somax), or None where it is not installed."""
-    if importlib.util.find_spec("somax") is None:
-        return None
-    return importlib.metadata.version("python-somax")
-
-
 def somax_gnb(logits_fn: LogitsFn, sequences: int) -> Refresh:
     """The estimator and the operator of `somax.sophia_g`, on the training batch."""
-    operators = importlib.import_module("somax.curvature.ggn_ce")
-    somax = importlib.import_module("somax.estimators.gnb_ce")
 
-    def predict(params, inputs):
-        logits = logits_fn(params, inputs)
+    def predict(params, x):
+        logits = logits_fn(params, x)
         return logits.reshape(-1, logits.shape[-1])
 
-    operator = operators.GGNCE(predict_fn=predict)
-    estimator = somax.GaussNewtonBartlett()
+    operator = GGNCE(predict_fn=predict)
+    estimator = GaussNewtonBartlett()
 
     def estimate(params, tokens, key):
         batch = {"x": tokens[:, :-1], "y": tokens[:, 1:].reshape(-1)}

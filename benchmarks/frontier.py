@@ -97,8 +97,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             zorder=0,
             label="frontier of the Gauss-Newton estimates",
         )
+        # Against a diagonal known no better than a third an error would be none.
+        unknown = {t["truth"] for t in results["truths"] if t["fresh"] and t[model] > 1 / 3}
         for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
-            _draw_series(axes, [r for r in rows if r["series"] == series], model, i)
+            shown = [r for r in rows if r["series"] == series and r["truth"] not in unknown]
+            if shown:
+                _draw_series(axes, shown, model, i)
         axes.set(xscale="log", yscale="log", title=title)
         axes.set_xlabel(f"FLOPs of a refresh / FLOPs of a gradient of {training} sequences")
         axes.margins(0.1)
@@ -108,7 +112,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axis.set_minor_formatter(NullFormatter())
     all_axes[0].set_ylabel("relative error of a refresh, $|ĥ - h|_2\\ /\\ |h|_2$")
-    handles, labels = all_axes[0].get_legend_handles_labels()
+    handles, labels = all_axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -75,11 +75,16 @@ def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
     return spread(a / b for a, b in zip(runs, base, strict=True))
 
 
+def show(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
 def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     """What the compiler knows of a program: a loop's body counts once in the first two.
 
     - `flops`, `bytes`: operations, and bytes that they read and write;
-    - `kernels`: instructions that run one after another, launches on a GPU;
+    - `kernels`: instructions that run one after another, about as many launches on a GPU;
+      a loop or a `cond` counts as one;
     - `temporary_bytes`: memory that is held during the program alone;
     - `peak_bytes`: that and the arguments and results, where donated ones count once.
     """

@@ -32,7 +32,7 @@ class Config:
 
     run: RunConfig = dataclasses.field(
         default_factory=lambda: RunConfig(
-            steps=150, batch=32, update_interval=2, refresh_batch=8
+            steps=150, batch=32, update_interval=2, refresh_batch=8, groups=8
         )
     )
     """The model and its training; a group for each sequence of a refresh."""
@@ -52,9 +52,7 @@ FULL = Config(run=RunConfig(steps=1000, layers=4, heads=4, width=256, context=12
 
 def to_nearest(state: Any) -> Any:
     """The state of an optimizer as bfloat16 would have kept it."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x, state
-    )
+    return jax.tree.map(lambda x: jax.lax.reduce_precision(x, 8, 7) if x.ndim else x, state)
 
 
 STATES: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -99,13 +97,14 @@ class Run(NamedTuple):
 def _train(run: RunConfig, seed: int, dtype: str, keep: Callable[[Any], Any]) -> Run:
     model = Model(Shape(run.layers, run.heads, run.width, run.context, 256, run.bias))
     corpus, recipe = data.load(run.data), RECIPES["sophia_g"]
+    assert recipe.gamma is not None
     tx = sophia_g(
         optax.warmup_cosine_decay_schedule(
             0.0, recipe.learning_rate, run.warmup_steps(), run.steps
         ),
         b1=recipe.b1,
         b2=recipe.b2,
-        gamma=recipe.gamma or 0.0,
+        gamma=recipe.gamma,
         weight_decay=recipe.weight_decay,
         update_interval=run.update_interval,
         debias=run.debias,
@@ -113,7 +112,7 @@ def _train(run: RunConfig, seed: int, dtype: str, keep: Callable[[Any], Any]) ->
         hessian_dtype=dtype,
         seed=seed,
     )
-    estimator = gnb(model.logits, groups=run.refresh_batch)
+    estimator = gnb(model.logits, groups=run.groups)
 
     def loss_fn(params, tokens):
         logits = model.logits(params, tokens[:, :-1])

@@ -141,12 +141,13 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
     def program(refresh):
         estimate = refresh.estimator(Model(config.shape, refresh.remat), config.batch)
 
-        def fn(carry, params, tokens):
+        def fn(carry, params, tokens, key):
             del carry  # whose memory the result takes
-            return estimate(params, tokens, key=jax.random.key(0))
+            return estimate(params, tokens, key=key)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return measure.Program(fn, zeros, params, tokens[: refresh.sequences(config.batch)])
+        part = tokens[: refresh.sequences(config.batch)]
+        return measure.Program(fn, zeros, params, part, jax.random.key(0))
 
     programs = measure.compile_all(
         {"step": lambda: measure.Program(step, (model.init(), init(params)), tokens)}

@@ -126,20 +126,20 @@ def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
         "Gumbel": gnb(model.logits, likelihood=Gumbel()),
     }
 
-    def gradient(carry, params, tokens):
-        del carry  # whose memory the result takes
+    def gradient(carry, params, tokens, key):
+        del carry, key  # the result takes the carry's memory
         return jax.grad(model.loss)(params, tokens)
 
-    def squares(name, carry, params, tokens):
+    def squares(name, carry, params, tokens, key):
         del carry
-        return estimates[name](params, tokens, key=jax.random.key(0))
+        return estimates[name](params, tokens, key=key)
 
     def sample(labels, logits):
         return Categorical().sample(jax.random.key(labels[0]), logits)
 
     def program(fn):
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return measure.Program(fn, zeros, params, tokens)
+        return measure.Program(fn, zeros, params, tokens, jax.random.key(0))
 
     programs = measure.compile_all(
         {
@@ -175,15 +175,12 @@ def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
 
-    def times(spread):
-        return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
-
     samplers = measure.markdown(
         results["samplers"],
         {
             "classes": lambda row: f"{row['vocabulary']:,}",
             "inverse CDF, ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
-            "Gumbel over it": lambda row: times(row["gumbel_over"]),
+            "Gumbel over it": lambda row: measure.show(row["gumbel_over"]),
             "memory over the logits'": lambda row: f"{row['memory']:.2f}",
             "Gumbel's": lambda row: f"{row['gumbel_memory']:.2f}",
             "of a head and the sampled loss": lambda row: f"{row['loss_memory']:.2f}",
@@ -195,11 +192,11 @@ def table(results: dict[str, Any]) -> str:
         {
             "classes": lambda row: f"{row['vocabulary']:,}",
             "gradient, s": lambda row: f"{row['gradient_seconds']['median']:.3g}",
-            "GNB over it": lambda row: times(row["over_gradient"]),
+            "GNB over it": lambda row: measure.show(row["over_gradient"]),
             "drawing over the pass": lambda row: (
                 f"{row['sampler_over_pass']['median']:.1%}"
             ),
-            "with Gumbel": lambda row: times(row["gumbel_over_gradient"]),
+            "with Gumbel": lambda row: measure.show(row["gumbel_over_gradient"]),
             "memory over the logits'": lambda row: f"{row['memory']:.2f}",
             "the gradient's": lambda row: f"{row['gradient_memory']:.2f}",
             "Gumbel's": lambda row: f"{row['gumbel_memory']:.2f}",

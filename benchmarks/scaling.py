@@ -213,13 +213,9 @@ def table(results: dict[str, Any]) -> str:
         f"over those of the parameters ({size:,} bytes)\ncomputes: operations of matrix "
         "products on all devices over those on one\nupdate: without a refresh\n"
         f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
-        f"groups\n\n{pods(results)}\n\non paper: {pod.assumptions(config['chip'])}"
+        f"groups\n\n{pod.table(results['pods'])}\n\n"
+        f"on paper: {pod.assumptions(config['chip'])}"
     )
-
-
-def pods(results: dict[str, Any]) -> str:
-    """The cost of a refresh on a pod, in Markdown."""
-    return pod.table(results["pods"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ def read_back(results):
 
 @pytest.mark.slow
 def test_update():
-    pytest.importorskip("somax")
     config = update.Config(SHAPE, 1, SHAPE, batch=4, refresh_batch=2, step_repeats=2)
     results = read_back(update.measure_updates(config))
     alone = {(r["tree"], r["moments"], r["optimizer"]): r for r in results["alone"]}
@@ -36,7 +35,7 @@ def test_update():
         if (tree, optimizer) == ("one array", "sophia_g, no refresh"):
             assert row["bytes_over_adamw"] <= 0.9
     step = {row["optimizer"]: row for row in results["step"]}
-    assert len(step) == 9 + 3
+    assert len(step) == 10 + 4
     one = step["sophia_g, averaged over 10"]["seconds"]["median"]
     parts = [step[f"sophia_g, {kind}"]["seconds"] for kind in ("not due", "refresh")]
     assert min(p["low"] for p in parts) <= one <= max(p["high"] for p in parts)
@@ -90,7 +89,14 @@ def test_sampling():
 @pytest.mark.slow
 def test_precision():
     run = RunConfig(
-        steps=30, layers=1, heads=2, width=16, context=16, batch=8, refresh_batch=2
+        steps=30,
+        layers=1,
+        heads=2,
+        width=16,
+        context=16,
+        batch=8,
+        refresh_batch=2,
+        groups=2,
     )
     config = precision.Config(run, seeds=1, constant_updates=1500)
     results = read_back(precision.measure_precision(config))
