@@ -29,8 +29,13 @@ def check_dtype(name: str, dtype: Any) -> None:
 
 
 def at_least_float32(tree: Any) -> Any:
-    """The leaves of `tree`, those of less than 32 bits in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    """The leaves of `tree` as arrays, those of less than 32 bits in float32."""
+
+    def widen(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(widen, tree)
 
 
 def round_stochastically(
