@@ -1,0 +1,237 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from examples.gpt import hugging_face, model
+from examples.gpt.config import Config, ConfigError
+
+# No two sizes are alike: nothing fits by chance.
+CONFIG = Config(layers=2, heads=3, width=12, context=10, vocabulary=31, bias=True)
+
+
+def random_params(config):
+    """All of them random: norms and biases start at 1 and 0, where errors don't show.
+
+    The embeddings are small, as GPT-2's are: the first norm's epsilon shows.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(path, p):
+        value = (p + 0.3 * rng.standard_normal(p.shape)).astype(np.float32)
+        return value * (0.01 if "embedding" in jax.tree_util.keystr(path) else 1)
+
+    return jax.tree.map_with_path(draw, model.init(config))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hugging_face.save(tmp_path / "gpt2", CONFIG, random_params(CONFIG))
+    return tmp_path / "gpt2"
+
+
+def tensors_in(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def write(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, bias):
+    config = dataclasses.replace(CONFIG, bias=bias)
+    params = random_params(config)
+    hugging_face.save(tmp_path, config, params)
+    jax.tree.map(np.testing.assert_array_equal, params, hugging_face.load(tmp_path, config))
+
+
+def test_a_model_without_biases_is_one_with_biases_of_0(tmp_path):
+    config = dataclasses.replace(CONFIG, bias=False)
+    params = random_params(config)
+    hugging_face.save(tmp_path, config, params)
+    tokens = np.arange(10)[None]
+    np.testing.assert_array_equal(
+        model.bind(config, params)(tokens),
+        model.bind(CONFIG, hugging_face.load(tmp_path, CONFIG))(tokens),
+    )
+
+
+def test_config_of_the_weights(folder):
+    config = hugging_face.config_of(folder)
+    for name in ("layers", "heads", "width", "context", "vocabulary", "bias"):
+        assert getattr(config, name) == getattr(CONFIG, name)
+
+
+def test_the_forms_that_others_write(folder):
+    """No prefix, the buffers of old versions, a head saved beside the embedding, parts."""
+    expected = hugging_face.load(folder, CONFIG)
+    tensors = {k.removeprefix("transformer."): v for k, v in tensors_in(folder).items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
+    tensors["h.1.attn.masked_bias"] = np.full(1, -1e4)
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        safetensors.numpy.save_file({k: tensors[k] for k in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    jax.tree.map(np.testing.assert_array_equal, hugging_face.load(folder, CONFIG), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_loaded_as_32(folder, dtype):
+    expected = hugging_face.load(folder, CONFIG)
+    write(
+        folder, {k: v.astype(jax.numpy.dtype(dtype)) for k, v in tensors_in(folder).items()}
+    )
+    loaded = hugging_face.load(folder, CONFIG)
+    assert {p.dtype for p in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    jax.tree.map(
+        lambda p, q: np.testing.assert_array_equal(p, q.astype(dtype).astype(np.float32)),
+        loaded,
+        expected,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3}, "`layers` must be that of the weights, got 3 for 2 .* --layers 2"),
+        ({"heads": 4}, "`heads` must .* got 4 for 3"),
+        ({"width": 24}, "`width` must .* got 24 for 12"),
+        ({"context": 64}, "`context` must .* got 64 for 10"),
+        ({"vocabulary": 128}, "`vocabulary` must .* got 128 for 31"),
+        ({"bias": False}, "`bias` is off, but .* Give --bias"),
+        ({"architecture": "neox"}, "`architecture` must be gpt2 .* got neox"),
+    ],
+)
+def test_weights_of_another_model(folder, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        hugging_face.load(folder, dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "`model_type` must be gpt2.*got gpt_neox"),
+        ({"activation_function": "relu"}, "`activation_function` must be gelu_new.*relu"),
+        ({"n_inner": 20}, "`n_inner` must be None.*got 20"),
+        ({"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` must be 1e-05"),
+    ],
+)
+def test_a_config_that_is_not_gpt2(folder, field, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | field))
+    with pytest.raises(ConfigError, match=message):
+        hugging_face.load(folder, CONFIG)
+
+
+def remove_layer_norm(folder):
+    tensors = tensors_in(folder)
+    del tensors["transformer.h.1.ln_2.weight"]
+    write(folder, tensors)
+
+
+def transpose_projection(folder):
+    tensors = tensors_in(folder)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    write(folder, tensors | {name: np.ascontiguousarray(tensors[name].T)})
+
+
+def untie_head(folder):
+    tensors = tensors_in(folder)
+    write(folder, tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def forget_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_embd"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_layer_norm, r"`h\.1\.ln_2\.weight` is missing among the weights"),
+        (
+            transpose_projection,
+            r"`h\.0\.mlp\.c_fc\.weight` must have .*\(12, 48\).*\(48, 12",
+        ),
+        (untie_head, r"`lm_head\.weight` must be the embedding"),
+        (truncate, r"`model\.safetensors` can't be read in .*incomplete"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            r"`model\.safetensors` can't be read",
+        ),
+        (
+            lambda f: (f / "config.json").unlink(),
+            r"`config\.json` can't be read in .*No such",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), r"`config\.json` can't be read in"),
+        (forget_width, r"`n_embd` is missing in .*config\.json"),
+    ],
+)
+def test_a_damaged_folder(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ConfigError, match=message):
+        hugging_face.load(folder, CONFIG)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    neox = dataclasses.replace(CONFIG, architecture="neox")
+    with pytest.raises(ConfigError, match="`architecture` must be gpt2"):
+        hugging_face.save(tmp_path, neox, model.init(neox))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"`to`: .*file can't be written to"):
+        hugging_face.save(tmp_path / "file", CONFIG, random_params(CONFIG))
+
+
+@pytest.fixture
+def transformers():
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
+
+
+def logits_of_both(theirs, params):
+    import torch
+
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocabulary, (4, CONFIG.context))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens)).logits.numpy()
+    return model.bind(CONFIG, params)(tokens), expected
+
+
+def test_transformers_loads_what_we_save(folder, transformers):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    ours, expected = logits_of_both(theirs, random_params(CONFIG))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_we_load_what_transformers_saves(tmp_path, transformers):
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=3, n_embd=12, n_positions=10, vocab_size=31
+    )
+    theirs = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.3 * torch.randn_like(p)
+        for p in (theirs.transformer.wte.weight, theirs.transformer.wpe.weight):
+            p *= 0.01
+    theirs.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours, expected = logits_of_both(theirs, hugging_face.load(tmp_path, CONFIG))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
