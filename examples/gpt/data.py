@@ -1,59 +1,189 @@
-"""Text as bytes: read from files, split by file, cut into sequences."""
+"""What a model is trained on: a corpus of tokens, cut into sequences, read by Grain."""
 
+import bisect
 import dataclasses
+import hashlib
+import itertools
+import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grain
 import numpy as np
 
+from examples.gpt import shards
 from examples.gpt.config import ConfigError
+from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
-VOCABULARY = 256
-VALIDATION_SHARE = 0.1
+VALIDATION_SHARE = 0.1  # of text that was not prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of a split: an array a shard, in memory or mapped from a file."""
+
+    arrays: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.arrays))
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
+    """Tokens to train on and to validate with.
+
+    Attributes:
+      name: for people.
+      tokenizer: what made the tokens.
+      train, validation: tokens of different documents.
+      identity: what has to be the same when a run goes on. It fits in a JSON file and
+        knows no paths, so that a run may go on where the data lies elsewhere.
+    """
+
     name: str
-    train: np.ndarray  # bytes, shape (n,), uint8
-    validation: np.ndarray  # bytes, shape (m,), uint8, of other files
+    tokenizer: Tokenizer
+    train: Tokens
+    validation: Tokens
+    identity: dict[str, Any]
 
     def check(self, context: int) -> None:
-        """Raises ConfigError if a part is shorter than one sequence and its targets."""
-        for part in ("train", "validation"):
-            if (size := len(getattr(self, part))) <= context:
+        """Raises ConfigError if a split has not one sequence and its targets."""
+        for split in shards.SPLITS:
+            tokens = getattr(self, split)
+            if not len(Sequences(tokens, context)):
                 raise ConfigError(
-                    f"`data`: the {part} part of {self.name} has {size} bytes, and a "
-                    f"sequence of `context` {context} needs {context + 1}. Give more text "
-                    "or a shorter context."
+                    f"`data`: the {split} part of {self.name} has {len(tokens)} tokens in "
+                    f"{len(tokens.arrays)} shard(s), and a sequence of `context` {context} "
+                    f"needs {context + 1} in one. Give more text or a shorter context."
                 )
 
 
-def load(path: Path | None) -> Corpus:
-    """The text of a file or folder, or the source of Python's standard library."""
+class Sequences:
+    """A split cut into sequences of `context` tokens and one after: a source for Grain.
+
+    Sequence and sequence share one token, the last target and the first input, so that
+    every token of a shard is a target once, but its first and what is left at its end.
+    No sequence goes from one shard to the next.
+    """
+
+    def __init__(self, tokens: Tokens, context: int):
+        self._arrays, self._context = tokens.arrays, context
+        sizes = [max(len(array) - 1, 0) // context for array in tokens.arrays]
+        self._ends = list(itertools.accumulate(sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shard = bisect.bisect_right(self._ends, index)
+        first = self._ends[shard - 1] if shard else 0
+        start = (index - first) * self._context
+        return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
+
+
+def batches(
+    tokens: Tokens, *, batch: int, context: int, seed: int, rows: slice | None = None
+) -> grain.DatasetIterator:
+    """Batches of sequences for ever: all of them in one order, then all in another.
+
+    Args:
+      tokens: the split, the same on every process.
+      batch: number of sequences in a global batch.
+      context: number of tokens in a sequence.
+      seed: of the order.
+      rows: which rows of each global batch to read, an aligned part of it; all by default.
+
+    Returns:
+      An iterator of int32 arrays of shape (rows, context + 1): the inputs, and one token
+      after. Its `get_state` and `set_state` are a checkpoint's: the state is the number of
+      batches, the same on every process and for any number of them.
+    """
+    start, stop, _ = (rows or slice(None)).indices(batch)
+    size = stop - start
+    assert size and batch % size == start % size == 0, (rows, batch)
+    dataset = (
+        grain.MapDataset.source(Sequences(tokens, context))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(size)[start // size :: batch // size]
+    )
+    # A few batches ahead are enough: each is large.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(8, 16)))
+
+
+def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndarray]:
+    """Each sequence once, in order: int32 of shape (at most `batch`, context + 1)."""
+    source = Sequences(tokens, context)
+    for start in range(0, len(source), batch):
+        stop = min(start + batch, len(source))
+        yield np.stack([source[index] for index in range(start, stop)])
+
+
+def load(
+    path: Path | None, verify: bool = True, process: int = 0, processes: int = 1
+) -> Corpus:
+    """The corpus of a prepared folder, of text, or the source of the standard library.
+
+    Args:
+      path: what `examples.gpt.prepare` made, which is mapped into memory; or a text file
+        or a folder of them, which is read as bytes, a tenth for validation.
+      verify: whether to compare checksums; sizes are compared always.
+      process: which process this is; each compares its part of the checksums.
+      processes: how many there are.
+    """
     if path is None:
-        return _split("the Python standard library", *_standard_library())
+        return _read_text("the Python standard library", *_standard_library())
     if not path.exists():
-        raise ConfigError(f"`data` must be a text file or a folder, got {path}: not there.")
+        raise ConfigError(
+            f"`data` must be a text file or a folder, got {path}: not there. Prepared data "
+            "is made by `python -m examples.gpt.prepare`."
+        )
     if path.is_file():
-        return _split(str(path), path.parent, [path])
+        return _read_text(str(path), path.parent, [path])
+    if (path / shards.MANIFEST).exists():
+        return _read_shards(path, verify, process, processes)
+    if (path / shards.PROGRESS).exists():
+        raise ConfigError(
+            f"`data`: {path} is not finished. Start the command again that prepares it, "
+            "and it goes on."
+        )
     files = sorted(
         file
         for file in path.rglob("*")
         if file.is_file()
         and not any(p.startswith(".") for p in file.relative_to(path).parts)
     )
-    return _split(str(path), path, files)
+    return _read_text(str(path), path, files)
 
 
-def batches(data: np.ndarray, batch: int, context: int, seed: int) -> Iterator[np.ndarray]:
-    """Sequences at random places, and the byte after: shape (batch, context + 1), uint8."""
-    rng = np.random.default_rng(seed)
-    while True:
-        starts = rng.integers(0, len(data) - context, size=batch)
-        yield data[starts[:, None] + np.arange(context + 1)]
+def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corpus:
+    manifest = shards.read_manifest(path)
+    splits = {
+        split: Tokens(shards.map_split(path, manifest, getattr(manifest, split)))
+        for split in shards.SPLITS
+    }
+    if verify:
+        shards.verify(path, manifest.shards[process::processes])
+    is_file = manifest.tokenizer != BYTES
+    tokenizer = make(str(path / manifest.tokenizer) if is_file else BYTES)
+    checksums = json.dumps([shard.checksum for shard in manifest.shards]).encode()
+    return _corpus(str(path), tokenizer, splits, hashlib.sha256(checksums).hexdigest())
+
+
+def _corpus(
+    name: str, tokenizer: Tokenizer, splits: dict[str, Tokens], checksum: str
+) -> Corpus:
+    identity = {
+        "tokenizer": tokenizer.name,
+        "vocabulary": tokenizer.vocabulary,
+        **{f"{split} tokens": len(tokens) for split, tokens in splits.items()},
+        "checksum": checksum,
+    }
+    return Corpus(name, tokenizer, **splits, identity=identity)
 
 
 def _standard_library() -> tuple[Path, list[Path]]:
@@ -68,17 +198,27 @@ def _standard_library() -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _split(name: str, root: Path, files: list[Path]) -> Corpus:
-    """A tenth of the bytes for validation, in whole files, chosen by their names."""
+def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+    """Files as bytes, in memory, split by file; files that are no text are left out."""
     texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     texts = {file: text for file, text in texts.items() if b"\0" not in text}
     if not texts:
         raise ConfigError(f"`data` must be text, got {name}: no text files.")
+    parts = [b"\n".join(part) for part in _split(texts)]
+    splits = {
+        split: Tokens((np.frombuffer(part, np.uint8),))
+        for split, part in zip(shards.SPLITS, parts, strict=True)
+    }
+    return _corpus(name, Bytes(), splits, hashlib.sha256(b"\0".join(parts)).hexdigest())
+
+
+def _split(texts: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """A tenth of the bytes for validation, in whole files, chosen by their names."""
     total = sum(map(len, texts.values()))
     if len(texts) == 1:
         [text] = texts.values()
         cut = round(len(text) * (1 - VALIDATION_SHARE))
-        return Corpus(name, _bytes([text[:cut]]), _bytes([text[cut:]]))
+        return [text[:cut]], [text[cut:]]
     train, validation, size = [], [], 0
     for file in sorted(texts, key=lambda file: (zlib.crc32(file.encode()), file)):
         if size < VALIDATION_SHARE * total and len(validation) < len(texts) - 1:
@@ -86,8 +226,4 @@ def _split(name: str, root: Path, files: list[Path]) -> Corpus:
             size += len(texts[file])
         else:
             train.append(texts[file])
-    return Corpus(name, _bytes(train), _bytes(validation))
-
-
-def _bytes(texts: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"\n".join(texts), np.uint8)
+    return train, validation
