@@ -103,13 +103,13 @@ def batches(
     """
     start, stop, _ = (rows or slice(None)).indices(batch)
     size = stop - start
-    assert size and batch % size == start % size == 0, (rows, batch)
+    assert batch % size == start % size == 0
     dataset = (
         grain.MapDataset.source(Sequences(tokens, context))
         .seed(seed)
         .shuffle()
         .repeat()
-        .batch(size)[start // size :: batch // size]
+        .batch(size, drop_remainder=True)[start // size :: batch // size]
     )
     # A few batches ahead are enough: each is large.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(8, 16)))

@@ -21,7 +21,7 @@ import numpy as np
 from examples.gpt.config import ConfigError
 
 FORMAT = 1
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+MANIFEST, PROGRESS, UNFINISHED = "manifest.json", "progress.json", ".unfinished"
 SPLITS = ("train", "validation")
 AGAIN = "Copy it once more, or prepare the data again in an empty folder."
 
@@ -49,6 +49,7 @@ class Manifest:
     separator: int
     dtype: str
     choices: dict[str, Any]
+    found: dict[str, Any]  # what the choices led to: revisions, sizes, checksums
     train: Split
     validation: Split
 
@@ -58,6 +59,92 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, {"format": FORMAT, **dataclasses.asdict(self)})
+
+
+class Writer:
+    """Appends tokens to the shards of a split, and knows how to go on after anything.
+
+    A shard is closed when it is full: its file is on the disk, and its checksum is that of
+    what lies there. What was written after the last `state` is cut off by the next Writer.
+
+    Args:
+      folder: where the shards are.
+      split: its name.
+      dtype: of the tokens.
+      shard_tokens: number of tokens in each shard but the last.
+      state: what `state` said last, or nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
+    ):
+        state = state or {"documents": 0, "shards": [], "open": 0}
+        self.documents: int = state["documents"]
+        self.shards = [Shard(**shard) for shard in state["shards"]]
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._shard_tokens, self._open, self._file = shard_tokens, state["open"], None
+        finished = {shard.file for shard in self.shards}
+        for path in folder.glob(f"{split}-*.bin"):
+            if path.name not in finished and not (self._open and path == self._path):
+                path.unlink()
+        if self._open:
+            self._file = self._path.open("r+b", buffering=0)
+            self._file.truncate(self._open * self._dtype.itemsize)
+            self._file.seek(0, os.SEEK_END)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self._open
+
+    def append(self, tokens: np.ndarray, documents: int) -> list[Shard]:
+        """Appends the tokens of whole documents, and returns the shards that it closed."""
+        closed = len(self.shards)
+        self.documents += documents
+        while len(tokens):
+            if self._file is None:
+                self._file = self._path.open("wb", buffering=0)
+            part = tokens[: self._shard_tokens - self._open]
+            write_all(self._file, part.astype(self._dtype, copy=False).tobytes())
+            self._open += len(part)
+            tokens = tokens[len(part) :]
+            if self._open == self._shard_tokens:
+                self._close_shard()
+        return self.shards[closed:]
+
+    def state(self) -> dict[str, Any]:
+        """All that a Writer needs to go on from here, once it is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        shards = [dataclasses.asdict(shard) for shard in self.shards]
+        return {"documents": self.documents, "shards": shards, "open": self._open}
+
+    def finish(self) -> Split:
+        """Closes the last shard."""
+        if self._file is not None:
+            self._close_shard()
+        return Split(self.tokens, self.documents, self.shards)
+
+    def close(self) -> None:
+        """Lets go of the file, whatever is in it."""
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self._split}-{len(self.shards):05}.bin"
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._file.close()
+        shard = Shard(self._path.name, self._open, checksum(self._path))
+        self.shards.append(shard)
+        self._file, self._open = None, 0
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -71,9 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
                 split = fields[name]
                 split["shards"] = [Shard(**shard) for shard in split["shards"]]
                 fields[name] = Split(**split)
-            manifest = Manifest(**fields)
-            _storage(manifest.dtype)
-            return manifest
+            return Manifest(**fields)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error
     raise ConfigError(
@@ -84,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def map_split(folder: Path, manifest: Manifest, split: Split) -> tuple[np.ndarray, ...]:
     """The shards of a split as memory maps, each of the size that the manifest says."""
-    dtype = _storage(manifest.dtype)
+    dtype = dtype_for(manifest.vocabulary)
     arrays = []
     for shard in split.shards:
         path, expected = folder / shard.file, shard.tokens * dtype.itemsize
@@ -124,7 +209,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes all of it or, should anything happen, nothing."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(UNFINISHED)
     with unfinished.open("wb", buffering=0) as file:
         write_all(file, content)
         os.fsync(file.fileno())
@@ -138,7 +223,6 @@ def write_all(file: Any, content: bytes | memoryview) -> None:
         left = left[file.write(left) :]
 
 
-def _storage(dtype: str) -> np.dtype:
-    if dtype not in ("uint16", "uint32"):
-        raise ValueError(f"`dtype` must be uint16 or uint32, got {dtype}")
-    return np.dtype(dtype).newbyteorder("<")
+def dtype_for(vocabulary: int) -> np.dtype:
+    """Of the tokens in a file."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
