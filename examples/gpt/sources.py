@@ -52,7 +52,12 @@ def find(name: str, field: str) -> Source:
             f"`sources` must be {', '.join(NAMED)}, {HUB}NAME, or files or folders of "
             f"{', '.join(READERS)}, got {name}: no such file."
         )
-    files = [file for file in sorted(path.rglob("*")) if _suffix(file) in READERS]
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if _suffix(file) in READERS
+        and not any(p.startswith(".") for p in file.relative_to(path).parts)
+    ]
     if not files:
         raise ConfigError(f"`sources`: {path} has no files of {', '.join(READERS)}.")
     return Files(tuple(files), field)
