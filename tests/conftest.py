@@ -17,3 +17,11 @@ import pytest
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """JAX has one device, as on most machines that run these tests."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)

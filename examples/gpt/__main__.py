@@ -1,14 +1,33 @@
 """The command: `python -m examples.gpt --help`."""
 
+import argparse
 import sys
 
 import tyro
 
+from examples.gpt import processes
 from examples.gpt.config import Config, ConfigError
+from examples.gpt.presets import PRESETS
 from examples.gpt.train import main
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The config of a command line: what it says, on top of its preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="bytes")
+    preset = PRESETS[parser.parse_known_args(arguments)[0].preset]
+    return tyro.cli(
+        Config, prog="python -m examples.gpt", args=arguments, default=preset
+    )
+
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, prog="python -m examples.gpt"))
+        config = parse()
+        processes.join(config)
+        main(config)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+    except processes.Interrupted as told:
+        print(f"Told to end: {told}. The same command goes on from there.")
+        sys.exit(143)  # as of SIGTERM, so that who started it knows that it is not done

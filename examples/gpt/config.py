@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-Optimizer = Literal["sophia_g", "sophia_h", "adamw", "lion"]
+from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
+
+
+_PATHS = ("data", "out", "init_from")
 
 
 class ConfigError(ValueError):
@@ -12,44 +15,13 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """An optimizer's own settings for the default run."""
-
-    learning_rate: float
-    b1: float
-    b2: float
-    weight_decay: float
-    gamma: float | None = None
-
-
-# Each is within 0.002 of the best that a search by hand found, a setting at a time, with
-# seed 0: `python -m examples.gpt --gamma 0.2` and the like, by the last line printed.
-# Thirteen trials for sophia_g, seven for adamw, five for lion and four for sophia_h. For
-# sophia_g b2 0.9, and b1 0.7 with a learning_rate of 6e-3, ended lower by 0.002 or less.
-#
-# b1 is 0.8 for all: in 500 steps a longer memory is a slower one. At 0.9 sophia_g ends
-# 0.09 higher; the paper's 0.965 is for 100,000 steps. Sophia's steps are clipped, so
-# learning_rate is the largest change of a weight, and it wants a third of AdamW's.
-RECIPES: dict[Optimizer, Recipe] = {
-    # gamma: 0.05 and 0.1 end alike, 0.2 behind; of the two 0.05 has an unclipped fraction
-    # within the advice of the paper, 0.1 to 0.5. learning_rate: 3.5e-3 and 8e-3 are worse.
-    "sophia_g": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.05),
-    # gamma: 0.01 and 0.03 end alike, 0.1 and 0.3 behind; 0.01 is also the paper's.
-    "sophia_h": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.01),
-    # learning_rate: 1e-2 and 2.5e-2 are worse. b2: 0.95 is a little worse.
-    "adamw": Recipe(learning_rate=1.6e-2, b1=0.8, b2=0.99, weight_decay=0.1),
-    # learning_rate: 1e-3 and 3e-3 are worse at their b1 and b2. b2: shorter is better.
-    "lion": Recipe(learning_rate=2e-3, b1=0.8, b2=0.9, weight_decay=0.2),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a byte-level GPT-2 with Sophia.
+    """Train a GPT with Sophia.
 
-    Without arguments it reads the source of Python's standard library, trains for a few
-    minutes on two CPU cores, and writes its configuration, metrics and a picture of the
-    loss to `runs/sophia_g`.
+    Without arguments it reads the source of Python's standard library as bytes, trains a
+    small GPT-2 for a few minutes on two CPU cores, and writes its configuration, metrics,
+    checkpoints and a picture of the loss to `runs/sophia_g`. Started again it goes on
+    from its last checkpoint.
     """
 
     # The default is the smallest run that is a fair picture of Sophia. The model, 2 layers
@@ -58,6 +30,10 @@ class Config:
     # orders of magnitude: rare bytes against spaces, norms against matrices. 500 steps of
     # 64 sequences are 50 refreshes, enough for their average to settle (with `debias`).
 
+    preset: Preset = "bytes"
+    """A model of the paper and the run it was trained in; every other choice overrides
+    its."""
+
     optimizer: Optimizer = "sophia_g"
     """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
 
@@ -65,7 +41,15 @@ class Config:
     """Train again with this one, at its own best: same parameters, same batches."""
 
     data: Path | None = None
-    """A text file, or a folder of them. The standard library's source by default."""
+    """A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
+    them. The standard library's source by default."""
+
+    verify_data: bool = True
+    """Compare the checksums of a prepared folder before training."""
+
+    init_from: Path | None = None
+    """Start from GPT-2's weights in Hugging Face's format: a folder that holds a
+    model.safetensors. Wants `bias`, and a `vocabulary` of 50257."""
 
     out: Path | None = None
     """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
@@ -75,6 +59,9 @@ class Config:
 
     seed: int = 0
     """Seed of the parameters, the batches, the sampled labels and the sampled text."""
+
+    architecture: Literal["gpt2", "neox"] = "gpt2"
+    """GPT-2, or GPT-NeoX: rotary positions, attention beside the MLP, a head of its own."""
 
     layers: int = 2
     """Number of transformer blocks."""
@@ -86,13 +73,35 @@ class Config:
     """Width of the residual stream."""
 
     context: int = 64
-    """Length of a sequence, in bytes."""
+    """Length of a sequence, in tokens."""
+
+    vocabulary: int | None = None
+    """Number of tokens; as many as the data has, up to a multiple of 128, by default."""
 
     bias: bool = False
     """Give linear layers and norms a bias, as GPT-2 has; the paper's models have none."""
 
+    init_std: float | None = None
+    """Standard deviation of the first weights; 1 / √fan-in by default."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic; parameters and the optimizer's averages are float32."""
+
+    remat: Literal["none", "dots", "full"] = "none"
+    """What is computed again on the way back, to save memory: nothing, what is no product
+    of matrices, or all of a block but its input."""
+
+    loss_chunk: int = 256
+    """Number of positions of a sequence whose logits are there at once in float32."""
+
     batch: int = 64
     """Number of sequences in a batch."""
+
+    accumulate: int = 1
+    """Number of micro-batches that the batch is computed in, one after another."""
+
+    mesh: str = ""
+    """How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default."""
 
     refresh_batch: int = 16
     """Number of sequences of the batch that a refresh of the Hessian looks at."""
@@ -107,9 +116,12 @@ class Config:
     # The paper's.
 
     warmup: int | None = None
-    """Number of steps in which the learning rate rises, before it falls to 0 as a cosine;
+    """Number of steps in which the learning rate rises, before it falls as a cosine;
     a tenth of all by default."""
     # With 20 steps, a twenty-fifth, sophia_g ends 0.025 higher.
+
+    final_fraction: float = 0.0
+    """Where the learning rate ends, as a fraction of its peak."""
 
     debias: bool = True
     """Correct the bias of the average of the Hessian."""
@@ -140,11 +152,50 @@ class Config:
     validation_batches: int = 8
     """Number of batches of a validation, always the same ones."""
 
+    checkpoint_every: int = 100
+    """Number of steps from one checkpoint to the next; the last step has one too."""
+
+    keep: int = 2
+    """Number of checkpoints that are kept, the newest."""
+
+    keep_every: int | None = None
+    """Keep those of these steps, too."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too (needs tensorboardX)."""
+
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases, too (needs wandb)."""
+
+    profile: int = 0
+    """Number of steps, from the eleventh, whose profile is written to `out`/profile."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where processes are started by hand. On Cloud TPU, Slurm
+    and Kubernetes they find each other."""
+
+    num_processes: int | None = None
+    """Number of processes, with `coordinator`."""
+
+    process_id: int | None = None
+    """Number of this process, with `coordinator`."""
+
     def recipe(self) -> Recipe:
         """The optimizer's settings: its own, where none are given."""
-        own = RECIPES[self.optimizer]
+        own = RECIPES[self.preset][self.optimizer]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+
+    def fitted(self, vocabulary: int) -> "Config":
+        """The same run with a model for data of this vocabulary."""
+        if self.vocabulary is None:
+            return dataclasses.replace(self, vocabulary=-(-vocabulary // 128) * 128)
+        if self.vocabulary < vocabulary:
+            raise ConfigError(
+                f"`vocabulary` must hold the data's, got a model of {self.vocabulary} tokens "
+                f"for data of {vocabulary}."
+            )
+        return self
 
     def compared(self) -> "Config":
         """The same run with the optimizer `compare`, at its own settings."""
@@ -167,19 +218,28 @@ class Config:
         fields["warmup"] = self.warmup_steps()
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
+    @classmethod
+    def from_json(cls, fields: dict) -> "Config":
+        """The run of which this is `as_json`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        paths = {k: v and Path(v) for k, v in fields.items() if k in _PATHS}
+        return cls(**{k: v for k, v in (fields | paths).items() if k in known})
+
     def check(self) -> None:
         """Raises ConfigError if the run can't be."""
         positive = (
             "steps layers heads width context batch refresh_batch groups update_interval"
-            " log_every validate_every validation_batches"
+            " log_every validate_every validation_batches checkpoint_every keep accumulate"
+            " loss_chunk vocabulary init_std keep_every num_processes"
         )
         for name in positive.split():
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}."
+                    f"`{name}` must be positive, got {value}."
                 )
-        if self.seed < 0:
-            raise ConfigError(f"`seed` must not be negative, got {self.seed}.")
+        for name in ("seed", "profile", "final_fraction"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"`{name}` must not be negative, got {value}.")
         recipe = self.recipe()
         for name in ("learning_rate", "gamma"):
             if (value := getattr(recipe, name)) is not None and not value > 0:
@@ -191,7 +251,7 @@ class Config:
             raise ConfigError(
                 f"`weight_decay` must not be negative, got {recipe.weight_decay}."
             )
-        if self.gamma is not None and RECIPES[self.optimizer].gamma is None:
+        if self.gamma is not None and RECIPES[self.preset][self.optimizer].gamma is None:
             raise ConfigError(f"`gamma` is Sophia's, and {self.optimizer} has none.")
         if not 0 <= self.warmup_steps() < self.steps:
             raise ConfigError(
@@ -211,13 +271,24 @@ class Config:
                 f"`groups` must divide `refresh_batch`, got {self.groups} groups of "
                 f"{self.refresh_batch} sequences."
             )
+        if self.batch % self.refresh_batch:
+            raise ConfigError(
+                "`refresh_batch` must divide `batch`, so that each device has its share, got "
+                f"{self.refresh_batch} of {self.batch} sequences."
+            )
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"`accumulate` must divide `batch`, got {self.accumulate} micro-batches of "
+                f"{self.batch} sequences."
+            )
+        by_hand = (self.coordinator, self.num_processes, self.process_id)
+        if None in by_hand and any(value is not None for value in by_hand):
+            raise ConfigError(
+                "`coordinator`, `num_processes` and `process_id` belong together: give all "
+                "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes."
+            )
         if self.compare == self.optimizer:
             raise ConfigError(f"`compare` is the optimizer itself, {self.optimizer}.")
         out = self.folder()
         if out.exists() and not out.is_dir():
             raise ConfigError(f"`out` must be a folder, but {out} is a file.")
-        if (out / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"`out` already holds a run: {out / 'metrics.jsonl'}. Name another folder "
-                "with --out, or remove this one."
-            )

@@ -1,67 +1,228 @@
-"""Where a run's figures go: a file, and a progress bar or lines."""
+"""Where a run's figures go: files, a progress bar or lines, and dashboards if asked."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from examples.gpt.config import Config, ConfigError
+from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
 
+# Of one chip in bfloat16, by the makers' data sheets: 10^12 operations a second.
+PEAK_TERAFLOPS = {
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5p": 459,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+    "NVIDIA A100": 312,
+    "NVIDIA H100": 989,
+    "NVIDIA H200": 989,
+}
+
+
+class NotFinite(ConfigError):
+    """A loss or a gradient that is not finite: most often the learning rate is too high."""
+
 
 class Log:
-    """Writes config.json and metrics.jsonl, and shows how far a run is."""
+    """Writes config.json and metrics.jsonl, and shows how far a run is.
 
-    def __init__(self, config: Config, folder: Path):
+    Args:
+      config: the run.
+      folder: where the files go.
+      step: the step that it goes on from; rows of later ones are forgotten.
+      flops_per_token: operations, from which MFU is counted.
+    """
+
+    def __init__(self, config: Config, folder: Path, step: int, flops_per_token: float):
         self.rows: list[Row] = []
-        self._config = config
-        try:
+        self._pending: Row | None = None
+        self._config, self._folder = config, folder
+        self._flops_per_token = flops_per_token
+        self._is_terminal = sys.stdout.isatty()
+        self._sinks: list[Callable[[Row], None]] = []
+        self._last: tuple[int, float] | None = None
+        if not is_first():
+            self._bar = tqdm.tqdm(disable=True)
+            return
+        with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config.as_json(), indent=2) + "\n"
             (folder / "config.json").write_text(text)
-        except OSError as error:
-            raise ConfigError(f"`out`: {folder} can't be written to: {error}.") from error
-        self._metrics = folder / "metrics.jsonl"
-        self._is_terminal = sys.stdout.isatty()
+            self.rows = [row for row in read(folder) if row["step"] <= step]
+            lines = [json.dumps(row) + "\n" for row in self.rows]
+            (folder / "metrics.jsonl").write_text("".join(lines))
+        self._sinks = [*_dashboards(config, folder)]
         self._bar = tqdm.tqdm(
             total=config.steps,
+            initial=step,
             desc=config.optimizer,
             unit="step",
             file=sys.stdout,
             disable=not self._is_terminal,
         )
 
-    def start_clock(self, step: int, result: jax.Array) -> None:
-        """Counts tokens a second from here on, once the result of this step is there."""
-        jax.block_until_ready(result)
-        self._last_step, self._last_time = step, time.perf_counter()
+    def step(self, row: Row) -> None:
+        """Takes what a step made, and fetches the row of the step before.
 
-    def tokens_per_second(self, step: int) -> float:
-        """Since the row before, or the first step."""
-        tokens = (step - self._last_step) * self._config.batch * self._config.context
-        return tokens / (time.perf_counter() - self._last_time)
+        So the device is at work on this step while the host waits for that one. A row is
+        written if it has an "lr"; of the others the loss is looked at.
 
-    def write(self, row: Row) -> None:
+        Args:
+          row: numbers, arrays of shape (), or lists of them, whose mean counts.
+
+        Raises:
+          NotFinite: if the loss or the gradient's norm of the step before is not finite.
+        """
+        self.flush()
+        self._pending = row
+
+    def flush(self) -> None:
+        """Fetches the last row, too."""
+        row, self._pending = self._pending, None
+        if row is None:
+            return
+        fetched = {k: jax.device_get(row[k]) for k in row}
+        row = {k: v if v is None else float(np.mean(v)) for k, v in fetched.items()}
+        row["step"] = int(row["step"])
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row[name]):
+                raise NotFinite(
+                    f"`{name}` of step {row['step']} is {row[name]}: training is stopped."
+                )
+        if "lr" in row:
+            self._write(row | self._speed(row["step"]))
+
+    def _write(self, row: Row) -> None:
         self.rows.append(row)
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
-        if row["unclipped_fraction"] is not None:
-            text += f", unclipped {row['unclipped_fraction']:.0%}"
-        text += f", {row['tokens_per_second']:,.0f} tokens/s"
-        if "val_loss" in row:
-            text += f", val loss {row['val_loss']:.3f}"
+        if not is_first():
+            return
+        with _told(self._folder):
+            self._write_line(row)
+        for sink in self._sinks:
+            sink(row)
+        text = self._text(row)
         if self._is_terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
         elif "val_loss" in row:
             print(f"{self._config.optimizer} step {row['step']}: {text}", flush=True)
-        self._last_step, self._last_time = row["step"], time.perf_counter()
+
+    def _write_line(self, row: Row) -> None:
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
+        self.flush()
         self._bar.close()
+
+    def _speed(self, step: int) -> Row:
+        now = time.perf_counter()
+        before, self._last = self._last, (step, now)
+        if before is None:  # the first steps of a process compile
+            return {"tokens_per_second": None, "mfu": None, "seconds_to_go": None}
+        seconds = (now - before[1]) / (step - before[0])
+        speed = self._config.batch * self._config.context / seconds
+        peak = _peak_flops()
+        return {
+            "tokens_per_second": speed,
+            "mfu": None if peak is None else speed * self._flops_per_token / peak,
+            "seconds_to_go": seconds * (self._config.steps - step),
+        }
+
+    def _text(self, row: Row) -> str:
+        text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
+        if row["unclipped_fraction"] is not None:
+            text += f", unclipped {row['unclipped_fraction']:.0%}"
+        if row["tokens_per_second"] is not None:
+            text += f", {row['tokens_per_second']:,.0f} tokens/s"
+            minutes = math.ceil(row["seconds_to_go"] / 60)
+            text += f", {minutes // 60}:{minutes % 60:02} h to go"
+        if row["mfu"] is not None:
+            text += f", MFU {row['mfu']:.0%}"
+        if "val_loss" in row:
+            text += f", val loss {row['val_loss']:.3f}"
+        return text
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl; of one cut short, those that are whole."""
+    metrics, rows = folder / "metrics.jsonl", []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _peak_flops() -> float | None:
+    """Of all devices together; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    peaks = [peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name)]
+    return max(peaks) * 1e12 * jax.device_count() if peaks else None
+
+
+def _dashboards(config: Config, folder: Path):
+    """What else each row is written to."""
+    if config.tensorboard:
+        try:
+            import tensorboardX
+        except ImportError:
+            raise _missing("tensorboard", "tensorboardX") from None
+        writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+        def write(row):
+            for name, value in _numbers(row).items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
+
+        yield write
+    if config.wandb is not None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb", "wandb") from None
+        # The same folder is the same run: a resumed one goes on in its curves.
+        run = wandb.init(
+            project=config.wandb,
+            id=folder.absolute().as_posix().strip("/").replace("/", "-")[-128:],
+            resume="allow",
+            dir=folder,
+            config=config.as_json(),
+        )
+        yield lambda row: run.log(_numbers(row), step=row["step"])
+
+
+def _numbers(row: Row) -> Row:
+    return {k: v for k, v in row.items() if v is not None and k != "step"}
+
+
+def _missing(flag: str, package: str) -> ConfigError:
+    return ConfigError(f"`{flag}` needs {package}, which is not there: pip install {package}.")
+
+
+class _told:
+    """Turns an error of the file system into one that names the folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"`out`: {self._folder} can't be written to: {error}."
+            ) from error

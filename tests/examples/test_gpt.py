@@ -3,21 +3,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from gpt_runs import TEXT
 
-from examples.gpt import data, plot
-from examples.gpt.config import RECIPES, Config, ConfigError
-from examples.gpt.model import GPT
-from examples.gpt.train import main, make_optimizer
+from examples.gpt import checkpoint, log, model, plot
+from examples.gpt.__main__ import parse
+from examples.gpt.config import Config, ConfigError
+from examples.gpt.optimizer import make_optimizer
+from examples.gpt.presets import PRESETS
+from examples.gpt.recipes import RECIPES, Optimizer
+from examples.gpt.step import flops_per_token
+from examples.gpt.train import main
 
-TEXT = "".join(
-    f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
-)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -41,20 +44,19 @@ def tiny(tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", RECIPES)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_it_learns_and_writes_what_it_says(tiny, optimizer, capsys):
     main(dataclasses.replace(tiny, optimizer=optimizer))
     out = tiny.folder()
     assert (out / "loss.png").stat().st_size > 10_000
     config = json.loads((out / "config.json").read_text())
     assert config["optimizer"] == optimizer
-    assert config["learning_rate"] == RECIPES[optimizer].learning_rate
+    assert config["learning_rate"] == RECIPES["bytes"][optimizer].learning_rate
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30]
+    names = "loss grad_norm lr unclipped_fraction tokens_per_second val_loss".split()
     for row in rows:
-        assert {"loss", "lr", "unclipped_fraction", "tokens_per_second", "val_loss"} < set(
-            row
-        )
+        assert set(names) < set(row)
         if "sophia" in optimizer:
             assert 0 < row["unclipped_fraction"] < 1
         else:
@@ -64,33 +66,19 @@ def test_it_learns_and_writes_what_it_says(tiny, optimizer, capsys):
     assert last == f"val loss {rows[-1]['val_loss']:.3f}"
 
 
-def test_compared_runs_start_alike_and_see_the_same_batches(tiny, monkeypatch):
-    seen, split = [], nnx.split
-
-    def split_and_keep(model):
-        graph, params = split(model)
-        seen.append(jax.tree.map(np.array, params))  # the run donates its own
-        return graph, params
-
-    monkeypatch.setattr(nnx, "split", split_and_keep)
-    batches = []
-    original = data.batches
-
-    def spy(text, batch, context, seed):
-        for tokens in original(text, batch, context, seed):
-            batches.append(tokens)
-            yield tokens
-
-    monkeypatch.setattr(data, "batches", spy)
-    curves = main(dataclasses.replace(tiny, compare="adamw", learning_rate=1e-4))
+def test_compared_runs_start_alike_and_see_the_same_batches(tiny):
+    """The first learning rate is 0: the losses of two steps are of the same parameters."""
+    config = dataclasses.replace(tiny, compare="adamw", learning_rate=1e-4, log_every=1)
+    curves = main(config)
     assert [curve.name for curve in curves] == ["sophia_g", "adamw"]
-    jax.tree.map(np.testing.assert_array_equal, *seen)
-    half = len(batches) // 2
-    np.testing.assert_array_equal(batches[:half], batches[half:])
+    ours, theirs = ([row["loss"] for row in curve.rows] for curve in curves)
+    assert ours[:2] == theirs[:2]
+    assert ours[0] != ours[1]
+    assert ours[2:] != theirs[2:]
     # The other optimizer runs at its own best settings, not at those given for Sophia.
     compared = json.loads((tiny.folder() / "compare_adamw" / "config.json").read_text())
-    assert compared["learning_rate"] == RECIPES["adamw"].learning_rate
-    assert compared["b2"] == RECIPES["adamw"].b2
+    assert compared["learning_rate"] == RECIPES["bytes"]["adamw"].learning_rate
+    assert compared["b2"] == RECIPES["bytes"]["adamw"].b2
     assert (tiny.folder() / "compare_adamw" / "metrics.jsonl").exists()
 
 
@@ -98,63 +86,20 @@ def test_the_same_seed_is_the_same_run(tiny):
     losses = []
     for name in ("first", "again"):
         main(dataclasses.replace(tiny, out=tiny.folder() / name, steps=12))
-        text = (tiny.folder() / name / "metrics.jsonl").read_text()
-        losses.append([json.loads(line)["loss"] for line in text.splitlines()])
+        losses.append([row["loss"] for row in log.read(tiny.folder() / name)])
     assert losses[0] == losses[1]
 
 
-def test_logits_depend_on_no_later_byte(tiny):
-    """Seen in the gradient with respect to the positions, which are added to each byte."""
-    graph, params = nnx.split(GPT(tiny, nnx.Rngs(0)))
-
-    def logits_at_7(params):
-        return jnp.sum(nnx.merge(graph, params)(jnp.arange(16)[None])[0, 7] ** 3)
-
-    gradient = jax.grad(logits_at_7)(params)["positions"]["embedding"][...]
-    reached = np.flatnonzero(jnp.any(gradient != 0, -1))
-    np.testing.assert_array_equal(reached, np.arange(8))
-
-
-def test_head_is_tied_and_bias_is_off_by_default(tiny):
-    def names(config):
-        paths = jax.tree_util.tree_leaves_with_path(nnx.state(GPT(config, nnx.Rngs(0))))
-        return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-
-    assert not [name for name in names(tiny) if "bias" in name or "head" in name]
-    assert [name for name in names(dataclasses.replace(tiny, bias=True)) if "bias" in name]
-
-
-@pytest.mark.parametrize("optimizer", RECIPES)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_weight_decay_is_on_matrices_and_embeddings_only(tiny, optimizer):
-    config = dataclasses.replace(tiny, optimizer=optimizer, bias=True)
-    params = nnx.state(GPT(config, nnx.Rngs(0)))
-    params = jax.tree.map(jnp.ones_like, params)
+    config = dataclasses.replace(tiny, optimizer=optimizer, bias=True, vocabulary=128)
+    params = jax.tree.map(jnp.ones_like, model.init(config))
     tx = make_optimizer(config, lambda step: 1.0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
-    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
-        assert bool((u != 0).all()) == (p.ndim > 1)
-
-
-def test_corpus_is_split_by_file(tmp_path):
-    for i in range(40):
-        (tmp_path / f"{i}.py").write_text(f"<{i}>" * 50)
-    (tmp_path / "binary").write_bytes(b"\0" * 10_000)
-    (tmp_path / ".hidden").write_text("no" * 10_000)
-    corpus = data.load(tmp_path)
-    train, validation = corpus.train.tobytes(), corpus.validation.tobytes()
-    for i in range(40):
-        assert (b"<%d>" % i in train) != (b"<%d>" % i in validation)
-    assert b"\0" not in train + validation
-    assert b"no" not in train + validation
-    assert 0.05 < len(validation) / len(train + validation) < 0.2
-
-
-def test_default_corpus_is_the_standard_library():
-    corpus = data.load(None)
-    assert b"def " in corpus.train.tobytes()
-    assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.25
-    assert len(corpus.train) > 5_000_000
+    decayed = {"scale": False, "bias": False, "kernel": True, "embedding": True}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool((update != 0).all()) == decayed[path[-1].key]
 
 
 @pytest.mark.parametrize(
@@ -164,14 +109,20 @@ def test_default_corpus_is_the_standard_library():
         ({"context": 5000}, "`data`: the validation part of .* needs 5001"),
         ({"refresh_batch": 6}, "`groups` must divide `refresh_batch`, got 4 groups of 6"),
         ({"refresh_batch": 16}, "`refresh_batch` is a part of the batch.* 16 of 8"),
+        ({"refresh_batch": 4, "batch": 6}, "`refresh_batch` must divide `batch`"),
+        ({"accumulate": 3}, "`accumulate` must divide `batch`, got 3 micro-batches of 8"),
         ({"heads": 3}, "`heads` must divide `width`"),
-        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"steps": 0}, "`steps` must be positive, got 0"),
+        ({"loss_chunk": -1}, "`loss_chunk` must be positive, got -1"),
         ({"optimizer": "lion", "gamma": 0.1}, "`gamma` is Sophia's, and lion has none"),
         ({"weight_decay": float("nan")}, "`weight_decay` must not be negative, got nan"),
         ({"warmup": 30}, "`warmup` must be less than `steps`, got 30 of 30"),
         ({"compare": "sophia_g"}, "`compare` is the optimizer itself"),
         ({"seed": -1}, "`seed` must not be negative, got -1"),
         ({"learning_rate": -1.0}, "`learning_rate` must be positive, got -1.0"),
+        ({"vocabulary": 100}, "`vocabulary` must hold the data's, got a model of 100"),
+        ({"coordinator": "here:1"}, "`num_processes` and `process_id` belong together"),
+        ({"mesh": "data=3"}, "`mesh` must fit the devices"),
     ],
 )
 def test_what_comes_in_wrong_is_told_before_anything_is_written(tiny, changes, message):
@@ -189,22 +140,188 @@ def test_a_folder_that_holds_a_run_is_left_alone(tiny):
     assert (tiny.folder() / "metrics.jsonl").read_text() == "precious"
 
 
+def test_a_run_that_does_not_fit_the_checkpoint_is_refused(tiny):
+    main(dataclasses.replace(tiny, steps=5, warmup=1))
+    before = (tiny.folder() / "metrics.jsonl").read_text()
+    other = {"steps": 5, "warmup": 1, "width": 32, "learning_rate": 1e-3}
+    with pytest.raises(ConfigError, match=r"step 5 of another run") as info:
+        main(dataclasses.replace(tiny, **other))
+    assert "  width: 16 in the checkpoint, 32 now" in str(info.value)
+    assert "  learning_rate: 0.005 in the checkpoint, 0.001 now" in str(info.value)
+    assert len(str(info.value).splitlines()) == 3
+    assert (tiny.folder() / "metrics.jsonl").read_text() == before
+    tiny.data.write_text(TEXT.upper())
+    with pytest.raises(ConfigError, match=r"data's checksum: \w+ in the checkpoint"):
+        main(dataclasses.replace(tiny, steps=5, warmup=1))
+
+
+def test_a_run_goes_on_with_what_changes_no_loss(tiny):
+    config = dataclasses.replace(tiny, steps=5, warmup=1)
+    main(config)
+    changes = {"log_every": 1, "accumulate": 2, "keep": 1, "remat": "full"}
+    [curve] = main(dataclasses.replace(config, **changes))
+    assert [row["step"] for row in curve.rows] == [5]
+
+
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"`out`: .* can't be written to"):
         main(dataclasses.replace(tiny, out=tmp_path / "file" / "out"))
 
 
-def test_a_run_that_diverges_ends_with_its_picture(tiny, capsys):
-    main(dataclasses.replace(tiny, optimizer="adamw", learning_rate=1e30, compare="lion"))
-    assert (tiny.folder() / "loss.png").exists()
-    assert capsys.readouterr().out.splitlines()[-1] == "val loss nan"
+def test_a_loss_that_is_not_finite_stops_the_run(tiny):
+    """Before it is saved; the checkpoint named is one to go on from."""
+    config = dataclasses.replace(tiny, checkpoint_every=2, optimizer="adamw")
+    config = dataclasses.replace(config, learning_rate=1e38, warmup=15)
+    with pytest.raises(log.NotFinite, match=r"of step \d+ is (nan|inf)") as info:
+        main(config)
+    folder = tiny.folder() / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.iterdir())
+    [note] = info.value.__notes__
+    assert f"The last good checkpoint is {folder / str(steps[-1])};" in note
+    _, params = checkpoint.load_params(tiny.folder())
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "metrics"])
+def test_a_disk_that_is_full(tiny, monkeypatch, file):
+    """What was saved before is still there, and the same command goes on from it."""
+    config = dataclasses.replace(tiny, steps=8, warmup=1, checkpoint_every=4, log_every=1)
+
+    with monkeypatch.context() as patch:
+        if file == "checkpoint":
+            manager = checkpoint.ocp.training.Checkpointer
+            name = "save_checkpointables_async"
+            original = getattr(manager, name)
+
+            def save(self, step, *rest, **kwargs):
+                if step == 8:
+                    raise OSError(28, "No space left on device")
+                return original(self, step, *rest, **kwargs)
+
+            patch.setattr(manager, name, save)
+        else:
+            write = log.Log._write_line
+
+            def write_line(self, row):
+                if row["step"] == 6:
+                    raise OSError(28, "No space left on device")
+                write(self, row)
+
+            patch.setattr(log.Log, "_write_line", write_line)
+        with pytest.raises(ConfigError, match=r"`out`: .*No space left on device") as info:
+            main(config)
+    good = tiny.folder() / "checkpoints" / "4"
+    assert good.is_dir()
+    assert f"The last good checkpoint is {good};" in info.value.__notes__[0]
+    [curve] = main(config)
+    assert [row["step"] for row in curve.rows] == list(range(1, 9))
+
+
+def test_a_checkpoint_that_fails_in_the_background(tiny, monkeypatch):
+    """The error comes with the next one, or at the end, and is told as one of its own."""
+    config = dataclasses.replace(tiny, steps=4, warmup=1)
+    with monkeypatch.context() as patch:
+        manager = checkpoint.ocp.training.Checkpointer
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(manager, "close", close)
+        with pytest.raises(ConfigError, match=r"a checkpoint can't be written to .*left"):
+            main(config)
+
+
+def test_every_checkpoint_damaged_is_an_error_not_a_new_run(tiny):
+    config = dataclasses.replace(tiny, steps=4, warmup=1, checkpoint_every=2)
+    main(config)
+    for file in (tiny.folder() / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):
+        main(config)
 
 
 def test_an_empty_folder_of_data(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no text files"):
         main(dataclasses.replace(tiny, data=tmp_path / "empty"))
+
+
+def test_a_row_is_fetched_a_step_late(tiny):
+    made = log.Log(tiny, tiny.folder(), 0, 1.0)
+    rows = [
+        {"step": i, "loss": jnp.ones(()), "grad_norm": jnp.ones(()), "lr": 1.0}
+        | {"unclipped_fraction": None, "val_loss": [jnp.ones(()), jnp.full((), 2.0)]}
+        for i in (1, 2)
+    ]
+    made.step(rows[0])
+    assert log.read(tiny.folder()) == []
+    made.step(rows[1])
+    [row] = log.read(tiny.folder())
+    assert row["step"] == 1
+    assert row["val_loss"] == 1.5
+    made.flush()
+    assert [row["step"] for row in log.read(tiny.folder())] == [1, 2]
+
+
+def test_the_speed_is_counted_in_tokens_and_operations(tiny, monkeypatch):
+    now = iter([10.0, 12.0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(log, "_peak_flops", lambda: 1000.0)
+    made = log.Log(tiny, tiny.folder(), 0, flops_per_token=5.0)
+    numbers = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "unclipped_fraction": None}
+    made.step({"step": 10} | numbers)
+    made.step({"step": 20} | numbers)
+    made.close()
+    first, second = made.rows
+    assert first["tokens_per_second"] is None  # the first steps compile
+    assert second["tokens_per_second"] == 10 * 8 * 16 / 2
+    assert second["mfu"] == pytest.approx(640 * 5 / 1000)
+    assert second["seconds_to_go"] == pytest.approx(2.0)
+
+
+def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):
+    config = dataclasses.replace(tiny, vocabulary=256)
+    params = model.init(config)
+    used = model.count(params) - 16 * 16  # of the positions
+    assert flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
+
+
+def test_tensorboard_and_a_profile(tiny):
+    main(dataclasses.replace(tiny, steps=14, tensorboard=True, profile=2))
+    assert list((tiny.folder() / "tensorboard").glob("events*"))
+    assert list((tiny.folder() / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_dashboard_that_is_not_installed(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="`wandb` needs wandb, which is not there"):
+        main(dataclasses.replace(tiny, wandb="project"))
+
+
+def test_wandb_goes_on_in_the_same_run(tiny, monkeypatch):
+    started, logged = [], []
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+    class Wandb:
+        @staticmethod
+        def init(**kwargs):
+            started.append(kwargs)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    config = dataclasses.replace(tiny, steps=10, warmup=1, wandb="project")
+    main(config)
+    main(config)
+    assert started[0]["id"] == started[1]["id"]
+    assert started[0]["project"] == "project"
+    [(step, row)] = logged
+    assert step == 10
+    assert {"loss", "val_loss", "unclipped_fraction"} < set(row)
 
 
 def command(*arguments):
@@ -232,6 +349,23 @@ def test_help_explains_every_option():
         assert "--" + field.name.replace("_", "-") in text
 
 
+def test_a_preset_is_what_is_not_said_otherwise():
+    config = parse(["--preset", "gpt2-355m", "--batch", "32", "--optimizer=adamw"])
+    expected = {"batch": 32, "optimizer": "adamw"}
+    assert config == dataclasses.replace(PRESETS["gpt2-355m"], **expected)
+    assert config.recipe().learning_rate == 3e-4
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole(preset):
+    config = PRESETS[preset]
+    assert config.preset == preset
+    for optimizer in get_args(Optimizer):
+        dataclasses.replace(config, optimizer=optimizer).check()
+    assert Config.from_json(json.loads(json.dumps(config.as_json()))).preset == preset
+
+
 def test_picture_has_both_runs_and_labels(tmp_path, monkeypatch):
     rows = [
         {"step": s, "loss": 3 - s / 20, "val_loss": 3 - s / 25, "unclipped_fraction": 0.3}
@@ -240,9 +374,8 @@ def test_picture_has_both_runs_and_labels(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
     without = [row | {"unclipped_fraction": None} for row in rows]
-    plot.losses(
-        [plot.Curve("sophia_g", rows), plot.Curve("adamw", without)], tmp_path / "a.png"
-    )
+    curves = [plot.Curve("sophia_g", rows), plot.Curve("adamw", without)]
+    plot.losses(curves, tmp_path / "a.png", "bytes", "byte")
     top, bottom = figures[0].axes
     labels = " ".join(text.get_text() for text in top.get_legend().get_texts())
     for words in ("sophia_g, training", "sophia_g, validation: 2.200", "adamw, training"):

@@ -1,0 +1,137 @@
+"""How parameters and batches are laid out over devices: one table of rules.
+
+The mesh has three axes. Over `data` and `fsdp` the batch is spread; over `fsdp` and
+`tensor` the parameters. What is spread over `fsdp` is gathered where it is used, a layer
+at a time; what is spread over `tensor` is never gathered.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from examples.gpt.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# The end of a parameter's name, and its last axes; what is not here is on each device.
+RULES: dict[str, tuple[str | None, ...]] = {
+    "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
+    "positions/embedding": (None, "fsdp"),  # position, width
+    "head/kernel": ("fsdp", "tensor"),  # width, vocabulary
+    "qkv/kernel": ("fsdp", None, "tensor", None),  # width, (q, k, v), head, entry
+    "qkv/bias": (None, "tensor", None),
+    "project/kernel": ("tensor", None, "fsdp"),  # head, entry, width
+    "up/kernel": ("fsdp", "tensor"),
+    "up/bias": ("tensor",),
+    "down/kernel": ("tensor", "fsdp"),
+}
+
+
+def make_mesh(text: str) -> jax.sharding.Mesh:
+    """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
+    count = jax.device_count()
+    sizes = dict.fromkeys(AXES, 1)
+    given = [part.partition("=") for part in text.split(",") if part]
+    for name, _, size in given:
+        if name not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}."
+            )
+        sizes[name] = int(size)
+    if "data" not in (name for name, _, _ in given):
+        sizes["data"] = max(count // math.prod(sizes.values()), 1)
+    if math.prod(sizes.values()) != count:
+        shape = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"`mesh` must fit the devices, got {shape} for {count} device(s)."
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def specs(params: Any) -> Any:
+    """The PartitionSpec of each parameter."""
+    return jax.tree.map_with_path(lambda path, p: P(*_axes(path, p.ndim)), params)
+
+
+def check(params: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where an axis of the mesh does not divide a parameter's."""
+
+    def check_one(path, p):
+        for size, axis in zip(p.shape, _axes(path, p.ndim), strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ConfigError(
+                    f"`mesh`: {axis}={mesh.shape[axis]} must divide what it spreads, and "
+                    f"{_name(path)} has the shape {p.shape}."
+                )
+
+    jax.tree.map_with_path(check_one, params)
+
+
+def whole(params: Any) -> Any:
+    """Parameters, or some of them, gathered over `fsdp`; as they are without a mesh."""
+    return _constrain(params, lambda axis: axis if axis == "tensor" else None)
+
+
+def spread(params: Any, first: str | None = None) -> Any:
+    """A tree like the parameters as the rules say; as it is without a mesh.
+
+    Args:
+      params: the tree.
+      first: over what a leading axis, which the parameters don't have, is spread.
+    """
+    return _constrain(params, lambda axis: axis, first)
+
+
+def batch_devices(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts that the batch is spread in."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def rows(mesh: jax.sharding.Mesh, batch: int) -> slice:
+    """The rows of a batch that this process's devices hold."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    parts = sharding.addressable_devices_indices_map((batch,)).values()
+    starts, stops = zip(*(part[0].indices(batch)[:2] for part in parts), strict=True)
+    start, stop = min(starts), max(stops)
+    if len(set(starts)) * (stops[0] - starts[0]) != stop - start:
+        raise ConfigError("`mesh`: a process's devices must hold rows side by side.")
+    return slice(start, stop)
+
+
+def put(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
+    """The whole batch, of which this process has these rows."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    shape = (batch, *rows.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+
+def _constrain(
+    tree: Any, keep: Callable[[str | None], str | None], first: str | None = None
+) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def constrain(path, p):
+        axes = [keep(axis) for axis in _axes(path, p.ndim)]
+        spec = P(*axes) if first is None else P(first, *axes[1:])
+        return jax.lax.with_sharding_constraint(p, spec)
+
+    return jax.tree.map_with_path(constrain, tree)
+
+
+def _axes(path: Any, ndim: int) -> tuple[str | None, ...]:
+    name = _name(path)
+    for end, axes in RULES.items():
+        if name.endswith(end):
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")

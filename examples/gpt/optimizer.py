@@ -1,0 +1,46 @@
+"""The optimizer of a run, and its learning rate."""
+
+import jax
+import optax
+
+from examples.gpt.config import Config
+from sophia_optax import sophia_g, sophia_h
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """A rise to the peak of the learning rate, and a cosine down."""
+    peak = config.recipe().learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, config.warmup_steps(), config.steps, peak * config.final_fraction
+    )
+
+
+def make_optimizer(
+    config: Config, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """The config's optimizer, behind a clip of the gradient's global norm at 1."""
+    recipe = config.recipe()
+    settings = {
+        "b1": recipe.b1,
+        "b2": recipe.b2,
+        "weight_decay": recipe.weight_decay,
+        # Matrices and embeddings only: no norm's scale, and no bias.
+        "mask": lambda params: jax.tree.map_with_path(
+            lambda path, _: path[-1].key in ("kernel", "embedding"), params
+        ),
+    }
+    sophia_settings = settings | {
+        "gamma": recipe.gamma,
+        "update_interval": config.update_interval,
+        "debias": config.debias,
+        "seed": config.seed,
+    }
+    optimizer = {
+        "sophia_g": lambda: sophia_g(schedule, **sophia_settings),
+        "sophia_h": lambda: sophia_h(schedule, **sophia_settings),
+        "adamw": lambda: optax.adamw(schedule, **settings),
+        "lion": lambda: optax.lion(schedule, **settings),
+    }[config.optimizer]()
+    return optax.with_extra_args_support(
+        optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+    )

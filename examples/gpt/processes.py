@@ -1,0 +1,68 @@
+"""Several processes as one run, and the signal to leave it."""
+
+import glob
+import importlib.util
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+from examples.gpt.config import Config
+
+
+class Interrupted(Exception):
+    """The run was told to end, and has saved where it is."""
+
+
+def join(config: Config) -> None:
+    """Joins the other processes, if there are any; before anything is computed."""
+    if config.coordinator is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            config.coordinator, config.num_processes, config.process_id
+        )
+    elif _on_cloud_tpu() or _in_slurm_step() or _in_kubernetes_job():
+        jax.distributed.initialize()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+class Signal:
+    """Takes note of SIGTERM, so that the run may end after a step and lose nothing."""
+
+    def __enter__(self) -> "Signal":
+        self._came = False
+        self._before = None
+        if not jax.distributed.is_initialized():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def came(self, step: int) -> bool:
+        """Whether to end after this step: the same one in all processes."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._came
+
+    def _note(self, *_) -> None:
+        self._came = True
+
+
+def _on_cloud_tpu() -> bool:
+    has_chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    return bool(has_chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _in_slurm_step() -> bool:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def _in_kubernetes_job() -> bool:
+    return {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()

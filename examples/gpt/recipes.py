@@ -1,0 +1,84 @@
+"""Each optimizer's own settings, for each preset."""
+
+import dataclasses
+from typing import Literal
+
+Optimizer = Literal["sophia_g", "sophia_h", "adamw", "lion"]
+Preset = Literal[
+    "bytes",
+    "gpt2-30m",
+    "gpt2-125m",
+    "gpt2-355m",
+    "gpt2-770m",
+    "gpt2-1.5b",
+    "neox-1.5b",
+    "neox-6.6b",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An optimizer's settings."""
+
+    learning_rate: float
+    b1: float
+    b2: float
+    weight_decay: float
+    gamma: float | None = None
+
+
+# Each is within 0.002 of the best that a search by hand found, a setting at a time, with
+# seed 0: `python -m examples.gpt --gamma 0.2` and the like, by the last line printed.
+# Thirteen trials for sophia_g, seven for adamw, five for lion and four for sophia_h. For
+# sophia_g b2 0.9, and b1 0.7 with a learning_rate of 6e-3, ended lower by 0.002 or less.
+# (The batches came in another order then, and the first parameters were others.)
+#
+# b1 is 0.8 for all: in 500 steps a longer memory is a slower one. At 0.9 sophia_g ends
+# 0.09 higher; the paper's 0.965 is for 100,000 steps. Sophia's steps are clipped, so
+# learning_rate is the largest change of a weight, and it wants a third of AdamW's.
+_BYTES: dict[Optimizer, Recipe] = {
+    # gamma: 0.05 and 0.1 end alike, 0.2 behind; of the two 0.05 has an unclipped fraction
+    # within the advice of the paper, 0.1 to 0.5. learning_rate: 3.5e-3 and 8e-3 are worse.
+    "sophia_g": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.05),
+    # gamma: 0.01 and 0.03 end alike, 0.1 and 0.3 behind; 0.01 is also the paper's.
+    "sophia_h": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.01),
+    # learning_rate: 1e-2 and 2.5e-2 are worse. b2: 0.95 is a little worse.
+    "adamw": Recipe(learning_rate=1.6e-2, b1=0.8, b2=0.99, weight_decay=0.1),
+    # learning_rate: 1e-3 and 3e-3 are worse at their b1 and b2. b2: shorter is better.
+    "lion": Recipe(learning_rate=2e-3, b1=0.8, b2=0.9, weight_decay=0.2),
+}
+
+
+def _paper(
+    sophia_g: float,
+    sophia_h: float,
+    adamw: float,
+    lion: float,
+    gamma: float = 0.05,
+    weight_decay: float = 0.2,
+) -> dict[Optimizer, Recipe]:
+    """The paper's settings with these peaks of the learning rate; Levanter's for -H."""
+    return {
+        "sophia_g": Recipe(sophia_g, 0.965, 0.99, weight_decay, gamma),
+        "sophia_h": Recipe(sophia_h, 0.965, 0.99, weight_decay, 0.01),
+        "adamw": Recipe(adamw, 0.9, 0.95, 0.1),
+        "lion": Recipe(lion, 0.95, 0.98, 0.2),
+    }
+
+
+_SMALL = _paper(6e-4, 6e-4, 6e-4, 1e-4)
+_LARGE = _paper(3e-4, 3e-4, 2e-4, 8e-5)
+_XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, weight_decay=0.15)
+
+# None of these was searched here. gpt2-30m has the settings of 125M, gpt2-1.5b and
+# neox-6.6b those of the 1.5B NeoX, and Lion's peak at 1.5B carries on the others' fall.
+RECIPES: dict[Preset, dict[Optimizer, Recipe]] = {
+    "bytes": _BYTES,
+    "gpt2-30m": _SMALL,
+    "gpt2-125m": _SMALL,
+    "gpt2-355m": _paper(7e-4, 4e-4, 3e-4, 1e-4, gamma=0.08),
+    "gpt2-770m": _LARGE,
+    "gpt2-1.5b": _XL,
+    "neox-1.5b": _XL,
+    "neox-6.6b": _XL,
+}

@@ -1,0 +1,118 @@
+"""The functions that a run compiles: a training step, and the loss of a validation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from examples.gpt import layout, model
+from examples.gpt.config import Config, ConfigError
+from examples.gpt.log import Row
+from examples.gpt.state import TrainState, state_shardings
+from sophia_optax import gnb, hutchinson
+
+def make_train_step(
+    config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Row]]:
+    """A function from the state and a batch to the next state, and what to log."""
+
+    def loss_fn(params, tokens_BxS):  # S = T + 1: the inputs, and one token after
+        return model.bind(config, params).loss(tokens_BxS)
+
+    def logits_fn(params, tokens_BxT):
+        return model.bind(config, params)(tokens_BxT)
+
+    # Unless parameters are spread over them, each of the batch's devices sums up gradients
+    # of its own, which are exchanged once; else in each micro-batch, layer by layer.
+    parts = 1 if mesh.shape["fsdp"] > 1 else mesh.shape["data"]
+    axis = None if mesh.shape["fsdp"] > 1 else "data"
+    grad_fn = jax.vmap(jax.value_and_grad(loss_fn), (None, 0), spmd_axis_name=axis)
+
+    def loss_and_grads(params, tokens_BxS):
+        def add(total, tokens_NxS):
+            tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
+            return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros((parts, *p.shape)), params)
+        zero = jnp.zeros(parts), layout.spread(zeros, axis)
+        total, _ = jax.lax.scan(add, zero, micro_batches(config, tokens_BxS))
+        loss, grads = jax.tree.map(lambda x: x.sum(0) / (parts * config.accumulate), total)
+        return loss, layout.spread(grads)
+
+    def estimate(params, tokens_BxS, key):
+        """From a part of the batch, of which each device has its share."""
+        tokens_BxS = tokens_BxS[:: config.batch // config.refresh_batch]
+        groups = {
+            "groups": config.groups,
+            "parallel_groups": min(config.groups, layout.batch_devices(mesh)),
+        }
+        if config.groups > 1:  # each device has the whole gradient of its groups
+            params = layout.whole(params)
+        if config.optimizer == "sophia_h":
+            hessian = hutchinson(loss_fn, **groups)(params, tokens_BxS, key=key)
+        else:
+            hessian = gnb(logits_fn, **groups)(params, tokens_BxS[:, :-1], key=key)
+        if config.groups > 1:
+            hessian = layout.whole(hessian)
+        return layout.spread(hessian)
+
+    def train_step(state, tokens_BxS):
+        loss, grads = loss_and_grads(state.params, tokens_BxS)
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            hessian_fn=lambda key: estimate(state.params, tokens_BxS, key),
+        )
+        params = optax.apply_updates(state.params, updates)
+        row = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(params, opt_state), row
+
+    _, shardings = state_shardings(config, tx, mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def micro_batches(config: Config, tokens_BxS: jax.Array) -> jax.Array:
+    """The batch in `accumulate` parts, of which each device has its share."""
+    return jnp.moveaxis(
+        tokens_BxS.reshape(-1, config.accumulate, tokens_BxS.shape[-1]), 1, 0
+    )
+
+
+def make_loss(config: Config) -> Callable[[Any, jax.Array], jax.Array]:
+    """A function from parameters and a batch to the loss, in micro-batches."""
+
+    @jax.jit
+    def loss_fn(params, tokens_BxS):
+        loss = model.bind(config, params).loss
+        return jax.lax.map(loss, micro_batches(config, tokens_BxS)).mean()
+
+    return loss_fn
+
+
+def check_layout(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError if the run does not fit the mesh."""
+    layout.check(jax.eval_shape(lambda: model.init(config)), mesh)
+    parts = layout.batch_devices(mesh)
+    micro = config.batch // config.accumulate
+    if micro % parts:
+        raise ConfigError(
+            f"`batch` must be spread evenly, got {micro} sequences in a micro-batch for "
+            f"{parts} parts of the mesh (data x fsdp)."
+        )
+    if "sophia" in config.optimizer and config.groups > 1 and config.groups % parts:
+        raise ConfigError(
+            f"`groups` must be a multiple of the {parts} parts that the batch is spread in "
+            f"(data x fsdp), or 1, got {config.groups}: devices without a group would wait. "
+            "Choose `groups` and `refresh_batch` larger, and with a larger "
+            "`update_interval` a refresh costs no more."
+        )
+
+
+def flops_per_token(config: Config, params: Any) -> float:
+    """Six for each parameter that multiplies, and attention (PaLM, appendix B)."""
+    used = model.count(params) - model.count(params.get("positions", {}))
+    return 6 * used + 12 * config.layers * config.width * config.context

@@ -1,0 +1,162 @@
+"""Every layout of the trainer is the run of one device."""
+
+import dataclasses
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpt_runs import TEXT, arguments, losses, run, run_together
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from benchmarks.hlo import collectives
+from examples.gpt import layout, model
+from examples.gpt.checkpoint import FOLDER
+from examples.gpt.config import Config, ConfigError
+from examples.gpt.optimizer import make_optimizer, make_schedule
+from examples.gpt.presets import PRESETS
+from examples.gpt.state import abstract_state
+from examples.gpt.step import check_layout, make_train_step
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    file = tmp_path / "corpus.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def assert_alike(found, expected):
+    assert len(found) == len(expected) == 22
+    assert found[-1] < found[0] - 1  # it learns
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw"])
+def test_20_steps_on_8_devices_and_in_2_processes(corpus, tmp_path, optimizer):
+    """With refreshes at the steps 1, 6, 11 and 16, and two validations."""
+    one, eight, two = (tmp_path / name for name in ("one", "eight", "two"))
+    code, output = run(arguments(corpus, one, optimizer=optimizer))
+    assert code == 0, output
+    code, output = run(
+        arguments(corpus, eight, optimizer=optimizer, mesh="data=2,fsdp=2,tensor=2"),
+        devices=8,
+    )
+    assert code == 0, output
+    codes, outputs = run_together(arguments(corpus, two, optimizer=optimizer), 2, devices=1)
+    assert codes == [0, 0], outputs
+    assert_alike(losses(eight), losses(one))
+    assert_alike(losses(two), losses(one))
+    assert "loss" not in outputs[1]  # one of them speaks
+
+
+@pytest.mark.slow
+def test_processes_that_are_told_to_end_go_on_in_another_number(corpus, tmp_path):
+    """SIGTERM to both after step 7; resumed by one, whose devices are laid out otherwise."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    mesh = "fsdp=4,tensor=2"
+    args = arguments(corpus, out, mesh=mesh, checkpoint_every=20)
+    codes, outputs = run_together(args, 2, devices=4, signalled=(7, signal.SIGTERM))
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert [p.name for p in (out / FOLDER).iterdir()][0] in {"7", "8", "9", "10"}
+    code, output = run(arguments(corpus, out, accumulate=2))
+    assert code == 0, output
+    code, output = run(arguments(corpus, whole))
+    assert code == 0, output
+    assert_alike(losses(out), losses(whole))
+
+
+def on(mesh, config):
+    """The compiled training step of a config on a mesh; nothing is made."""
+    with jax.set_mesh(mesh):
+        check_layout(config, mesh)
+        tx = make_optimizer(config, make_schedule(config))
+        state = abstract_state(config, tx, mesh)
+        tokens = jax.ShapeDtypeStruct(
+            (config.batch, config.context + 1),
+            jnp.int32,
+            sharding=NamedSharding(mesh, PartitionSpec(layout.BATCH)),
+        )
+        return make_train_step(config, tx, mesh).lower(state, tokens).compile(), state
+
+
+def small(**changes):
+    return Config(vocabulary=256, context=32, batch=32, groups=8, **changes)
+
+
+def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
+    """However many micro-batches, and chunks of the loss, there are."""
+    config = small(accumulate=2, loss_chunk=8, refresh_batch=8)
+    mesh = layout.make_mesh("")
+    sizes = []
+    for optimizer in ("adamw", "sophia_g"):
+        compiled, state = on(mesh, dataclasses.replace(config, optimizer=optimizer))
+        found = [c for c in collectives(compiled) if c.bytes > 1000]
+        assert {c.op for c in found} == {"all-reduce"}
+        sizes.append(sum(c.bytes * c.times for c in found))
+    gradient = 4 * model.count(state.params)
+    np.testing.assert_allclose(sizes, [gradient, 2 * gradient], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
+def test_what_is_spread_is_held_in_parts(mesh):
+    """All but norms and the like, which have one axis; the averages as the parameters."""
+    mesh = layout.make_mesh(mesh)
+    config = small(optimizer="sophia_g", refresh_batch=8)
+    compiled, state = on(mesh, config)
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    held = {"norms": 0, "rest": 0}
+
+    def weigh(path, x):
+        names = [p for p in path if hasattr(p, "key")]
+        size = np.prod(x.sharding.shard_shape(x.shape))
+        is_norm = any("norm" in p.key for p in names)
+        held["norms" if is_norm or not names else "rest"] += 4 * size
+        if names and not is_norm:
+            spread = mesh.shape["fsdp"] if "positions" in str(path) else parts
+            assert size * spread == x.size, path
+
+    jax.tree.map_with_path(weigh, state)
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    batch = 4 * config.batch * (config.context + 1) // layout.batch_devices(mesh)
+    assert arguments == pytest.approx(sum(held.values()) + batch, rel=0.02)
+    outputs = jax.tree.leaves(compiled.output_shardings[0])
+    inputs = jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state))
+    for new, old, x in zip(outputs, inputs, jax.tree.leaves(state), strict=True):
+        assert new.is_equivalent_to(old, len(x.shape))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-125m", "neox-6.6b"])
+def test_no_large_parameter_is_on_every_device(preset):
+    """Of the averages, too. The mesh is of devices that aren't there."""
+    mesh = AbstractMesh((2, 2, 2), layout.AXES, axis_types=(AxisType.Auto,) * 3)
+    config = PRESETS[preset]
+    params = jax.eval_shape(lambda: model.init(config))
+    for path, spec in jax.tree_util.tree_leaves_with_path(layout.specs(params)):
+        name = jax.tree_util.keystr(path)
+        if "norm" not in name and "bias" not in name:
+            assert "fsdp" in str(spec), name
+            assert "tensor" in str(spec) or "positions" in name, name
+    layout.check(params, mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ("data=3", {}, r"`mesh` must fit the devices, got data=3,fsdp=1,tensor=1 for 8"),
+        ("fsdp=16", {}, r"`mesh` must fit the devices"),
+        ("model=8", {}, r"`mesh` must be like data=8,fsdp=4,tensor=2, got 'model=8'"),
+        ("data=x", {}, r"`mesh` must be like"),
+        ("tensor", {}, r"`mesh` must be like"),
+        ("tensor=8", {}, r"`mesh`: tensor=8 must divide .* blocks/project/kernel"),
+        ("", {"batch": 36, "refresh_batch": 12, "groups": 12}, "`batch` must be spread"),
+        ("", {"accumulate": 8}, r"`batch` must be spread evenly, got 4 sequences"),
+        ("", {"groups": 4}, "`groups` must be a multiple of the 8 parts"),
+    ],
+)
+def test_what_does_not_fit_the_mesh(mesh, changes, message):
+    config = Config(vocabulary=256, batch=32, refresh_batch=8, groups=8)
+    with pytest.raises(ConfigError, match=message):
+        check_layout(dataclasses.replace(config, **changes), layout.make_mesh(mesh))

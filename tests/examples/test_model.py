@@ -1,0 +1,172 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from examples.gpt import model
+from examples.gpt.config import Config
+from examples.gpt.presets import PRESETS
+
+SMALL = Config(vocabulary=128, layers=2, heads=2, width=32, context=24)
+NEOX = dataclasses.replace(SMALL, architecture="neox", bias=True)
+TOKENS = jax.random.randint(jax.random.key(1), (3, 25), 0, 128)
+
+
+def by_hand(layers, width, vocabulary, context, *, bias=False, neox=False):
+    """Parameters, counted from the shapes in the papers."""
+    matrices = 4 * width * width + 8 * width * width
+    biases = (4 * width + 4 * width + width) * bias
+    norm = width * (1 + bias)
+    ends = 2 * vocabulary * width if neox else (vocabulary + context) * width
+    return layers * (matrices + biases + 2 * norm) + norm + ends
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "millions"),
+    [
+        ("gpt2-30m", (6, 384, 50304, 1024), 30),
+        ("gpt2-125m", (12, 768, 50304, 1024), 124),
+        ("gpt2-355m", (24, 1024, 50304, 1024), 355),
+        ("gpt2-770m", (36, 1280, 50304, 1024), 774),
+        ("gpt2-1.5b", (48, 1600, 50304, 1024), 1557),
+        ("neox-1.5b", (48, 1536, 50432, 2048), 1515),
+        ("neox-6.6b", (32, 4096, 50432, 2048), 6857),
+    ],
+)
+def test_presets_have_the_parameters_of_their_names(preset, shape, millions):
+    config = PRESETS[preset]
+    neox = preset.startswith("neox")
+    count = model.count(jax.eval_shape(lambda: model.init(config)))
+    assert count == by_hand(*shape, bias=neox, neox=neox)
+    assert round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
+def test_logits_depend_on_no_later_token(config):
+    """Seen by changing tokens: all logits before are the same, those after are not."""
+    params = model.init(config)
+    tokens = TOKENS[:, :24]
+    changed = tokens.at[:, 10].add(1) % 128
+    one, other = (model.bind(config, params)(x) for x in (tokens, changed))
+    same = np.all(one == other, axis=(0, 2))
+    np.testing.assert_array_equal(same, np.arange(24) < 10)
+
+
+@pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
+def test_every_parameter_is_used(config):
+    params = model.init(config)
+    grads = jax.grad(lambda p: model.bind(config, p).loss(TOKENS))(params)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool((grad != 0).any()), path
+
+
+def test_names():
+    def names(config):
+        params = jax.eval_shape(lambda: model.init(config))
+        return str(jax.tree_util.tree_structure(params))
+
+    assert "bias" not in names(SMALL)
+    assert "head" not in names(SMALL)
+    assert "positions" in names(SMALL)
+    assert "bias" in names(dataclasses.replace(SMALL, bias=True))
+    assert "head" in names(NEOX)
+    assert "positions" not in names(NEOX)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("loss_chunk", [4, 7, 24])
+def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
+    """And so are its gradients, whatever is computed again."""
+    plain = dataclasses.replace(SMALL, dtype=dtype)
+    config = dataclasses.replace(plain, remat=remat, loss_chunk=loss_chunk)
+    params = model.init(config)
+
+    def expected(params):
+        logits = model.bind(plain, params)(TOKENS[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, TOKENS[:, 1:]
+        ).mean()
+
+    def loss(params):
+        return model.bind(config, params).loss(TOKENS)
+
+    ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, expected))
+    assert ours[0].dtype == jnp.float32
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert found.dtype == jnp.float32
+        largest = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
+
+
+def test_no_float32_logits_of_a_whole_batch():
+    """The gradient's temporary memory, in chunks of a sixteenth, against all at once."""
+    B, T, V = 4, 256, 8192
+    config = Config(
+        layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16"
+    )
+    abstract = jax.eval_shape(lambda: model.init(config))
+    tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+
+    def memory(**changes):
+        changed = dataclasses.replace(config, **changes)
+        grad = jax.jit(jax.grad(lambda p, x: model.bind(changed, p).loss(x)))
+        return grad.lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * B * T * V
+    assert memory(loss_chunk=T) > 1.5 * logits
+    assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
+
+
+def test_a_block_is_computed_in_bfloat16_with_parameters_in_float32():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    params = model.init(config)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert model.bind(config, params)(TOKENS).dtype == jnp.bfloat16
+    traced = jax.make_jaxpr(lambda p, x: model.bind(config, p)(x))(params, TOKENS[:, :24])
+    operands = [
+        {x.aval.dtype for x in eqn.invars}
+        for eqn in equations(traced.jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert operands == [{jnp.dtype("bfloat16")}] * 7  # four, two of attention, the head
+
+
+def equations(jaxpr):
+    """All of them, those inside loops and functions too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    key_q, key_k = jax.random.split(jax.random.key(0))
+    q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
+    turned_q, turned_k = (
+        model.rotate(jnp.broadcast_to(x, (1, 12, 1, 16)))[0, :, 0] for x in (q, k)
+    )
+    products = turned_q @ turned_k.T
+    for distance in range(-11, 12):
+        diagonal = jnp.diagonal(products, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(turned_q[0], q, rtol=1e-6)
+    np.testing.assert_array_equal(turned_q[:, 4:], jnp.broadcast_to(q[4:], (12, 12)))
+    assert not np.allclose(products[0, 0], products[0, 5])
+
+
+def test_first_weights_have_the_size_that_is_asked_for():
+    config = dataclasses.replace(SMALL, init_std=0.02, width=128, layers=8)
+    params = model.init(config)
+    stds = jax.tree.map(jnp.std, params)
+    for name in ("qkv", "up"):
+        assert stds["blocks"][name]["kernel"] == pytest.approx(0.02, rel=0.05)
+    for name in ("project", "down"):
+        assert stds["blocks"][name]["kernel"] == pytest.approx(0.02 / 4, rel=0.05)
+    layers = params["blocks"]["up"]["kernel"]
+    assert not np.allclose(layers[0], layers[1])

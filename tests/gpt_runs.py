@@ -1,0 +1,116 @@
+"""Runs of `python -m examples.gpt` for the tests: small, in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(
+    f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
+)
+
+# Starts the command, and sends itself a signal when a step has been handed on.
+SIGNALLED = """
+import os, runpy, signal, sys
+from examples.gpt.log import Log
+
+step_to_die_at, signal_to_send = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+step = Log.step
+
+
+def die(self, row):
+    step(self, row)
+    if row["step"] == step_to_die_at:
+        os.kill(os.getpid(), signal_to_send)
+
+
+Log.step = die
+sys.argv[0] = "examples.gpt"
+runpy.run_module("examples.gpt", run_name="__main__")
+"""
+
+
+def arguments(data: Path, out: Path, **changes) -> list[str]:
+    """Those of a run of seconds."""
+    settings = {
+        "data": data,
+        "out": out,
+        "steps": 20,
+        "warmup": 3,
+        "layers": 2,
+        "heads": 4,
+        "width": 32,
+        "context": 16,
+        "batch": 16,
+        "refresh_batch": 8,
+        "groups": 8,
+        "update_interval": 5,
+        "validate_every": 10,
+        "validation_batches": 2,
+        "checkpoint_every": 5,
+        "log_every": 1,
+    }
+    flags = [(f"--{k.replace('_', '-')}", str(v)) for k, v in (settings | changes).items()]
+    return [text for flag in flags for text in flag]
+
+
+def start(
+    args: list[str], devices: int = 1, signalled: tuple[int, int] | None = None
+) -> subprocess.Popen:
+    """The command with these arguments, on so many simulated devices.
+
+    With `signalled`, a step and a signal, it sends itself the signal after the step.
+    """
+    command = ["-m", "examples.gpt"]
+    if signalled is not None:
+        command = ["-c", SIGNALLED, *map(str, map(int, signalled))]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, *command, *args],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(args: list[str], **kwargs) -> tuple[int, str]:
+    """The exit code of the command, and what it printed."""
+    process = start(args, **kwargs)
+    output = process.communicate(timeout=240)[0]
+    return process.returncode, output
+
+
+def run_together(args: list[str], processes: int, devices: int, **signalled):
+    """The command in several processes: their exit codes, and what they printed."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    joined = ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
+    running = [
+        start([*args, *joined, "--process-id", str(i)], devices, **signalled)
+        for i in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], outputs
+
+
+def rows(out: Path) -> list[dict]:
+    """What a run wrote of each step."""
+    text = (out / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step, and of each validation, as written."""
+    found = rows(out)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return [row[k] for row in found for k in ("loss", "val_loss") if k in row]
