@@ -65,7 +65,7 @@ class Writer:
     """Appends tokens to the shards of a split, and knows how to go on after anything.
 
     A shard is closed when it is full: its file is on the disk, and its checksum is that of
-    what lies there. What was written after the last `state` is cut off by the next Writer.
+    what lies there. What was written after the last `state`, the next Writer writes again.
 
     Args:
       folder: where the shards are.
@@ -88,10 +88,6 @@ class Writer:
         self.shards = [Shard(**shard) for shard in state["shards"]]
         self._folder, self._split, self._dtype = folder, split, dtype
         self._shard_tokens, self._open, self._file = shard_tokens, state["open"], None
-        finished = {shard.file for shard in self.shards}
-        for path in folder.glob(f"{split}-*.bin"):
-            if path.name not in finished and not (self._open and path == self._path):
-                path.unlink()
         if self._open:
             self._file = self._path.open("r+b", buffering=0)
             self._file.truncate(self._open * self._dtype.itemsize)

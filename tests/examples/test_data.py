@@ -99,7 +99,8 @@ def test_a_run_goes_on_where_it_was_on_any_number_of_processes():
     split = tokens(50 * CONTEXT + 1)
     whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
     part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=slice(4, 8))
-    take(whole, 9), take(part, 9)
+    take(whole, 9)
+    take(part, 9)
     state = whole.get_state()
     assert part.get_state() == state
     rest = take(whole, 20)
@@ -120,7 +121,7 @@ def test_shards_hold_what_memory_holds(prepared):
             take(data.batches(split, batch=8, context=CONTEXT, seed=seed), 20)
             for split in (corpus.train, memory)
         ]
-        np.testing.assert_array_equal(*runs)
+        np.testing.assert_array_equal(runs[0], runs[1])
 
 
 def test_large_vocabularies_have_four_bytes_a_token(prepared):
