@@ -1,0 +1,172 @@
+"""Text from a model: `python -m examples.gpt.sample --help`."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from examples.gpt import checkpoint, data, hugging_face
+from examples.gpt.config import Config, ConfigError
+from examples.gpt.layout import whole
+from examples.gpt.model import bind
+from examples.gpt.tokenizer import GPT2, Tokenizer, make
+
+
+def main(
+    prompt: str = "",
+    out: Path | None = None,
+    weights: Path | None = None,
+    data: Path | None = None,
+    length: int = 400,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    count: int = 1,
+    seed: int = 0,
+) -> None:
+    """Write text with a trained GPT.
+
+    Args:
+      prompt: What the text begins with; the start of a document by default.
+      out: The folder of a run, whose newest checkpoint writes.
+      weights: Or a folder of GPT-2's weights in Hugging Face's format.
+      data: Data whose tokenizer to use; the run's by default, or GPT-2's for weights.
+      length: Number of tokens to write.
+      temperature: What logits are divided by; 0 takes the likeliest token.
+      top_k: Draw among so many of the likeliest tokens only; among all by default.
+      count: Number of texts.
+      seed: Of what is drawn.
+    """
+    for name, value in {"length": length, "top_k": top_k, "count": count}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}` must be positive, got {value}.")
+    for name, value in {"temperature": temperature, "seed": seed}.items():
+        if not value >= 0:
+            raise ConfigError(f"`{name}` must not be negative, got {value}.")
+    config, params = open_model(out, weights)
+    tokenizer = open_tokenizer(config, weights, data)
+    for i in range(count):
+        written = generate(
+            config,
+            params,
+            tokenizer.encode(prompt) or [tokenizer.separator],
+            length,
+            key=jax.random.fold_in(jax.random.key(seed), i),
+            temperature=temperature,
+            top_k=top_k,
+            vocabulary=tokenizer.vocabulary,
+        )
+        if i:
+            print("---")
+        print(prompt + printable(tokenizer.decode(written)), flush=True)
+
+
+def generate(
+    config: Config,
+    params: Any,
+    prompt: Sequence[int] | np.ndarray,
+    length: int,
+    *,
+    key: jax.Array,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    vocabulary: int | None = None,
+) -> np.ndarray:
+    """Tokens drawn one after another, each given the last `context` before it.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      prompt: the first tokens, at least one.
+      length: number of tokens to draw.
+      key: of what is drawn.
+      temperature: what logits are divided by; 0 takes the likeliest token.
+      top_k: draw among so many of the likeliest only.
+      vocabulary: draw tokens below it only. The model's may be larger, for speed, than the
+        tokenizer's.
+
+    Returns:
+      Tokens, shape (length,), int32, without the prompt.
+    """
+    assert len(prompt), "the first token needs one before it"
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    vocabulary = vocabulary or config.vocabulary
+    assert vocabulary is not None
+    if top_k is not None:
+        top_k = min(top_k, vocabulary)
+    window = np.zeros(padded(len(prompt) + length, config.context), np.int32)
+    kept = np.asarray(prompt)[-len(window) :]
+    window[: len(kept)] = kept
+    keys = jax.random.split(key, length)
+    return np.asarray(
+        _draw(config, top_k, vocabulary, params, window, len(kept), keys, temperature)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
+    """Scans over keys; the first `size` tokens of the window are there, the rest to come.
+
+    What comes after a token is not seen by it: no padding needs a mask.
+    """
+    model = bind(config, params)
+
+    def step(carry, key):
+        window_T, size = carry
+        x_D = model.hidden(window_T[None])[0, size - 1]
+        logits_V = model.logits(x_D).astype(jnp.float32)[:vocabulary]
+        if top_k is None:
+            token = jax.random.categorical(key, logits_V / temperature)
+        else:
+            logits_K, tokens_K = jax.lax.top_k(logits_V, top_k)
+            token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
+        is_full = size == len(window_T)
+        window_T = jnp.where(is_full, jnp.roll(window_T, -1), window_T)
+        size = jnp.where(is_full, size, size + 1)
+        return (window_T.at[size - 1].set(token), size), token
+
+    _, tokens = jax.lax.scan(step, (window_T, size), keys)
+    return whole(tokens)
+
+
+def padded(size: int, context: int) -> int:
+    """A power of two, from 64 on, or the context: few sizes are few programs."""
+    return min(context, max(64, 1 << (size - 1).bit_length()))
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
+    """The model of a run's folder, or that of a folder of GPT-2's weights."""
+    if out is not None and weights is None:
+        return checkpoint.load_params(out)
+    if weights is not None and out is None:
+        config = hugging_face.config_of(weights)
+        return config, jax.device_put(hugging_face.load(weights, config))
+    raise ConfigError("Give one of `out`, a run's folder, and `weights`, GPT-2's.")
+
+
+def open_tokenizer(config: Config, weights: Path | None, path: Path | None) -> Tokenizer:
+    """The tokenizer of the data at a path, of the run's data, or of GPT-2's weights."""
+    if weights is not None and path is None:
+        found = make(GPT2)
+    else:
+        found = data.load(path or config.data, verify=False).tokenizer
+    config.fitted(found.vocabulary)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="python -m examples.gpt.sample")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,137 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from examples.gpt import data, evaluate, hugging_face, model
+from examples.gpt.config import Config, ConfigError
+from examples.gpt.tokenizer import Tiktoken
+
+CONFIG = Config(layers=1, heads=2, width=16, context=24, vocabulary=384, bias=True)
+TEXT = "The quick brown fox, être ou ne pas être.\n" * 60
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda p: 2 * p, model.init(CONFIG))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    return tmp_path / "corpus.txt"
+
+
+def log_probs(config, params, tokens):
+    """Of each token but the first, given those before it."""
+    logits = model.bind(config, params)(np.array([tokens[:-1]]))[0]
+    table = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    return table[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+def test_the_loss_is_the_mean_over_every_sequence_of_the_validation(params, corpus):
+    """With batches of 4, the last is smaller, and counts for less."""
+    split = data.load(corpus).validation.arrays[0].astype(int)
+    starts = range(0, len(split) - 24, 24)
+    assert len(starts) % 4
+    each = [log_probs(CONFIG, params, split[i : i + 25]) for i in starts]
+    loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=4)
+    np.testing.assert_allclose(loss.nats, -np.mean(each), rtol=1e-6)
+    assert loss.tokens == loss.bytes == 24 * len(starts)
+    np.testing.assert_allclose(loss.perplexity(), np.exp(loss.nats))
+    np.testing.assert_allclose(loss.bits_per_byte(), loss.nats / np.log(2))
+
+
+def tiny_bpe():
+    """All bytes, and a few merged."""
+    merged = [b" w", b" wo", b"ab", b"qu", b"ck"]
+    tokens = [bytes([i]) for i in range(256)] + merged
+    return Tiktoken("tiny", {token: rank for rank, token in enumerate(tokens)})
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text_not_the_tokens(params):
+    """A separator is judged like other tokens, and is no text."""
+    bpe = tiny_bpe()
+    tokens = [*bpe.encode(TEXT), bpe.separator, *bpe.encode(TEXT)]
+    kept = tokens[: (len(tokens) - 1) // 24 * 24 + 1]
+    split = data.Tokens((np.array(tokens),))
+    corpus = data.Corpus("text", bpe, split, split, {})
+    loss = evaluate.evaluate(CONFIG, params, corpus, batch=10_000)
+    text = bpe.decode(t for t in kept[1:] if t != bpe.separator)
+    assert loss.tokens == len(kept) - 1
+    assert loss.bytes == len(text.encode())
+    np.testing.assert_allclose(
+        loss.bits_per_byte() * loss.bytes * np.log(2), loss.nats * loss.tokens
+    )
+
+
+def test_command_prints_the_loss_of_a_run_and_of_its_weights(
+    params, corpus, tmp_path, save_run, capsys
+):
+    out = save_run(dataclasses.replace(CONFIG, data=corpus), params)
+    hugging_face.save(tmp_path / "gpt2", CONFIG, params)
+    evaluate.main(out=out)
+    printed = capsys.readouterr().out
+    loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
+    assert (
+        f"loss {loss.nats:.4f} nats a byte, perplexity {loss.perplexity():.3f}" in printed
+    )
+    evaluate.main(weights=tmp_path / "gpt2", data=corpus)
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"batch": 0}, "`batch` must be positive, got 0"),
+        ({"shots": -1}, "`shots` must not be negative, got -1"),
+        ({"limit": 0}, "`limit` must be positive, got 0"),
+        ({}, "Give one of `out`, .* and `weights`"),
+        ({"out": Path("nowhere")}, "`out` must be the folder of a run, got nowhere"),
+        ({"weights": Path("nowhere")}, "`config.json` can't be read in nowhere"),
+    ],
+)
+def test_choices_that_cannot_be(choices, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main(**choices)
+
+
+def test_what_the_weights_are_evaluated_on_must_fit(params, corpus, tmp_path):
+    hugging_face.save(tmp_path / "gpt2", CONFIG, params)
+    with pytest.raises(ConfigError, match="`data` must be given"):
+        evaluate.main(weights=tmp_path / "gpt2")
+    small = dataclasses.replace(CONFIG, vocabulary=100)
+    hugging_face.save(tmp_path / "small", small, model.init(small))
+    with pytest.raises(ConfigError, match="`vocabulary` must hold the data's"):
+        evaluate.main(weights=tmp_path / "small", data=corpus)
+
+
+WITHOUT = """
+import sys
+sys.modules["lm_eval"] = None
+from examples.gpt.config import ConfigError
+from examples.gpt.evaluate import Path, main
+weights, corpus = map(Path, sys.argv[1:])
+main(weights=weights, data=corpus)
+try:
+    main(weights=weights, data=corpus, tasks="boolq")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_lm_eval_is_needed_for_tasks_only(params, corpus, tmp_path):
+    hugging_face.save(tmp_path / "gpt2", CONFIG, params)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT, tmp_path / "gpt2", corpus],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    _, loss, error = result.stdout.splitlines()
+    assert loss.startswith("loss ")
+    assert error.startswith("`tasks` need lm-eval: ")
