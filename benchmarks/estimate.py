@@ -28,15 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from benchmarks import estimators, frontier, machine, measure
 from benchmarks.estimators import Refresh
 from benchmarks.flops import flops
-from examples.gpt import data
+from examples.gpt import data, layout
 from examples.gpt.config import Config as RunConfig
-from examples.gpt.log import Log
-from examples.gpt.model import GPT
+from examples.gpt.model import bind, init
 from examples.gpt.train import train
 
 
@@ -90,15 +88,16 @@ _add = jax.jit(optax.tree.add)
 class Errors:
     """The errors of a model's estimates on batches of a text."""
 
-    def __init__(self, config: Config, text: np.ndarray):
+    def __init__(self, config: Config, text: data.Tokens):
         self.config, self.text = config, text
 
     def batches(self, sequences: int, fresh: bool, seed: int) -> Iterator[jax.Array]:
         """Tokens, shape (sequences, context + 1): new each time, or always the same."""
         seed = seed if fresh else 0
-        source = data.batches(self.text, sequences, self.config.run.context, seed)
+        context = self.config.run.context
+        source = data.batches(self.text, batch=sequences, context=context, seed=seed)
         for tokens in source if fresh else itertools.repeat(next(source)):
-            yield jnp.asarray(tokens, jnp.int32)
+            yield jnp.asarray(tokens)
 
     def truth(self, refresh: Refresh, params: Any, fresh: bool) -> tuple[Any, float]:
         """The mean of many estimates, and its own standard error relative to it."""
@@ -170,16 +169,18 @@ class Errors:
 
 def measure_errors(config: Config) -> dict[str, Any]:
     """The rows of both tables, and how well the truths are known."""
-    run, corpus = config.run, data.load(None)
-    graph, initial = nnx.split(GPT(run, nnx.Rngs(run.seed)))
+    corpus = data.load(None)
+    run = config.run.fitted(corpus.tokenizer.vocabulary)
+    initial = init(run)
     print(f"training for {run.steps} steps ...", flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        log = Log(run, Path(folder))
-        trained = train(run, corpus, log).params
+        with jax.set_mesh(layout.make_mesh("")):
+            state, rows_of_training = train(run, corpus, Path(folder))
+        trained = jax.device_put(state.params, jax.devices()[0])
     models = {"initial": initial, "trained": trained}
 
     def logits_fn(params, inputs):
-        return nnx.merge(graph, params)(inputs)
+        return bind(run, params)(inputs)
 
     def in_groups(groups):
         return estimators.gauss_newton(logits_fn, config.sequences, groups)
@@ -206,7 +207,7 @@ def measure_errors(config: Config) -> dict[str, Any]:
     compared = estimators.compared(logits_fn, config.sizes)
     return {
         "config": dataclasses.asdict(config) | {"run": run.as_json()},
-        "validation_loss": log.rows[-1]["val_loss"],
+        "validation_loss": rows_of_training[-1]["val_loss"],
         "truths": known,
         "one_batch": rows([in_groups(g) for g in config.groups], config.sequences, False),
         "fresh_batches": rows(compared, config.sizes.training, True),

@@ -1,14 +1,13 @@
 """The GPT of `examples/gpt` at the sizes that are measured, as pure functions."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from examples.gpt import model
 from examples.gpt.config import Config as RunConfig
-from examples.gpt.model import GPT
 from sophia_optax import Categorical
 
 
@@ -22,16 +21,19 @@ class Shape:
     context: int = 1024
     vocabulary: int = 50257
     bias: bool = True
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; the parameters are float32."""
 
-    def run(self) -> RunConfig:
+    def run(self, remat: bool = False) -> RunConfig:
         return RunConfig(
             layers=self.layers,
             heads=self.heads,
             width=self.width,
             context=self.context,
+            vocabulary=self.vocabulary,
             bias=self.bias,
+            dtype=self.dtype,
+            remat="full" if remat else "none",
         )
 
 
@@ -39,21 +41,23 @@ class Model:
     """Pure functions of a shape's parameters."""
 
     def __init__(self, shape: Shape, remat: bool = False):
-        def make():
-            rngs = nnx.Rngs(0)
-            settings = {"vocabulary": shape.vocabulary, "dtype": shape.dtype}
-            return GPT(shape.run(), rngs, **settings, remat=remat)
-
-        self.shape, self._make = shape, make
-        self._graph, self.abstract_params = nnx.split(nnx.eval_shape(make))
+        self.shape, self._config = shape, shape.run(remat)
+        self.abstract_params = jax.eval_shape(self.init)
 
     def init(self) -> Any:
         """The first parameters."""
-        return nnx.split(self._make())[1]
+        return model.init(self._config)
+
+    def arrays(self) -> Any:
+        """The first parameters, those of each layer by themselves."""
+        params = self.init()
+        layers = range(self.shape.layers)
+        blocks = [jax.tree.map(lambda p: p[i], params["blocks"]) for i in layers]  # noqa: B023
+        return params | {"blocks": blocks}
 
     def logits(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of the next token, shape (B, T, vocabulary)."""
-        return nnx.merge(self._graph, params)(tokens)
+        return model.bind(self._config, params)(tokens)
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Mean loss, with the inputs as targets: any do, for what it costs."""

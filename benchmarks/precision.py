@@ -10,7 +10,7 @@ rounded to nearest; and averages a constant in the same ways.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,8 @@ import optax
 from benchmarks import machine, measure
 from benchmarks.gpt import Model, Shape
 from examples.gpt import data
-from examples.gpt.config import RECIPES
 from examples.gpt.config import Config as RunConfig
+from examples.gpt.recipes import RECIPES
 from sophia_optax import Categorical, gnb, scale_by_sophia, sophia_g
 
 
@@ -96,7 +96,7 @@ class Run(NamedTuple):
 
 def _train(run: RunConfig, seed: int, dtype: str, keep: Callable[[Any], Any]) -> Run:
     model = Model(Shape(run.layers, run.heads, run.width, run.context, 256, run.bias))
-    corpus, recipe = data.load(run.data), RECIPES["sophia_g"]
+    corpus, recipe = data.load(run.data), RECIPES[run.preset]["sophia_g"]
     assert recipe.gamma is not None
     tx = sophia_g(
         optax.warmup_cosine_decay_schedule(
@@ -129,17 +129,20 @@ def _train(run: RunConfig, seed: int, dtype: str, keep: Callable[[Any], Any]) ->
 
     params = model.init()
     state, losses = tx.init(params), []
-    batches = data.batches(corpus.train, run.batch, run.context, run.seed)
+    batches = _batches(run, corpus.train, run.seed)
     for _ in range(run.steps):
-        params, state, loss = step(params, state, next(batches).astype(np.int32))
+        params, state, loss = step(params, state, next(batches))
         losses.append(loss)
-    batches = data.batches(corpus.validation, run.batch, run.context, seed=0)
+    batches = _batches(run, corpus.validation, 0)
     validation = [
-        jax.jit(loss_fn)(params, next(batches).astype(np.int32))
-        for _ in range(run.validation_batches)
+        jax.jit(loss_fn)(params, next(batches)) for _ in range(run.validation_batches)
     ]
     size = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
     return Run([float(x) for x in losses], float(np.mean(validation)), size)
+
+
+def _batches(run: RunConfig, tokens: data.Tokens, seed: int) -> Iterator[np.ndarray]:
+    return data.batches(tokens, batch=run.batch, context=run.context, seed=seed)
 
 
 def _averages(

@@ -8,16 +8,16 @@ exchanges. Nothing is run. The cost on a pod follows on paper, in `benchmarks.po
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import measure, pod
 from benchmarks.gpt import Model, Shape, abstract
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
+from examples.gpt import layout
 from sophia_optax import gnb, sophia_g
 
 P = PartitionSpec
@@ -56,28 +56,8 @@ FULL = Config(
 )
 
 
-def of_every_leaf(path: str, shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """Fully sharded: the first dimension that the devices divide."""
-    del path
-    dimension = next((d for d, n in enumerate(shape) if n % devices == 0), None)
-    return P() if dimension is None else P(*[None] * dimension, "devices")
-
-
-def of_tensors(path: str, shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """Tensor-parallel: heads, hidden units and the vocabulary."""
-    del devices
-    if len(shape) < 2 or "positions" in path:
-        return P()
-    is_first = any(name in path for name in ("tokens", "project", "down"))
-    return P("devices", None) if is_first else P(None, "devices")
-
-
-LAYOUTS: dict[str, tuple[Callable[..., PartitionSpec], PartitionSpec]] = {
-    "data parallel": (lambda *_: P(), P("devices")),
-    "fully sharded": (of_every_leaf, P("devices")),
-    "tensor parallel": (of_tensors, P()),
-}
-"""How the parameters are spread, and how the batch is."""
+LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
+"""The axis of the mesh that has all devices; `examples.gpt.layout` says what lies there."""
 
 UPDATES = {"sophia_g": sophia_g, "adamw": optax.adamw}
 """The optimizers whose updates, without a refresh, are compiled."""
@@ -106,43 +86,35 @@ def measure_scaling(config: Config) -> dict[str, Any]:
     }
 
 
-def _compiled(config: Config, layout: str, devices: int) -> dict[str, jax.stages.Compiled]:
+def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.Compiled]:
     mesh = jax.make_mesh(
-        (devices,),
-        ("devices",),
-        axis_types=(AxisType.Auto,),
+        tuple(devices if axis == LAYOUTS[name] else 1 for axis in layout.AXES),
+        layout.AXES,
+        axis_types=(AxisType.Auto,) * 3,
         devices=jax.devices()[:devices],
     )
-    model, (spec_of, batch_spec) = Model(config.shape), LAYOUTS[layout]
-
-    def spread(path, p):
-        spec = spec_of(jax.tree_util.keystr(path), p.shape, devices)
-        return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(mesh, spec))
-
-    params = jax.tree_util.tree_map_with_path(spread, model.abstract_params)
+    model = Model(config.shape)
+    params = jax.tree.map(
+        lambda p, spec: _on(mesh, spec, p),
+        model.abstract_params,
+        layout.specs(model.abstract_params),
+    )
     estimate = gnb(
         model.logits,
         groups=config.refresh_batch,
-        parallel_groups=devices if batch_spec == P("devices") else 1,
+        parallel_groups=layout.batch_devices(mesh),
     )
 
-    def gathered(params):
-        if layout != "fully sharded":
-            return params
-        return jax.lax.with_sharding_constraint(params, P())
-
     def gradient(params, tokens):
-        return jax.grad(model.loss)(gathered(params), tokens)
+        return jax.grad(model.loss)(params, tokens)
 
     def refresh(params, tokens):
         part = tokens[:: config.batch // config.refresh_batch]
-        return gathered(estimate(gathered(params), part, key=jax.random.key(0)))
+        key = jax.random.key(0)
+        return layout.whole(estimate(layout.whole(params), part, key=key))
 
-    tokens = jax.ShapeDtypeStruct(
-        (config.batch, config.shape.context),
-        abstract(()).dtype,
-        sharding=NamedSharding(mesh, batch_spec),
-    )
+    tokens = abstract((config.batch, config.shape.context))
+    tokens = _on(mesh, P(layout.BATCH), tokens)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     with jax.set_mesh(mesh):
         programs = {
@@ -150,12 +122,16 @@ def _compiled(config: Config, layout: str, devices: int) -> dict[str, jax.stages
             for fn in (gradient, refresh)
         }
         for name, make in UPDATES.items():
-            programs[name] = _update(make(1e-3), params, NamedSharding(mesh, P()))
+            programs[name] = _update(make(1e-3), params, mesh)
         return {name: lowered.compile() for name, lowered in programs.items()}
 
 
+def _on(mesh: Mesh, spec: PartitionSpec, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+
 def _update(
-    tx: optax.GradientTransformation, params: Any, whole: NamedSharding
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh
 ) -> jax.stages.Lowered:
     """A step from gradients to parameters, with the state where the parameters lie."""
 
@@ -164,15 +140,12 @@ def _update(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def spread(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     state = optax.tree.map_params(
         tx,
-        lambda x, p: spread(x, p.sharding),
+        lambda x, spec: _on(mesh, spec, x),
         jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda x: spread(x, whole),
+        layout.specs(params),
+        transform_non_params=lambda x: _on(mesh, P(), x),
     )
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     jitted = jax.jit(update, out_shardings=shardings, donate_argnums=0)

@@ -62,7 +62,7 @@ _BASE = "optax.adamw"
 
 
 def measure_updates(config: Config) -> dict[str, Any]:
-    abstract = Model(config.tree).abstract_params
+    abstract = jax.eval_shape(Model(config.tree).arrays)
     size = sum(p.size for p in jax.tree.leaves(abstract))
     gpt = "GPT-2 small" if config.tree == Shape() else "a smaller GPT"
     trees = {

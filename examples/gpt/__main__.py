@@ -16,9 +16,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="bytes")
     preset = PRESETS[parser.parse_known_args(arguments)[0].preset]
-    return tyro.cli(
-        Config, prog="python -m examples.gpt", args=arguments, default=preset
-    )
+    return tyro.cli(Config, prog="python -m examples.gpt", args=arguments, default=preset)
 
 
 if __name__ == "__main__":

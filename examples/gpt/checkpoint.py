@@ -16,9 +16,12 @@ FOLDER = "checkpoints"  # within a run's
 
 # What a run may be resumed with another of: it changes no loss, or none but in rounding.
 FREE = frozenset(
-    "out data verify_data init_from compare log_every validate_every validation_batches"
-    " checkpoint_every keep keep_every tensorboard wandb profile coordinator num_processes"
-    " process_id mesh accumulate remat loss_chunk".split()
+    (
+        *("out", "data", "verify_data", "init_from", "compare", "keep", "keep_every"),
+        *("log_every", "validate_every", "validation_batches", "checkpoint_every"),
+        *("tensorboard", "wandb", "profile", "coordinator", "num_processes", "process_id"),
+        *("mesh", "accumulate", "remat", "loss_chunk"),
+    )
 )
 
 
@@ -46,10 +49,11 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every is not None:
             kept.append(policies.EveryNSteps(config.keep_every))
+        policy: Any = policies.AnyPreservationPolicy(kept)
         try:
             self._checkpointer = ocp.training.Checkpointer(
-                folder.absolute(),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
+                str(folder.absolute()),
+                preservation_policy=policy,
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
@@ -65,8 +69,8 @@ class Checkpoints:
         problems = []
         for step in sorted(steps, reverse=True):
             try:
-                saved = self._checkpointer.metadata(step).custom_metadata
-                assert isinstance(saved, dict), "it has no metadata"
+                saved: Any = self._checkpointer.metadata(step).custom_metadata
+                assert saved is not None, "it has no metadata"
                 self._compare(saved["choices"], step)
                 state = self._checkpointer.load_checkpointables(step, abstract._asdict())
                 state = jax.block_until_ready(TrainState(**state))
@@ -78,14 +82,15 @@ class Checkpoints:
                 print(f"The checkpoint of {problems[-1]}. The one before is tried.")
         if problems:
             raise ConfigError(
-                f"`out`: no checkpoint in {self._folder} can be read ({'; '.join(problems)})."
-                " Restore one from a copy, or name another folder with --out."
+                f"`out`: no checkpoint in {self._folder} can be read "
+                f"({'; '.join(problems)}). Restore one from a copy, or name another "
+                "folder with --out."
             )
         return None
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Copies the state, and writes it while training goes on."""
-        metadata = {"choices": self._choices, "position": position}
+        metadata: Any = {"choices": self._choices, "position": position}
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -130,8 +135,8 @@ class Checkpoints:
         ]
         if differences:
             raise ConfigError(
-                f"`out`: {self._folder} holds the checkpoint of step {step} of another run. "
-                "Name another folder with --out, or choose as it did:\n"
+                f"`out`: {self._folder} holds the checkpoint of step {step} of another run."
+                " Name another folder with --out, or choose as it did:\n"
                 + "\n".join(differences)
             )
 
@@ -159,14 +164,16 @@ def load_params(out: Path) -> tuple[Config, Any]:
     try:
         fields = json.loads((out / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`out` must be the folder of a run, got {out}: {error}.") from None
+        raise ConfigError(
+            f"`out` must be the folder of a run, got {out}: {error}."
+        ) from None
     config = Config.from_json(fields)
     abstract = jax.eval_shape(lambda: model.init(config))
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_device), abstract
     )
-    with ocp.training.Checkpointer((out / FOLDER).absolute()) as checkpointer:
+    with ocp.training.Checkpointer(str((out / FOLDER).absolute())) as checkpointer:
         newest = checkpointer.latest
         if newest is None:
             raise ConfigError(f"`out`: {out} holds no checkpoint yet.")

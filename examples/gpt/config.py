@@ -2,11 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
 
-
+_POSITIVE = (
+    *("steps", "layers", "heads", "width", "context", "vocabulary", "init_std"),
+    *("batch", "accumulate", "loss_chunk", "refresh_batch", "groups", "update_interval"),
+    *("log_every", "validate_every", "validation_batches"),
+    *("checkpoint_every", "keep", "keep_every", "num_processes"),
+)
 _PATHS = ("data", "out", "init_from")
 
 
@@ -192,8 +197,8 @@ class Config:
             return dataclasses.replace(self, vocabulary=-(-vocabulary // 128) * 128)
         if self.vocabulary < vocabulary:
             raise ConfigError(
-                f"`vocabulary` must hold the data's, got a model of {self.vocabulary} tokens "
-                f"for data of {vocabulary}."
+                f"`vocabulary` must hold the data's, got a model of {self.vocabulary} "
+                f"tokens for data of {vocabulary}."
             )
         return self
 
@@ -221,22 +226,19 @@ class Config:
     @classmethod
     def from_json(cls, fields: dict) -> "Config":
         """The run of which this is `as_json`."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        paths = {k: v and Path(v) for k, v in fields.items() if k in _PATHS}
-        return cls(**{k: v for k, v in (fields | paths).items() if k in known})
+        known: dict[str, Any] = {
+            f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields
+        }
+        for name in _PATHS:
+            if known.get(name) is not None:
+                known[name] = Path(known[name])
+        return cls(**known)
 
     def check(self) -> None:
         """Raises ConfigError if the run can't be."""
-        positive = (
-            "steps layers heads width context batch refresh_batch groups update_interval"
-            " log_every validate_every validation_batches checkpoint_every keep accumulate"
-            " loss_chunk vocabulary init_std keep_every num_processes"
-        )
-        for name in positive.split():
+        for name in _POSITIVE:
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ConfigError(
-                    f"`{name}` must be positive, got {value}."
-                )
+                raise ConfigError(f"`{name}` must be positive, got {value}.")
         for name in ("seed", "profile", "final_fraction"):
             if not (value := getattr(self, name)) >= 0:
                 raise ConfigError(f"`{name}` must not be negative, got {value}.")
@@ -273,8 +275,8 @@ class Config:
             )
         if self.batch % self.refresh_batch:
             raise ConfigError(
-                "`refresh_batch` must divide `batch`, so that each device has its share, got "
-                f"{self.refresh_batch} of {self.batch} sequences."
+                "`refresh_batch` must divide `batch`, so that each device has its share, "
+                f"got {self.refresh_batch} of {self.batch} sequences."
             )
         if self.batch % self.accumulate:
             raise ConfigError(

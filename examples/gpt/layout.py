@@ -40,9 +40,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     given = [part.partition("=") for part in text.split(",") if part]
     for name, _, size in given:
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ConfigError(
-                f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}."
-            )
+            raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
         sizes[name] = int(size)
     if "data" not in (name for name, _, _ in given):
         sizes["data"] = max(count // math.prod(sizes.values()), 1)
@@ -96,7 +94,7 @@ def batch_devices(mesh: jax.sharding.Mesh) -> int:
 def rows(mesh: jax.sharding.Mesh, batch: int) -> slice:
     """The rows of a batch that this process's devices hold."""
     sharding = NamedSharding(mesh, P(BATCH))
-    parts = sharding.addressable_devices_indices_map((batch,)).values()
+    parts: Any = sharding.addressable_devices_indices_map((batch,)).values()
     starts, stops = zip(*(part[0].indices(batch)[:2] for part in parts), strict=True)
     start, stop = min(starts), max(stops)
     if len(set(starts)) * (stops[0] - starts[0]) != stop - start:

@@ -89,12 +89,12 @@ class Log:
 
     def flush(self) -> None:
         """Fetches the last row, too."""
-        row, self._pending = self._pending, None
-        if row is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        fetched = {k: jax.device_get(row[k]) for k in row}
-        row = {k: v if v is None else float(np.mean(v)) for k, v in fetched.items()}
-        row["step"] = int(row["step"])
+        fetched = {k: jax.device_get(v) for k, v in pending.items()}
+        row: Row = {k: None if v is None else float(np.mean(v)) for k, v in fetched.items()}
+        row["step"] = int(pending["step"])
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row[name]):
                 raise NotFinite(
@@ -190,7 +190,7 @@ def _dashboards(config: Config, folder: Path):
         yield write
     if config.wandb is not None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise _missing("wandb", "wandb") from None
         # The same folder is the same run: a resumed one goes on in its curves.
@@ -209,7 +209,9 @@ def _numbers(row: Row) -> Row:
 
 
 def _missing(flag: str, package: str) -> ConfigError:
-    return ConfigError(f"`{flag}` needs {package}, which is not there: pip install {package}.")
+    return ConfigError(
+        f"`{flag}` needs {package}, which is not there: pip install {package}."
+    )
 
 
 class _told:

@@ -110,7 +110,7 @@ class GPT(nnx.Module):
             return Categorical().neg_log_prob(self.logits(x), targets).sum()
 
         T = targets_BxT.shape[1]
-        if T <= chunk:
+        if chunk >= T:
             return total(x_BxTxD, targets_BxT) / targets_BxT.size
         keep = self.config.dtype == "bfloat16" and self.config.remat != "full"
         policy = jax.checkpoint_policies.dots_saveable if keep else _POLICIES["full"]

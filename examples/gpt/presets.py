@@ -30,9 +30,7 @@ _NEOX = dataclasses.replace(
 
 
 def _sized(base: Config, preset: Preset, layers: int, heads: int, width: int) -> Config:
-    return dataclasses.replace(
-        base, preset=preset, layers=layers, heads=heads, width=width
-    )
+    return dataclasses.replace(base, preset=preset, layers=layers, heads=heads, width=width)
 
 
 PRESETS: dict[Preset, Config] = {

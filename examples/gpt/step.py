@@ -14,6 +14,7 @@ from examples.gpt.log import Row
 from examples.gpt.state import TrainState, state_shardings
 from sophia_optax import gnb, hutchinson
 
+
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Row]]:
@@ -45,16 +46,15 @@ def make_train_step(
     def estimate(params, tokens_BxS, key):
         """From a part of the batch, of which each device has its share."""
         tokens_BxS = tokens_BxS[:: config.batch // config.refresh_batch]
-        groups = {
-            "groups": config.groups,
-            "parallel_groups": min(config.groups, layout.batch_devices(mesh)),
-        }
+        at_once = min(config.groups, layout.batch_devices(mesh))
         if config.groups > 1:  # each device has the whole gradient of its groups
             params = layout.whole(params)
         if config.optimizer == "sophia_h":
-            hessian = hutchinson(loss_fn, **groups)(params, tokens_BxS, key=key)
+            estimator = hutchinson(loss_fn, groups=config.groups, parallel_groups=at_once)
+            hessian = estimator(params, tokens_BxS, key=key)
         else:
-            hessian = gnb(logits_fn, **groups)(params, tokens_BxS[:, :-1], key=key)
+            estimator = gnb(logits_fn, groups=config.groups, parallel_groups=at_once)
+            hessian = estimator(params, tokens_BxS[:, :-1], key=key)
         if config.groups > 1:
             hessian = layout.whole(hessian)
         return layout.spread(hessian)
@@ -106,7 +106,7 @@ def check_layout(config: Config, mesh: Mesh) -> None:
     if "sophia" in config.optimizer and config.groups > 1 and config.groups % parts:
         raise ConfigError(
             f"`groups` must be a multiple of the {parts} parts that the batch is spread in "
-            f"(data x fsdp), or 1, got {config.groups}: devices without a group would wait. "
+            f"(data x fsdp), or 1, got {config.groups}: devices without one would wait. "
             "Choose `groups` and `refresh_batch` larger, and with a larger "
             "`update_interval` a refresh costs no more."
         )

@@ -54,7 +54,14 @@ def test_it_learns_and_writes_what_it_says(tiny, optimizer, capsys):
     assert config["learning_rate"] == RECIPES["bytes"][optimizer].learning_rate
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30]
-    names = "loss grad_norm lr unclipped_fraction tokens_per_second val_loss".split()
+    names = [
+        "loss",
+        "grad_norm",
+        "lr",
+        "unclipped_fraction",
+        "tokens_per_second",
+        "val_loss",
+    ]
     for row in rows:
         assert set(names) < set(row)
         if "sophia" in optimizer:
@@ -238,7 +245,7 @@ def test_every_checkpoint_damaged_is_an_error_not_a_new_run(tiny):
     for file in (tiny.folder() / "checkpoints").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* can be read"):
         main(config)
 
 

@@ -88,9 +88,7 @@ def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
 
     def expected(params):
         logits = model.bind(plain, params)(TOKENS[:, :-1]).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, TOKENS[:, 1:]
-        ).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:]).mean()
 
     def loss(params):
         return model.bind(config, params).loss(TOKENS)
@@ -107,9 +105,7 @@ def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
 def test_no_float32_logits_of_a_whole_batch():
     """The gradient's temporary memory, in chunks of a sixteenth, against all at once."""
     B, T, V = 4, 256, 8192
-    config = Config(
-        layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16"
-    )
+    config = Config(layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16")
     abstract = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
 
