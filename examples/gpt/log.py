@@ -169,8 +169,10 @@ def read(folder: Path) -> list[Row]:
 def _peak_flops() -> float | None:
     """Of all devices together; None where it is not known."""
     kind = jax.devices()[0].device_kind
-    peaks = [peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name)]
-    return max(peaks) * 1e12 * jax.device_count() if peaks else None
+    names = [name for name in PEAK_TERAFLOPS if kind.startswith(name)]
+    if not names:
+        return None
+    return PEAK_TERAFLOPS[max(names, key=len)] * 1e12 * jax.device_count()
 
 
 def _dashboards(config: Config, folder: Path):

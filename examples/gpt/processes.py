@@ -8,7 +8,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from examples.gpt.config import Config
+from examples.gpt.config import Config, ConfigError
 
 
 class Interrupted(Exception):
@@ -23,7 +23,14 @@ def join(config: Config) -> None:
             config.coordinator, config.num_processes, config.process_id
         )
     elif _on_cloud_tpu() or _in_slurm_step() or _in_kubernetes_job():
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"The processes did not find each other: {error}\nOn Kubernetes they need "
+                'pip install "jax[k8s]". Anywhere, `coordinator`, `num_processes` and '
+                "`process_id` tell them."
+            ) from error
 
 
 def is_first() -> bool:

@@ -37,8 +37,9 @@ def main(config: Config) -> list[plot.Curve]:
             state, rows = train(part, corpus, folder)
             curves.append(plot.Curve(part.optimizer, rows))
             text = text or write_text(part, state.params, corpus)
-    if process == 0:
-        plot.losses(curves, out / "loss.png", config.preset, corpus.tokenizer.unit)
+    if process > 0:
+        return curves
+    plot.losses(curves, out / "loss.png", config.preset, corpus.tokenizer.unit)
     say(f"\n--- text by {config.optimizer} ---\n{text}\n---")
     say(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
     for curve in curves if config.compare else []:

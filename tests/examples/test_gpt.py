@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import get_args
 
@@ -286,6 +287,24 @@ def test_the_speed_is_counted_in_tokens_and_operations(tiny, monkeypatch):
     assert second["tokens_per_second"] == 10 * 8 * 16 / 2
     assert second["mfu"] == pytest.approx(640 * 5 / 1000)
     assert second["seconds_to_go"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_of_the_chip(monkeypatch, kind, teraflops):
+    chip = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [chip] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    peak = log._peak_flops()
+    assert peak == (None if teraflops is None else teraflops * 4e12)
 
 
 def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):

@@ -47,6 +47,8 @@ def test_20_steps_on_8_devices_and_in_2_processes(corpus, tmp_path, optimizer):
     assert code == 0, output
     codes, outputs = run_together(arguments(corpus, two, optimizer=optimizer), 2, devices=1)
     assert codes == [0, 0], outputs
+    again = arguments(corpus, two, optimizer=optimizer)
+    assert run_together(again, 2, devices=1)[0] == [0, 0]  # there is nothing left to do
     assert_alike(losses(eight), losses(one))
     assert_alike(losses(two), losses(one))
     assert "loss" not in outputs[1]  # one of them speaks

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from examples.gpt import model
@@ -154,6 +155,30 @@ def test_rotated_products_depend_on_the_distance_alone():
     np.testing.assert_allclose(turned_q[0], q, rtol=1e-6)
     np.testing.assert_array_equal(turned_q[:, 4:], jnp.broadcast_to(q[4:], (12, 12)))
     assert not np.allclose(products[0, 0], products[0, 5])
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "expected"),
+    [
+        ("gpu", {"dtype": "bfloat16"}, "cudnn"),
+        ("gpu", {"dtype": "bfloat16", "optimizer": "sophia_h"}, "xla"),
+        ("gpu", {}, "xla"),
+        ("cpu", {"dtype": "bfloat16"}, "xla"),
+        ("tpu", {"dtype": "bfloat16"}, "xla"),
+    ],
+)
+def test_attention_is_fused_where_it_can_be(monkeypatch, backend, changes, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    given = {}
+
+    def attention(q, k, v, **kwargs):
+        given.update(kwargs)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    config = dataclasses.replace(SMALL, **changes)
+    jax.eval_shape(lambda: model.GPT(config, nnx.Rngs(0))(TOKENS[:, :24]))
+    assert given == {"is_causal": True, "implementation": expected}
 
 
 def test_first_weights_have_the_size_that_is_asked_for():

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# GPT-2 on a Cloud TPU pod: makes it, copies this checkout to its hosts, and trains.
+#
+#   ZONE=us-east5-a BUCKET=gs://my-bucket examples/gpt/launch/tpu.sh gpt v5p-64 \
+#     --preset gpt2-125m --data /mnt/bucket/openwebtext --out /mnt/bucket/runs/gpt
+#
+# The data and the run lie in the bucket, which each host mounts on /mnt/bucket. Where the
+# pod was taken away, the same command makes it again, and the run goes on. To delete it:
+#   gcloud compute tpus tpu-vm delete gpt --zone "$ZONE"
+set -euo pipefail
+name=$1 type=$2
+shift 2
+at=("$name" --zone "${ZONE:?a zone}")
+: "${BUCKET:?a bucket, gs://...}"
+
+gcloud compute tpus tpu-vm describe "${at[@]}" >/dev/null 2>&1 ||
+  gcloud compute tpus tpu-vm create "${at[@]}" --accelerator-type "$type" \
+    --version "${VERSION:-v2-alpha-tpuv5}"
+on_each_host() { gcloud compute tpus tpu-vm ssh "${at[@]}" --worker=all --command "$1"; }
+
+git archive --format tar.gz -o /tmp/sophia_optax.tar.gz HEAD
+gcloud compute tpus tpu-vm scp /tmp/sophia_optax.tar.gz "${at[@]:0:1}:" "${at[@]:1}" --worker=all
+on_each_host "
+  mkdir -p sophia_optax && tar xzf sophia_optax.tar.gz -C sophia_optax
+  python3 -m venv env && env/bin/pip install -q -e 'sophia_optax[examples,data]' 'jax[tpu]'
+  sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket
+  mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs ${BUCKET#gs://} /mnt/bucket"
+# Every host runs the same command: the processes find each other.
+on_each_host "cd sophia_optax && ../env/bin/python -m examples.gpt $(printf '%q ' "$@")"

@@ -1,0 +1,100 @@
+"""Processes find each other where they are started, and the files that start them."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from examples.gpt import processes
+from examples.gpt.__main__ import parse
+from examples.gpt.config import Config, ConfigError
+
+LAUNCH = Path(processes.__file__).with_name("launch")
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    for name in ("SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_processes_join_where_there_are_others(
+    initialized, monkeypatch, environment, joins
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.join(Config())
+    assert initialized == [()] * joins
+
+
+def test_processes_join_on_a_cloud_tpu(initialized, monkeypatch):
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"])
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    processes.join(Config())  # /dev/vfio may hold something else
+    assert initialized == []
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
+    processes.join(Config())
+    assert initialized == [()]
+
+
+def test_what_is_said_by_hand_goes_first(initialized, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    processes.join(Config(coordinator="here:1", num_processes=2, process_id=1))
+    assert initialized == [("here:1", 2, 1)]
+
+
+def test_processes_that_do_not_find_each_other(initialized, monkeypatch):
+    def fail():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match=r"should be defined(.|\n)*jax\[k8s\]"):
+        processes.join(Config())
+
+
+@pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])
+def test_scripts_are_bash_and_their_example_is_a_command(file):
+    text = (LAUNCH / file).read_text()
+    subprocess.run(["bash", "-n", LAUNCH / file], check=True)
+    [shown] = [line for line in text.splitlines() if "--preset" in line]
+    config = parse(shlex.split(shown.lstrip("# ").rstrip("\\")))
+    config.check()
+    assert config.preset == "gpt2-125m"
+
+
+def test_kubernetes_objects_name_each_other():
+    yaml = pytest.importorskip("yaml")
+    objects = {
+        o["kind"]: o for o in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    }
+    job = objects["Job"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == job["parallelism"]
+    assert pod["subdomain"] == objects["Service"]["metadata"]["name"]
+    assert objects["Service"]["spec"]["selector"] == {
+        "job-name": objects["Job"]["metadata"]["name"]
+    }
+    assert pod["serviceAccountName"] == objects["RoleBinding"]["subjects"][0]["name"]
+    assert objects["RoleBinding"]["roleRef"]["name"] == objects["Role"]["metadata"]["name"]
+    assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {
+        v["name"] for v in pod["volumes"]
+    }
+    parse(pod["containers"][0]["args"]).check()
