@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-NAMES = ("update", "refresh", "estimate", "sampling", "scaling", "precision")
+NAMES = ("update", "refresh", "estimate", "sampling", "scaling", "presets", "precision")
 
 
 def main() -> None:

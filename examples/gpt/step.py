@@ -17,8 +17,8 @@ from sophia_optax import gnb, hutchinson
 
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Row]]:
-    """A function from the state and a batch to the next state, and what to log."""
+) -> jax.stages.Wrapped:
+    """A function from the state and a batch to the next state, and a `Row` to log."""
 
     def loss_fn(params, tokens_BxS):  # S = T + 1: the inputs, and one token after
         return model.bind(config, params).loss(tokens_BxS)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import pod, scaling
+from benchmarks import pod, presets, scaling
 from benchmarks.flops import flops
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
+from examples.gpt.config import Config as RunConfig
 
 SHAPE = Shape(layers=1, heads=4, width=32, context=16, vocabulary=256, bias=False)
 
@@ -67,3 +68,19 @@ def test_chips_that_share_a_sequence_sum_a_part_of_the_gradient_each(monkeypatch
     }
     assert seconds[4096] == pytest.approx(seconds[512] / 8)
     assert links_alone.all_reduce(1e9, 1) == 0
+
+
+@pytest.mark.slow
+def test_a_preset_is_compiled_for_a_mesh(monkeypatch):
+    tiny = RunConfig(layers=2, heads=2, width=32, context=16, vocabulary=256, batch=32)
+    monkeypatch.setitem(presets.PRESETS, "gpt2-30m", tiny)
+    config = presets.Config((presets.Run("gpt2-30m", "data=8", 2),))
+    results = json.loads(json.dumps(presets.measure_presets(config)))
+    without, refresh = results["rows"]
+    size = without["parameter_bytes"]
+    for row, gradients in ((without, 1), (refresh, 2)):
+        assert 3 * size < row["state_bytes"] < 3.1 * size
+        assert row["temporary_bytes"] > size
+        exchanged = row["exchanged_bytes"]
+        assert exchanged == {"all-reduce": pytest.approx(gradients * size, rel=0.001)}
+    assert "| gpt2-30m | data=8 | 2 | 16 groups |" in presets.table(results)
