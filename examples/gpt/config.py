@@ -111,7 +111,7 @@ class Config:
     refresh_batch: int = 16
     """Number of sequences of the batch that a refresh of the Hessian looks at."""
     # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
-    # a run this short it is worth little: in one group sophia_g ends 0.006 higher.
+    # a run this short it is worth little: in one group sophia_g ends 0.009 higher.
 
     groups: int = 16
     """Number of groups of the refresh; divides `refresh_batch`."""

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from examples.gpt import layout, model
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.log import Row
 from examples.gpt.state import TrainState, state_shardings
 from sophia_optax import gnb, hutchinson
 
@@ -18,7 +17,7 @@ from sophia_optax import gnb, hutchinson
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """A function from the state and a batch to the next state, and a `Row` to log."""
+    """A function from the state and a batch to the next state, and what to log."""
 
     def loss_fn(params, tokens_BxS):  # S = T + 1: the inputs, and one token after
         return model.bind(config, params).loss(tokens_BxS)

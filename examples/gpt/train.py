@@ -25,26 +25,27 @@ def main(config: Config) -> list[plot.Curve]:
     corpus = data.load(config.data, config.verify_data, process, count)
     corpus.check(config.context)
     config = config.fitted(corpus.tokenizer.vocabulary)
-    out, say = config.folder(), print if process == 0 else lambda *_: None
-    say(
-        f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
-        f"{len(corpus.validation):,} to validate\n{mesh.size} device(s) of "
-        f"{jax.devices()[0].device_kind}"
-    )
+    out = config.folder()
+    if process == 0:
+        print(
+            f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
+            f"{len(corpus.validation):,} to validate\n{mesh.size} device(s) of "
+            f"{jax.devices()[0].device_kind}"
+        )
     curves, text = [], ""
     with jax.set_mesh(mesh):
         for part, folder in _parts(config, out):
             state, rows = train(part, corpus, folder)
             curves.append(plot.Curve(part.optimizer, rows))
             text = text or write_text(part, state.params, corpus)
-    if process > 0:
+    if process > 0:  # the first has the last words
         return curves
     plot.losses(curves, out / "loss.png", config.preset, corpus.tokenizer.unit)
-    say(f"\n--- text by {config.optimizer} ---\n{text}\n---")
-    say(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
+    print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
+    print(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
     for curve in curves if config.compare else []:
-        say(f"{curve.name}: val loss {curve.val_loss:.3f}")
-    say(f"val loss {curves[0].val_loss:.3f}")
+        print(f"{curve.name}: val loss {curve.val_loss:.3f}")
+    print(f"val loss {curves[0].val_loss:.3f}")
     return curves
 
 

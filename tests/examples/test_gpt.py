@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from gpt_runs import TEXT
 
-from examples.gpt import checkpoint, log, model, plot
+from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample
 from examples.gpt.__main__ import parse
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.optimizer import make_optimizer
@@ -96,6 +97,27 @@ def test_the_same_seed_is_the_same_run(tiny):
         main(dataclasses.replace(tiny, out=tiny.folder() / name, steps=12))
         losses.append([row["loss"] for row in log.read(tiny.folder() / name)])
     assert losses[0] == losses[1]
+
+
+def test_from_text_to_text(tiny, tmp_path, capsys):
+    """Prepared, trained on, evaluated, and written with."""
+    shards = tmp_path / "shards"
+    made = prepare.Options((str(tiny.data),), shards, tokenizer="bytes", validation=0.1)
+    tiny.data.write_text("\n".join(f'{{"text": "{i} {TEXT[:50]}"}}' for i in range(200)))
+    tiny.data.rename(tiny.data.with_suffix(".jsonl"))
+    source = str(tiny.data.with_suffix(".jsonl"))
+    prepare.main(dataclasses.replace(made, sources=(source,), processes=1))
+    [curve] = main(dataclasses.replace(tiny, data=shards, steps=40))
+    assert curve.val_loss < 4
+    capsys.readouterr()
+    sample.main("line 1", out=tiny.folder(), length=20)
+    written = capsys.readouterr().out
+    assert written.startswith("line 1")
+    assert len(written) == len("line 1") + 20 + 1
+    evaluate.main(out=tiny.folder())
+    printed = capsys.readouterr().out
+    [loss] = re.findall(r"loss (\d\.\d+)", printed)
+    assert float(loss) == pytest.approx(curve.val_loss, abs=0.1)
 
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
