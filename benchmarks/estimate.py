@@ -51,10 +51,10 @@ class Config:
     sizes: estimators.Sizes = dataclasses.field(default_factory=estimators.Sizes)
     """Sequences of the refreshes that are compared on batches of their own."""
 
-    draws: int = 24
+    draws: int = 16
     """Number of estimates that an error is averaged over."""
 
-    large_draws: int = 10
+    large_draws: int = 6
     """The same for estimates of more than `sequences` sequences, which take longer."""
 
     reference_draws: int = 48

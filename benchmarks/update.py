@@ -45,7 +45,7 @@ class Config:
     refresh_batch: int = 2
     """Sequences of a refresh, in a group for each."""
 
-    step_repeats: int = 21
+    step_repeats: int = 15
     """Runs of each training step."""
 
 
