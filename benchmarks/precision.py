@@ -112,6 +112,7 @@ def _train(run: RunConfig, seed: int, dtype: str, keep: Callable[[Any], Any]) ->
         hessian_dtype=dtype,
         seed=seed,
     )
+    assert run.groups is not None
     estimator = gnb(model.logits, groups=run.groups)
 
     def loss_fn(params, tokens):

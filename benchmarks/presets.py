@@ -66,6 +66,7 @@ def _measure(run: Run, refreshes: int) -> dict[str, Any]:
         optimizer="sophia_g" if refreshes else "adamw",
     )
     mesh = layout.make_mesh(run.mesh)
+    config = config.fitted(vocabulary=1, parts=layout.batch_devices(mesh))
     with jax.set_mesh(mesh):
         tx = make_optimizer(config, make_schedule(config))
         state = abstract_state(config, tx, mesh)

@@ -12,9 +12,10 @@ TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
 )
 
-# Starts the command, and sends itself a signal when a step has been handed on.
+# Starts the command, and sends itself a signal when a step has been handed on. The steps
+# after take a while, in which processes agree where to end.
 SIGNALLED = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 from examples.gpt.log import Log
 
 step_to_die_at, signal_to_send = int(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -25,9 +26,19 @@ def die(self, row):
     step(self, row)
     if row["step"] == step_to_die_at:
         os.kill(os.getpid(), signal_to_send)
+    if row["step"] >= step_to_die_at:
+        time.sleep(0.3)
 
 
 Log.step = die
+sys.argv[0] = "examples.gpt"
+runpy.run_module("examples.gpt", run_name="__main__")
+"""
+
+
+STARTED = """
+import runpy, sys
+
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
@@ -58,15 +69,21 @@ def arguments(data: Path, out: Path, **changes) -> list[str]:
 
 
 def start(
-    args: list[str], devices: int = 1, signalled: tuple[int, int] | None = None
+    args: list[str],
+    devices: int = 1,
+    signalled: tuple[int, int] | None = None,
+    patch: str | None = None,
 ) -> subprocess.Popen:
     """The command with these arguments, on so many simulated devices.
 
-    With `signalled`, a step and a signal, it sends itself the signal after the step.
+    With `signalled`, a step and a signal, it sends itself the signal after the step; with
+    `patch`, it runs this code first.
     """
     command = ["-m", "examples.gpt"]
     if signalled is not None:
         command = ["-c", SIGNALLED, *map(str, map(int, signalled))]
+    if patch is not None:
+        command = ["-c", patch + STARTED]
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *command, *args],
@@ -85,14 +102,29 @@ def run(args: list[str], **kwargs) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run_together(args: list[str], processes: int, devices: int, **signalled):
-    """The command in several processes: their exit codes, and what they printed."""
+def run_together(
+    args: list[str],
+    processes: int,
+    devices: int,
+    which: int | None = None,
+    signalled: tuple[int, int] | None = None,
+    patch: str | None = None,
+):
+    """The command in several processes: their exit codes, and what they printed.
+
+    All of them are signalled, or the one that `which` numbers.
+    """
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     joined = ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
     running = [
-        start([*args, *joined, "--process-id", str(i)], devices, **signalled)
+        start(
+            [*args, *joined, "--process-id", str(i)],
+            devices,
+            signalled if which in (None, i) else None,
+            patch,
+        )
         for i in range(processes)
     ]
     try:

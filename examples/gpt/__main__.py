@@ -22,10 +22,12 @@ def parse(arguments: list[str] | None = None) -> Config:
 if __name__ == "__main__":
     try:
         config = parse()
+        config.check()
         processes.join(config)
         main(config)
     except ConfigError as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except processes.Interrupted as told:
-        print(f"Told to end: {told}. The same command goes on from there.")
+        if processes.is_first():
+            print(f"Told to end: {told}. The same command goes on from there.")
         sys.exit(143)  # as of SIGTERM, so that who started it knows that it is not done

@@ -2,17 +2,18 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from examples.gpt import model
+from examples.gpt import model, processes
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.state import TrainState
 
-FOLDER = "checkpoints"  # within a run's
+FOLDER, DAMAGED = "checkpoints", "damaged"  # within a run's
 
 # What a run may be resumed with another of: it changes no loss, or none but in rounding.
 FREE = frozenset(
@@ -23,6 +24,9 @@ FREE = frozenset(
         *("mesh", "accumulate", "remat", "loss_chunk"),
     )
 )
+
+# What readers make of a damaged file.
+UNREADABLE = (OSError, ValueError, LookupError, EOFError)
 
 
 class Restored(NamedTuple):
@@ -65,28 +69,55 @@ class Checkpoints:
         Args:
           abstract: shapes, dtypes and shardings of the state.
         """
-        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         problems = []
-        for step in sorted(steps, reverse=True):
+        while (step := processes.from_first(_newest(self._checkpointer))) >= 0:
+            restored, problem = None, "another process can't read it"
             try:
-                saved: Any = self._checkpointer.metadata(step).custom_metadata
-                assert saved is not None, "it has no metadata"
-                self._compare(saved["choices"], step)
-                state = self._checkpointer.load_checkpointables(step, abstract._asdict())
-                state = jax.block_until_ready(TrainState(**state))
-                return Restored(step, state, saved["position"])
+                restored = self._load(step, abstract)
             except ConfigError:
                 raise
-            except Exception as error:  # whatever a reader makes of a damaged file
-                problems.append(f"step {step}: {_first_line(error)}")
+            except UNREADABLE as error:
+                problem = _first_line(error)
+            if not processes.anywhere(restored is None):
+                return restored
+            problems.append(f"step {step}: {problem}")
+            self._set_aside(step)
+            if processes.is_first():
                 print(f"The checkpoint of {problems[-1]}. The one before is tried.")
         if problems:
             raise ConfigError(
                 f"`out`: no checkpoint in {self._folder} can be read "
-                f"({'; '.join(problems)}). Restore one from a copy, or name another "
-                "folder with --out."
+                f"({'; '.join(problems)}); they are in {self._folder.parent / DAMAGED}. "
+                "Bring one back from a copy, or name another folder with --out."
             )
         return None
+
+    def _load(self, step: int, abstract: TrainState) -> Restored:
+        saved: Any = self._checkpointer.metadata(step).custom_metadata
+        if saved is None:
+            raise ValueError("it has no metadata")
+        self._compare(saved["choices"], step)
+        # Each process reads for itself: at a barrier one would wait for one that can't.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+        )
+        with ocp.Context(multiprocessing_options=alone):
+            state = ocp.load_checkpointables(
+                self._checkpointer.directory / str(step), abstract._asdict()
+            )
+        state = jax.block_until_ready(TrainState(**state))
+        return Restored(step, state, saved["position"])
+
+    def _set_aside(self, step: int) -> None:
+        """Keeps a checkpoint that can't be read where it is in nobody's way."""
+        if processes.is_first():
+            damaged = self._folder.parent / DAMAGED
+            damaged.mkdir(exist_ok=True)
+            shutil.rmtree(damaged / str(step), ignore_errors=True)
+            (self._folder / str(step)).rename(damaged / str(step))
+        processes.anywhere(False)  # all wait for it
+        self._checkpointer.reload()
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Copies the state, and writes it while training goes on."""
@@ -118,11 +149,11 @@ class Checkpoints:
             error.add_note(self._note())
 
     def _note(self) -> str:
-        newest = self._checkpointer.latest
-        if newest is None:
+        newest = _newest(self._checkpointer)
+        if newest < 0:
             return "There is no checkpoint yet."
         return (
-            f"The last good checkpoint is {self._folder / str(newest.step)}; the same "
+            f"The last good checkpoint is {self._folder / str(newest)}; the same "
             "command goes on from there."
         )
 
@@ -174,12 +205,23 @@ def load_params(out: Path) -> tuple[Config, Any]:
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_device), abstract
     )
     with ocp.training.Checkpointer(str((out / FOLDER).absolute())) as checkpointer:
-        newest = checkpointer.latest
-        if newest is None:
-            raise ConfigError(f"`out`: {out} holds no checkpoint yet.")
-        return config, checkpointer.load_checkpointables(newest, {"params": abstract})[
-            "params"
-        ]
+        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+        problems = []
+        for step in reversed(steps):
+            try:
+                return config, checkpointer.load_checkpointables(
+                    step, {"params": abstract}
+                )["params"]
+            except UNREADABLE as error:
+                problems.append(f"step {step}: {_first_line(error)}")
+    raise ConfigError(
+        f"`out`: {out} holds no checkpoint that can be read. {'; '.join(problems)}"
+    )
+
+
+def _newest(checkpointer: ocp.training.Checkpointer) -> int:
+    """The step of the newest checkpoint; -1 if there is none."""
+    return max((checkpoint.step for checkpoint in checkpointer.checkpoints), default=-1)
 
 
 def _choices(config: dict[str, Any], corpus: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every choice of a run, and why the default is what it is."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,13 +109,15 @@ class Config:
     mesh: str = ""
     """How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default."""
 
-    refresh_batch: int = 16
-    """Number of sequences of the batch that a refresh of the Hessian looks at."""
+    refresh_batch: int | None = None
+    """Number of sequences of the batch that a refresh of the Hessian looks at; as many as
+    there are groups, and 16 or more, by default."""
     # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
     # a run this short it is worth little: in one group sophia_g ends 0.009 higher.
 
-    groups: int = 16
-    """Number of groups of the refresh; divides `refresh_batch`."""
+    groups: int | None = None
+    """Number of groups of the refresh; a group for each of its sequences by default, of
+    which there are 16 or, on more devices, one for each."""
 
     update_interval: int = 10
     """Number of steps from one refresh to the next."""
@@ -191,16 +194,24 @@ class Config:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
-    def fitted(self, vocabulary: int) -> "Config":
-        """The same run with a model for data of this vocabulary."""
-        if self.vocabulary is None:
-            return dataclasses.replace(self, vocabulary=-(-vocabulary // 128) * 128)
-        if self.vocabulary < vocabulary:
+    def fitted(self, vocabulary: int, parts: int = 1) -> "Config":
+        """The same run for data of this vocabulary, in batches spread in so many parts."""
+        fewest = math.lcm(self.groups or 1, parts)
+        sizes = [n for n in range(fewest, self.batch, fewest) if self.batch % n == 0]
+        refresh_batch = self.refresh_batch or next(
+            (n for n in sizes if n >= 16), self.batch
+        )
+        if self.vocabulary is not None and self.vocabulary < vocabulary:
             raise ConfigError(
                 f"`vocabulary` must hold the data's, got a model of {self.vocabulary} "
                 f"tokens for data of {vocabulary}."
             )
-        return self
+        return dataclasses.replace(
+            self,
+            vocabulary=self.vocabulary or -(-vocabulary // 128) * 128,
+            refresh_batch=refresh_batch,
+            groups=self.groups or refresh_batch,
+        )
 
     def compared(self) -> "Config":
         """The same run with the optimizer `compare`, at its own settings."""
@@ -263,21 +274,7 @@ class Config:
             raise ConfigError(
                 f"`heads` must divide `width`, got {self.heads} heads for {self.width}."
             )
-        if self.refresh_batch > self.batch:
-            raise ConfigError(
-                f"`refresh_batch` is a part of the batch and can't be larger, got "
-                f"{self.refresh_batch} of {self.batch} sequences."
-            )
-        if self.refresh_batch % self.groups:
-            raise ConfigError(
-                f"`groups` must divide `refresh_batch`, got {self.groups} groups of "
-                f"{self.refresh_batch} sequences."
-            )
-        if self.batch % self.refresh_batch:
-            raise ConfigError(
-                "`refresh_batch` must divide `batch`, so that each device has its share, "
-                f"got {self.refresh_batch} of {self.batch} sequences."
-            )
+        self._check_refresh()
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"`accumulate` must divide `batch`, got {self.accumulate} micro-batches of "
@@ -289,8 +286,36 @@ class Config:
                 "`coordinator`, `num_processes` and `process_id` belong together: give all "
                 "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes."
             )
+        if self.architecture == "neox" and self.width // self.heads < 8:
+            raise ConfigError(
+                "`heads` of GPT-NeoX must be 8 wide or wider, for a quarter of each turns "
+                f"with its position, got {self.heads} heads of {self.width}."
+            )
+        if self.profile and self.steps <= 11:
+            raise ConfigError(
+                f"`profile` begins at the eleventh step, got {self.steps} `steps`."
+            )
         if self.compare == self.optimizer:
             raise ConfigError(f"`compare` is the optimizer itself, {self.optimizer}.")
         out = self.folder()
         if out.exists() and not out.is_dir():
             raise ConfigError(f"`out` must be a folder, but {out} is a file.")
+
+    def _check_refresh(self) -> None:
+        if self.refresh_batch is None:
+            return
+        if self.refresh_batch > self.batch:
+            raise ConfigError(
+                f"`refresh_batch` is a part of the batch and can't be larger, got "
+                f"{self.refresh_batch} of {self.batch} sequences."
+            )
+        if self.groups is not None and self.refresh_batch % self.groups:
+            raise ConfigError(
+                f"`groups` must divide `refresh_batch`, got {self.groups} groups of "
+                f"{self.refresh_batch} sequences."
+            )
+        if self.batch % self.refresh_batch:
+            raise ConfigError(
+                "`refresh_batch` must divide `batch`, so that each device has its share, "
+                f"got {self.refresh_batch} of {self.batch} sequences."
+            )

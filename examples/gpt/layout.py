@@ -91,15 +91,12 @@ def batch_devices(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def rows(mesh: jax.sharding.Mesh, batch: int) -> slice:
-    """The rows of a batch that this process's devices hold."""
+def rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:
+    """The rows of a batch that this process's devices hold, in blocks of the same size."""
     sharding = NamedSharding(mesh, P(BATCH))
     parts: Any = sharding.addressable_devices_indices_map((batch,)).values()
-    starts, stops = zip(*(part[0].indices(batch)[:2] for part in parts), strict=True)
-    start, stop = min(starts), max(stops)
-    if len(set(starts)) * (stops[0] - starts[0]) != stop - start:
-        raise ConfigError("`mesh`: a process's devices must hold rows side by side.")
-    return slice(start, stop)
+    blocks = {part[0].indices(batch)[:2] for part in parts}
+    return [slice(start, stop) for start, stop in sorted(blocks)]
 
 
 def put(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:

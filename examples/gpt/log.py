@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from examples.gpt.config import Config, ConfigError
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
+Dashboard = tuple[Callable[[Row], None], Callable[[], None]]  # to write a row, to close
 
 # Of one chip in bfloat16, by the makers' data sheets: 10^12 operations a second.
 PEAK_TERAFLOPS = {
@@ -26,7 +28,9 @@ PEAK_TERAFLOPS = {
     "TPU v6 lite": 918,
     "NVIDIA A100": 312,
     "NVIDIA H100": 989,
+    "NVIDIA H100 PCIe": 756,
     "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
 }
 
 
@@ -50,7 +54,7 @@ class Log:
         self._config, self._folder = config, folder
         self._flops_per_token = flops_per_token
         self._is_terminal = sys.stdout.isatty()
-        self._sinks: list[Callable[[Row], None]] = []
+        self._dashboards: list[Dashboard] = []
         self._last: tuple[int, float] | None = None
         if not is_first():
             self._bar = tqdm.tqdm(disable=True)
@@ -62,7 +66,7 @@ class Log:
             self.rows = [row for row in read(folder) if row["step"] <= step]
             lines = [json.dumps(row) + "\n" for row in self.rows]
             (folder / "metrics.jsonl").write_text("".join(lines))
-        self._sinks = [*_dashboards(config, folder)]
+        self._dashboards = [*_dashboards(config, folder)]
         self._bar = tqdm.tqdm(
             total=config.steps,
             initial=step,
@@ -109,8 +113,8 @@ class Log:
             return
         with _told(self._folder):
             self._write_line(row)
-        for sink in self._sinks:
-            sink(row)
+        for write, _ in self._dashboards:
+            write(row)
         text = self._text(row)
         if self._is_terminal:
             self._bar.set_postfix_str(text, refresh=False)
@@ -125,6 +129,8 @@ class Log:
     def close(self) -> None:
         self.flush()
         self._bar.close()
+        for _, close in self._dashboards:
+            close()
 
     def _speed(self, step: int) -> Row:
         now = time.perf_counter()
@@ -175,7 +181,7 @@ def _peak_flops() -> float | None:
     return PEAK_TERAFLOPS[max(names, key=len)] * 1e12 * jax.device_count()
 
 
-def _dashboards(config: Config, folder: Path):
+def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
     """What else each row is written to."""
     if config.tensorboard:
         try:
@@ -189,21 +195,25 @@ def _dashboards(config: Config, folder: Path):
                 writer.add_scalar(name, value, row["step"])
             writer.flush()
 
-        yield write
+        yield write, writer.close
     if config.wandb is not None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise _missing("wandb", "wandb") from None
         # The same folder is the same run: a resumed one goes on in its curves.
+        name = folder / "wandb_id"
+        if not name.exists():
+            name.write_text(uuid.uuid4().hex)
         run = wandb.init(
             project=config.wandb,
-            id=folder.absolute().as_posix().strip("/").replace("/", "-")[-128:],
+            id=name.read_text(),
             resume="allow",
+            reinit="create_new",
             dir=folder,
             config=config.as_json(),
         )
-        yield lambda row: run.log(_numbers(row), step=row["step"])
+        yield lambda row: run.log(_numbers(row), step=row["step"]), run.finish
 
 
 def _numbers(row: Row) -> Row:

@@ -129,13 +129,17 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """What the head sees, shape (B, T, D)."""
-        x_BxTxD = self.tokens(tokens_BxT)
+        dtype = jnp.dtype(self.config.dtype)
+        # Looked up in float32: in 16 bits the gradient of a frequent token would stall.
+        x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
-            x_BxTxD += self.positions(jnp.arange(tokens_BxT.shape[1]))
+            x_BxTxD += self.positions.embedding[: tokens_BxT.shape[1]]
+        x_BxTxD = x_BxTxD.astype(dtype)
         graph, layers = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
-            return nnx.merge(graph, ready(self.config, layer))(x_BxTxD), None
+            layer = whole(jax.tree.map(lambda p: p.astype(dtype), layer))
+            return nnx.merge(graph, layer)(x_BxTxD), None
 
         if self.config.remat != "none":
             apply = jax.checkpoint(
@@ -169,12 +173,7 @@ def init(config: Config) -> Any:
 def bind(config: Config, params: Any) -> GPT:
     """The config's model with these parameters."""
     outside = {name: params[name] for name in params if name != "blocks"}
-    return nnx.merge(_graph(config), params | ready(config, outside))
-
-
-def ready(config: Config, params: Any) -> Any:
-    """Parameters as they are used: in the dtype of the arithmetic, gathered."""
-    return whole(jax.tree.map(lambda p: p.astype(config.dtype), params))
+    return nnx.merge(_graph(config), params | whole(outside))
 
 
 @functools.cache

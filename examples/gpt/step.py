@@ -44,6 +44,8 @@ def make_train_step(
 
     def estimate(params, tokens_BxS, key):
         """From a part of the batch, of which each device has its share."""
+        assert config.groups is not None
+        assert config.refresh_batch is not None
         tokens_BxS = tokens_BxS[:: config.batch // config.refresh_batch]
         at_once = min(config.groups, layout.batch_devices(mesh))
         if config.groups > 1:  # each device has the whole gradient of its groups
@@ -102,10 +104,11 @@ def check_layout(config: Config, mesh: Mesh) -> None:
             f"`batch` must be spread evenly, got {micro} sequences in a micro-batch for "
             f"{parts} parts of the mesh (data x fsdp)."
         )
-    if "sophia" in config.optimizer and config.groups > 1 and config.groups % parts:
+    groups = config.groups or 1
+    if "sophia" in config.optimizer and groups > 1 and groups % parts:
         raise ConfigError(
             f"`groups` must be a multiple of the {parts} parts that the batch is spread in "
-            f"(data x fsdp), or 1, got {config.groups}: devices without one would wait. "
+            f"(data x fsdp), or 1, got {groups}: devices without one would wait. "
             "Choose `groups` and `refresh_batch` larger, and with a larger "
             "`update_interval` a refresh costs no more."
         )
@@ -113,5 +116,6 @@ def check_layout(config: Config, mesh: Mesh) -> None:
 
 def flops_per_token(config: Config, params: Any) -> float:
     """Six for each parameter that multiplies, and attention (PaLM, appendix B)."""
-    used = model.count(params) - model.count(params.get("positions", {}))
+    looked_up = ["positions"] if config.architecture == "gpt2" else ["tokens"]
+    used = model.count(params) - sum(model.count(params[name]) for name in looked_up)
     return 6 * used + 12 * config.layers * config.width * config.context

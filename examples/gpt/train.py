@@ -12,6 +12,7 @@ from examples.gpt.checkpoint import FOLDER, Checkpoints, check_unused
 from examples.gpt.config import Config
 from examples.gpt.log import Log, Row
 from examples.gpt.optimizer import make_optimizer, make_schedule
+from examples.gpt.profiling import Profile
 from examples.gpt.state import TrainState, abstract_state, first_state
 from examples.gpt.step import check_layout, flops_per_token, make_loss, make_train_step
 from sophia_optax import unclipped_fraction
@@ -22,9 +23,11 @@ def main(config: Config) -> list[plot.Curve]:
     config.check()
     mesh = layout.make_mesh(config.mesh)
     process, count = jax.process_index(), jax.process_count()
-    corpus = data.load(config.data, config.verify_data, process, count)
+    with processes.together():
+        corpus = data.load(config.data, config.verify_data, process, count)
     corpus.check(config.context)
-    config = config.fitted(corpus.tokenizer.vocabulary)
+    parts = layout.batch_devices(mesh)
+    config = config.fitted(corpus.tokenizer.vocabulary, parts)
     out = config.folder()
     if process == 0:
         print(
@@ -71,30 +74,35 @@ def train(
     train_step = make_train_step(config, tx, mesh)
     validate = make_validation(config, corpus, mesh)
     unclipped = jax.jit(unclipped_fraction)
-    rows = layout.rows(mesh, config.batch)
     batches = data.batches(
         corpus.train,
         batch=config.batch,
         context=config.context,
         seed=config.seed,
-        rows=rows,
+        rows=layout.rows(mesh, config.batch),
     )
 
     with (
-        Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
         processes.Signal() as signal,
+        Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
+        Profile(config, folder) as profile,
     ):
         restored = checkpoints.restore(abstract_state(config, tx, mesh))
         if restored is None:
-            check_unused(folder, config)
+            with processes.together():
+                check_unused(folder, config)
             start, state = 0, first_state(config, tx, mesh)
         else:
             start, state = restored.step, restored.state
             batches.set_state(restored.position)
-        log = Log(config, folder, start, flops_per_token(config, state.params))
+        flops = flops_per_token(config, state.params)
+        with processes.together():
+            log = Log(config, folder, start, flops)
+        with processes.together():
+            processes.check_shared(folder / "config.json")
 
         for step in range(start + 1, config.steps + 1):
-            _profile(config, folder, step - start)
+            profile.step(step - start)
             tokens = layout.put(mesh, next(batches), config.batch)
             state, row = train_step(state, tokens)
             validates = step % config.validate_every == 0 or step == config.steps
@@ -108,7 +116,8 @@ def train(
             log.step({"step": step} | row)
             told = signal.came(step)
             if told or step % config.checkpoint_every == 0 or step == config.steps:
-                log.flush()  # a state that is not finite is not saved
+                with processes.together():
+                    log.flush()  # a state that is not finite is not saved
                 checkpoints.save(step, state, batches.get_state())
             if told:
                 raise processes.Interrupted(f"step {step} is saved in {folder}")
@@ -146,11 +155,3 @@ def write_text(config: Config, params: Any, corpus: data.Corpus) -> str:
         vocabulary=corpus.tokenizer.vocabulary,
     )
     return sample.printable(corpus.tokenizer.decode(tokens))
-
-
-def _profile(config: Config, folder: Path, step: int) -> None:
-    """Starts and stops the profile; `step` counts from where this process began."""
-    if config.profile and step == 11:
-        jax.profiler.start_trace(folder / "profile")
-    if config.profile and step == 11 + config.profile:
-        jax.profiler.stop_trace()

@@ -89,7 +89,7 @@ def test_processes_read_parts_of_the_same_batches(processes):
     split, size = tokens(21 * CONTEXT + 1), 8 // processes  # an epoch ends in a batch
     whole = take(data.batches(split, batch=8, context=CONTEXT, seed=0), 10)
     parts = [
-        take(data.batches(split, batch=8, context=CONTEXT, seed=0, rows=rows), 10)
+        take(data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows]), 10)
         for rows in (slice(i, i + size) for i in range(0, 8, size))
     ]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
@@ -98,17 +98,30 @@ def test_processes_read_parts_of_the_same_batches(processes):
 def test_a_run_goes_on_where_it_was_on_any_number_of_processes():
     split = tokens(50 * CONTEXT + 1)
     whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
-    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=slice(4, 8))
+    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[slice(4, 8)])
     take(whole, 9)
     take(part, 9)
     state = whole.get_state()
     assert part.get_state() == state
     rest = take(whole, 20)
     for rows in (slice(0, 8), slice(2, 4), slice(7, 8)):
-        resumed = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=rows)
+        resumed = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows])
         next(resumed)
         resumed.set_state(json.loads(json.dumps(state)))
         np.testing.assert_array_equal(take(resumed, 20), rest[:, rows])
+
+
+def test_a_process_may_read_rows_that_are_not_side_by_side():
+    split = tokens(50 * CONTEXT + 1)
+    whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
+    blocks = [slice(2, 4), slice(6, 8)]
+    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=blocks)
+    expected = take(whole, 12)
+    np.testing.assert_array_equal(take(part, 5), expected[:5, [2, 3, 6, 7]])
+    state = part.get_state()
+    np.testing.assert_array_equal(take(part, 3), expected[5:8, [2, 3, 6, 7]])
+    part.set_state(state)
+    np.testing.assert_array_equal(take(part, 7), expected[5:, [2, 3, 6, 7]])
 
 
 def test_shards_hold_what_memory_holds(prepared):
