@@ -107,7 +107,11 @@ def _prepare(options: Options) -> shards.Manifest:
         _check_same(out, progress["choices"], options.choices())
     tokenizer = make(options.tokenizer)
     file = tokenizer.save()
-    inputs = [sources.find(name, options.field) for name in options.sources]
+    before = progress["found"]["sources"] if progress else [None] * len(options.sources)
+    inputs = [
+        sources.find(name, options.field, known)
+        for name, known in zip(options.sources, before, strict=True)
+    ]
     found = {
         "sources": [source.found() for source in inputs],
         "tokenizer": hashlib.sha256(file[1]).hexdigest() if file else None,

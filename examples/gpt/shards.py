@@ -89,8 +89,14 @@ class Writer:
         self._folder, self._split, self._dtype = folder, split, dtype
         self._shard_tokens, self._open, self._file = shard_tokens, state["open"], None
         if self._open:
+            size, whole = self._open * self._dtype.itemsize, self._path.stat().st_size
+            if whole < size:
+                raise ConfigError(
+                    f"`out`: {self._path} should hold {size:,} bytes or more, and holds "
+                    f"{whole:,}. Remove the folder, and prepare again."
+                )
             self._file = self._path.open("r+b", buffering=0)
-            self._file.truncate(self._open * self._dtype.itemsize)
+            self._file.truncate(size)
             self._file.seek(0, os.SEEK_END)
 
     @property

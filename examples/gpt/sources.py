@@ -39,11 +39,14 @@ class Source(abc.ABC):
         """Batches of documents, and the position after each."""
 
 
-def find(name: str, field: str) -> Source:
-    """The source of a name: one of NAMED, `hub:NAME`, a file or a folder of them."""
+def find(name: str, field: str, found: Any = None) -> Source:
+    """The source of a name: one of NAMED, `hub:NAME`, a file or a folder of them.
+
+    `found` is what a source of this name found before, if it is to be read on.
+    """
     name = NAMED.get(name, name)
     if name.startswith(HUB):
-        return Hub(name, field)
+        return Hub(name, field, found)
     path = Path(name)
     if path.is_file():
         return Files((path,), field)
@@ -114,14 +117,15 @@ class Files(Source):
 class Hub(Source):
     """A data set of the hub, streamed: `hub:NAME`, `hub:NAME:CONFIG`, either @REVISION."""
 
-    def __init__(self, name: str, field: str):
+    def __init__(self, name: str, field: str, found: str | None = None):
         import datasets
 
         self._name, self._field = name, field
         path, _, revision = name.removeprefix(HUB).partition("@")
         path, _, config = path.partition(":")
         with _telling_of_hub(name):
-            self._revision = find_revision(path, revision or None)
+            # What was begun goes on with the commit that it began with.
+            self._revision = find_revision(path, found or revision or None)
             dataset = datasets.load_dataset(
                 path, config or None, revision=self._revision, split="train", streaming=True
             )

@@ -6,7 +6,8 @@ and is saved beside the tokens it made, so that whoever trains on them needs no 
 
 import abc
 import base64
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,8 +81,9 @@ class Tiktoken(Tokenizer):
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]):
-        import tiktoken
-        from tiktoken_ext.openai_public import r50k_pat_str
+        with _telling_what_is_missing("tiktoken"):
+            import tiktoken
+            from tiktoken_ext.openai_public import r50k_pat_str
 
         self.name, self._ranks = name, ranks
         self.separator, self.vocabulary = len(ranks), len(ranks) + 1
@@ -96,7 +98,8 @@ class Tiktoken(Tokenizer):
     @classmethod
     def gpt2(cls) -> "Tiktoken":
         """GPT-2's, which tiktoken downloads once."""
-        from tiktoken_ext import openai_public
+        with _telling_what_is_missing("tiktoken"):
+            from tiktoken_ext import openai_public
 
         try:
             return cls(GPT2, openai_public.gpt2()["mergeable_ranks"])
@@ -114,6 +117,8 @@ class Tiktoken(Tokenizer):
         try:
             lines = [line.split() for line in path.read_bytes().splitlines()]
             return cls(path.stem, {base64.b64decode(b): int(rank) for b, rank in lines})
+        except ConfigError:
+            raise
         except Exception as error:
             raise _unreadable(path, "a tiktoken file", error) from error
 
@@ -133,7 +138,8 @@ class File(Tokenizer):
     """Whatever Hugging Face's `tokenizers` saved as JSON."""
 
     def __init__(self, path: Path):
-        import tokenizers
+        with _telling_what_is_missing("tokenizers"):
+            import tokenizers
 
         try:
             self._content = path.read_bytes()
@@ -178,6 +184,16 @@ def make(name: str) -> Tokenizer:
             f"file, got {name}: no such file."
         )
     return Tiktoken.read(path) if path.suffix == ".tiktoken" else File(path)
+
+
+@contextlib.contextmanager
+def _telling_what_is_missing(package: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise ConfigError(
+            f"`tokenizer` needs {package}, which is not there: pip install {package}."
+        ) from None
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> ConfigError:

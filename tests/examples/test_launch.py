@@ -6,10 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
-from examples.gpt import processes
+from examples.gpt import layout, processes
 from examples.gpt.__main__ import parse
 from examples.gpt.config import Config, ConfigError
+from examples.gpt.step import check_layout
 
 LAUNCH = Path(processes.__file__).with_name("launch")
 
@@ -74,9 +76,7 @@ def test_scripts_are_bash_and_their_example_is_a_command(file):
     text = (LAUNCH / file).read_text()
     subprocess.run(["bash", "-n", LAUNCH / file], check=True)
     [shown] = [line for line in text.splitlines() if "--preset" in line]
-    config = parse(shlex.split(shown.lstrip("# ").rstrip("\\")))
-    config.check()
-    assert config.preset == "gpt2-125m"
+    runs_on_32_devices(shlex.split(shown.lstrip("# ").rstrip("\\")))
 
 
 def test_kubernetes_objects_name_each_other():
@@ -97,4 +97,20 @@ def test_kubernetes_objects_name_each_other():
     assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {
         v["name"] for v in pod["volumes"]
     }
-    parse(pod["containers"][0]["args"]).check()
+    assert (
+        pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] * job["completions"]
+        == 32
+    )
+    runs_on_32_devices(pod["containers"][0]["args"])
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy wants
+
+
+def runs_on_32_devices(arguments):
+    """As the 64 cores, 32 chips, of a v5p-64, and four nodes of eight GPUs."""
+    config = parse(arguments)
+    config.check()
+    assert config.preset == "gpt2-125m"
+    mesh = AbstractMesh((32, 1, 1), layout.AXES, axis_types=(AxisType.Auto,) * 3)
+    config = config.fitted(50257, layout.batch_devices(mesh))
+    check_layout(config, mesh)
+    assert config.groups == 32

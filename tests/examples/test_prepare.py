@@ -604,3 +604,34 @@ def test_the_hub_is_asked_for_what_was_named(monkeypatch, tmp_path):
         sources.find("hub:o/n:c@r", "text")
     loaded = {"revision": "c0ffee", "split": "train", "streaming": True}
     assert asked == [("o/n", "r"), (("o/n", "c"), loaded)]
+    with pytest.raises(ConfigError, match="has no text"):
+        sources.find("hub:o/n", "text", "begun")
+    assert asked[2] == ("o/n", "begun")
+
+
+def test_what_was_begun_goes_on_with_its_commit(monkeypatch, tmp_path):
+    """Though the hub has a newer one."""
+    (tmp_path / "text.txt").write_text("a document")
+    options = Options((str(tmp_path / "text.txt"),), tmp_path / "out", "bytes")
+    asked = []
+    find = sources.find
+
+    def spy(name, field, found=None):
+        asked.append(found)
+        return find(name, field, found)
+
+    monkeypatch.setattr(sources, "find", spy)
+    with pytest.raises(ConfigError):  # one document is on one side alone
+        main(options)
+    with pytest.raises(ConfigError):
+        main(options)
+    assert asked == [None, {"files": 1, "bytes": 10}]
+
+
+@pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
+def test_a_package_that_is_not_there(monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    suffix = {"tiktoken": ".tiktoken", "tokenizers": ".json"}[package]
+    (tmp_path / f"my{suffix}").write_text("")
+    with pytest.raises(ConfigError, match=f"needs {package}, .* pip install {package}"):
+        tokenizer.make(str(tmp_path / f"my{suffix}"))

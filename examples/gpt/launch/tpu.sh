@@ -4,8 +4,12 @@
 #   ZONE=us-east5-a BUCKET=gs://my-bucket examples/gpt/launch/tpu.sh gpt v5p-64 \
 #     --preset gpt2-125m --data /mnt/bucket/openwebtext --out /mnt/bucket/runs/gpt
 #
-# The data and the run lie in the bucket, which each host mounts on /mnt/bucket. Where the
-# pod was taken away, the same command makes it again, and the run goes on. To delete it:
+# The data and the run lie in the bucket, which each host mounts on /mnt/bucket. It must have
+# a hierarchical namespace, in which a checkpoint, a folder, is renamed when it is whole:
+#   gcloud storage buckets create gs://my-bucket --location us-east5 \
+#     --uniform-bucket-level-access --enable-hierarchical-namespace
+# Where the pod was taken away, the same command makes it again, and the run goes on. To
+# delete it:
 #   gcloud compute tpus tpu-vm delete gpt --zone "$ZONE"
 set -euo pipefail
 name=$1 type=$2
@@ -20,9 +24,11 @@ on_each_host() { gcloud compute tpus tpu-vm ssh "${at[@]}" --worker=all --comman
 
 git archive --format tar.gz -o /tmp/sophia_optax.tar.gz HEAD
 gcloud compute tpus tpu-vm scp /tmp/sophia_optax.tar.gz "${at[@]:0:1}:" "${at[@]:1}" --worker=all
-on_each_host "
+on_each_host "set -e
   mkdir -p sophia_optax && tar xzf sophia_optax.tar.gz -C sophia_optax
-  python3 -m venv env && env/bin/pip install -q -e 'sophia_optax[examples,data]' 'jax[tpu]'
+  curl -LsSf https://astral.sh/uv/install.sh | sh
+  ~/.local/bin/uv venv -q --allow-existing --python 3.12 env
+  ~/.local/bin/uv pip install -q --python env/bin/python -e 'sophia_optax[examples,data]' 'jax[tpu]'
   sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket
   mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs ${BUCKET#gs://} /mnt/bucket"
 # Every host runs the same command: the processes find each other.
