@@ -64,8 +64,9 @@ class Log:
             text = json.dumps(config.as_json(), indent=2) + "\n"
             (folder / "config.json").write_text(text)
             self.rows = [row for row in read(folder) if row["step"] <= step]
-            lines = [json.dumps(row) + "\n" for row in self.rows]
-            (folder / "metrics.jsonl").write_text("".join(lines))
+            kept = folder / "metrics.jsonl.kept"  # a full disk loses no row
+            kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            kept.replace(folder / "metrics.jsonl")
         self._dashboards = [*_dashboards(config, folder)]
         self._bar = tqdm.tqdm(
             total=config.steps,

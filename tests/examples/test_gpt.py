@@ -250,6 +250,24 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
     assert [row["step"] for row in curve.rows] == list(range(1, 9))
 
 
+def test_a_disk_that_is_full_when_a_run_goes_on(tiny, monkeypatch):
+    config = dataclasses.replace(tiny, steps=4, warmup=1, log_every=1)
+    main(config)
+    before = log.read(tiny.folder())
+    write = Path.write_text
+
+    def fail(path, text):
+        if path.name.startswith("metrics"):
+            write(path, text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        main(config)
+    assert log.read(tiny.folder()) == before
+
+
 def test_a_checkpoint_that_fails_in_the_background(tiny, monkeypatch):
     """The error comes with the next one, or at the end, and is told as one of its own."""
     config = dataclasses.replace(tiny, steps=4, warmup=1)
