@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 
 # Compilation is most of the tests' time. No test here depends on what XLA makes faster.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -11,6 +13,21 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
+
+def pytest_configure(config):
+    """What one process compiled the others find: workers, and trainers that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ step_to_die_at, signal_to_send = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 step = Log.step
 
 
-def die(self, row):
-    step(self, row)
+def die(self, row, is_written):
+    step(self, row, is_written)
     if row["step"] == step_to_die_at:
         os.kill(os.getpid(), signal_to_send)
     if row["step"] >= step_to_die_at:

@@ -1,11 +1,12 @@
 """The command: `python -m examples.gpt --help`."""
 
 import argparse
+import signal
 import sys
 
 import tyro
 
-from examples.gpt import processes
+from examples.gpt import checkpoint, processes
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.presets import PRESETS
 from examples.gpt.train import main
@@ -20,14 +21,18 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
+    checkpoint.quiet()
     try:
         config = parse()
         config.check()
         processes.join(config)
         main(config)
     except ConfigError as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(error.told())
     except processes.Interrupted as told:
         if processes.is_first():
             print(f"Told to end: {told}. The same command goes on from there.")
-        sys.exit(143)  # as of SIGTERM, so that who started it knows that it is not done
+        # As of the signal, so that who started it knows that it is not done.
+        sys.exit(128 + told.signal)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

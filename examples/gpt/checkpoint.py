@@ -1,8 +1,12 @@
 """Checkpoints of a run, by Orbax: the state, where the data is, and the config."""
 
+import contextlib
 import json
 import logging
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +49,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
-        # Orbax tells all it does, and warns of a truncated checkpoint that we pass over.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self._folder = folder
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells all it does
+        self._folder, self._is_closed = folder, False
         self._choices = _choices(config.as_json(), corpus)
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep)]
@@ -83,7 +86,10 @@ class Checkpoints:
             problems.append(f"step {step}: {problem}")
             self._set_aside(step)
             if processes.is_first():
-                print(f"The checkpoint of {problems[-1]}. The one before is tried.")
+                print(
+                    f"The checkpoint of step {step} is damaged: it is moved to "
+                    f"{self._folder.parent / DAMAGED}, and the one before is tried."
+                )
         if problems:
             raise ConfigError(
                 f"`out`: no checkpoint in {self._folder} can be read "
@@ -136,26 +142,30 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        """Waits until all is written; an error is told what to go on from."""
+    def __exit__(self, *_) -> None:
+        if not self._is_closed:
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Waits in the end until all is written; an error is told what is saved."""
+        error = None
+        try:
+            yield
+        except Exception as came:
+            error = came
+        self._is_closed = True
         try:
             self._checkpointer.close()
         except Exception as late:
-            if error is None:
-                error = _unwritten(self._folder, late)
-                error.add_note(self._note())
-                raise error from late
+            error = error or _unwritten(self._folder, late)
         if error is not None:
-            error.add_note(self._note())
-
-    def _note(self) -> str:
-        newest = _newest(self._checkpointer)
-        if newest < 0:
-            return "There is no checkpoint yet."
-        return (
-            f"The last good checkpoint is {self._folder / str(newest)}; the same "
-            "command goes on from there."
-        )
+            newest = _newest(self._checkpointer)
+            last = "There is no checkpoint yet."
+            if newest >= 0:
+                last = f"The last good checkpoint is {self._folder / str(newest)}."
+            error.add_note(last)
+            raise error
 
     def _compare(self, saved: dict[str, Any], step: int) -> None:
         names = sorted(saved.keys() | self._choices.keys())
@@ -188,6 +198,22 @@ def check_unused(out: Path, config: Config) -> None:
             f"`out` already holds a run: {out / 'metrics.jsonl'}. Name another folder with "
             "--out, or remove this one."
         )
+
+
+def quiet() -> None:
+    """Lets a reader that has failed print nothing, whose error is told in a line.
+
+    Its coroutines and threads go on for a while, and find that nobody waits for them.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+
+    def hook(kind, error, trace):
+        if str(error) != "Event loop is closed":
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+    sys.unraisablehook = lambda raised: None
 
 
 def load_params(out: Path) -> tuple[Config, Any]:
@@ -232,7 +258,8 @@ def _choices(config: dict[str, Any], corpus: dict[str, Any]) -> dict[str, Any]:
 
 def _unwritten(folder: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"`out`: a checkpoint can't be written to {folder}: {_first_line(error)}."
+        f"`out`: a checkpoint can't be written to {folder}: {_first_line(error)}. The same "
+        "command, started again, goes on from the one before."
     )
 
 

@@ -1,6 +1,7 @@
 """Every choice of a run, and why the default is what it is."""
 
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,11 @@ _PATHS = ("data", "out", "init_from")
 
 
 class ConfigError(ValueError):
-    """A choice that can't be, found before anything is compiled."""
+    """A choice that can't be, found before anything is compiled where it can be."""
+
+    def told(self) -> str:
+        """The error, and what was noted of it on its way."""
+        return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +273,8 @@ class Config:
             raise ConfigError(f"`gamma` is Sophia's, and {self.optimizer} has none.")
         if not 0 <= self.warmup_steps() < self.steps:
             raise ConfigError(
-                f"`warmup` must be less than `steps`, got {self.warmup} of {self.steps}."
+                f"`warmup` must be less than `steps`, got {self.warmup_steps()} of "
+                f"{self.steps}."
             )
         if self.width % self.heads:
             raise ConfigError(
@@ -295,6 +301,11 @@ class Config:
             raise ConfigError(
                 f"`profile` begins at the eleventh step, got {self.steps} `steps`."
             )
+        for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+            if getattr(self, name) and importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"`{name}` needs {package}, which is not there: pip install {package}."
+                )
         if self.compare == self.optimizer:
             raise ConfigError(f"`compare` is the optimizer itself, {self.optimizer}.")
         out = self.folder()

@@ -19,6 +19,7 @@ from examples.gpt.config import ConfigError
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
 VALIDATION_SHARE = 0.1  # of text that was not prepared
+PREPARED_SUFFIXES = {".jsonl", ".parquet"}  # of what is no text until it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,11 @@ def load(
             f"`data`: {path} is not finished. Start the command again that prepares it, "
             "and it goes on."
         )
+    if list(path.glob("train-*.bin")):
+        raise ConfigError(
+            f"`data`: {path} has shards and no {shards.MANIFEST}, which says what "
+            f"they are. {shards.AGAIN}"
+        )
     files = sorted(
         file
         for file in path.rglob("*")
@@ -234,9 +240,16 @@ def _standard_library() -> tuple[Path, list[Path]]:
 
 def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     """Files as bytes, in memory, split by file; files that are no text are left out."""
+    documents = [file for file in files if PREPARED_SUFFIXES.intersection(file.suffixes)]
+    files = [file for file in files if file not in documents]
     texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     texts = {file: text for file, text in texts.items() if b"\0" not in text}
     if not texts:
+        if documents:
+            raise ConfigError(
+                f"`data` must be text, got {name}: documents like {documents[0].name} are "
+                "turned into tokens first, by `python -m examples.gpt.prepare`."
+            )
         raise ConfigError(f"`data` must be text, got {name}: no text files.")
     parts = [b"\n".join(part) for part in _split(texts)]
     splits = {
@@ -247,17 +260,21 @@ def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
 
 
 def _split(texts: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
-    """A tenth of the bytes for validation, in whole files, chosen by their names."""
-    total = sum(map(len, texts.values()))
-    if len(texts) == 1:
-        [text] = texts.values()
-        cut = round(len(text) * (1 - VALIDATION_SHARE))
-        return [text[:cut]], [text[cut:]]
+    """A tenth of the bytes for validation, in whole files, chosen by their names.
+
+    Files too few or too large for that are cut: the last tenth of all is for validation.
+    """
+    enough = VALIDATION_SHARE * sum(map(len, texts.values()))
     train, validation, size = [], [], 0
     for file in sorted(texts, key=lambda file: (zlib.crc32(file.encode()), file)):
-        if size < VALIDATION_SHARE * total and len(validation) < len(texts) - 1:
-            validation.append(texts[file])
-            size += len(texts[file])
+        text = texts[file]
+        if size < enough and size + len(text) < 2 * enough:
+            validation.append(text)
+            size += len(text)
         else:
-            train.append(texts[file])
+            train.append(text)
+    if size < enough / 2:
+        text = b"\n".join(texts.values())
+        cut = round(len(text) * (1 - VALIDATION_SHARE))
+        return [text[:cut]], [text[cut:]]
     return train, validation

@@ -147,6 +147,8 @@ def save(folder: Path, config: Config, params: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # It comes readable to its owner alone.
+        (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(f"`to`: {folder} can't be written to: {error}.") from error
 

@@ -14,6 +14,7 @@ import numpy as np
 import tqdm
 
 from examples.gpt.config import Config, ConfigError
+from examples.gpt.folder import told
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
@@ -50,7 +51,7 @@ class Log:
 
     def __init__(self, config: Config, folder: Path, step: int, flops_per_token: float):
         self.rows: list[Row] = []
-        self._pending: Row | None = None
+        self._pending: tuple[Row, bool] | None = None
         self._config, self._folder = config, folder
         self._flops_per_token = flops_per_token
         self._is_terminal = sys.stdout.isatty()
@@ -59,8 +60,7 @@ class Log:
         if not is_first():
             self._bar = tqdm.tqdm(disable=True)
             return
-        with _told(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with told(folder):
             text = json.dumps(config.as_json(), indent=2) + "\n"
             (folder / "config.json").write_text(text)
             self.rows = [row for row in read(folder) if row["step"] <= step]
@@ -77,51 +77,53 @@ class Log:
             disable=not self._is_terminal,
         )
 
-    def step(self, row: Row) -> None:
+    def step(self, row: Row, is_written: bool) -> None:
         """Takes what a step made, and fetches the row of the step before.
 
-        So the device is at work on this step while the host waits for that one. A row is
-        written if it has an "lr"; of the others the loss is looked at.
+        So the device is at work on this step while the host waits for that one.
 
         Args:
           row: numbers, arrays of shape (), or lists of them, whose mean counts.
+          is_written: whether it goes to the files, or only its loss is looked at.
 
         Raises:
           NotFinite: if the loss or the gradient's norm of the step before is not finite.
         """
         self.flush()
-        self._pending = row
+        self._pending = row, is_written
 
     def flush(self) -> None:
         """Fetches the last row, too."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
+        (pending, is_written), self._pending = self._pending, None
         fetched = {k: jax.device_get(v) for k, v in pending.items()}
         row: Row = {k: None if v is None else float(np.mean(v)) for k, v in fetched.items()}
         row["step"] = int(pending["step"])
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row[name]):
                 raise NotFinite(
-                    f"`{name}` of step {row['step']} is {row[name]}: training is stopped."
+                    f"`{name}` of step {row['step']} is {row[name]}: training is stopped. "
+                    "Most often a lower --learning-rate, in another --out, cures it."
                 )
-        if "lr" in row:
+        if is_written:
             self._write(row | self._speed(row["step"]))
 
     def _write(self, row: Row) -> None:
         self.rows.append(row)
         if not is_first():
             return
-        with _told(self._folder):
+        with told(self._folder, " The same command, started again, goes on."):
             self._write_line(row)
         for write, _ in self._dashboards:
             write(row)
-        text = self._text(row)
         if self._is_terminal:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             self._bar.update(row["step"] - self._bar.n)
-        elif "val_loss" in row:
-            print(f"{self._config.optimizer} step {row['step']}: {text}", flush=True)
+        if "val_loss" in row:
+            text = f"{self._config.optimizer} step {row['step']}: {self._text(row)}"
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def _write_line(self, row: Row) -> None:
         with (self._folder / "metrics.jsonl").open("a") as file:
@@ -153,8 +155,7 @@ class Log:
             text += f", unclipped {row['unclipped_fraction']:.0%}"
         if row["tokens_per_second"] is not None:
             text += f", {row['tokens_per_second']:,.0f} tokens/s"
-            minutes = math.ceil(row["seconds_to_go"] / 60)
-            text += f", {minutes // 60}:{minutes % 60:02} h to go"
+            text += f", {tqdm.tqdm.format_interval(row['seconds_to_go'])} to go"
         if row["mfu"] is not None:
             text += f", MFU {row['mfu']:.0%}"
         if "val_loss" in row:
@@ -185,10 +186,8 @@ def _peak_flops() -> float | None:
 def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
     """What else each row is written to."""
     if config.tensorboard:
-        try:
-            import tensorboardX
-        except ImportError:
-            raise _missing("tensorboard", "tensorboardX") from None
+        import tensorboardX
+
         writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
 
         def write(row):
@@ -198,10 +197,8 @@ def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
 
         yield write, writer.close
     if config.wandb is not None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise _missing("wandb", "wandb") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         # The same folder is the same run: a resumed one goes on in its curves.
         name = folder / "wandb_id"
         if not name.exists():
@@ -219,25 +216,3 @@ def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
 
 def _numbers(row: Row) -> Row:
     return {k: v for k, v in row.items() if v is not None and k != "step"}
-
-
-def _missing(flag: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"`{flag}` needs {package}, which is not there: pip install {package}."
-    )
-
-
-class _told:
-    """Turns an error of the file system into one that names the folder."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
-            raise ConfigError(
-                f"`out`: {self._folder} can't be written to: {error}."
-            ) from error

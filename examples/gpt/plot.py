@@ -29,7 +29,7 @@ class Curve:
         return [row["val_loss"] for row in self.rows if "val_loss" in row][-1]
 
 
-def losses(curves: list[Curve], path: Path, preset: str, unit: str) -> None:
+def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
     """Draws training and validation loss, and the unclipped fraction, over the steps."""
     figure, (top, bottom) = plt.subplots(
         2, 1, sharex=True, figsize=(8, 6.5), height_ratios=(3, 1), layout="constrained"
@@ -55,7 +55,7 @@ def losses(curves: list[Curve], path: Path, preset: str, unit: str) -> None:
     seen = [y for c in curves for key in ("loss", "val_loss") for y in c.points(key)[1]]
     low = min(seen, default=0.0)
     top.set(ylabel=f"loss (nats per {unit})", ylim=(low - 0.1, low + 2.0))
-    top.set_title(f"{preset}: " + " and ".join(curve.name for curve in curves))
+    top.set_title(f"{' and '.join(curve.name for curve in curves)} on {data}")
     bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
     bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
     for axes in (top, bottom):

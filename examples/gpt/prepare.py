@@ -9,19 +9,18 @@ processes, and not on how often it was killed and started again.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tqdm
 import tyro
 
-from examples.gpt import shards, sources
+from examples.gpt import folder, shards, sources
 from examples.gpt.config import ConfigError
 from examples.gpt.encode import Part, encode
 from examples.gpt.tokenizer import make
@@ -50,8 +49,9 @@ class Options:
     field: str = "text"
     """The field, or column, that holds a document's text."""
 
-    validation: float = 0.0005
-    """Share of the documents that is for validation. The default is for millions."""
+    validation: float | None = None
+    """Share of the documents that is for validation. By default 0.0005 of a data set of
+    the hub; of files so many as are some 5 MB of them, and a tenth at most."""
 
     shard_tokens: int = 100_000_000
     """Number of tokens in a shard."""
@@ -63,7 +63,7 @@ class Options:
         """Raises ConfigError if a choice can't be."""
         if not self.sources:
             raise ConfigError("`sources`: give at least one.")
-        if not 0 < self.validation < 1:
+        if self.validation is not None and not 0 < self.validation < 1:
             raise ConfigError(
                 f"`validation` must be between 0 and 1, got {self.validation}."
             )
@@ -81,9 +81,7 @@ def main(options: Options) -> shards.Manifest:
     """Prepares the data, or what is left to do of it."""
     options.check()
     out = options.out
-    with _telling_of_disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with folder.alone(out, "preparing"):
         if (out / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out)
             _check_same(out, manifest.choices, options.choices())
@@ -136,13 +134,14 @@ def _prepare(options: Options) -> shards.Manifest:
         }
     batches = sources.read(inputs, progress["position"])
     name = options.tokenizer if file is None else str(out / file[0])
-    encoded = encode(batches, name, options.validation, options.processes)
+    share = options.validation or sources.validation_share(inputs)
+    encoded = encode(batches, name, share, options.processes)
     with contextlib.ExitStack() as stack:
         stack.callback(encoded.close)
         for writer in writers.values():
             stack.callback(writer.close)
         _append(out, writers, encoded, progress)
-        _check_documents(options, writers)
+        _check_documents(share, writers)
         with _telling_of_disk(out):
             train, validation = (writers[split].finish() for split in shards.SPLITS)
             manifest = shards.Manifest(
@@ -183,12 +182,12 @@ def _append(
                 bar.write(f"{shard.file}: {shard.tokens:,} tokens")
 
 
-def _check_documents(options: Options, writers: dict[str, shards.Writer]) -> None:
+def _check_documents(share: float, writers: dict[str, shards.Writer]) -> None:
     for split, writer in writers.items():
         if not writer.documents:
             raise ConfigError(
-                f"`validation`: no document came to {split} with {options.validation} of "
-                "them for validation. Give another share, and another `out`."
+                f"`validation`: no document came to {split} with {share} of them "
+                "for validation. Give another share, and another `out`."
             )
 
 
@@ -223,38 +222,17 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-@contextlib.contextmanager
-def _telling_of_disk(out: Path) -> Iterator[None]:
+def _telling_of_disk(out: Path) -> contextlib.AbstractContextManager[None]:
     """Turns an error of the file system into one that says what is left."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"`out`: {out} can't be written to: {error}. What was finished is kept: the "
-            "same command, started again, goes on."
-        ) from error
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder, so that no two processes write to it."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"`out`: another process is preparing {out}.") from error
-        except OSError:
-            pass  # file systems of clusters may have no locks
-        yield
-    finally:
-        os.close(folder)
+    return folder.told(
+        out, " What was finished is kept: the same command, started again, goes on."
+    )
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, prog="python -m examples.gpt.prepare"))
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error.told())
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command, started again, goes on.")

@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,15 @@ from jax.experimental import multihost_utils
 
 from examples.gpt.config import Config, ConfigError
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Interrupted(Exception):
     """The run was told to end, and has saved where it is."""
+
+    def __init__(self, saved: str, signal: int):
+        super().__init__(saved)
+        self.signal = signal
 
 
 def join(config: Config) -> None:
@@ -84,27 +91,34 @@ def is_first() -> bool:
 
 
 class Signal:
-    """Takes note of SIGTERM, so that the run may end after a step and lose nothing."""
+    """Takes note of SIGTERM and Ctrl-C: the run ends after a step, and loses nothing.
+
+    A second one ends it at once. Where there are several processes, SIGTERM to any of them
+    is for all.
+    """
 
     def __enter__(self) -> "Signal":
-        self._came = False
-        self._before = None
-        if not jax.distributed.is_initialized():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self._came: int | None = None
+        signals = () if jax.distributed.is_initialized() else SIGNALS
+        self._before = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def came(self, step: int) -> bool:
-        """Whether to end after this step: the same one in all processes."""
+    def came(self, step: int) -> int | None:
+        """The signal to end after this step, if there is one: the same in all processes."""
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            told = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if told else None
         return self._came
 
-    def _note(self, *_) -> None:
-        self._came = True
+    def _note(self, number: int, _) -> None:
+        self._came = number
+        print("\nThe run ends after this step, and is saved.", file=sys.stderr)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _on_cloud_tpu() -> bool:

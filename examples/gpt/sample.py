@@ -160,7 +160,12 @@ def open_tokenizer(config: Config, weights: Path | None, path: Path | None) -> T
     if weights is not None and path is None:
         found = make(GPT2)
     else:
-        found = data.load(path or config.data, verify=False).tokenizer
+        try:
+            found = data.load(path or config.data, verify=False).tokenizer
+        except ConfigError as error:
+            if path is None:
+                error.add_note("The tokenizer is with it. Say with --data where it is now.")
+            raise
     config.fitted(found.vocabulary)
     return found
 
@@ -169,4 +174,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m examples.gpt.sample")
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error.told())

@@ -21,6 +21,7 @@ NAMED = {
     "pile": "hub:monology/pile-uncopyrighted",
 }
 HUB = "hub:"
+VALIDATION_SHARE, VALIDATION_BYTES = 0.0005, 5e6  # of the hub's millions, of files
 # A longer text file is many documents: no program has to hold all of it, and a single
 # file can be split into training and validation.
 TEXT_SIZE = 1 << 16
@@ -75,6 +76,14 @@ def read(sources: list[Source], position: Any = None) -> Iterator[Batch]:
         inner = None
 
 
+def validation_share(sources: list["Source"]) -> float:
+    """The share of the documents that is enough for validation."""
+    sizes = [source.size() for source in sources if isinstance(source, Files)]
+    if len(sizes) < len(sources):
+        return VALIDATION_SHARE
+    return min(0.1, max(VALIDATION_SHARE, VALIDATION_BYTES / max(sum(sizes), 1)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Files(Source):
     """Text, JSON lines or Parquet, by their suffixes.
@@ -87,10 +96,10 @@ class Files(Source):
     field: str
 
     def found(self) -> dict[str, int]:
-        return {
-            "files": len(self.paths),
-            "bytes": sum(path.stat().st_size for path in self.paths),
-        }
+        return {"files": len(self.paths), "bytes": self.size()}
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
 
     def read(self, position: Any = None) -> Iterator[Batch]:
         file, done = position or (0, 0)  # done: how many of the file's documents

@@ -1,6 +1,7 @@
 """Train a GPT, from the first parameters to the picture: the whole loop."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from examples.gpt import data, layout, plot, processes, sample
 from examples.gpt.checkpoint import FOLDER, Checkpoints, check_unused
 from examples.gpt.config import Config
+from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.profiling import Profile
@@ -43,7 +45,7 @@ def main(config: Config) -> list[plot.Curve]:
             text = text or write_text(part, state.params, corpus)
     if process > 0:  # the first has the last words
         return curves
-    plot.losses(curves, out / "loss.png", config.preset, corpus.tokenizer.unit)
+    plot.losses(curves, out / "loss.png", corpus.name, corpus.tokenizer.unit)
     print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
     print(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
     for curve in curves if config.compare else []:
@@ -83,9 +85,9 @@ def train(
     )
 
     with (
+        _held(folder),
         processes.Signal() as signal,
         Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
-        Profile(config, folder) as profile,
     ):
         restored = checkpoints.restore(abstract_state(config, tx, mesh))
         if restored is None:
@@ -95,34 +97,49 @@ def train(
         else:
             start, state = restored.step, restored.state
             batches.set_state(restored.position)
+            if processes.is_first():
+                what = "is done at" if start == config.steps else "goes on from"
+                print(f"{config.optimizer} {what} step {start} of {config.steps}.")
         flops = flops_per_token(config, state.params)
         with processes.together():
             log = Log(config, folder, start, flops)
         with processes.together():
             processes.check_shared(folder / "config.json")
 
-        for step in range(start + 1, config.steps + 1):
-            profile.step(step - start)
-            tokens = layout.put(mesh, next(batches), config.batch)
-            state, row = train_step(state, tokens)
-            validates = step % config.validate_every == 0 or step == config.steps
-            if step % config.log_every == 0 or validates:
-                row["lr"] = schedule(step - 1)
-                row["unclipped_fraction"] = (
-                    unclipped(state.opt_state) if "sophia" in config.optimizer else None
-                )
-            if validates:
-                row["val_loss"] = validate(state.params)
-            log.step({"step": step} | row)
-            told = signal.came(step)
-            if told or step % config.checkpoint_every == 0 or step == config.steps:
-                with processes.together():
-                    log.flush()  # a state that is not finite is not saved
-                checkpoints.save(step, state, batches.get_state())
-            if told:
-                raise processes.Interrupted(f"step {step} is saved in {folder}")
+        with checkpoints.under_way(), Profile(config, folder) as profile:
+            for step in range(start + 1, config.steps + 1):
+                profile.step(step - start)
+                tokens = layout.put(mesh, next(batches), config.batch)
+                state, row = train_step(state, tokens)
+                validates = step % config.validate_every == 0 or step == config.steps
+                is_written = validates or step % config.log_every == 0
+                if is_written:
+                    row["lr"] = schedule(step - 1)
+                    row["unclipped_fraction"] = (
+                        unclipped(state.opt_state) if "sophia" in config.optimizer else None
+                    )
+                if validates:
+                    row["val_loss"] = validate(state.params)
+                log.step({"step": step} | row, is_written)
+                told = signal.came(step)
+                if told or step % config.checkpoint_every == 0 or step == config.steps:
+                    with processes.together():
+                        log.flush()  # a state that is not finite is not saved
+                    checkpoints.save(step, state, batches.get_state())
+                if told:
+                    raise processes.Interrupted(f"step {step} is saved in {folder}", told)
     log.close()
     return state, log.rows
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder is this run's: its first process holds it for all of them."""
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first():
+                stack.enter_context(alone(folder, "training in"))
+        yield
 
 
 def make_validation(

@@ -200,7 +200,7 @@ def flip(path):
             "is no manifest: Unicode",
         ),
         (lambda f: (f / "manifest.json").rename(f / "progress.json"), "is not finished"),
-        (lambda f: (f / "manifest.json").unlink(), "must be text, got .*: no text files"),
+        (lambda f: (f / "manifest.json").unlink(), "has shards and no manifest.json"),
         (lambda f: shutil.rmtree(f), "not there. Prepared data is made by"),
     ],
 )
@@ -247,6 +247,23 @@ def test_corpus_is_split_by_file(tmp_path):
     assert b"\0" not in train + validation
     assert b"no" not in train + validation
     assert 0.05 < len(validation) / len(train + validation) < 0.2
+
+
+@pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
+def test_files_too_few_for_a_tenth_are_cut(tmp_path, sizes):
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_text("x" * size)
+    corpus = data.load(tmp_path)
+    total = len(corpus.train) + len(corpus.validation)
+    assert sum(sizes) <= total < sum(sizes) + len(sizes)
+    assert 0.05 < len(corpus.validation) / total < 0.2
+
+
+def test_documents_are_prepared_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ConfigError, match=r"documents like a\.jsonl are turned into"):
+            data.load(path)
 
 
 def test_default_corpus_is_the_standard_library():

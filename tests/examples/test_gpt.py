@@ -16,6 +16,7 @@ from gpt_runs import TEXT
 from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample
 from examples.gpt.__main__ import parse
 from examples.gpt.config import Config, ConfigError
+from examples.gpt.folder import alone
 from examples.gpt.optimizer import make_optimizer
 from examples.gpt.presets import PRESETS
 from examples.gpt.recipes import RECIPES, Optimizer
@@ -180,7 +181,7 @@ def test_a_run_that_does_not_fit_the_checkpoint_is_refused(tiny):
         main(dataclasses.replace(tiny, **other))
     assert "  width: 16 in the checkpoint, 32 now" in str(info.value)
     assert "  learning_rate: 0.005 in the checkpoint, 0.001 now" in str(info.value)
-    assert len(str(info.value).splitlines()) == 3
+    assert len(info.value.told().splitlines()) == 3
     assert (tiny.folder() / "metrics.jsonl").read_text() == before
     tiny.data.write_text(TEXT.upper())
     with pytest.raises(ConfigError, match=r"data's checksum: \w+ in the checkpoint"):
@@ -193,6 +194,13 @@ def test_a_run_goes_on_with_what_changes_no_loss(tiny):
     changes = {"log_every": 1, "accumulate": 2, "keep": 1, "remat": "full"}
     [curve] = main(dataclasses.replace(config, **changes))
     assert [row["step"] for row in curve.rows] == [5]
+
+
+def test_a_folder_in_which_another_run_is_under_way(tiny):
+    with alone(tiny.folder(), "training in"):
+        with pytest.raises(ConfigError, match="`out`: another process is training in"):
+            main(tiny)
+        assert list(tiny.folder().iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
@@ -210,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     folder = tiny.folder() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir())
     [note] = info.value.__notes__
-    assert f"The last good checkpoint is {folder / str(steps[-1])};" in note
+    assert note == f"The last good checkpoint is {folder / str(steps[-1])}."
     _, params = checkpoint.load_params(tiny.folder())
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
 
@@ -245,7 +253,7 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
             main(config)
     good = tiny.folder() / "checkpoints" / "4"
     assert good.is_dir()
-    assert f"The last good checkpoint is {good};" in info.value.__notes__[0]
+    assert info.value.__notes__ == [f"The last good checkpoint is {good}."]
     [curve] = main(config)
     assert [row["step"] for row in curve.rows] == list(range(1, 9))
 
@@ -305,7 +313,7 @@ def test_a_damaged_checkpoint_is_never_named_as_good(tiny):
     with pytest.raises(log.NotFinite) as second:
         main(dataclasses.replace(config, checkpoint_every=100))
     good = newest.with_name(str(int(newest.name) - 1))
-    assert f"The last good checkpoint is {good};" in second.value.__notes__[0]
+    assert second.value.__notes__ == [f"The last good checkpoint is {good}."]
 
 
 @pytest.mark.parametrize(
@@ -346,15 +354,16 @@ def test_an_empty_folder_of_data(tiny, tmp_path):
 
 
 def test_a_row_is_fetched_a_step_late(tiny):
+    tiny.folder().mkdir()
     made = log.Log(tiny, tiny.folder(), 0, 1.0)
     rows = [
         {"step": i, "loss": jnp.ones(()), "grad_norm": jnp.ones(()), "lr": 1.0}
         | {"unclipped_fraction": None, "val_loss": [jnp.ones(()), jnp.full((), 2.0)]}
         for i in (1, 2)
     ]
-    made.step(rows[0])
+    made.step(rows[0], True)
     assert log.read(tiny.folder()) == []
-    made.step(rows[1])
+    made.step(rows[1], True)
     [row] = log.read(tiny.folder())
     assert row["step"] == 1
     assert row["val_loss"] == 1.5
@@ -362,14 +371,24 @@ def test_a_row_is_fetched_a_step_late(tiny):
     assert [row["step"] for row in log.read(tiny.folder())] == [1, 2]
 
 
+def test_a_validation_is_a_line_above_the_bar(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(dataclasses.replace(tiny, steps=20))
+    lines = re.split("[\r\n]", capsys.readouterr().out)
+    told = [line for line in lines if line.startswith("sophia_g step")]
+    assert len(told) == 2
+    assert all(re.search(r": loss \d.*, val loss \d\.\d{3}$", line) for line in told)
+
+
 def test_the_speed_is_counted_in_tokens_and_operations(tiny, monkeypatch):
     now = iter([10.0, 12.0])
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(log, "_peak_flops", lambda: 1000.0)
+    tiny.folder().mkdir()
     made = log.Log(tiny, tiny.folder(), 0, flops_per_token=5.0)
     numbers = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "unclipped_fraction": None}
-    made.step({"step": 10} | numbers)
-    made.step({"step": 20} | numbers)
+    made.step({"step": 10} | numbers, True)
+    made.step({"step": 20} | numbers, True)
     made.close()
     first, second = made.rows
     assert first["tokens_per_second"] is None  # the first steps compile
@@ -417,6 +436,7 @@ def test_a_dashboard_that_is_not_installed(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="`wandb` needs wandb, which is not there"):
         main(dataclasses.replace(tiny, wandb="project"))
+    assert not tiny.folder().exists()
 
 
 def test_wandb_goes_on_in_the_same_run(tiny, monkeypatch):
@@ -430,6 +450,8 @@ def test_wandb_goes_on_in_the_same_run(tiny, monkeypatch):
             finished.append(True)
 
     class Wandb:
+        __spec__ = "there"
+
         @staticmethod
         def init(**kwargs):
             started.append(kwargs)

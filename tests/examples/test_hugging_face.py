@@ -47,6 +47,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, bias):
     params = random_params(config)
     hugging_face.save(tmp_path, config, params)
     jax.tree.map(np.testing.assert_array_equal, params, hugging_face.load(tmp_path, config))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # none is readable to its owner alone
 
 
 def test_a_model_without_biases_is_one_with_biases_of_0(tmp_path):

@@ -368,6 +368,17 @@ def test_killed_by_the_system_it_leaves_nobody_behind_and_goes_on(jsonl, tmp_pat
     assert content(tmp_path / "out") == content(tmp_path / "reference")
 
 
+@pytest.mark.parametrize(
+    ("size", "share"), [(10, 0.1), (50_000_000, 0.1), (500_000_000, 0.01), (10**12, 5e-4)]
+)
+def test_files_give_some_megabytes_for_validation(tmp_path, size, share):
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        file.truncate(size)
+    found = sources.validation_share([sources.Files((path,), "text")])
+    assert found == pytest.approx(share)
+
+
 def test_a_full_disk_is_told_and_nothing_finished_is_lost(jsonl, tmp_path, monkeypatch):
     main(options(tmp_path / "reference", jsonl))
     fault = Fault(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))

@@ -113,6 +113,13 @@ def test_an_empty_prompt_is_the_start_of_a_document(out, params, capsys):
     assert capsys.readouterr().out == f"{likeliest(params, [0])}\n"  # bytes' separator
 
 
+def test_data_that_has_gone_is_asked_for(out, tmp_path):
+    (tmp_path / "corpus.txt").unlink()
+    with pytest.raises(ConfigError, match="`data` must be") as info:
+        sample.main(out=out)
+    assert "Say with --data where it is now." in info.value.told()
+
+
 def test_several_texts_differ_and_are_the_same_again(out, capsys):
     sample.main("The", out=out, length=30, count=3)
     printed = capsys.readouterr().out
