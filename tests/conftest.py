@@ -16,9 +16,10 @@ import pytest
 
 
 def pytest_configure(config):
-    """What one process compiled the others find: workers, and trainers that tests start."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+    """What a worker compiled is found again by it, and by the trainers its tests start.
+
+    Workers share nothing: JAX writes an entry in place, and another would read half of it.
+    """
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for name, value in {
