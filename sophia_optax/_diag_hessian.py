@@ -37,6 +37,7 @@ def scale_by_diag_hessian(
     *,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
+    rms: bool = False,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,6 +70,8 @@ def scale_by_diag_hessian(
       debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it
         (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
         sees a `hessian` several times too small.
+      rms: average the squares of the estimates and take the root, as AdaHessian does:
+        h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t². The signs of the estimates are lost.
       hessian_dtype: dtype of the average; float32 by default. In bfloat16 it is rounded
         stochastically: to nearest, an average with b2 = 0.99 stalls. In float16 small
         entries become 0. Under `optax.inject_hyperparams` write its name, as "bfloat16":
@@ -139,7 +142,11 @@ def scale_by_diag_hessian(
 
             def blend(wide, h, e):
                 bound = float(jnp.finfo(h.dtype).max)
-                mean = b2 * wide + (1 - b2) * jnp.asarray(e, wide.dtype)
+                e = jnp.asarray(e, wide.dtype)
+                if rms:  # without a square, which may be out of range
+                    mean = jnp.hypot(jnp.sqrt(b2) * wide, jnp.sqrt(1 - b2) * e)
+                else:
+                    mean = b2 * wide + (1 - b2) * e
                 # A mean of what is in range may be past it by its rounding.
                 return jnp.where(finite, jnp.clip(mean, -bound, bound), wide)
 
@@ -166,7 +173,8 @@ def scale_by_diag_hessian(
         if debias:
             weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
             # Before the first refresh it is 0, and for a b2 that was rounded to 1.
-            divisor_gamma /= jnp.where(weight > 0, weight, 1)
+            weight = jnp.where(weight > 0, weight, 1)
+            divisor_gamma /= jnp.sqrt(weight) if rms else weight
         divisor_gamma = jnp.array(divisor_gamma, jnp.float32)  # never the caller's buffer
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 

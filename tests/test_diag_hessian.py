@@ -143,6 +143,31 @@ def test_a_b2_that_was_rounded_to_1_divides_by_no_zero(debias):
     assert_trees_all_close(updates, jax.tree.map(lambda g: g / 1e-3, GRADS))
 
 
+@pytest.mark.parametrize("debias", [False, True])
+def test_rms_is_the_root_of_the_average_square(debias):
+    tx = scale_by_diag_hessian(b2=0.9, gamma=0.5, eps=1e-3, rms=True, debias=debias)
+    state, square = tx.init(PARAMS), like(PARAMS, 0.0)
+    for t, scale in enumerate((1.0, -3.0, 0.5), start=1):
+        estimate = jax.tree.map(lambda h, s=scale: s * h, HESSIAN)
+        updates, state = jax.jit(tx.update)(GRADS, state, PARAMS, hessian=estimate)
+        square = jax.tree.map(lambda v, e: 0.9 * v + 0.1 * e**2, square, estimate)
+        weight = 1 - 0.9**t if debias else 1.0
+        root = jax.tree.map(lambda v, w=weight: jnp.sqrt(v / w), square)
+        expected = jax.tree.map(lambda g, r: g / jnp.maximum(0.5 * r, 1e-3), GRADS, root)
+        assert_trees_all_close(updates, expected, rtol=1e-5)
+        assert_trees_all_close(state.hessian, jax.tree.map(jnp.sqrt, square), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e-25, 1e25, 3e38])
+def test_rms_of_estimates_whose_squares_are_out_of_range(value):
+    tx = scale_by_diag_hessian(b2=0.5, rms=True)
+    state = tx.init(PARAMS)
+    for _ in range(40):
+        _, state = tx.update(GRADS, state, PARAMS, hessian=like(PARAMS, value))
+    assert state.num_refused == 0
+    assert_trees_all_close(state.hessian, like(PARAMS, value), rtol=1e-5)
+
+
 def test_gamma_may_be_a_schedule_of_the_number_of_updates():
     tx = scale_by_diag_hessian(b2=0.0, gamma=lambda n: 1.0 / (1 + n))
     state = tx.init(PARAMS)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import sophia_optax
+from sophia_optax import variants
 
 
 def test_importing_it_imports_jax_and_optax_alone():
@@ -18,6 +19,9 @@ print(sorted({m.split(".")[0] for m in set(sys.modules) - before}))
     assert out.stdout.strip() == "['sophia_optax']", out.stderr
 
 
-@pytest.mark.parametrize("name", sophia_optax.__all__)
-def test_every_public_name_has_an_example(name):
-    assert ">>> " in inspect.getdoc(getattr(sophia_optax, name))
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module in (sophia_optax, variants) for name in module.__all__],
+)
+def test_every_public_name_has_an_example(module, name):
+    assert ">>> " in inspect.getdoc(getattr(module, name))

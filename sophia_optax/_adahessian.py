@@ -1,0 +1,116 @@
+"""adahessian = ema . scale_by_diag_hessian(rms) . add_decayed_weights . learning rate."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sophia_optax._diag_hessian import scale_by_diag_hessian
+from sophia_optax._sophia import Mask
+
+
+def adahessian(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    update_interval: jax.typing.ArrayLike = 1,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaHessian: Adam, with estimates of the Hessian's diagonal in place of gradients.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta \left(\frac{m_t / (1 - b_1^t)}
+        {\sqrt{v_t / (1 - b_2^t)}} + \lambda \theta_{t-1}\right), \qquad
+      v_t = b_2 v_{t-1} + (1 - b_2) \hat h_t^2
+
+    `optax.ema` and `scale_by_diag_hessian`, both with bias correction, the second of the
+    root mean square. Of the paper's options the power of the Hessian is left at one.
+
+    Args:
+      learning_rate: η, or a schedule of it.
+      b1: decay of the moving average of gradients.
+      b2: decay of the average of squared estimates, per refresh.
+      eps: the smallest divisor.
+      weight_decay: λ, decoupled, multiplied by the learning rate.
+      mask: where weight decay applies, as for `sophia`.
+      update_interval: number of updates from one refresh to the next.
+      seed: seed of the keys that `hessian_fn` is called with.
+
+    Returns:
+      A transformation that takes `hessian` or `hessian_fn`, of `spatial_average` or not.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from sophia_optax import hutchinson
+      >>> from sophia_optax.variants import adahessian, spatial_average
+      >>> def loss_fn(params):
+      ...     return jnp.sum(jnp.array([[1.0, 3.0], [10.0, 10.0]]) * params**2)
+      >>> tx, estimate = adahessian(0.1), hutchinson(loss_fn)
+      >>> params = jnp.ones((2, 2))
+      >>> state = tx.init(params)
+      >>> def hessian_fn(key):
+      ...     return spatial_average(estimate(params, key=key), block_size=2)
+      >>> grads = jax.grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn)
+      >>> print(updates.round(3))
+      [[-0.05 -0.15]
+       [-0.1  -0.1 ]]
+
+    References:
+      Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020
+    """
+    return optax.chain(
+        optax.ema(b1, debias=True),
+        scale_by_diag_hessian(
+            b2,
+            1.0,
+            eps,
+            update_interval=update_interval,
+            debias=True,
+            rms=True,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
+    """AdaHessian's spatial averaging: each block of neighbours gets its mean.
+
+    Args:
+      hessian: an estimate, a tree of arrays. Those of one axis or none stay as they are.
+      block_size: number of neighbours on the last axis, which it divides.
+
+    Returns:
+      A tree of the same shapes.
+
+    Raises:
+      ValueError: if `block_size` does not divide a last axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import spatial_average
+      >>> print(spatial_average(jnp.array([[1.0, 3.0, 0.0, 2.0]]), block_size=2))
+      [[2. 2. 1. 1.]]
+
+    References:
+      Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020
+    """
+
+    def average(path, h):
+        if h.ndim < 2:
+            return h
+        if block_size < 1 or h.shape[-1] % block_size:
+            raise ValueError(
+                f"`block_size` must divide the last axis, got {block_size} for "
+                f"`hessian{jax.tree_util.keystr(path)}` of shape {h.shape}."
+            )
+        blocks = h.reshape(*h.shape[:-1], -1, block_size)
+        mean = blocks.mean(-1, keepdims=True)
+        return jnp.broadcast_to(mean, blocks.shape).reshape(h.shape)
+
+    return jax.tree_util.tree_map_with_path(average, hessian)

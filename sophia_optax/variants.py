@@ -1,0 +1,199 @@
+"""The paper's baselines and ablations, each a composition of public stages.
+
+What Sophia is compared with, and what is left of it when a part is taken out:
+
+  adahessian             Hutchinson's estimates, the root of their average square, no clip
+  adahessian_clip        AH+clip: the same root, in Sophia
+  empirical_fisher_clip  E-F+clip: squares of the gradients of the true labels, in Sophia
+  clip_only              Sophia where the Hessian is one
+  normalize_only         the average of gradients, scaled to one length
+  signum                 SignGD with momentum: Sophia where the Hessian is zero
+  full_matrix_sophia     the theory: the whole Hessian, and the clip in its eigenbasis
+
+AdamW and Lion are Optax's. Estimates reach `update` as they reach `sophia`'s.
+
+Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, and section 4;
+Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
+"""
+
+import jax
+import optax
+
+from sophia_optax._adahessian import adahessian, spatial_average
+from sophia_optax._diag_hessian import scale_by_diag_hessian
+from sophia_optax._full_matrix import full_matrix_sophia
+from sophia_optax._sophia import Mask, sophia
+
+__all__ = [
+    "adahessian",
+    "adahessian_clip",
+    "clip_only",
+    "empirical_fisher_clip",
+    "full_matrix_sophia",
+    "normalize_only",
+    "signum",
+    "spatial_average",
+]
+
+
+def adahessian_clip(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.01,
+    eps: jax.typing.ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+    *,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AH+clip: Sophia that divides by the root mean square of Hutchinson's estimates.
+
+    The arguments are those of `sophia`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import adahessian_clip
+      >>> tx = adahessian_clip(0.1, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0)
+      >>> params = jnp.ones(2)
+      >>> grads, hessian = jnp.ones(2), jnp.array([0.5, -2.0])
+      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0])
+      [-0.1  -0.05]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        scale_by_diag_hessian(
+            b2,
+            gamma,
+            eps,
+            update_interval=update_interval,
+            debias=debias,
+            rms=True,
+            seed=seed,
+        ),
+        optax.clip(1.0),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def empirical_fisher_clip(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    b2: jax.typing.ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.05,
+    eps: jax.typing.ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+    *,
+    update_interval: jax.typing.ArrayLike = 10,
+    debias: bool = False,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """E-F+clip: Sophia itself; what differs is the estimate, of `empirical_fisher`.
+
+    The arguments are those of `sophia`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from sophia_optax import empirical_fisher
+      >>> from sophia_optax.variants import empirical_fisher_clip
+      >>> def logits_fn(params, x):
+      ...     return x @ params
+      >>> x, y = jnp.eye(2), jnp.array([0, 1])
+      >>> params, estimate = jnp.zeros((2, 2)), empirical_fisher(logits_fn, groups=2)
+      >>> tx = empirical_fisher_clip(0.1, weight_decay=0.0)
+      >>> hessian = estimate(params, x, targets=y)
+      >>> grads = jnp.array([[-0.25, 0.25], [0.25, -0.25]])
+      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0])
+      [[ 0.1 -0.1]
+       [-0.1  0.1]]
+    """
+    return sophia(
+        learning_rate,
+        b1,
+        b2,
+        gamma,
+        eps,
+        weight_decay,
+        mask,
+        update_interval=update_interval,
+        debias=debias,
+        seed=seed,
+    )
+
+
+def clip_only(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    gamma: jax.typing.ArrayLike = 0.05,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The clip without a Hessian: what Sophia is where it is one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import clip_only
+      >>> tx, params = clip_only(0.1, b1=0.0, gamma=1.0, weight_decay=0.0), jnp.ones(2)
+      >>> print(tx.update(jnp.array([0.5, 2.0]), tx.init(params), params)[0])
+      [-0.05 -0.1 ]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.scale(1 / gamma),  # pyright: ignore[reportArgumentType]
+        optax.clip(1.0),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def normalize_only(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The average of gradients scaled to length one: neither clip nor Hessian.
+
+    The learning rate is the Euclidean length of a step, of all parameters together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import normalize_only
+      >>> tx, params = normalize_only(0.1, weight_decay=0.0), jnp.ones(2)
+      >>> updates, _ = tx.update(jnp.array([0.0, 4.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.  -0.1]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.normalize_by_update_norm(eps=1e-12),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def signum(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.965,
+    weight_decay: optax.ScalarOrSchedule = 0.2,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SignGD with momentum: what Sophia is where its Hessian is zero or below.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import signum
+      >>> tx, params = signum(0.1, weight_decay=0.0), jnp.ones(2)
+      >>> print(tx.update(jnp.array([0.5, -2.0]), tx.init(params), params)[0])
+      [-0.1  0.1]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.scale_by_sign(),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
