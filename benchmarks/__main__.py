@@ -1,4 +1,4 @@
-"""All the benchmarks, one after another, each in a process of its own.
+"""All the benchmarks but `ablations`, one after another, each in a process of its own.
 
 python -m benchmarks           # at a size for two CPU cores
 python -m benchmarks --full    # at the size for a GPU
@@ -9,7 +9,16 @@ import subprocess
 import sys
 import time
 
-NAMES = ("update", "refresh", "estimate", "sampling", "scaling", "presets", "precision")
+NAMES = (
+    "update",
+    "refresh",
+    "estimate",
+    "sampling",
+    "scaling",
+    "presets",
+    "precision",
+    "conditioning",
+)
 
 
 def main() -> None:

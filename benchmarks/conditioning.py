@@ -307,7 +307,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     config = results["config"]
     shown = sorted({config["dimensions"][0], config["dimensions"][-1]})
     figure, all_axes = plt.subplots(
-        len(shown), len(SHAPES), sharex=True, sharey=True, figsize=(13, 7.5),
+        len(shown), len(SHAPES), sharex=True, sharey=True, squeeze=False, figsize=(13, 7.5),
         layout="constrained",
     )  # fmt: skip
     for (i, dimension), (j, name) in itertools.product(enumerate(shown), enumerate(SHAPES)):

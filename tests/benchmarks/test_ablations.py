@@ -1,0 +1,142 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import ablations, ablations_report, machine, trials
+from benchmarks.trials import SPACES, Outcome, Trial
+from examples.gpt.config import Config as RunConfig
+
+SIZE = RunConfig(
+    **{"steps": 32, "layers": 1, "heads": 2, "width": 16, "context": 16},
+    **{"batch": 8, "vocabulary": 256, "validation_batches": 2},
+    **{"refresh_batch": 4, "groups": 4},
+)
+MIDDLE = np.full(3, 0.5)
+
+
+def trial(name, **changes):
+    return Trial(name, SPACES[name].settings(MIDDLE), steps=32, groups=4, **changes)
+
+
+def test_every_search_is_as_wide():
+    corners = np.zeros(3), np.ones(3)
+    for name, space in SPACES.items():
+        low, high = (space.settings(corner) for corner in corners)
+        assert high.learning_rate / low.learning_rate == pytest.approx(16, rel=0.01), name
+        assert (low.b1, high.b1) == (0.95, 0.6)
+        assert (space.gamma is None) or (space.memory is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adahessian", "empirical_fisher_clip", "sophia_g"])
+def test_a_trial_learns_and_repeats(name):
+    outcome = trials.run(trial(name), SIZE)
+    assert outcome.steps == list(range(2, 33, 2))
+    assert outcome.losses[-1] < outcome.losses[0] - 0.5
+    assert (outcome.unclipped is None) == (name == "adahessian")
+    again = trials.run(trial(name), SIZE)
+    assert again.losses == outcome.losses
+    other = trials.run(dataclasses.replace(trial(name), seed=1), SIZE)
+    assert other.losses != outcome.losses
+
+
+def test_settings_reach_the_optimizer():
+    """Each changes what comes out, but those that an optimizer does not know."""
+    params = {"kernel": jnp.array([[0.3, -2.0]]), "scale": jnp.ones(2)}
+    grads = {"kernel": jnp.array([[1e-3, 0.5]]), "scale": jnp.array([0.2, -1e-4])}
+    hessian = {"kernel": jnp.array([[2.0, 0.5]]), "scale": jnp.array([0.1, 3.0])}
+
+    def made(name, **changes):
+        settings = dataclasses.asdict(SPACES[name].settings(MIDDLE))
+        settings |= {"seed": 0, "steps": 32} | changes
+        program = trials._Program(SIZE, name, 4, True)
+        tx = program._optimizer(jax.tree.map(jnp.asarray, settings))
+        state = tx.init(params)
+        for n in range(6):
+            scaled = jax.tree.map(lambda g, n=n: g * (1 + n % 3), grads)
+            updates, state = tx.update(scaled, state, params, hessian=hessian)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(updates)])
+
+    known = {
+        "adamw": {"b2"},
+        "sophia_g": {"b2", "gamma", "eps", "clip_threshold"},
+        "clip_only": {"gamma"},
+        "signum": set(),
+    }
+    changes = {"b2": 0.5, "gamma": 0.7, "eps": 0.3, "clip_threshold": 0.5}
+    for name, its in known.items():
+        plain = made(name)
+        assert (made(name, learning_rate=0.123) != plain).any()
+        decayed = made(name, weight_decay=0.9) != plain
+        np.testing.assert_array_equal(decayed, [True, True, False, False])
+        for setting, value in changes.items():
+            changed = made(name, **{setting: value}) != plain
+            # With the bias corrected, b2 is nothing to an average of one and the same.
+            if setting == "b2" and name == "sophia_g":
+                continue
+            assert changed.any() == (setting in its), (name, setting)
+
+
+def fake(trial, size):
+    """A loss that is least at one learning rate and b1, and a run that diverges."""
+    s = trial.settings
+    loss = 1 + abs(np.log(s.learning_rate / 5e-3)) + (s.b1 - 0.8) ** 2 + 0.01 * trial.seed
+    loss += {"sophia_g": 0.0, "adamw": 0.1}.get(trial.optimizer, 0.3)
+    every = size.steps // 16
+    at = list(range(every, trial.steps + 1, every))
+    losses = list(np.linspace(loss + 1, loss, len(at)))
+    return Outcome(at, losses, s.clip_threshold > 1, 0.3, 0.1)
+
+
+def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ablations, "KEPT", tmp_path / "runs" / "kept.jsonl")
+    monkeypatch.setattr(trials, "run", fake)
+    monkeypatch.setattr(jax, "default_backend", lambda: "here")  # no processes
+    config = ablations.Config(run=SIZE, trials=4, seeds=2)
+    results = ablations.measure_ablations(config)
+
+    for name, made in results["search"].items():
+        assert len(made) == 4
+        losses = [m["outcome"]["losses"][-1] for m in made]
+        best = made[int(np.argmin(losses))]["trial"]["settings"]
+        for again in results["seeds"][name] + results["halves"][name]:
+            assert again["trial"]["settings"] == best
+        assert [m["trial"]["seed"] for m in results["seeds"][name]] == [1, 2]
+        assert [m["trial"]["steps"] for m in results["halves"][name]] == [16, 16]
+    changes = {(c["part"], c["value"]) for c in results["changes"]}
+    assert {("k", "1"), ("k", "100"), ("groups", "1"), ("debias", "False")} <= changes
+    assert sum(part == "gamma × b2" for part, _ in changes) == 9
+
+    table = ablations.table(json.loads(json.dumps(results)))
+    assert "| no clip | learning rate × 1 | 2 of 2 diverged |" in table
+    first = next(line for line in table.splitlines() if line.startswith("| Sophia-G"))
+    assert ", 30 |" not in first
+    assert table.index("| Sophia-G") < table.index("| AdamW") < table.index("| Lion")
+    for picture in ("ablations_optimizers.png", "ablations_sophia.png"):
+        assert (machine.folder() / picture).read_bytes().startswith(b"\x89PNG")
+
+    # Started again, nothing is made again; with a line lost, that trial alone.
+    capsys.readouterr()
+    assert ablations.measure_ablations(config) == results
+    assert "to go" not in capsys.readouterr().out
+    lines = ablations.KEPT.read_text().splitlines()
+    ablations.KEPT.write_text("\n".join(lines[:-1]) + "\n")
+    assert ablations.measure_ablations(config) == results
+    assert "1 trials to go" in capsys.readouterr().out
+    other = dataclasses.replace(config, run=dataclasses.replace(SIZE, width=32))
+    assert not ablations._kept(other.run)
+
+
+def test_steps_to_adamw_s_loss():
+    def made(losses):
+        return {"outcome": {"steps": [10, 20, 30], "losses": losses, "diverged": False}}
+
+    adamw = [made([3.0, 2.0, 1.5]), made([3.0, 2.0, 1.6])]
+    ours = [made([3.0, 1.5, 1.0]), made([3.0, 2.0, 1.7])]
+    assert ablations_report._steps_to(ours, adamw) == "20, never"
+    assert ablations_report._steps_to(adamw, adamw) == "30"
