@@ -134,7 +134,7 @@ def _draw_curves(axes: Any, results: Results) -> None:
         f"At the best settings found: mean of {results['config']['seeds']} seeds, "
         f"{run['steps']} steps"
     )
-    axes.legend(title="at the end", fontsize="small")
+    axes.legend(title="at the end", fontsize="small", framealpha=0.6)
     axes.grid(alpha=0.3)
 
 
@@ -193,7 +193,11 @@ def _draw_grid(axes: Any, results: Results) -> None:
     )
     for (i, b2), (j, gamma) in itertools.product(enumerate(b2s), enumerate(gammas)):
         axes.annotate(
-            f"{means[gamma, b2]:.3f}", (j, i), ha="center", va="center", color="C1"
+            f"{means[gamma, b2]:.3f}",
+            (j, i),
+            ha="center",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none"},
         )
     axes.set_xticks(range(len(gammas)), [f"{g:g}" for g in gammas])
     axes.set_yticks(range(len(b2s)), [f"{b:g}" for b in b2s])
