@@ -28,14 +28,25 @@ Source: Liu, Li, Hall, Liang, Ma, "Sophia: A Scalable Stochastic Second-order Op
 for Language Model Pre-training", arXiv 2305.14342.
 """
 
-from sophia_optax._accumulate import accumulate
-from sophia_optax._diag_hessian import scale_by_diag_hessian
-from sophia_optax._gauss_newton import empirical_fisher, gnb
-from sophia_optax._hutchinson import hutchinson
-from sophia_optax._likelihoods import Bernoulli, Categorical, Normal, Poisson
-from sophia_optax._metrics import sophia_metrics, unclipped_fraction
-from sophia_optax._scale_by_sophia import scale_by_sophia
-from sophia_optax._sophia import sophia, sophia_g, sophia_h
+from sophia_optax.curvature import (
+    Bernoulli,
+    Categorical,
+    Normal,
+    Poisson,
+    accumulate,
+    empirical_fisher,
+    gnb,
+    hutchinson,
+)
+from sophia_optax.optimizer import (
+    scale_by_diag_hessian,
+    scale_by_sophia,
+    sophia,
+    sophia_g,
+    sophia_h,
+    sophia_metrics,
+    unclipped_fraction,
+)
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ rather than the logits.
 import jax
 import jax.numpy as jnp
 
-from sophia_optax._meshes import on_auto_axes
+from sophia_optax.curvature.meshes import on_auto_axes
 
 _BLOCKS, _BLOCK = 128, 256
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from sophia_optax._diag_hessian import ScaleByDiagHessianState
-from sophia_optax._scale_by_sophia import RecordedClipState
+from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
+from sophia_optax.optimizer.scale_by_sophia import RecordedClipState
 
 
 def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:

@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax._devices import (
+from sophia_optax.curvature.groups import (
+    Estimator,
+    accumulator_dtype,
+    as_parameters,
+    check_counts,
+    sum_over_groups,
+)
+from sophia_optax.curvature.mapped_axes import (
     AxisName,
     as_varying,
     check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
-)
-from sophia_optax._estimator import Estimator
-from sophia_optax._groups import (
-    accumulator_dtype,
-    as_parameters,
-    check_counts,
-    sum_over_groups,
 )
 
 

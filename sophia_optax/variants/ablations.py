@@ -1,39 +1,11 @@
-"""The paper's baselines and ablations, each a composition of public stages.
+"""What is left of Sophia when a part is taken out or exchanged."""
 
-What Sophia is compared with, and what is left of it when a part is taken out:
-
-  adahessian             Hutchinson's estimates, the root of their average square, no clip
-  adahessian_clip        AH+clip: the same root, in Sophia
-  empirical_fisher_clip  E-F+clip: squares of the gradients of the true labels, in Sophia
-  clip_only              Sophia where the Hessian is one
-  normalize_only         the average of gradients, scaled to one length
-  signum                 SignGD with momentum: Sophia where the Hessian is zero
-  full_matrix_sophia     the theory: the whole Hessian, and the clip in its eigenbasis
-
-AdamW and Lion are Optax's. Estimates reach `update` as they reach `sophia`'s.
-
-Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, and section 4;
-Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
-"""
+from typing import Any
 
 import jax
 import optax
 
-from sophia_optax._adahessian import adahessian, spatial_average
-from sophia_optax._diag_hessian import scale_by_diag_hessian
-from sophia_optax._full_matrix import full_matrix_sophia
-from sophia_optax._sophia import Mask, sophia
-
-__all__ = [
-    "adahessian",
-    "adahessian_clip",
-    "clip_only",
-    "empirical_fisher_clip",
-    "full_matrix_sophia",
-    "normalize_only",
-    "signum",
-    "spatial_average",
-]
+from sophia_optax import scale_by_diag_hessian, sophia
 
 
 def adahessian_clip(
@@ -43,7 +15,7 @@ def adahessian_clip(
     gamma: optax.ScalarOrSchedule = 0.01,
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
+    mask: Any = None,
     *,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
@@ -86,7 +58,7 @@ def empirical_fisher_clip(
     gamma: optax.ScalarOrSchedule = 0.05,
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
+    mask: Any = None,
     *,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
@@ -130,7 +102,7 @@ def clip_only(
     b1: jax.typing.ArrayLike = 0.965,
     gamma: jax.typing.ArrayLike = 0.05,
     weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The clip without a Hessian: what Sophia is where it is one.
 
@@ -154,7 +126,7 @@ def normalize_only(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.965,
     weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The average of gradients scaled to length one: neither clip nor Hessian.
 
@@ -180,7 +152,7 @@ def signum(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.965,
     weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SignGD with momentum: what Sophia is where its Hessian is zero or below.
 

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax._diag_hessian import scale_by_diag_hessian
-from sophia_optax._rounding import at_least_float32, check_dtype, round_stochastically
+from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
+from sophia_optax.optimizer.rounding import (
+    at_least_float32,
+    check_dtype,
+    round_stochastically,
+)
 
 
 class RecordedClipState(NamedTuple):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax._inverse_cdf import sample_categorical
-from sophia_optax._meshes import on_auto_axes
+from sophia_optax.curvature.inverse_cdf import sample_categorical
+from sophia_optax.curvature.meshes import on_auto_axes
 
 
 class Likelihood(Protocol):

@@ -17,7 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax._devices import (
+from sophia_optax.curvature.groups import (
+    Estimator,
+    accumulator_dtype,
+    as_parameters,
+    check_counts,
+    sum_over_groups,
+)
+from sophia_optax.curvature.likelihoods import Categorical, Likelihood
+from sophia_optax.curvature.mapped_axes import (
     AxisName,
     as_varying,
     check_axes,
@@ -25,14 +33,6 @@ from sophia_optax._devices import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax._estimator import Estimator
-from sophia_optax._groups import (
-    accumulator_dtype,
-    as_parameters,
-    check_counts,
-    sum_over_groups,
-)
-from sophia_optax._likelihoods import Categorical, Likelihood
 
 _CATEGORICAL = Categorical()
 

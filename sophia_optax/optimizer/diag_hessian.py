@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax._received import check_one_way, fit_to
-from sophia_optax._rounding import at_least_float32, check_dtype, round_stochastically
+from sophia_optax.optimizer.received import check_one_way, fit_to
+from sophia_optax.optimizer.rounding import (
+    at_least_float32,
+    check_dtype,
+    round_stochastically,
+)
 
 # Smaller divisors are raised to this: an `eps` that was rounded to zero on its way
 # here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.

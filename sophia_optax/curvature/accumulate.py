@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sophia_optax._estimator import Estimator
-from sophia_optax._groups import accumulator_dtype
+from sophia_optax.curvature.groups import Estimator, accumulator_dtype
 
 
 class AccumulatorState(NamedTuple):

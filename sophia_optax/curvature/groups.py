@@ -7,6 +7,7 @@ far apart: of a batch whose leading axis is spread over devices, each device com
 own groups, one after another, and what they add up to is summed over devices once.
 """
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax._meshes import (
+from sophia_optax.curvature.meshes import (
     Axes,
     Mesh,
     auto_axes_of,
@@ -26,6 +27,28 @@ from sophia_optax._meshes import (
     spread_leading,
     spread_like,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """What `gnb`, `hutchinson` and `empirical_fisher` return: a mean over the batch's groups.
+
+    A function `(params, *batch, key, ...) -> ĥ`.
+
+    Attributes:
+      estimate: `estimate(first_group, params, *batch, ...)`, with the number of the first
+        group, from which the groups' keys are made.
+      weight: `weight(params, *batch, ...)`, how much of a mean over several batches this
+        one is: shape (), float.
+      groups: number of groups.
+    """
+
+    estimate: Callable[..., Any]
+    weight: Callable[..., Any]
+    groups: int
+
+    def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
+        return self.estimate(0, params, *batch, **kwargs)
 
 
 def check_counts(*, groups: int, parallel_groups: int | None, **counts: int) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from sophia_optax._hutchinson import hutchinson
-from sophia_optax._scale_by_sophia import scale_by_sophia
+from sophia_optax.curvature import hutchinson
+from sophia_optax.optimizer.scale_by_sophia import scale_by_sophia
 
 Mask = Any | Callable[[optax.Params], Any] | None
 

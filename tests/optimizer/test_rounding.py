@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sophia_optax import scale_by_diag_hessian, scale_by_sophia, unclipped_fraction
-from sophia_optax._rounding import round_stochastically, round_with
+from sophia_optax.optimizer.rounding import round_stochastically, round_with
 
 X = np.array([1.0, 1.003, -1.997, 3.14159e-5, 2.7e-3, -6.1e4, 255.9, 0.0], np.float32)
 NARROW = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)

@@ -1,11 +1,12 @@
 """adahessian = ema . scale_by_diag_hessian(rms) . add_decayed_weights . learning rate."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax._diag_hessian import scale_by_diag_hessian
-from sophia_optax._sophia import Mask
+from sophia_optax import scale_by_diag_hessian
 
 
 def adahessian(
@@ -14,7 +15,7 @@ def adahessian(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Mask = None,
+    mask: Any = None,
     *,
     update_interval: jax.typing.ArrayLike = 1,
     seed: jax.typing.ArrayLike = 0,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sophia_optax import Categorical
-from sophia_optax._inverse_cdf import invert_cdf, sample_categorical
+from sophia_optax.curvature.inverse_cdf import invert_cdf, sample_categorical
 
 STEP = 2.0**-23  # of a float32 uniform number in [0, 1)
 
@@ -92,7 +92,8 @@ def test_probability_of_each_class_is_the_softmax():
 def test_uniform_numbers_lie_inside_the_unit_interval(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "sophia_optax._inverse_cdf.invert_cdf", lambda u, logits: seen.append(u) or u
+        "sophia_optax.curvature.inverse_cdf.invert_cdf",
+        lambda u, logits: seen.append(u) or u,
     )
     for least in (0.0, 1 - STEP):  # the first and the last of jax.random.uniform
         monkeypatch.setattr(jax.random, "uniform", lambda *a, u=least: jnp.float32([u]))
