@@ -31,6 +31,30 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
+_left_out = {0}  # slow tests that were not selected, as each process counted them
+
+
+def pytest_deselected(items):
+    _left_out.add(sum(item.get_closest_marker("slow") is not None for item in items))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow"] = max(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _left_out.add(getattr(node, "workeroutput", {}).get("slow", 0))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if count := max(_left_out):
+        terminalreporter.write_line(
+            f'{count} slow tests were left out; all of them: pytest -m "slow or not slow"'
+        )
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

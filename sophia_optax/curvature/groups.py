@@ -31,9 +31,9 @@ from sophia_optax.curvature.meshes import (
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-    """What `gnb`, `hutchinson` and `empirical_fisher` return: a mean over the batch's groups.
+    """What `gnb`, `hutchinson` and `empirical_fisher` return.
 
-    A function `(params, *batch, key, ...) -> ĥ`.
+    A function `(params, *batch, key, ...) -> ĥ`, the mean over the batch's groups.
 
     Attributes:
       estimate: `estimate(first_group, params, *batch, ...)`, with the number of the first

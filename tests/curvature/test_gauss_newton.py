@@ -247,3 +247,20 @@ def test_a_distribution_of_another_library_is_one_line():
         gnb(network, likelihood=adapted)(params, x, key=key),
         gnb(network)(params, x, key=key),
     )
+
+
+def test_labels_are_no_function_of_the_parameters():
+    """A normal label is f + noise: differentiated too, its loss would have no gradient."""
+    estimate = gnb(lambda p, x: p * x, likelihood=Normal())
+    x, key = jnp.arange(1.0, 5.0), jax.random.key(0)
+    noise = jax.random.normal(jax.random.fold_in(key, 0), (4,))
+    expected = jnp.sum(noise * x) ** 2 / 4
+    np.testing.assert_allclose(estimate(jnp.array(2.0), x, key=key), expected, rtol=1e-5)
+
+
+def test_weights_whose_sum_is_out_of_range():
+    estimate = gnb(lambda p, x: x @ p)
+    h = estimate(
+        jnp.ones((2, 3)), jnp.ones((4, 2)), key=jax.random.key(0), weights=jnp.full(4, 3e38)
+    )
+    assert jnp.isnan(h).all()

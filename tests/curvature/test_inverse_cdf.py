@@ -142,3 +142,16 @@ def test_memory_of_a_draw(predictions, classes, copies):
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = jax.jit(sample_categorical).lower(key, logits).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < copies * logits.size * 4
+
+
+def test_uniform_numbers_have_the_steps_of_float32(monkeypatch):
+    drawn, uniform = [], jax.random.uniform
+
+    def spy(key, shape, dtype):
+        drawn.append(uniform(key, shape, dtype))
+        return drawn[-1]
+
+    monkeypatch.setattr(jax.random, "uniform", spy)
+    Categorical().sample(jax.random.key(0), jnp.zeros((4096, 2), jnp.bfloat16))
+    assert drawn[0].dtype == jnp.float32
+    assert drawn[0].shape == (4096,)

@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["fine_tuning", "with_equinox", "with_linen", "with_nnx", "with_pytrees"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_with_estimates_and_is_read_in_minutes(name, capsys):
     text = (EXAMPLES / f"{name}.py").read_text()

@@ -47,7 +47,13 @@ def tiny(tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "sophia_g",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in get_args(Optimizer)[1:]),
+    ],
+)
 def test_it_learns_and_writes_what_it_says(tiny, optimizer, capsys):
     main(dataclasses.replace(tiny, optimizer=optimizer))
     out = tiny.folder()
@@ -76,6 +82,7 @@ def test_it_learns_and_writes_what_it_says(tiny, optimizer, capsys):
     assert last == f"val loss {rows[-1]['val_loss']:.3f}"
 
 
+@pytest.mark.slow
 def test_compared_runs_start_alike_and_see_the_same_batches(tiny):
     """The first learning rate is 0: the losses of two steps are of the same parameters."""
     config = dataclasses.replace(tiny, compare="adamw", learning_rate=1e-4, log_every=1)
@@ -92,6 +99,7 @@ def test_compared_runs_start_alike_and_see_the_same_batches(tiny):
     assert (tiny.folder() / "compare_adamw" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_run(tiny):
     losses = []
     for name in ("first", "again"):
@@ -223,6 +231,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["checkpoint", "metrics"])
 def test_a_disk_that_is_full(tiny, monkeypatch, file):
     """What was saved before is still there, and the same command goes on from it."""
@@ -258,6 +267,7 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
     assert [row["step"] for row in curve.rows] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_run_goes_on(tiny, monkeypatch):
     config = dataclasses.replace(tiny, steps=4, warmup=1, log_every=1)
     main(config)
@@ -371,6 +381,7 @@ def test_a_row_is_fetched_a_step_late(tiny):
     assert [row["step"] for row in log.read(tiny.folder())] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_validation_is_a_line_above_the_bar(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     main(dataclasses.replace(tiny, steps=20))
@@ -426,6 +437,7 @@ def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):
     assert flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
 
 
+@pytest.mark.slow
 def test_tensorboard_and_a_profile(tiny):
     main(dataclasses.replace(tiny, steps=12, tensorboard=True, profile=5))
     assert list((tiny.folder() / "tensorboard").glob("events*"))
@@ -439,6 +451,7 @@ def test_a_dashboard_that_is_not_installed(tiny, monkeypatch):
     assert not tiny.folder().exists()
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_in_the_same_run(tiny, monkeypatch):
     started, logged, finished = [], [], []
 

@@ -197,7 +197,14 @@ def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
     np.testing.assert_allclose(sizes, [gradient, 2 * gradient], rtol=1e-3)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2,fsdp=2,tensor=2",
+        pytest.param("fsdp=8", marks=pytest.mark.slow),
+        pytest.param("tensor=4,fsdp=2", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_spread_is_held_in_parts(mesh):
     """All but norms and the like, which have one axis; the averages as the parameters."""
     mesh = layout.make_mesh(mesh)

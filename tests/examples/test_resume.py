@@ -9,8 +9,6 @@ from gpt_runs import TEXT, arguments, losses, run
 
 from examples.gpt.checkpoint import FOLDER
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -55,6 +53,7 @@ def test_killed_between_checkpoints(corpus, tmp_path, whole):
     assert steps(tmp_path) == [15, 20]
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(corpus, tmp_path, whole):
     """Step 10 is handed on, and its checkpoint begun, when the next step's signal comes."""
     ended(corpus, tmp_path, 11, signal.SIGKILL)
@@ -65,12 +64,14 @@ def test_killed_while_a_checkpoint_is_written(corpus, tmp_path, whole):
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(corpus, tmp_path, whole):
     ended(corpus, tmp_path, 3, signal.SIGKILL)
     assert steps(tmp_path) == []
     assert resumed(corpus, tmp_path)[0] == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end(corpus, tmp_path, whole, number):
     code, output = ended(corpus, tmp_path, 13, number)
@@ -80,6 +81,7 @@ def test_told_to_end(corpus, tmp_path, whole, number):
     assert resumed(corpus, tmp_path)[0] == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["params", "opt_state"])
 def test_a_checkpoint_cut_short(corpus, tmp_path, whole, part):
     ended(corpus, tmp_path, 13, signal.SIGTERM)
@@ -94,6 +96,7 @@ def test_a_checkpoint_cut_short(corpus, tmp_path, whole, part):
     assert not re.search("Traceback|Event loop|never", output), output
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_not_done_again(corpus, tmp_path, whole):
     assert resumed(corpus, tmp_path)[0] == whole
     (text, first), (again, second) = (

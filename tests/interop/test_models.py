@@ -23,6 +23,8 @@ from sophia_optax import Categorical, gnb, hutchinson, scale_by_diag_hessian
 
 KEY = jax.random.key(0)
 
+pytestmark = pytest.mark.slow
+
 
 def loss_of(logits):
     """The mean cross entropy of label 0."""

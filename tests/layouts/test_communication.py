@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives
-from sophia_optax import Categorical, gnb, hutchinson, sophia_g
+from sophia_optax import Categorical, empirical_fisher, gnb, hutchinson, sophia_g
 
 P, DEVICES, BATCH, KEY = PartitionSpec, 8, 64, jax.random.key(0)
 PARAMS = {"up": jnp.ones((16, 128)), "out": jnp.ones((128, 256))}
@@ -140,3 +140,26 @@ def test_without_a_refresh_a_step_moves_what_adamw_moves(kind, params_spec):
     )
     assert bytes_of(sophia) == bytes_of(adamw)
     assert len(sophia) == len(adamw)
+
+
+def compiled_fisher(shape, params_spec, groups):
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+
+    def like(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    params, x = like((16, 256), params_spec), like((64, 16), PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        estimate = empirical_fisher(lambda p, x: x @ p, groups=groups)
+        y = jnp.zeros(64, jnp.int32)
+        return jax.jit(lambda p, x: estimate(p, x, targets=y)).lower(params, x).compile()
+
+
+def test_tensor_parallel_parameters_are_not_gathered():
+    """Explicit: along "tensor" each device goes on with its part of the classes."""
+    text = compiled_fisher((4, 2), PartitionSpec(None, "tensor"), 4).as_text()
+    assert "[16,256]" not in text
+
+
+def test_on_explicit_axes_each_device_computes_one_group_at_a_time():
+    assert " while(" in compiled_fisher((8, 1), PartitionSpec(), 32).as_text()

@@ -181,3 +181,15 @@ def test_micro_batches_are_one_estimate_on_all_devices(how):
     shares = WEIGHTS.reshape(DEVICES[how], -1).sum(1)
     assert_trees_all_close(weight, shares.sum() + (shares**2).sum())
     assert_trees_all_close(most, least, rtol=1e-6)
+
+
+def test_without_weights_w_is_the_predictions_of_all_devices():
+    x, y = jax.random.normal(jax.random.key(0), (16, 2)), jnp.arange(16) % 3
+    params = jnp.ones((2, 3))
+
+    def estimate(x, y, **settings):
+        return empirical_fisher(lambda p, x: x @ p, **settings)(params, x, targets=y)
+
+    mapped = jax.pmap(lambda x, y: estimate(x, y, axis_name="d"), axis_name="d")
+    got = mapped(x.reshape(8, 2, 2), y.reshape(8, 2))[0]
+    assert_trees_all_close(got, estimate(x, y, groups=8), rtol=1e-5)

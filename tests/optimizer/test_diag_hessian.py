@@ -327,3 +327,14 @@ def test_masked_parameters(way, cut, compatible):
     assert_trees_all_equal(updates["b"], GRADS["b"])
     assert_trees_all_equal(state.inner_state.hessian["w"], HESSIAN["w"])
     assert jax.tree.leaves(state.inner_state.hessian["b"]) == []
+
+
+def test_a_refused_estimate_is_not_asked_for_again_before_its_time():
+    params = jnp.ones(3)
+    tx = scale_by_diag_hessian(update_interval=3)
+    state = tx.init(params)
+    refused = []
+    for _ in range(5):
+        _, state = tx.update(params, state, params, hessian_fn=lambda key: jnp.nan * params)
+        refused.append(int(state.num_refused))
+    assert refused == [1, 1, 1, 2, 2]

@@ -215,3 +215,24 @@ def test_an_average_at_the_end_of_its_range_stays_finite():
 def test_an_average_needs_a_dtype_that_holds_one(name, dtype):
     with pytest.raises(TypeError, match=f"`{name}` must be a floating point dtype"):
         scale_by_sophia(**{name: dtype})
+
+
+@pytest.mark.parametrize("name", ["ema", "hessian"])
+def test_the_seed_of_the_optimizer_is_that_of_the_rounding(name):
+    grads = jnp.linspace(-1, 1, 4096)
+
+    def state(seed):
+        tx = scale_by_sophia(mu_dtype="bfloat16", hessian_dtype="bfloat16", seed=seed)
+        return tx.update(grads, tx.init(grads), grads, hessian=grads**2)[1]
+
+    one, two = (optax.tree.get(state(seed), name) for seed in (0, 1))
+    assert (one != two).any()
+
+
+def test_float16_is_rounded_stochastically_too():
+    tx = scale_by_diag_hessian(b2=0.0, hessian_dtype="float16")
+    third = jnp.full(4096, 1 / 3)
+    _, state = tx.update(third, tx.init(third), third, hessian=third)
+    assert len(np.unique(state.hessian)) == 2
+    mean = np.asarray(state.hessian, np.float64).mean()
+    np.testing.assert_allclose(mean, 1 / 3, rtol=5e-5)  # to nearest: 2e-4 off

@@ -17,6 +17,7 @@ from sophia_optax import (
     sophia,
     sophia_g,
     sophia_h,
+    variants,
 )
 
 STEPS, K = 100, 10
@@ -318,3 +319,26 @@ def test_a_donated_step_copies_neither_parameters_nor_averages(dtype):
         assert (" conditional(" in text) == refreshing
         copies = re.findall(r"\[[\d,]{5,}\]\S* copy\(.*", text)
         assert copies == []
+
+
+def test_state_shares_no_buffer_with_hyperparameters():
+    params = jnp.ones(3)
+    tx = optax.inject_hyperparams(sophia_g)(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (scale_by_diag_hessian, {"b2": 0.99, "gamma": 0.05, "eps": 1e-12}),
+        (scale_by_sophia, {"b1": 0.965, "b2": 0.99, "gamma": 0.05, "eps": 1e-12}),
+        (variants.adahessian, {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "update_interval": 1}),
+        (variants.adahessian_clip, {"b1": 0.965, "b2": 0.99, "gamma": 0.01}),
+        (variants.empirical_fisher_clip, {"b1": 0.965, "b2": 0.99, "gamma": 0.05}),
+    ],
+)
+def test_defaults(make, expected):
+    parameters = inspect.signature(make).parameters
+    assert {name: parameters[name].default for name in expected} == expected

@@ -249,3 +249,11 @@ def test_a_hessian_that_is_no_matrix_of_the_gradient_is_told(shape):
     tx, grads = full_matrix_sophia(), jnp.ones(3)
     with pytest.raises(ValueError, match=r"`hessian` must be a matrix of shape \(n, n\)"):
         tx.update(grads, tx.init(grads), hessian=jnp.ones(shape))
+
+
+def test_adahessian_clip_takes_debias():
+    # One estimate of 2: corrected, h is 2 from the first step.
+    tx = adahessian_clip(1.0, 0.0, 0.99, 1.0, weight_decay=0.0, debias=True)
+    params = jnp.ones(2)
+    updates, _ = tx.update(params, tx.init(params), params, hessian=2 * params)
+    np.testing.assert_allclose(updates, -0.5, rtol=1e-5)
