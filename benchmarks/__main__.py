@@ -9,16 +9,7 @@ import subprocess
 import sys
 import time
 
-NAMES = (
-    "update",
-    "refresh",
-    "estimate",
-    "sampling",
-    "scaling",
-    "presets",
-    "precision",
-    "conditioning",
-)
+NAMES = ("update", "refresh", "estimate", "devices")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Trains the byte GPT of `examples/gpt`, in three parts:
 1. Ten optimizers at equal tuning: for each the same number of trials, at the same points of
    a quasi-random search (Halton's) over three settings, at one seed. Each range of a
    learning rate is a factor of 16 wide.
-2. The best of each at other seeds, in as many steps and in half as many.
+2. The best of each at other seeds.
 3. Sophia-G at its best, one part changed at a time, at those seeds.
 
 Every trial is written to `runs/ablations.jsonl` when it ends; stopped and started again,
@@ -20,8 +20,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import jax
 import numpy as np
 from scipy.stats import qmc
 
-from benchmarks import ablations_report, machine, measure, trials
+from benchmarks import measure, trials
 from benchmarks.trials import SPACES, Outcome, Settings, Trial
 from examples.gpt.config import Config as RunConfig
 
@@ -40,20 +42,13 @@ NO_CLIP = 1e30  # JSON has no infinity
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sophia taken apart."""
-
-    run: RunConfig = dataclasses.field(
+    run: RunConfig = dataclasses.field(  # of its settings of an optimizer none is used
         default_factory=lambda: RunConfig(
             steps=400, batch=32, vocabulary=256, refresh_batch=16, groups=16
         )
     )
-    """The model and its training. Of its settings of an optimizer none is used."""
-
-    trials: int = 12
-    """Of the search, for each optimizer."""
-
-    seeds: int = 3
-    """At which the best is run again. The search has another."""
+    trials: int = 12  # of the search, for each optimizer
+    seeds: int = 3  # at which the best is run again; the search has another
 
 
 FULL = Config(
@@ -81,27 +76,19 @@ def measure_ablations(config: Config) -> dict[str, Any]:
         name: [make(name, space.settings(point)) for point in points]
         for name, space in SPACES.items()
     }
-    losses = {t: outcome.loss for t, outcome in run(_flat(searched.values())).items()}
+    outcomes = run(_flat(searched.values()))
     best = {
-        name: min(of_one, key=losses.__getitem__).settings
+        name: min(of_one, key=lambda trial: outcomes[trial].loss)
         for name, of_one in searched.items()
     }
-    seeds = range(1, 1 + config.seeds)
 
     def seeded(trial: Trial) -> list[Trial]:
+        seeds = range(1, 1 + config.seeds)
         return [dataclasses.replace(trial, seed=seed) for seed in seeds]
 
-    again = {name: seeded(make(name, settings)) for name, settings in best.items()}
-    halves = {
-        name: [dataclasses.replace(trial, steps=size.steps // 2) for trial in of_one]
-        for name, of_one in again.items()
-    }
-    changed = [
-        {"part": part, "value": value, "trials": seeded(trial)}
-        for part, value, trial in _changes(make("sophia_g", best["sophia_g"]))
-    ]
-    parts = [*again.values(), *halves.values(), *(c["trials"] for c in changed)]
-    outcomes = run(_flat([*searched.values(), *parts]))
+    again = {name: seeded(trial) for name, trial in best.items()}
+    changed = [(part, value, seeded(t)) for part, value, t in _changes(best["sophia_g"])]
+    outcomes |= run(_flat([*again.values(), *(c[2] for c in changed)]))
 
     def shown(of_one: list[Trial]) -> list[dict[str, Any]]:
         return [
@@ -109,8 +96,8 @@ def measure_ablations(config: Config) -> dict[str, Any]:
             for t in of_one
         ]
 
-    results = {
-        "config": dataclasses.asdict(config),
+    return {
+        "config": dataclasses.asdict(config) | {"run": size.as_json()},
         "ranges": {
             name: {
                 "learning_rate": space.learning_rate,
@@ -122,12 +109,8 @@ def measure_ablations(config: Config) -> dict[str, Any]:
         },
         "search": {name: shown(of_one) for name, of_one in searched.items()},
         "seeds": {name: shown(of_one) for name, of_one in again.items()},
-        "halves": {name: shown(of_one) for name, of_one in halves.items()},
-        "changes": [{**c, "trials": shown(c["trials"])} for c in changed],
+        "changes": [{"part": p, "value": v, "trials": shown(t)} for p, v, t in changed],
     }
-    results = json.loads(json.dumps(results, default=str))
-    ablations_report.draw(results, machine.folder())
-    return results
 
 
 def _changes(base: Trial) -> Iterable[tuple[str, str, Trial]]:
@@ -152,6 +135,7 @@ def _changes(base: Trial) -> Iterable[tuple[str, str, Trial]]:
         yield "debias", str(debias), dataclasses.replace(base, debias=debias)
     for eps in (1e-12, 1e-7, 1e-5, 1e-3):
         yield "eps", f"{eps:g}", change(eps=eps)
+    yield "m and h in", "bfloat16", dataclasses.replace(base, dtype="bfloat16")
     for b1 in (0.6, 0.8, 0.9, 0.965):
         yield "b1", f"{b1:g}", change(b1=b1)
     for b2 in (0.9, 0.99, 0.999):
@@ -165,51 +149,31 @@ def _run_all(size: RunConfig, wanted: list[Trial]) -> dict[Trial, Outcome]:
     kept = _kept(size)
     missing = [trial for trial in dict.fromkeys(wanted) if trial not in kept]
     # Together what shares a program; not too many, so that no process ends long after.
-    chunks: dict[tuple[Any, ...], list[list[Trial]]] = {}
-    for trial in sorted(missing, key=lambda t: str(t.program())):
-        of_program = chunks.setdefault(trial.program(), [[]])
-        if len(of_program[-1]) == 12:
-            of_program.append([])
-        of_program[-1].append(trial)
-    work = sorted(_flat(chunks.values()), key=len, reverse=True)
+    missing.sort(key=lambda trial: str(trial.program()))
+    of_programs = itertools.groupby(missing, key=Trial.program)
+    work = _flat(_chunks(list(of_one), 12) for _, of_one in of_programs)
     if missing:
         print(f"{len(missing)} trials to go, {len(wanted) - len(missing)} kept", flush=True)
     if jax.default_backend() != "cpu":
         for chunk in work:
             _run_and_keep(size, chunk, KEPT)
     elif work:
-        context = multiprocessing.get_context("spawn")
-        cores = sorted(os.sched_getaffinity(0))
-        queue = context.Queue()
-        for core in cores:
-            queue.put(core)
-        with concurrent.futures.ProcessPoolExecutor(
-            len(cores), context, initializer=_take_a_core, initargs=(queue,)
-        ) as pool:
+        # A trial too small for two cores has one for itself.
+        context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 1
+        with concurrent.futures.ProcessPoolExecutor(cores, context) as pool:
             for done in [pool.submit(_run_and_keep, size, chunk, KEPT) for chunk in work]:
                 done.result()
     kept = _kept(size)
     return {trial: kept[trial] for trial in wanted}
 
 
-def _take_a_core(queue: Any) -> None:
-    """A trial too small for two cores has one for itself."""
-    os.sched_setaffinity(0, {queue.get()})
-
-
-def _run_and_keep(size: RunConfig, chunk: list[Trial], path: Path) -> None:
+def _run_and_keep(size: RunConfig, chunk: Iterable[Trial], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     for trial in chunk:
         outcome = trials.run(trial, size)
-        line = json.dumps(
-            {
-                "key": _key(size),
-                "trial": dataclasses.asdict(trial),
-                "outcome": dataclasses.asdict(outcome),
-            }
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"key": _key(size), "trial": trial, "outcome": outcome}
         with path.open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(line, default=dataclasses.asdict) + "\n")
         print(
             f"{trial.optimizer:22} {outcome.loss:.3f}  {outcome.seconds:3.0f} s  "
             f"seed {trial.seed}, {trial.steps} steps, {trial.settings}",
@@ -218,30 +182,119 @@ def _run_and_keep(size: RunConfig, chunk: list[Trial], path: Path) -> None:
 
 
 def _kept(size: RunConfig) -> dict[Trial, Outcome]:
-    if not KEPT.exists():
-        return {}
-    lines = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
     return {
         Trial(**line["trial"] | {"settings": Settings(**line["trial"]["settings"])}): (
             Outcome(**line["outcome"])
         )
-        for line in lines
+        for line in map(json.loads, lines)
         if line["key"] == _key(size)
     }
 
 
 def _key(size: RunConfig) -> str:
     """What has to be the same for a trial that was kept to count."""
-    where = {k: v for k, v in machine.describe().items() if k != "date"}
-    return json.dumps([where, dataclasses.asdict(size)], default=str)
+    where = {k: v for k, v in measure.describe().items() if k != "date"}
+    return json.dumps([where, size.as_json()])
 
 
-def _flat(lists: Iterable[list[Any]]) -> list[Any]:
+def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 
 
+def _chunks(all: list[Trial], size: int) -> list[list[Trial]]:  # Python 3.12's `batched`
+    return [all[i : i + size] for i in range(0, len(all), size)]
+
+
+NAMES = {
+    "adamw": "AdamW",
+    "lion": "Lion",
+    "adahessian": "AdaHessian",
+    "sophia_h": "Sophia-H",
+    "sophia_g": "Sophia-G",
+    "empirical_fisher_clip": "E-F+clip",
+    "adahessian_clip": "AH+clip",
+    "clip_only": "clip only",
+    "normalize_only": "normalisation only",
+    "signum": "SignGD with momentum",
+}
+
+Made = list[dict[str, Any]]  # trials and their outcomes, a seed each
+
+
+def ranking(results: dict[str, Any]) -> str:
+    """The optimizers at the best settings found, the lowest loss first."""
+
+    def settings(row):
+        found = row["seeds"][0]["trial"]["settings"]
+        searched = results["ranges"][row["name"]]
+        shown = [f"lr {found['learning_rate']:g}", f"b1 {found['b1']:g}"]
+        shown += [f"gamma {found['gamma']:g}"] if searched["gamma"] else []
+        shown += [f"b2 {found['b2']:g}"] if searched["1 - b2"] else []
+        return ", ".join(shown)
+
+    def near(row):
+        losses = _losses(results["search"][row["name"]])
+        return f"{sum(loss < min(losses) + 0.05 for loss in losses)} of {len(losses)}"
+
+    steps, seeds = results["config"]["run"]["steps"], results["config"]["seeds"]
+    rows = [{"name": name, "seeds": made} for name, made in results["seeds"].items()]
+    rows.sort(key=lambda row: statistics.mean(_losses(row["seeds"])))
+    columns = {
+        "optimizer": lambda row: NAMES[row["name"]],
+        f"loss, {steps} steps, {seeds} seeds": lambda row: _spread(row["seeds"]),
+        "unclipped": lambda row: _unclipped(row["seeds"]),
+        "best found": settings,
+        "trials within 0.05 of it": near,
+    }
+    return measure.markdown(rows, columns)
+
+
 def table(results: dict[str, Any]) -> str:
-    return ablations_report.tables(results)
+    """All of it in Markdown."""
+    config, run = results["config"], results["config"]["run"]
+    base = _losses(results["changes"][0]["trials"])
+
+    def difference(row):
+        pairs = zip(_losses(row["trials"]), base, strict=True)
+        differences = [changed - own for changed, own in pairs]
+        if not all(map(math.isfinite, differences)):
+            return ""
+        low, high = min(differences), max(differences)
+        return f"{statistics.mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
+
+    changes = {
+        "part": "part",
+        "value": "value",
+        "loss": lambda row: _spread(row["trials"]),
+        "against as it is, seed by seed": difference,
+        "unclipped": lambda row: _unclipped(row["trials"]),
+    }
+    return (
+        f"A GPT of {run['layers']} layers of width {run['width']}, {run['steps']} steps of "
+        f"{run['batch']} sequences of {run['context']} bytes. Each had {config['trials']} "
+        "trials at seed 0. Losses are of validation, in nats a byte: the mean ± the "
+        f"standard deviation over seeds 1 and up.\n\n{ranking(results)}\n\nSophia-G at the "
+        "best found, one part changed at a time:\n\n"
+        f"{measure.markdown(results['changes'], changes)}"
+    )
+
+
+def _losses(made: Made) -> list[float]:
+    outcomes = [one["outcome"] for one in made]
+    return [math.inf if o["diverged"] else o["losses"][-1] for o in outcomes]
+
+
+def _spread(made: Made) -> str:
+    losses = _losses(made)
+    if diverged := sum(map(math.isinf, losses)):
+        return f"{diverged} of {len(losses)} diverged"
+    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+
+def _unclipped(made: Made) -> str:
+    fractions = [one["outcome"]["unclipped"] for one in made]
+    return "" if None in fractions else f"{statistics.mean(fractions):.2f}"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import estimators, frontier, machine, measure
-from benchmarks.estimators import Refresh
+from benchmarks import measure
 from benchmarks.flops import flops
+from benchmarks.rivals import Refresh, Refreshes
 from examples.gpt import data, layout
 from examples.gpt.config import Config as RunConfig
 from examples.gpt.model import bind, init
@@ -40,34 +39,18 @@ from examples.gpt.train import train
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The error of one refresh against its cost."""
-
-    groups: tuple[int, ...] = (1, 4, 16, 64)
-    """Numbers of groups on one batch."""
-
-    sequences: int = 64
-    """Sequences of that batch, and of each estimate in a mean that stands for the truth."""
-
-    sizes: estimators.Sizes = dataclasses.field(default_factory=estimators.Sizes)
-    """Sequences of the refreshes that are compared on batches of their own."""
-
-    draws: int = 16
-    """Number of estimates that an error is averaged over."""
-
-    large_draws: int = 6
-    """The same for estimates of more than `sequences` sequences, which take longer."""
-
-    reference_draws: int = 48
-    """Number of estimates in the mean that stands for the truth."""
-
+    groups: tuple[int, ...] = (1, 4, 16, 64)  # on one batch
+    sequences: int = 64  # of that batch, and of each estimate in a mean, the truth
+    # Of those that are compared on batches of their own: the training batch, on which the
+    # released code, optax and somax refresh; the paper's, Sophia-G and -H; ours, -H and -G.
+    sizes: tuple[Any, ...] = (480, 240, 32, 16, (8, 16, 32, 64))
+    draws: int = 16  # estimates that an error is averaged over
+    large_draws: int = 6  # the same for estimates of more than `sequences`
+    reference_draws: int = 48  # estimates in the mean that stands for the truth
     repeats: int = 2
-    """Number of runs that a time is the median of."""
-
     run: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(steps=300))
-    """The model, and how it is trained."""
 
 
-SMALL = Config()
 FULL = Config(
     draws=48,
     large_draws=24,
@@ -102,10 +85,10 @@ class Errors:
     def truth(self, refresh: Refresh, params: Any, fresh: bool) -> tuple[Any, float]:
         """The mean of many estimates, and its own standard error relative to it."""
         draws = self.config.reference_draws
-        estimate, batches = refresh.compiled, self.batches(refresh.sequences, fresh, 1)
+        batches = self.batches(refresh.sequences, fresh, 1)
         total, squares = optax.tree.zeros_like(params), 0.0
         for i in range(draws):
-            draw = estimate(params, next(batches), jax.random.key(2**20 + i))
+            draw = refresh.compiled(params, next(batches), jax.random.key(2**20 + i))
             squares += float(optax.tree.norm(draw, squared=True))
             total = _add(total, draw)
         mean = optax.tree.scale(1 / draws, total)
@@ -138,17 +121,17 @@ class Errors:
         fresh: bool,
     ) -> measure.Rows:
         """A row for each refresh, with its cost over that of the gradient `base`."""
-        params, key = models["trained"], jax.random.key(0)
 
         def arguments(refresh):
-            return params, next(self.batches(refresh.sequences, fresh, seed=0)), key
+            tokens = next(self.batches(refresh.sequences, fresh, seed=0))
+            return models["trained"], tokens, jax.random.key(0)
 
         def program(refresh):
             given = arguments(refresh)
             return lambda: refresh.compiled(*given)
 
-        timed = [base, *refreshes]
-        seconds = measure.in_turn({r.name: program(r) for r in timed}, self.config.repeats)
+        timed = {r.name: program(r) for r in (base, *refreshes)}
+        seconds = measure.in_turn(timed, self.config.repeats)
         of_gradient = flops(base.estimate, *arguments(base))
         rows = []
         for refresh in refreshes:
@@ -171,54 +154,101 @@ def measure_errors(config: Config) -> dict[str, Any]:
     """The rows of both tables, and how well the truths are known."""
     corpus = data.load(None)
     run = config.run.fitted(corpus.tokenizer.vocabulary)
-    initial = init(run)
     print(f"training for {run.steps} steps ...", flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         with jax.set_mesh(layout.make_mesh("")):
             state, rows_of_training = train(run, corpus, Path(folder))
         trained = jax.device_put(state.params, jax.devices()[0])
-    models = {"initial": initial, "trained": trained}
-
-    def logits_fn(params, inputs):
-        return bind(run, params)(inputs)
-
-    def in_groups(groups):
-        return estimators.gauss_newton(logits_fn, config.sequences, groups)
-
-    errors = Errors(config, corpus.train)
-    references = [
-        (in_groups(config.sequences), False),
-        (in_groups(config.sequences), True),
-        (estimators.hessian(logits_fn, config.sequences, config.sequences), True),
-    ]
+    models = {"initial": init(run), "trained": trained}
+    of_model = Refreshes(lambda params, inputs: bind(run, params)(inputs))
+    errors, size, sizes = Errors(config, corpus.train), config.sequences, config.sizes
     truths: dict[bool, dict[tuple[str, str], Any]] = {False: {}, True: {}}
     known = []
-    for reference, fresh in references:
-        uncertainty = {}
+    for reference, fresh in (
+        (of_model.gnb(size, size), False),
+        (of_model.gnb(size, size), True),
+        (of_model.hutchinson(size, size), True),
+    ):
+        known.append({"fresh": fresh, "truth": reference.truth})
         for model, params in models.items():
-            truth, uncertainty[model] = errors.truth(reference, params, fresh)
+            truth, known[-1][model] = errors.truth(reference, params, fresh)
             truths[fresh][reference.truth, model] = truth
-        known.append({"fresh": fresh, "truth": reference.truth, **uncertainty})
 
     def rows(refreshes, gradient_of, fresh):
-        base = estimators.gradient(logits_fn, gradient_of)
+        base = of_model.gradient(gradient_of)
         return errors.rows(refreshes, base, models, truths[fresh], fresh)
 
-    compared = estimators.compared(logits_fn, config.sizes)
+    compared = of_model.compared(*sizes)
     return {
         "config": dataclasses.asdict(config) | {"run": run.as_json()},
         "validation_loss": rows_of_training[-1]["val_loss"],
         "truths": known,
-        "one_batch": rows([in_groups(g) for g in config.groups], config.sequences, False),
-        "fresh_batches": rows(compared, config.sizes.training, True),
+        "one_batch": rows([of_model.gnb(size, g) for g in config.groups], size, False),
+        "fresh_batches": rows(compared, sizes[0], True),
     }
 
 
-def main() -> None:
-    measure.run("estimate", measure_errors, frontier.tables, small=SMALL, full=FULL)
-    written = machine.folder() / "estimate.json"
-    frontier.draw(json.loads(written.read_text())["results"], written.with_suffix(".png"))
+def groups(results: dict[str, Any]) -> str:
+    """Errors on one batch, by the number of groups."""
+    config = results["config"]
+    columns: dict[str, Any] = {"sequences": "sequences", "groups": "groups"}
+    for model in ("initial", "trained"):
+        columns |= _error(model)
+        columns[f"× √groups, {model}"] = lambda row, model=model: (
+            f"{row[f'error_{model}'] * row['groups'] ** 0.5:.2f}"
+        )
+    columns["time"] = lambda row: f"{row['time_over_gradient']:.2f}"
+    return (
+        f"{measure.markdown(results['one_batch'], columns)}\n\nTrained: to "
+        f"{results['validation_loss']:.2f} nats a byte in {config['run']['steps']} steps. "
+        f"Errors: of {config['draws']} draws. Time: over that of one gradient of these "
+        f"sequences at once, median of {config['repeats']}."
+    )
+
+
+def refreshes(results: dict[str, Any]) -> str:
+    """Errors on batches of their own, of our refreshes and others'."""
+    config = results["config"]
+    truths = [truth for truth in results["truths"] if truth["fresh"]]
+    known = "; ".join(
+        f"{t['truth']} {t['initial']:.2f} and {t['trained']:.2f}" for t in truths
+    )
+    columns = {
+        "refresh": "name",
+        "sequences": "sequences",
+        "groups": "groups",
+        f"of a step, every {config['run']['update_interval']}": lambda row: (
+            f"{row['share_of_step']:.2%}"
+        ),
+        **_error("initial", truths),
+        **_error("trained", truths),
+        "against the diagonal of the": "truth",
+    }
+    return (
+        f"{measure.markdown(results['fresh_batches'], columns)}\n\nErrors of "
+        f"{config['draws']} draws, of {config['large_draws']} where there are more than "
+        f"{config['sequences']} sequences. The diagonals are long means themselves, with "
+        f"errors, initial and trained, of: {known}; above a third no error against them is "
+        "given."
+    )
+
+
+def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
+    """A column of errors, but for those against what is known no better than a third."""
+    unknown = {truth["truth"] for truth in truths if truth[model] > 1 / 3}
+
+    def cell(row):
+        if row["truth"] in unknown:
+            return ""
+        return f"{row[f'error_{model}']:.2f} ± {row[f'uncertainty_{model}']:.2f}"
+
+    return {f"error, {model}": cell}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Both tables in Markdown."""
+    return f"{groups(results)}\n\n{refreshes(results)}"
 
 
 if __name__ == "__main__":
-    main()
+    measure.run("estimate", measure_errors, table, small=Config(), full=FULL)

@@ -1,23 +1,26 @@
-"""Run programs side by side, and read what the compiler says of them."""
+"""Run programs side by side, read what the compiler says of them, show and keep it."""
 
 import argparse
 import concurrent.futures
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
 import random
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
-from benchmarks import machine
+Row = dict[str, Any]
+Rows = list[Row]
 
-Rows = list[dict[str, Any]]
+RESULTS = Path(__file__).parent / "results"
 
 
 class Program:
@@ -75,44 +78,33 @@ def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
     return spread(a / b for a, b in zip(runs, base, strict=True))
 
 
-def show(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
-
-
 def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """What the compiler knows of a program: a loop's body counts once in the first two.
+    """What the compiler knows of a program.
 
-    - `flops`, `bytes`: operations, and bytes that they read and write;
-    - `kernels`: instructions that run one after another, about as many launches on a GPU;
-      a loop or a `cond` counts as one;
+    - `bytes`: read and written by its operations; a loop's body counts once;
     - `temporary_bytes`: memory that is held during the program alone;
     - `peak_bytes`: that and the arguments and results, where donated ones count once.
     """
-    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    assert analysis is not None
-    assert memory is not None
+    analysis: Any = compiled.cost_analysis()
+    memory: Any = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
-        "flops": analysis.get("flops", 0.0),
         "bytes": analysis.get("bytes accessed", 0.0),
-        "kernels": _kernels(compiled.as_text()),
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.temp_size_in_bytes + kept - memory.alias_size_in_bytes,
     }
 
 
-def _kernels(text: str | None) -> int:
-    _, _, entry = (text or "").partition("\nENTRY ")
-    operations = re.findall(r"^ .* = .*? ([\w\-]+)\(", entry, re.MULTILINE)
-    free = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-    return sum(operation not in free for operation in operations)
+def show(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
-def markdown(rows: Rows, columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:
-    """A table of the rows, a column for each heading."""
+def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:
+    """A table of the rows: for each heading the name of an entry, or what a cell says."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        lines.append(f"| {' | '.join(cell(row) for cell in columns.values())} |")
+        cells = (str(row[c]) if isinstance(c, str) else c(row) for c in columns.values())
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -122,32 +114,57 @@ def run(
     table: Callable[[dict[str, Any]], str],
     *,
     small: Any,
-    full: Any,
+    full: Any = None,
 ) -> None:
-    """The command line of a benchmark: measures, prints the table, writes the results.
+    """The command line of a benchmark: measures, prints the table, keeps the results.
 
     Args:
       name: of the benchmark and the file of its results.
       measure: takes a configuration and returns results that JSON can hold.
       table: the results in Markdown.
       small: configuration for two CPU cores.
-      full: configuration for a GPU, taken by `--full`.
+      full: configuration for a GPU, taken by `--full`; `small` if there is no other.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--full", action="store_true")
-    size, rest = parser.parse_known_args(sys.argv[1:])
-    default = full if size.full else small
-    config = tyro.cli(
-        type(default),
-        prog=f"benchmarks.{name}",
-        description="For two CPU cores by default; --full is a size for a GPU, from which "
-        "the other options then start. Only these two sizes are written to results.",
-        args=rest,
-        default=default,
-    )
-    if config != default:  # a trial: it must not take the place of what is kept
-        machine.write_elsewhere()
-    print(json.dumps(machine.describe()), flush=True)
-    results = measure(config)
+    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
+    parser.add_argument("--full", action="store_true", help="at the size for a GPU")
+    is_full = parser.parse_args().full
+    machine = describe()
+    print(json.dumps(machine), flush=True)
+    results = json.loads(json.dumps(measure(full or small if is_full else small)))
     print(table(results))
-    machine.write(name, results)
+    path = folder() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def describe() -> dict[str, Any]:
+    """The device and the versions, as they are kept with every result."""
+    packages = ("jax", "jaxlib", "optax", "flax", "python-somax", "sophia_optax")
+    return {
+        "device": _device(),
+        "device_count": jax.device_count(),
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def folder() -> Path:
+    """Where the results of this machine are."""
+    name = f"{_device()} {os.cpu_count()} cores".lower()
+    return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.*)", cpuinfo)
+    name = match[1] if match else platform.machine()
+    return " ".join(re.sub(r"\((R|TM)\)|CPU|Processor|@", " ", name).split())

@@ -1,9 +1,11 @@
-"""The cost of a refresh over that of a training step.
+"""The cost of a refresh over that of a training step, and of drawing its labels.
 
     python -m benchmarks.refresh
 
 By operations, counted on paper, for GPT-2 small at the paper's 480 sequences of 1,024
 tokens; by time, for a model of this machine's size. Averaged: a refresh every 10 steps.
+Then a Gauss-Newton pass over the gradient of the same few sequences, in a GPT-2 small,
+with labels drawn as here and by `jax.random.categorical`.
 """
 
 import concurrent.futures
@@ -13,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import optax
 
 from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.gpt import Model, Shape, abstract
-from sophia_optax import gnb, hutchinson, sophia_g
+from examples.gpt.config import Config as RunConfig
+from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 INTERVAL = 10
 
@@ -28,77 +31,62 @@ class Refresh:
     """A way to estimate the curvature."""
 
     method: str
-    share: float
-    """Sequences over those of the training batch."""
-    grouped: bool = True
-    """A group for each sequence, or one group."""
-    parallel: bool = False
-    """All groups at once, or one after another."""
-    remat: bool = False
-    """With `jax.checkpoint` around each block."""
+    share: float  # sequences over those of the training batch
+    grouped: bool = True  # a group for each sequence, or one group
 
     def sequences(self, batch: int) -> int:
         return round(self.share * batch)
 
     def estimator(self, model: Model, batch: int) -> Callable[..., Any]:
         groups = self.sequences(batch) if self.grouped else 1
-        at_once = groups if self.parallel else 1
         if self.method == "gnb":
-            return gnb(model.logits, groups=groups, parallel_groups=at_once)
-        return hutchinson(model.loss, groups=groups, parallel_groups=at_once)
+            return gnb(model.logits, groups=groups)
+        return hutchinson(model.loss, groups=groups)
 
 
+# What this library advises, 16 of 480, and around it; the paper's 240 of 480 for GNB and
+# 32 for Hutchinson; and the whole batch, as released implementations take it.
 REFRESHES = (
     Refresh("gnb", 8 / 480),
     Refresh("gnb", 16 / 480),
     Refresh("gnb", 32 / 480),
     Refresh("gnb", 64 / 480),
-    Refresh("gnb", 16 / 480, parallel=True),
     Refresh("gnb", 16 / 480, grouped=False),
-    Refresh("gnb", 16 / 480, remat=True),
     Refresh("gnb", 240 / 480, grouped=False),
     Refresh("gnb", 480 / 480, grouped=False),
     Refresh("hutchinson", 16 / 480),
-    Refresh("hutchinson", 16 / 480, parallel=True),
-    Refresh("hutchinson", 16 / 480, remat=True),
     Refresh("hutchinson", 32 / 480, grouped=False),
     Refresh("hutchinson", 480 / 480, grouped=False),
 )
-"""What this library advises, 16 of 480, and around it; the paper's 240 of 480 for GNB and
-32 for Hutchinson; and the whole batch, as released implementations take it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The cost of a refresh."""
-
-    shape: Shape = dataclasses.field(
-        default_factory=lambda: Shape(
-            layers=4, heads=4, width=128, context=64, vocabulary=256
-        )
-    )
-    """The model that is timed."""
-
-    batch: int = 120
-    """Its sequences in a training step."""
-
-    micro_batch: int = 120
-    """How many of them go through the model at once."""
-
+    shape: RunConfig = Shape(
+        layers=4, heads=4, width=128, context=64, vocabulary=256
+    )  # timed
+    batch: int = 120  # its sequences in a training step
+    micro_batch: int = 120  # how many of them go through the model at once
     repeats: int = 7
-    """Runs of each that a median is taken of."""
-
-    on_paper: Shape = dataclasses.field(default_factory=Shape)
-    """The model whose operations and memory are counted."""
-
+    on_paper: RunConfig = Shape()  # the model whose operations and memory are counted
     paper_batch: int = 480
-    """Its sequences in a training step."""
-
     paper_micro_batch: int = 16
-    """How many of them go through it at once, for the count of memory."""
+    pass_shape: RunConfig = Shape(context=256)  # but for its vocabulary
+    pass_sequences: int = 1  # in one group
+    pass_vocabularies: tuple[int, ...] = (50257,)
+    pass_repeats: int = 5
 
 
-FULL = Config(shape=Shape(dtype="bfloat16"), batch=480, micro_batch=16, repeats=3)
+FULL = Config(
+    shape=Shape(dtype="bfloat16"),
+    batch=480,
+    micro_batch=16,
+    repeats=3,
+    pass_shape=Shape(dtype="bfloat16"),
+    pass_sequences=4,
+    pass_vocabularies=(256, 32000, 50257, 128256),
+    pass_repeats=20,
+)
 
 
 def training_step(
@@ -117,10 +105,10 @@ def training_step(
         parts = tokens.reshape(-1, micro_batch, tokens.shape[-1])
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+            return optax.tree.add(total, gradient(params, part)), None
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-        return jax.tree.map(lambda g: g * (micro_batch / batch), total)
+        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), parts)
+        return optax.tree.scale(micro_batch / batch, total)
 
     def step(carry, tokens):
         params, state = carry
@@ -128,7 +116,7 @@ def training_step(
         if estimate is not None:
             extra["hessian_fn"] = lambda key, fn=estimate: fn(params, tokens, key)
         updates, state = tx.update(grads, state, params, **extra)
-        return jax.tree.map(jnp.add, params, updates), state
+        return optax.apply_updates(params, updates), state
 
     return tx.init, step
 
@@ -139,13 +127,13 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
     init, step = training_step(model, config.batch, config.micro_batch, None)
 
     def program(refresh):
-        estimate = refresh.estimator(Model(config.shape, refresh.remat), config.batch)
+        estimate = refresh.estimator(model, config.batch)
 
         def fn(carry, params, tokens, key):
             del carry  # whose memory the result takes
             return estimate(params, tokens, key=key)
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = optax.tree.zeros_like(params)
         part = tokens[: refresh.sequences(config.batch)]
         return measure.Program(fn, zeros, params, part, jax.random.key(0))
 
@@ -159,17 +147,15 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
         }
     )
     seconds = measure.in_turn(programs, config.repeats)
-    temporary = {name: p.costs()["temporary_bytes"] for name, p in programs.items()}
     rows = []
-    for refresh in REFRESHES:
+    for refresh, operations in zip(REFRESHES, _on_paper(config), strict=True):
         row = {
             **dataclasses.asdict(refresh),
             "sequences": refresh.sequences(config.batch),
             "paper_sequences": refresh.sequences(config.paper_batch),
-            "flops_over_step": _on_paper(config, refresh),
+            "flops_over_step": operations,
         }
         if (name := repr(refresh)) in programs:
-            row["temporary_over_step"] = temporary[name] / temporary["step"]
             row["time_over_step"] = measure.ratios(seconds[name], seconds["step"])
         rows.append(row)
     return {
@@ -177,25 +163,26 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
         "step_seconds": measure.spread(seconds["step"]),
         "refreshes": rows,
         "peak": _peaks(config),
+        "passes": [_passes(config, v) for v in config.pass_vocabularies],
     }
 
 
-@functools.cache
-def _step_flops(config: Config) -> float:
+def _on_paper(config: Config) -> list[float]:
+    """Operations of each refresh over those of a training step."""
     model = Model(config.on_paper)
-    tokens = abstract((config.paper_batch, config.on_paper.context))
-    return flops(jax.grad(model.loss), model.abstract_params, tokens)
 
+    def count(fn, sequences):
+        tokens = abstract((sequences, config.on_paper.context))
+        return flops(fn, model.abstract_params, tokens)
 
-def _on_paper(config: Config, row: Refresh) -> float:
-    model = Model(config.on_paper, remat=row.remat)
-    estimate = row.estimator(model, config.paper_batch)
-    tokens = abstract((row.sequences(config.paper_batch), config.on_paper.context))
+    def of_refresh(row):
+        estimate = functools.partial(
+            row.estimator(model, config.paper_batch), key=jax.random.key(0)
+        )
+        return count(estimate, row.sequences(config.paper_batch))
 
-    def refresh(params, tokens):
-        return estimate(params, tokens, key=jax.random.key(0))
-
-    return flops(refresh, model.abstract_params, tokens) / _step_flops(config)
+    step = count(jax.grad(model.loss), config.paper_batch)
+    return [of_refresh(row) / step for row in REFRESHES]
 
 
 def _peaks(config: Config) -> dict[str, float]:
@@ -219,48 +206,103 @@ def _peaks(config: Config) -> dict[str, float]:
     return {"without": without, "with": with_, "with_over_without": with_ / without}
 
 
+class Gumbel(Categorical):
+    """Labels as most implementations draw them: a Gumbel variable for each logit."""
+
+    def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, outputs)
+
+
+DRAWN_BY = {"inverse CDF": Categorical(), "Gumbel": Gumbel()}
+
+
+def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
+    model = Model(dataclasses.replace(config.pass_shape, vocabulary=vocabulary))
+    params, tokens = model.init(), model.tokens(config.pass_sequences)
+
+    def program(fn):
+        def with_carry(carry, params, tokens, key):
+            del carry  # whose memory the result takes
+            return fn(params, tokens, key)
+
+        zeros = optax.tree.zeros_like(params)
+        return measure.Program(with_carry, zeros, params, tokens, jax.random.key(0))
+
+    def squares(likelihood):
+        estimate = gnb(model.logits, likelihood=likelihood)
+        return lambda params, tokens, key: estimate(params, tokens, key=key)
+
+    def gradient(params, tokens, key):
+        del key
+        return jax.grad(model.loss)(params, tokens)
+
+    timed = {name: squares(likelihood) for name, likelihood in DRAWN_BY.items()}
+    timed["gradient"] = gradient
+    programs = measure.compile_all(
+        {name: functools.partial(program, fn) for name, fn in timed.items()}
+    )
+    seconds = measure.in_turn(programs, config.pass_repeats)
+    return {
+        "vocabulary": vocabulary,
+        "gradient_seconds": measure.spread(seconds["gradient"]),
+        "over_gradient": measure.ratios(seconds["inverse CDF"], seconds["gradient"]),
+        "gumbel_over_gradient": measure.ratios(seconds["Gumbel"], seconds["gradient"]),
+    }
+
+
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-
-    def percent(value):
-        return f"{100 * value:.2g}%"
-
-    def time(row, form):
-        return form(row["time_over_step"]["median"]) if "time_over_step" in row else ""
-
-    def yes(value):
-        return "yes" if value else ""
-
     config, peak = results["config"], results["peak"]
+
+    def number(name, form=".2f", median=False):
+        def cell(row):
+            value = row.get(name, "")
+            value = value["median"] if median and value else value
+            return format(value, form) if value != "" else ""
+
+        return cell
+
+    def averaged(row, name):
+        value = row.get(name, "")
+        value = value["median"] if isinstance(value, dict) else value
+        return f"{100 * value / INTERVAL:.2g}%" if value != "" else ""
+
     rows = measure.markdown(
         results["refreshes"],
         {
-            "estimator": lambda row: row["method"],
-            f"of {config['paper_batch']}": lambda row: str(row["paper_sequences"]),
-            f"of {config['batch']}": lambda row: str(row["sequences"]),
+            "estimator": "method",
+            f"of {config['paper_batch']}": "paper_sequences",
+            f"of {config['batch']}": "sequences",
             "groups": lambda row: "one each" if row["grouped"] else "1",
-            "at once": lambda row: yes(row["parallel"] and row["grouped"]),
-            "checkpoint": lambda row: yes(row["remat"]),
-            "operations": lambda row: f"{row['flops_over_step']:.3f}",
-            "averaged": lambda row: percent(row["flops_over_step"] / INTERVAL),
-            "time": lambda row: time(row, "{:.3f}".format),
-            "time averaged": lambda row: time(row, lambda t: percent(t / INTERVAL)),
-            "memory": lambda row: (
-                f"{row['temporary_over_step']:.2f}" if "time_over_step" in row else ""
-            ),
+            "operations": number("flops_over_step", ".3f"),
+            "averaged": lambda row: averaged(row, "flops_over_step"),
+            "time": number("time_over_step", ".3f", median=True),
+            "time averaged": lambda row: averaged(row, "time_over_step"),
         },
     )
+    passes = measure.markdown(
+        results["passes"],
+        {
+            "classes": number("vocabulary", ","),
+            "gradient, s": number("gradient_seconds", ".3g", median=True),
+            "GNB over it": lambda row: measure.show(row["over_gradient"]),
+            "with Gumbel": lambda row: measure.show(row["gumbel_over_gradient"]),
+        },
+    )
+    of_pass = config["pass_shape"]
     return (
         f"{rows}\n\noperations: of a refresh over those of a training step, GPT-2 small, "
         f"{config['paper_batch']} x {config['on_paper']['context']}, on paper\n"
-        f"time, memory: over those of a step of {config['batch']} x "
+        f"time: over that of a step of {config['batch']} x "
         f"{config['shape']['context']} tokens, {results['step_seconds']['median']:.2f} s, "
-        "here; memory is what a program holds beside arguments and results\n"
+        "here\n"
         f"averaged: a refresh every {INTERVAL} steps\n"
         f"peak memory of GPT-2 small's step in micro-batches of "
         f"{config['paper_micro_batch']}: {peak['without'] / 2**30:.2f} GiB without a "
         f"refresh, {peak['with_over_without']:.3f} times that with one (16 of 480, one "
-        "group each)"
+        "group each)\n\n"
+        f"Gauss-Newton pass over {config['pass_sequences']} x {of_pass['context']} tokens, "
+        f"{of_pass['layers']} layers of {of_pass['width']}\n\n{passes}"
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.update
 
-Alone: on the parameters of GPT-2 small, and on one array of as many. "words" are what the
+Alone: on the parameters of GPT-2 small. "words" are what the
 compiler counts as read and written for a parameter, in units of 4 bytes; of a `cond` it
 counts both branches.
 """
@@ -14,41 +14,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape
 from benchmarks.rivals import Problem, rivals
+from examples.gpt import model as gpt
+from examples.gpt.config import Config as RunConfig
 from sophia_optax import gnb
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The update, alone and in a training step."""
-
-    tree: Shape = dataclasses.field(default_factory=Shape)
-    """Whose parameters are updated."""
-
+    tree: RunConfig = Shape()  # whose parameters are updated
     repeats: int = 5
-    """Runs of each that a median is taken of."""
-
-    step: Shape = dataclasses.field(
-        default_factory=lambda: Shape(
-            layers=2, heads=4, width=128, context=64, vocabulary=256
-        )
-    )
-    """The model of the training step."""
-
-    batch: int = 60
-    """Sequences of a training step."""
-
-    refresh_batch: int = 2
-    """Sequences of a refresh, in a group for each."""
-
+    step: RunConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
+    batch: int = 60  # sequences of a training step
+    refresh_batch: int = 2  # of a refresh, in a group for each
     step_repeats: int = 15
-    """Runs of each training step."""
 
 
+# A thirtieth of the batch in a refresh too, as in the paper's 16 of 480.
 FULL = Config(
     repeats=20,
     step=Shape(dtype="bfloat16"),
@@ -56,42 +41,30 @@ FULL = Config(
     refresh_batch=1,
     step_repeats=10,
 )
-"""On a GPU: a thirtieth of the batch in a refresh too, as in the paper's 16 of 480."""
 
 _BASE = "optax.adamw"
 
 
 def measure_updates(config: Config) -> dict[str, Any]:
     abstract = jax.eval_shape(Model(config.tree).arrays)
-    size = sum(p.size for p in jax.tree.leaves(abstract))
-    gpt = "GPT-2 small" if config.tree == Shape() else "a smaller GPT"
-    trees = {
-        gpt: {
-            jax.tree_util.keystr(path): p.shape
-            for path, p in jax.tree_util.tree_leaves_with_path(abstract)
-        },
-        "one array": {"all": (size,)},
-    }
-    rows = []
-    for name, shapes in trees.items():
-        for dtype in (None, "bfloat16"):
-            rows += _alone(name, shapes, dtype, config.repeats)
+    size = gpt.count(abstract)
+    name = "GPT-2 small" if config.tree == Shape() else "a smaller GPT"
     return {
         "config": dataclasses.asdict(config),
         "parameters": size,
-        "leaves": len(trees[gpt]),
-        "alone": rows,
+        "leaves": len(jax.tree.leaves(abstract)),
+        "alone": [
+            row
+            for dtype in (None, "bfloat16")
+            for row in _alone(name, abstract, dtype, config.repeats)
+        ],
         "step": _in_a_step(config),
     }
 
 
-def _alone(
-    name: str, shapes: dict[str, tuple[int, ...]], dtype: str | None, repeats: int
-) -> measure.Rows:
+def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Rows:
     def filled(value):
-        return {k: jnp.full(shape, value, jnp.float32) for k, shape in shapes.items()}
-
-    grads, size = filled(1e-3), optax.tree.size(filled(0.0))
+        return jax.tree.map(lambda p: jnp.full(p.shape, value, jnp.float32), tree)
 
     def program(rival):
         def step(carry, grads):
@@ -101,142 +74,107 @@ def _alone(
         params = filled(1.0)
         return measure.Program(step, (params, rival.init(params)), grads)
 
+    grads, words = filled(1e-3), 4 * gpt.count(tree)
     programs = measure.compile_all(
         {
-            name: functools.partial(program, rival)
-            for name, rival in rivals(dtype).items()
-            # Theirs needs a model: see the training step.
-            if name.startswith("sophia_g") or not name.endswith(", refresh")
+            optimizer: functools.partial(program, rival)
+            for optimizer, rival in rivals(dtype).items()
+            # Another's refresh needs a model: see the training step.
+            if optimizer.startswith(("sophia_g", "optax.adamw", "optax.lion"))
         }
     )
     seconds = measure.in_turn(programs, repeats)
-    rows = [
+    costs = {optimizer: program.costs() for optimizer, program in programs.items()}
+    state_bytes = {
+        optimizer: sum(x.nbytes for x in jax.tree.leaves(program.carry[1]))
+        for optimizer, program in programs.items()
+    }
+    programs.clear()
+    gc.collect()
+    return [
         {
             "tree": name,
             "moments": dtype or "float32",
             "optimizer": optimizer,
             "seconds": measure.spread(seconds[optimizer]),
             "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
-            "words": costs["bytes"] / 4 / size,
-            "bytes_over_adamw": costs["bytes"] / programs[_BASE].costs()["bytes"],
-            "state_words": _bytes(program.carry[1]) / 4 / size,
-            "kernels": costs["kernels"],
-            "temporary_words": costs["temporary_bytes"] / 4 / size,
-            "peak_words": costs["peak_bytes"] / 4 / size,
+            "words": cost["bytes"] / words,
+            "bytes_over_adamw": cost["bytes"] / costs[_BASE]["bytes"],
+            "state_words": state_bytes[optimizer] / words,
+            "peak_words": cost["peak_bytes"] / words,
         }
-        for optimizer, program in programs.items()
-        for costs in [program.costs()]
+        for optimizer, cost in costs.items()
     ]
-    programs.clear()
-    gc.collect()
-    return rows
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _in_a_step(config: Config) -> measure.Rows:
-    model = Model(config.step)
-    estimator = gnb(model.logits, groups=config.refresh_batch)
-
-    def estimate(params, tokens, key):
-        return estimator(params, tokens[: config.refresh_batch], key=key)
+    model, part = Model(config.step), config.refresh_batch
+    estimator = gnb(model.logits, groups=part)
+    problem = Problem(
+        model.logits,
+        model.loss,
+        lambda params, tokens, key: estimator(params, tokens[:part], key=key),
+        lambda params, tokens: model.loss(params, tokens[:part]),
+    )
+    tokens = model.tokens(config.batch)
 
     def program(rival):
-        def step(carry, tokens):
-            return rival.train(*carry, tokens)
-
         params = model.init()
-        return measure.Program(step, (params, rival.init(params)), tokens)
+        return measure.Program(
+            lambda carry, tokens: rival.train(*carry, tokens),
+            (params, rival.init(params)),
+            tokens,
+        )
 
-    def objective(params, tokens):
-        return model.loss(params, tokens[: config.refresh_batch])
-
-    problem = Problem(model.logits, model.loss, estimate, objective)
-    tokens = model.tokens(config.batch)
     programs = measure.compile_all(
-        {
-            name: functools.partial(program, rival)
-            for name, rival in rivals(None, problem).items()
-        }
+        {n: functools.partial(program, r) for n, r in rivals(None, problem).items()}
     )
     seconds = measure.in_turn(programs, config.step_repeats)
-    base = programs[_BASE].costs()["peak_bytes"]
-    rows = [
+    peaks = {name: p.costs()["peak_bytes"] for name, p in programs.items()}
+    for name in [n.removesuffix(", refresh") for n in programs if n.endswith(", refresh")]:
+        kinds = f"{name.removesuffix(' on a part')}, not due", f"{name}, refresh"
+        averaged = f"{name}, averaged over 10"
+        pairs = zip(*(seconds[kind] for kind in kinds), strict=True)
+        seconds[averaged] = [(9 * plain + refresh) / 10 for plain, refresh in pairs]
+        peaks[averaged] = max(peaks[kind] for kind in kinds)
+    return [
         {
             "optimizer": name,
             "seconds": measure.spread(seconds[name]),
             "time_over_adamw": measure.ratios(seconds[name], seconds[_BASE]),
-            "peak_over_adamw": program.costs()["peak_bytes"] / base,
+            "peak_over_adamw": peaks[name] / peaks[_BASE],
         }
-        for name, program in programs.items()
+        for name in seconds
     ]
-    for name in (
-        "sophia_g",
-        "optax.contrib.sophia",
-        "optax.contrib.sophia on a part",
-        "somax.sophia_g",
-    ):
-        kinds = f"{name.removesuffix(' on a part')}, not due", f"{name}, refresh"
-        averaged = [
-            (9 * plain + refresh) / 10
-            for plain, refresh in zip(*(seconds[kind] for kind in kinds), strict=True)
-        ]
-        rows.append(
-            {
-                "optimizer": f"{name}, averaged over 10",
-                "seconds": measure.spread(averaged),
-                "time_over_adamw": measure.ratios(averaged, seconds[_BASE]),
-                "peak_over_adamw": max(
-                    programs[kind].costs()["peak_bytes"] / base for kind in kinds
-                ),
-            }
-        )
-    return rows
 
 
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-
-    def milliseconds(row):
-        return f"{1e3 * row['seconds']['median']:.3g}"
-
-    def ratio(row):
-        spread = row["time_over_adamw"]
-        return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
-
+    timed = {
+        "optimizer": "optimizer",
+        "ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
+        "time over AdamW's": lambda row: measure.show(row["time_over_adamw"]),
+    }
     alone = measure.markdown(
         results["alone"],
         {
-            "parameters": lambda row: row["tree"],
-            "moments": lambda row: row["moments"],
-            "optimizer": lambda row: row["optimizer"],
-            "ms": milliseconds,
-            "time over AdamW's": ratio,
+            "parameters": "tree",
+            "moments": "moments",
+            **timed,
             "words": lambda row: f"{row['words']:.1f}",
             "bytes over AdamW's": lambda row: f"{row['bytes_over_adamw']:.2f}",
-            "kernels": lambda row: str(row["kernels"]),
             "words of state": lambda row: f"{row['state_words']:.2f}",
             "words at the peak": lambda row: f"{row['peak_words']:.2f}",
         },
     )
-    step = measure.markdown(
-        results["step"],
-        {
-            "optimizer": lambda row: row["optimizer"],
-            "ms": milliseconds,
-            "time over AdamW's": ratio,
-            "peak memory over AdamW's": lambda row: f"{row['peak_over_adamw']:.2f}",
-        },
-    )
+    peak = {"peak memory over AdamW's": lambda row: f"{row['peak_over_adamw']:.2f}"}
     config = results["config"]
     return (
         f"The update of {results['parameters']:,} parameters, the model's in "
         f"{results['leaves']} arrays\n\n{alone}\n\nA training step of {config['batch']} "
         f"sequences of {config['step']['context']}; sophia_g refreshes on "
         f"{config['refresh_batch']} of them, as what is on a part, the others on all\n\n"
-        f"{step}"
+        f"{measure.markdown(results['step'], timed | peak)}"
     )
 
 

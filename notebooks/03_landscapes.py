@@ -260,8 +260,7 @@ plt.show()
 # further away.) On its own axes SignGD grows with √κ, as the paper's bound says, and gradient descent
 # with κ. Diagonal Sophia is as good as the whole Hessian there. **On turned axes it is not:** it grows
 # with κ, twice as many steps as plain gradient descent, and SignGD fares worse still. The theorem is about an
-# algorithm that nobody runs on a language model. `python -m benchmarks.conditioning` has the same in 2,
-# 10 and 50 dimensions, for a third function, and up to 100,000 steps.
+# algorithm that nobody runs on a language model.
 
 # %% [markdown]
 # ## What the diagonal cannot see

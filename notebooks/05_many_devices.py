@@ -259,4 +259,29 @@ plt.show()
 # %% [markdown]
 # **Seen:** one line. Under `pmap` the devices' copies were compared bit for bit before one of them was
 # taken: they do not drift apart. On real pods the same code runs over more devices, and a refresh
-# exchanges what one gradient exchanges (`python -m benchmarks.scaling`).
+# exchanges what one gradient exchanges (`python -m benchmarks.devices`).
+
+# %% [markdown]
+# ## A pod, on paper
+#
+# A pod has more chips than a refresh has sequences. Every chip that has a part of the batch takes one
+# sequence, or waits: a refresh every 10 steps is then too dear. But it has many groups, so it may come less
+# often. With k steps from one to the next, b2 = 0.99^(k / 10) keeps the age of what is averaged, and
+# the average counts as much as (1 + b2) / (1 - b2) refreshes.
+
+# %%
+print(
+    "chips of 512 sequences    k    b2  groups that count  age, steps  of a step's arithmetic"
+)
+for chips, intervals in ((16, (10,)), (256, (10, 100, 160)), (512, (10, 100, 320))):
+    for k in intervals:
+        b2 = 0.99 ** (k / 10)
+        groups = chips * (1 + b2) / (1 - b2)
+        age = k * b2 / (1 - b2) + (k - 1) / 2
+        print(
+            f"{chips:22} {k:4} {b2:5.2f} {groups:18,.0f} {age:11.0f} {chips / 512 / k:23.2%}"
+        )
+
+# %% [markdown]
+# **Seen:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 look at as many in all, at the same
+# price, and their averages are as good and as old. This is arithmetic, and not tried in training.

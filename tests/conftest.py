@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import tempfile
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
+# Tracing makes many objects that live long: looking through them is a tenth of the time.
+gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_configure(config):

@@ -115,6 +115,8 @@ import sys
 sys.modules["lm_eval"] = None
 from examples.gpt.config import ConfigError
 from examples.gpt.evaluate import Path, main
+
+pytestmark = pytest.mark.slow
 weights, corpus = map(Path, sys.argv[1:])
 main(weights=weights, data=corpus)
 try:

@@ -181,6 +181,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(tiny):
     assert (tiny.folder() / "metrics.jsonl").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_the_checkpoint_is_refused(tiny):
     main(dataclasses.replace(tiny, steps=5, warmup=1))
     before = (tiny.folder() / "metrics.jsonl").read_text()
@@ -286,6 +287,7 @@ def test_a_disk_that_is_full_when_a_run_goes_on(tiny, monkeypatch):
     assert log.read(tiny.folder()) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_fails_in_the_background(tiny, monkeypatch):
     """The error comes with the next one, or at the end, and is told as one of its own."""
     config = dataclasses.replace(tiny, steps=4, warmup=1)
@@ -310,6 +312,7 @@ def test_what_is_trained_is_read_from_the_checkpoint_before_a_damaged_one(tiny):
     assert not np.array_equal(*(p["tokens"]["embedding"] for p in (newest, before)))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_never_named_as_good(tiny):
     config = dataclasses.replace(tiny, optimizer="adamw", checkpoint_every=1)
     config = dataclasses.replace(config, learning_rate=1e38, warmup=15)

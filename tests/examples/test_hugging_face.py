@@ -9,6 +9,8 @@ import safetensors.numpy
 from examples.gpt import hugging_face, model
 from examples.gpt.config import Config, ConfigError
 
+pytestmark = pytest.mark.slow
+
 # No two sizes are alike: nothing fits by chance.
 CONFIG = Config(layers=2, heads=3, width=12, context=10, vocabulary=31, bias=True)
 

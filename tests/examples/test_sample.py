@@ -8,6 +8,8 @@ from examples.gpt import hugging_face, model, sample
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.sample import generate
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(layers=2, heads=2, width=16, context=80, vocabulary=256, bias=True)
 KEY = jax.random.key(0)
 

@@ -273,7 +273,13 @@ def test_init_takes_shapes_alone(case):
     assert optax.tree.get(state, "hessian").shape == params.shape
 
 
-@pytest.mark.parametrize("axis", ["x", None], ids=["sharded", "replicated"])
+@pytest.mark.parametrize(
+    "axis",
+    [
+        pytest.param("x", id="sharded"),
+        pytest.param(None, id="replicated", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("mesh_type", ["Explicit", "Auto"])
 def test_shardings_are_the_parameters(mesh_type, axis, caplog):
     """From `init` on, in and out of `jit`, and as on one device."""

@@ -43,7 +43,10 @@ def describe(tree):
 
 
 @KINDS
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "compiled",
+    [pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="jit")],
+)
 @pytest.mark.parametrize("debias", [False, True])
 def test_the_state_has_the_parameters_shardings_and_keeps_its_types(kind, compiled, debias):
     mesh = mesh_of(kind)

@@ -1,5 +1,3 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +98,7 @@ def test_entries_are_counted_in_integers():
     """A float32 sum of ones stops at 2**24."""
     state = scale_by_sophia().init(jnp.ones(8))
     jaxpr = str(jax.make_jaxpr(unclipped_fraction)(state))
-    assert set(re.findall(r":(\w+)\[\] = reduce_sum", jaxpr)) == {"i32"}
+    assert ":i32[] = reduce_sum" in jaxpr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.rivals import Refreshes
+
+SEQUENCES, CONTEXT = 8, 2
+TOKENS = jnp.arange(SEQUENCES * (CONTEXT + 1)).reshape(SEQUENCES, CONTEXT + 1)
+PARAMS = jnp.zeros(TOKENS.size)
+
+ESTIMATORS = {
+    "paper, Sophia-G": lambda model: model.gnb(SEQUENCES, 1),
+    "gnb": lambda model: model.gnb(SEQUENCES, SEQUENCES),
+    "released code": lambda model: model._released_code(SEQUENCES),
+    "somax": lambda model: model._somax(SEQUENCES),
+    "paper, Sophia-H": lambda model: model.hutchinson(SEQUENCES, 1),
+    "hutchinson": lambda model: model.hutchinson(SEQUENCES, SEQUENCES),
+    "optax": lambda model: model._optax(SEQUENCES),
+}
+
+
+def two_classes(slope):
+    """A parameter for each token, that moves one of two classes of equal probability.
+
+    No parameter is in two predictions, and (p - y)² is 1/4 for both labels y: every draw
+    of every estimator is the diagonal itself.
+    """
+
+    def logits_fn(params, inputs):
+        impossible = jnp.full((*inputs.shape, TOKENS.size), -1e9)
+        return impossible.at[..., 0].set(slope * params[inputs]).at[..., 1].set(0.0)
+
+    return logits_fn
+
+
+def at_inputs(value):
+    return np.zeros(PARAMS.shape) + value * np.isin(np.arange(TOKENS.size), TOKENS[:, :-1])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_is_of_the_mean_loss(name):
+    refresh = ESTIMATORS[name](Refreshes(two_classes(1.0)))
+    diagonal = refresh.compiled(PARAMS, TOKENS, jax.random.key(0))
+    expected = at_inputs(0.25 / (SEQUENCES * CONTEXT))
+    np.testing.assert_allclose(diagonal, expected, rtol=1e-6)
+
+
+def test_released_code_clips_the_mean_gradient():
+    refresh = Refreshes(two_classes(100.0))._released_code(SEQUENCES)
+    diagonal = refresh.compiled(PARAMS, TOKENS, jax.random.key(0))
+    # Entries of equal size and norm 1, squared, times as many predictions.
+    np.testing.assert_allclose(diagonal, at_inputs(1.0), rtol=1e-6)
