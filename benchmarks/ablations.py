@@ -175,8 +175,7 @@ def _run_and_keep(size: RunConfig, chunk: Iterable[Trial], path: Path) -> None:
         with path.open("a") as file:
             file.write(json.dumps(line, default=dataclasses.asdict) + "\n")
         print(
-            f"{trial.optimizer:22} {outcome.loss:.3f}  {outcome.seconds:3.0f} s  "
-            f"seed {trial.seed}, {trial.steps} steps, {trial.settings}",
+            f"{trial.optimizer:22} {outcome.loss:.3f}  seed {trial.seed}, {trial.settings}",
             flush=True,
         )
 
@@ -233,10 +232,6 @@ def ranking(results: dict[str, Any]) -> str:
         shown += [f"b2 {found['b2']:g}"] if searched["1 - b2"] else []
         return ", ".join(shown)
 
-    def near(row):
-        losses = _losses(results["search"][row["name"]])
-        return f"{sum(loss < min(losses) + 0.05 for loss in losses)} of {len(losses)}"
-
     steps, seeds = results["config"]["run"]["steps"], results["config"]["seeds"]
     rows = [{"name": name, "seeds": made} for name, made in results["seeds"].items()]
     rows.sort(key=lambda row: statistics.mean(_losses(row["seeds"])))
@@ -245,7 +240,6 @@ def ranking(results: dict[str, Any]) -> str:
         f"loss, {steps} steps, {seeds} seeds": lambda row: _spread(row["seeds"]),
         "unclipped": lambda row: _unclipped(row["seeds"]),
         "best found": settings,
-        "trials within 0.05 of it": near,
     }
     return measure.markdown(rows, columns)
 

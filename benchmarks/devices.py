@@ -1,9 +1,9 @@
-"""What a refresh exchanges and computes on several devices, and the large presets on eight.
+"""What a refresh exchanges and computes on several devices.
 
     python -m benchmarks.devices
 
 Compiles for simulated CPU devices, and reads from the compiled programs what each device
-computes, holds and exchanges. No array is made and nothing is run.
+computes and exchanges. No array is made and nothing is run.
 """
 
 import dataclasses
@@ -18,24 +18,7 @@ from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
 from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.presets import PRESETS
-from examples.gpt.recipes import Preset
-from examples.gpt.state import abstract_state
-from examples.gpt.step import make_train_step
 from sophia_optax import gnb
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A preset on a mesh of eight devices, in micro-batches of a sequence or a few each."""
-
-    preset: Preset
-    mesh: str
-    accumulate: int
-    groups: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +27,7 @@ class Config:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     batch: int = 64
     refresh_batch: int = 16  # in a group for each sequence
-    runs: tuple[Run, ...] = (
-        Run("gpt2-125m", "data=8", 12),
-        Run("gpt2-125m", "data=2,fsdp=2,tensor=2", 15),
-        Run("neox-6.6b", "data=2,fsdp=2,tensor=2", 512),
-        Run("neox-6.6b", "fsdp=8", 256, groups=1),
-    )
 
-
-FULL = Config(shape=Shape(layers=4, heads=8, width=512, context=128, vocabulary=50304))
 
 # The axis of the mesh that has all devices; `examples.gpt.layout` says what lies there.
 LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
@@ -75,7 +50,6 @@ def measure_devices(config: Config) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "parameter_bytes": 4 * gpt.count(Model(config.shape).abstract_params),
         "rows": rows,
-        "presets": [_preset(run, refreshes) for run in config.runs for refreshes in (0, 1)],
     }
 
 
@@ -119,33 +93,6 @@ def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.C
         }
 
 
-def _preset(run: Run, refreshes: int) -> dict[str, Any]:
-    preset = PRESETS[run.preset]
-    config = dataclasses.replace(
-        preset,
-        accumulate=run.accumulate,
-        groups=run.groups,
-        remat="full" if run.preset == "neox-6.6b" else preset.remat,
-        optimizer="sophia_g" if refreshes else "adamw",
-    )
-    mesh = layout.make_mesh(run.mesh)
-    config = config.fitted(vocabulary=1, parts=layout.batch_devices(mesh))
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, make_schedule(config))
-        state = abstract_state(config, tx, mesh)
-        tokens = abstract((config.batch, config.context + 1))
-        tokens = _on(mesh, PartitionSpec(layout.BATCH), tokens)
-        compiled = make_train_step(config, tx, mesh).lower(state, tokens).compile()
-    memory: Any = compiled.memory_analysis()
-    return dataclasses.asdict(run) | {
-        "refreshes": refreshes,
-        "parameter_bytes": 4 * gpt.count(state.params),
-        "state_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "exchanged_bytes": bytes_of(collectives(compiled)),
-    }
-
-
 def _exchanged(kind: str, unit: float) -> Any:
     """A cell that lists what is exchanged, in units."""
 
@@ -184,32 +131,16 @@ def table(results: dict[str, Any]) -> str:
             "refresh computes": lambda row: f"{row['refresh_flops_over_share']:.2f}",
         },
     )
-    presets = measure.markdown(
-        results["presets"],
-        {
-            "preset": "preset",
-            "mesh": "mesh",
-            "micro-batches": "accumulate",
-            "refresh": lambda row: f"{row['groups']} groups" if row["refreshes"] else "",
-            "parameters": lambda row: f"{row['parameter_bytes'] / GIB:.2f}",
-            "state": lambda row: f"{row['state_bytes'] / GIB:.2f}",
-            "temporary": lambda row: f"{row['temporary_bytes'] / GIB:.2f}",
-            "exchanged": _exchanged("exchanged", GIB),
-        },
-    )
     return (
         f"{rows}\n\nexchanges: sizes of the results of collectives on one device in a run, "
         f"over those of the parameters ({size:,} bytes)\ncomputes: operations of matrix "
         "products on all devices over those on one\n"
         f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
-        f"groups\n\nPresets on eight devices, in GiB\n\n{presets}\n\nparameters: of the "
-        "model, the rest on each device; state: those, two averages and the tokens of a "
-        "batch\nwithout a refresh: AdamW's step\nexchanged: results of collectives in a "
-        "step, as XLA's CPU compiler makes them: all in float32, and no reduce-scatter"
+        "groups"
     )
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    measure.run("devices", measure_devices, table, small=Config(), full=FULL)
+    measure.run("devices", measure_devices, table, small=Config())

@@ -8,14 +8,8 @@ from typing import NamedTuple
 import jax
 
 _BYTES = {"pred": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+_COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+_COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
 
 
 class Collective(NamedTuple):

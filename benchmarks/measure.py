@@ -82,15 +82,13 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     """What the compiler knows of a program.
 
     - `bytes`: read and written by its operations; a loop's body counts once;
-    - `temporary_bytes`: memory that is held during the program alone;
-    - `peak_bytes`: that and the arguments and results, where donated ones count once.
+    - `peak_bytes`: of memory, in which donated arguments count once.
     """
     analysis: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "bytes": analysis.get("bytes accessed", 0.0),
-        "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.temp_size_in_bytes + kept - memory.alias_size_in_bytes,
     }
 

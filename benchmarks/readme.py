@@ -1,12 +1,10 @@
 """Writes the tables of README.md from the results that are kept here.
 
-    python -m benchmarks.readme            # or, to see whether they are as they should be:
-    python -m benchmarks.readme --check
+    python -m benchmarks.readme
 
 A table stands between two comments, the first of which names it.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -122,14 +120,7 @@ def written(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.readme", description="Write README.md's tables."
-    )
-    parser.add_argument("--check", action="store_true", help="fail rather than write")
-    text = README.read_text()
-    if parser.parse_args().check and written(text) != text:
-        raise SystemExit("README.md is not as the results are: run it without --check")
-    README.write_text(written(text))
+    README.write_text(written(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.refresh
 
 By operations, counted on paper, for GPT-2 small at the paper's 480 sequences of 1,024
-tokens; by time, for a model of this machine's size. Averaged: a refresh every 10 steps.
+tokens; by time, for a model of this machine's size.
 Then a Gauss-Newton pass over the gradient of the same few sequences, in a GPT-2 small,
 with labels drawn as here and by `jax.random.categorical`.
 """
@@ -22,8 +22,6 @@ from benchmarks.flops import flops
 from benchmarks.gpt import Model, Shape, abstract
 from examples.gpt.config import Config as RunConfig
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
-
-INTERVAL = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +45,10 @@ class Refresh:
 # What this library advises, 16 of 480, and around it; the paper's 240 of 480 for GNB and
 # 32 for Hutchinson; and the whole batch, as released implementations take it.
 REFRESHES = (
-    Refresh("gnb", 8 / 480),
-    Refresh("gnb", 16 / 480),
-    Refresh("gnb", 32 / 480),
-    Refresh("gnb", 64 / 480),
-    Refresh("gnb", 16 / 480, grouped=False),
-    Refresh("gnb", 240 / 480, grouped=False),
-    Refresh("gnb", 480 / 480, grouped=False),
+    *(Refresh("gnb", n / 480) for n in (8, 16, 32, 64)),
+    *(Refresh("gnb", n / 480, grouped=False) for n in (16, 240, 480)),
     Refresh("hutchinson", 16 / 480),
-    Refresh("hutchinson", 32 / 480, grouped=False),
-    Refresh("hutchinson", 480 / 480, grouped=False),
+    *(Refresh("hutchinson", n / 480, grouped=False) for n in (32, 480)),
 )
 
 
@@ -244,7 +236,6 @@ def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
     seconds = measure.in_turn(programs, config.pass_repeats)
     return {
         "vocabulary": vocabulary,
-        "gradient_seconds": measure.spread(seconds["gradient"]),
         "over_gradient": measure.ratios(seconds["inverse CDF"], seconds["gradient"]),
         "gumbel_over_gradient": measure.ratios(seconds["Gumbel"], seconds["gradient"]),
     }
@@ -262,11 +253,6 @@ def table(results: dict[str, Any]) -> str:
 
         return cell
 
-    def averaged(row, name):
-        value = row.get(name, "")
-        value = value["median"] if isinstance(value, dict) else value
-        return f"{100 * value / INTERVAL:.2g}%" if value != "" else ""
-
     rows = measure.markdown(
         results["refreshes"],
         {
@@ -275,16 +261,13 @@ def table(results: dict[str, Any]) -> str:
             f"of {config['batch']}": "sequences",
             "groups": lambda row: "one each" if row["grouped"] else "1",
             "operations": number("flops_over_step", ".3f"),
-            "averaged": lambda row: averaged(row, "flops_over_step"),
             "time": number("time_over_step", ".3f", median=True),
-            "time averaged": lambda row: averaged(row, "time_over_step"),
         },
     )
     passes = measure.markdown(
         results["passes"],
         {
             "classes": number("vocabulary", ","),
-            "gradient, s": number("gradient_seconds", ".3g", median=True),
             "GNB over it": lambda row: measure.show(row["over_gradient"]),
             "with Gumbel": lambda row: measure.show(row["gumbel_over_gradient"]),
         },
@@ -296,7 +279,6 @@ def table(results: dict[str, Any]) -> str:
         f"time: over that of a step of {config['batch']} x "
         f"{config['shape']['context']} tokens, {results['step_seconds']['median']:.2f} s, "
         "here\n"
-        f"averaged: a refresh every {INTERVAL} steps\n"
         f"peak memory of GPT-2 small's step in micro-batches of "
         f"{config['paper_micro_batch']}: {peak['without'] / 2**30:.2f} GiB without a "
         f"refresh, {peak['with_over_without']:.3f} times that with one (16 of 480, one "

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 import somax
@@ -15,116 +14,100 @@ from somax.estimators.gnb_ce import GaussNewtonBartlett
 
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
+ASKED = "sophia_g, not due", "sophia_g, refresh"  # for a `hessian_fn`
 _NEVER = 10**9  # a refresh on the first step, and none after it
 
 
-class Rival(NamedTuple):
-    """An optimizer as `init(params)` and a step from gradients or from a loss.
-
-    Attributes:
-      init: `init(params)` returns the state.
-      update: `update(grads, state, params)` returns the parameters and the state after it.
-        Where it refreshes, `grads` stand for the estimate too. None where gradients can't
-        be given.
-      train: `train(params, state, tokens)` returns them after a whole training step.
-    """
-
-    init: Callable[..., Any]
-    update: Callable[..., Any] | None
-    train: Callable[..., Any]
-
-
-class Problem(NamedTuple):
-    """What a training step trains.
-
-    Attributes:
-      logits: `logits(params, tokens)`, shape (B, T, vocabulary).
-      loss: `loss(params, tokens)`, shape ().
-      estimate: `estimate(params, tokens, key)`, as sophia_optax refreshes.
-      objective: `objective(params, tokens)`, the loss of what that looks at, shape ().
-    """
-
-    logits: Callable[..., Any]
-    loss: Callable[..., Any]
-    estimate: Callable[..., Any]
-    objective: Callable[..., Any]
-
-
-def _half_square(params: Any, *_: Any) -> jax.Array:
-    return 0.5 * sum((jnp.vdot(p, p) for p in jax.tree.leaves(params)), jnp.zeros([]))
-
-
-NO_PROBLEM = Problem(_half_square, _half_square, lambda params, *_: params, _half_square)
-"""One that costs next to nothing, where only the update is measured."""
-
-
-def rivals(dtype: str | None, problem: Problem = NO_PROBLEM) -> dict[str, Rival]:
-    """The optimizers whose moments can be kept in `dtype`, by name.
+def optimizers(
+    dtype: str | None = None,
+) -> dict[str, optax.GradientTransformationExtraArgs]:
+    """Transformations whose moments can be kept in `dtype`, by name.
 
     "no refresh" is a step like most of them, "not due" one that might have refreshed,
     "refresh" one that does.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
     found = {
-        "optax.adamw": _of_optax(optax.adamw(1e-3, mu_dtype=dtype), None, problem),
-        "optax.lion": _of_optax(optax.lion(1e-3, mu_dtype=dtype), None, problem),
-        "sophia_g, no refresh": _of_optax(sophia_g(1e-3, **both), None, problem),
+        "optax.adamw": optax.adamw(1e-3, mu_dtype=dtype),
+        "optax.lion": optax.lion(1e-3, mu_dtype=dtype),
+        "sophia_g, no refresh": sophia_g(1e-3, **both),
+        "sophia_g, not due": sophia_g(1e-3, update_interval=_NEVER, **both),
+        "sophia_g, refresh": sophia_g(1e-3, update_interval=1, **both),
     }
-    for name, interval in (("not due", _NEVER), ("refresh", 1)):
-        ours = sophia_g(1e-3, update_interval=interval, **both)
-        found[f"sophia_g, {name}"] = _of_optax(ours, "hessian_fn", problem)
-        if dtype is None:  # these two keep an average of the Hessian in the parameters'
-            contrib = optax.contrib.sophia(1e-3, update_interval=interval)
-            whole = problem._replace(objective=problem.loss)
-            found[f"optax.contrib.sophia, {name}"] = _of_optax(contrib, "obj_fn", whole)
-            found[f"somax.sophia_g, {name}"] = _of_somax(interval, problem)
-    if dtype is None:
-        contrib = optax.contrib.sophia(1e-3, update_interval=1)
-        name = "optax.contrib.sophia on a part, refresh"
-        found[name] = _of_optax(contrib, "obj_fn", problem)
+    return {name: optax.with_extra_args_support(tx) for name, tx in found.items()}
+
+
+def update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    """The parameters and the state after it."""
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+class Rival(NamedTuple):
+    """`init(params)` gives the state; `train(params, state, tokens)` both, a step later."""
+
+    init: Callable[..., Any]
+    train: Callable[..., Any]
+
+
+def trained(
+    logits_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    estimate: Callable[..., Any],
+    part: int,
+) -> dict[str, Rival]:
+    """Whole training steps, by the name of the optimizer.
+
+    Args:
+      logits_fn: `logits_fn(params, tokens)`, shape (B, T, classes).
+      loss_fn: `loss_fn(params, tokens)`, shape ().
+      estimate: `estimate(params, tokens, key)`, as sophia_optax refreshes.
+      part: how many sequences `optax.contrib.sophia` "on a part" refreshes on.
+    """
+
+    def of_optax(tx, extra):
+        def train(params, state, tokens):
+            grads = jax.grad(loss_fn)(params, tokens)
+            return update(tx, grads, state, params, **extra(params, tokens))
+
+        return Rival(tx.init, train)
+
+    def hessian_fn(params, tokens):
+        return {"hessian_fn": lambda key: estimate(params, tokens, key)}
+
+    def obj_fn(sequences):
+        return lambda _, tokens: {"obj_fn": lambda p: loss_fn(p, tokens[:sequences])}
+
+    def of_somax(interval):
+        method = somax.sophia_g(
+            predict_fn=lambda params, x: _flat(logits_fn(params, x)),
+            learning_rate=1e-3,
+            eval_every_k=interval,
+        )
+
+        def train(params, state, tokens):
+            batch = {"x": tokens, "y": tokens.reshape(-1)}
+            params, state, _ = method.step(params, batch, state, jax.random.key(0))
+            return params, state
+
+        return Rival(method.init, train)
+
+    found = {
+        name: of_optax(tx, hessian_fn if name in ASKED else lambda *_: {})
+        for name, tx in optimizers().items()
+    }
+    for kind, interval in (("not due", _NEVER), ("refresh", 1)):
+        contrib = optax.contrib.sophia(1e-3, update_interval=interval)
+        found[f"optax.contrib.sophia, {kind}"] = of_optax(contrib, obj_fn(None))
+        found[f"somax.sophia_g, {kind}"] = of_somax(interval)
+        if kind == "refresh":
+            name = "optax.contrib.sophia on a part, refresh"
+            found[name] = of_optax(contrib, obj_fn(part))
     return found
 
 
-def _of_optax(
-    tx: optax.GradientTransformation, wanted: str | None, problem: Problem
-) -> Rival:
-    tx = optax.with_extra_args_support(tx)
-
-    def finish(grads, state, params, **extra):
-        extra = {name: value for name, value in extra.items() if name == wanted}
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    def update(grads, state, params):
-        return finish(
-            grads, state, params, hessian_fn=lambda key: grads, obj_fn=problem.objective
-        )
-
-    def train(params, state, tokens):
-        return finish(
-            jax.grad(problem.loss)(params, tokens),
-            state,
-            params,
-            hessian_fn=lambda key: problem.estimate(params, tokens, key),
-            obj_fn=lambda params: problem.objective(params, tokens),
-        )
-
-    return Rival(tx.init, update, train)
-
-
-def _of_somax(interval: int, problem: Problem) -> Rival:
-    def predict(params, tokens):
-        logits = problem.logits(params, tokens)
-        return logits.reshape(-1, logits.shape[-1])
-
-    method = somax.sophia_g(predict_fn=predict, learning_rate=1e-3, eval_every_k=interval)
-
-    def train(params, state, tokens):
-        batch = {"x": tokens, "y": tokens.reshape(-1)}
-        params, state, _ = method.step(params, batch, state, jax.random.key(0))
-        return params, state
-
-    return Rival(method.init, None, train)
+def _flat(logits: jax.Array) -> jax.Array:
+    return logits.reshape(-1, logits.shape[-1])
 
 
 GAUSS_NEWTON, HESSIAN = "Gauss-Newton", "Hessian"
@@ -239,11 +222,8 @@ class Refreshes:
     def _somax(self, sequences: int) -> Refresh:
         """The estimator and the operator of `somax.sophia_g`."""
 
-        def predict(params, x):
-            logits = self.logits_fn(params, x)
-            return logits.reshape(-1, logits.shape[-1])
-
-        operator, estimator = GGNCE(predict_fn=predict), GaussNewtonBartlett()
+        operator = GGNCE(predict_fn=lambda params, x: _flat(self.logits_fn(params, x)))
+        estimator = GaussNewtonBartlett()
 
         def estimate(params, tokens, key):
             batch = {"x": tokens[:, :-1], "y": tokens[:, 1:].reshape(-1)}

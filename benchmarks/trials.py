@@ -7,7 +7,6 @@ every other setting is an argument of it, so that a search compiles once.
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +59,7 @@ class Trial:
         return self.optimizer, self.groups, self.debias, self.dtype
 
 
-MEMORY_OF_GRADIENTS = (0.05, 0.4)
-"""Of 1 - b1, for all."""
+MEMORY_OF_GRADIENTS = (0.05, 0.4)  # of 1 - b1, for all
 
 Range = tuple[float, float]
 Make = Callable[..., optax.GradientTransformation]  # of schedule, settings and debias
@@ -116,15 +114,13 @@ def _matrices(params: Any) -> Any:
 
 _REFRESHED = ("b2", "gamma", "eps", "update_interval")
 _SOPHIA = (*_REFRESHED, "clip_threshold")
-_AH = ("b2", "update_interval")
-_FISHER_CLIP, _AH_CLIP = variants.empirical_fisher_clip, variants.adahessian_clip
 _SIGN, _CLIP = (5e-4, 8e-3), (1.25e-3, 2e-2)
 
 SPACES: dict[str, Space] = {
     "adamw": Space(_with(optax.adamw, "b2"), (2.5e-3, 4e-2), memory=(0.003, 0.1)),
     "lion": Space(_with(optax.lion, "b2"), _SIGN, memory=(0.01, 0.3)),
     "adahessian": Space(
-        _with(variants.adahessian, *_AH),
+        _with(variants.adahessian, "b2", "update_interval"),
         (2e-2, 3.2e-1),
         "hutchinson",
         memory=(0.003, 0.1),
@@ -133,10 +129,13 @@ SPACES: dict[str, Space] = {
     "sophia_h": Space(_with(sophia_h, *_SOPHIA), _CLIP, "hutchinson", (0.003, 0.1)),
     "sophia_g": Space(_with(sophia_g, *_SOPHIA), _CLIP, "gnb", (0.01, 0.3)),
     "empirical_fisher_clip": Space(
-        _with(_FISHER_CLIP, *_REFRESHED), _CLIP, "empirical_fisher", (0.01, 0.3)
+        _with(variants.empirical_fisher_clip, *_REFRESHED),
+        _CLIP,
+        "empirical_fisher",
+        (0.01, 0.3),
     ),
     "adahessian_clip": Space(
-        _with(_AH_CLIP, *_REFRESHED), _CLIP, "hutchinson", (3e-4, 1e-2)
+        _with(variants.adahessian_clip, *_REFRESHED), _CLIP, "hutchinson", (3e-4, 1e-2)
     ),
     "clip_only": Space(_with(variants.clip_only, "gamma"), _CLIP, gamma=(1e-4, 3e-3)),
     "normalize_only": Space(_with(variants.normalize_only), (0.05, 0.8)),
@@ -156,7 +155,6 @@ class Outcome:
     losses: list[float]
     diverged: bool
     unclipped: float | None  # at the end, where there is a clip
-    seconds: float
 
     @property
     def loss(self) -> float:
@@ -175,7 +173,7 @@ def run(trial: Trial, size: RunConfig) -> Outcome:
     make_optimizer, train = programs(size, *trial.program())
     params, state = jax.jit(lambda p: (p, make_optimizer(settings).init(p)))(params)
     batches = _batches(size, "train", trial.seed)
-    steps, losses, diverged, start = [], [], False, time.perf_counter()
+    steps, losses, diverged, unclipped = [], [], False, None
     for end in range(every, trial.steps + 1, every):
         tokens = np.stack([next(batches) for _ in range(every)])
         params, state, loss = train(settings, params, state, tokens, validation)
@@ -183,10 +181,9 @@ def run(trial: Trial, size: RunConfig) -> Outcome:
             break
         steps.append(end)
         losses.append(float(loss))
-    seconds, unclipped = time.perf_counter() - start, None
     if SPACES[trial.optimizer].estimator and trial.optimizer != "adahessian":
         unclipped = None if diverged else float(unclipped_fraction(state))
-    return Outcome(steps, losses, diverged, unclipped, seconds)
+    return Outcome(steps, losses, diverged, unclipped)
 
 
 @functools.cache

@@ -2,9 +2,8 @@
 
     python -m benchmarks.update
 
-Alone: on the parameters of GPT-2 small. "words" are what the
-compiler counts as read and written for a parameter, in units of 4 bytes; of a `cond` it
-counts both branches.
+Alone: on the parameters of GPT-2 small. Bytes are what the compiler counts as read and
+written; of a `cond` it counts both branches.
 """
 
 import dataclasses
@@ -15,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure
+from benchmarks import measure, rivals
 from benchmarks.gpt import Model, Shape
-from benchmarks.rivals import Problem, rivals
 from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
 from sophia_optax import gnb
@@ -52,7 +50,6 @@ def measure_updates(config: Config) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
         "parameters": size,
-        "leaves": len(jax.tree.leaves(abstract)),
         "alone": [
             row
             for dtype in (None, "bfloat16")
@@ -66,22 +63,18 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
     def filled(value):
         return jax.tree.map(lambda p: jnp.full(p.shape, value, jnp.float32), tree)
 
-    def program(rival):
+    def program(name, tx):
         def step(carry, grads):
             params, state = carry
-            return rival.update(grads, state, params)
+            extra = {"hessian_fn": lambda key: grads} if name in rivals.ASKED else {}
+            return rivals.update(tx, grads, state, params, **extra)
 
         params = filled(1.0)
-        return measure.Program(step, (params, rival.init(params)), grads)
+        return measure.Program(step, (params, tx.init(params)), grads)
 
     grads, words = filled(1e-3), 4 * gpt.count(tree)
     programs = measure.compile_all(
-        {
-            optimizer: functools.partial(program, rival)
-            for optimizer, rival in rivals(dtype).items()
-            # Another's refresh needs a model: see the training step.
-            if optimizer.startswith(("sophia_g", "optax.adamw", "optax.lion"))
-        }
+        {n: functools.partial(program, n, tx) for n, tx in rivals.optimizers(dtype).items()}
     )
     seconds = measure.in_turn(programs, repeats)
     costs = {optimizer: program.costs() for optimizer, program in programs.items()}
@@ -98,10 +91,8 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
             "optimizer": optimizer,
             "seconds": measure.spread(seconds[optimizer]),
             "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
-            "words": cost["bytes"] / words,
             "bytes_over_adamw": cost["bytes"] / costs[_BASE]["bytes"],
             "state_words": state_bytes[optimizer] / words,
-            "peak_words": cost["peak_bytes"] / words,
         }
         for optimizer, cost in costs.items()
     ]
@@ -110,12 +101,11 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
 def _in_a_step(config: Config) -> measure.Rows:
     model, part = Model(config.step), config.refresh_batch
     estimator = gnb(model.logits, groups=part)
-    problem = Problem(
-        model.logits,
-        model.loss,
-        lambda params, tokens, key: estimator(params, tokens[:part], key=key),
-        lambda params, tokens: model.loss(params, tokens[:part]),
-    )
+
+    def estimate(params, tokens, key):
+        return estimator(params, tokens[:part], key=key)
+
+    compared = rivals.trained(model.logits, model.loss, estimate, part)
     tokens = model.tokens(config.batch)
 
     def program(rival):
@@ -127,22 +117,19 @@ def _in_a_step(config: Config) -> measure.Rows:
         )
 
     programs = measure.compile_all(
-        {n: functools.partial(program, r) for n, r in rivals(None, problem).items()}
+        {name: functools.partial(program, rival) for name, rival in compared.items()}
     )
     seconds = measure.in_turn(programs, config.step_repeats)
-    peaks = {name: p.costs()["peak_bytes"] for name, p in programs.items()}
     for name in [n.removesuffix(", refresh") for n in programs if n.endswith(", refresh")]:
         kinds = f"{name.removesuffix(' on a part')}, not due", f"{name}, refresh"
         averaged = f"{name}, averaged over 10"
         pairs = zip(*(seconds[kind] for kind in kinds), strict=True)
         seconds[averaged] = [(9 * plain + refresh) / 10 for plain, refresh in pairs]
-        peaks[averaged] = max(peaks[kind] for kind in kinds)
     return [
         {
             "optimizer": name,
             "seconds": measure.spread(seconds[name]),
             "time_over_adamw": measure.ratios(seconds[name], seconds[_BASE]),
-            "peak_over_adamw": peaks[name] / peaks[_BASE],
         }
         for name in seconds
     ]
@@ -161,20 +148,16 @@ def table(results: dict[str, Any]) -> str:
             "parameters": "tree",
             "moments": "moments",
             **timed,
-            "words": lambda row: f"{row['words']:.1f}",
             "bytes over AdamW's": lambda row: f"{row['bytes_over_adamw']:.2f}",
             "words of state": lambda row: f"{row['state_words']:.2f}",
-            "words at the peak": lambda row: f"{row['peak_words']:.2f}",
         },
     )
-    peak = {"peak memory over AdamW's": lambda row: f"{row['peak_over_adamw']:.2f}"}
     config = results["config"]
     return (
-        f"The update of {results['parameters']:,} parameters, the model's in "
-        f"{results['leaves']} arrays\n\n{alone}\n\nA training step of {config['batch']} "
-        f"sequences of {config['step']['context']}; sophia_g refreshes on "
+        f"The update of {results['parameters']:,} parameters\n\n{alone}\n\nA training step "
+        f"of {config['batch']} x {config['step']['context']} tokens; sophia_g refreshes on "
         f"{config['refresh_batch']} of them, as what is on a part, the others on all\n\n"
-        f"{measure.markdown(results['step'], timed | peak)}"
+        f"{measure.markdown(results['step'], timed)}"
     )
 
 

@@ -89,7 +89,7 @@ def fake(trial, size):
     every = size.steps // 16
     at = list(range(every, trial.steps + 1, every))
     losses = list(np.linspace(loss + 1, loss, len(at)))
-    return Outcome(at, losses, s.clip_threshold > 1, 0.3, 0.1)
+    return Outcome(at, losses, s.clip_threshold > 1, 0.3)
 
 
 @pytest.mark.slow

@@ -108,13 +108,10 @@ def test_error_falls_with_the_groups():
 
 
 @pytest.mark.slow
-def test_devices(monkeypatch):
+def test_devices():
     """They share the work, and exchange one gradient: a refresh, one more."""
-    tiny = RunConfig(layers=2, heads=2, width=32, context=16, vocabulary=256, batch=32)
-    monkeypatch.setitem(devices.PRESETS, "gpt2-30m", tiny)
     shape = Shape(layers=1, heads=4, width=32, context=16, vocabulary=256, bias=False)
-    runs = (devices.Run("gpt2-30m", "data=8", 2),)
-    config = devices.Config(shape, (1, 4), batch=32, refresh_batch=8, runs=runs)
+    config = devices.Config(shape, (1, 4), batch=32, refresh_batch=8)
     results = read_back(devices.measure_devices(config))
     size = results["parameter_bytes"]
     rows = {(row["layout"], row["devices"]): row for row in results["rows"]}
@@ -127,16 +124,7 @@ def test_devices(monkeypatch):
     # Norms are on every device, and not gathered.
     found = rows["fully sharded", 4]["refresh_bytes"]
     assert found == {"all-gather": pytest.approx(size, rel=0.01), "all-reduce": size}
-
-    without, refreshed = results["presets"]
-    size = without["parameter_bytes"]
-    for row, gradients in ((without, 1), (refreshed, 2)):
-        assert 3 * size < row["state_bytes"] < 3.1 * size
-        exchanged = row["exchanged_bytes"]
-        assert exchanged == {"all-reduce": pytest.approx(gradients * size, rel=0.001)}
-    table = devices.table(results)
-    assert "| fully sharded | 4 |" in table
-    assert "| gpt2-30m | data=8 | 2 | 16 groups |" in table
+    assert "| fully sharded | 4 |" in devices.table(results)
 
 
 def test_products_in_a_loop_are_counted_with_its_trips():

@@ -11,6 +11,8 @@ from examples.gpt import data, evaluate, hugging_face, model
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.tokenizer import Tiktoken
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(layers=1, heads=2, width=16, context=24, vocabulary=384, bias=True)
 TEXT = "The quick brown fox, être ou ne pas être.\n" * 60
 
@@ -116,7 +118,6 @@ sys.modules["lm_eval"] = None
 from examples.gpt.config import ConfigError
 from examples.gpt.evaluate import Path, main
 
-pytestmark = pytest.mark.slow
 weights, corpus = map(Path, sys.argv[1:])
 main(weights=weights, data=corpus)
 try:

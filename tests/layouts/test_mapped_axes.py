@@ -34,7 +34,10 @@ DEVICES = {
     "shard_map of one axis, the other Auto": 4,
     "shard_map of one axis, the other Explicit": 4,
 }
-HOW = pytest.mark.parametrize("how", DEVICES)
+HOW = pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=pytest.mark.slow if "Auto" in how else ()) for how in DEVICES],
+)
 
 
 def loss(params, x):
