@@ -3,9 +3,8 @@
     python -m benchmarks.refresh
 
 By operations, counted on paper, for GPT-2 small at the paper's 480 sequences of 1,024
-tokens; by time, for a model of this machine's size.
-Then a Gauss-Newton pass over the gradient of the same few sequences, in a GPT-2 small,
-with labels drawn as here and by `jax.random.categorical`.
+tokens; by time, for a model of this machine's size. Then a Gauss-Newton pass over the
+gradient of the same sequences, with labels drawn as here and by `jax.random.categorical`.
 """
 
 import concurrent.futures
@@ -54,10 +53,8 @@ REFRESHES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    shape: RunConfig = Shape(
-        layers=4, heads=4, width=128, context=64, vocabulary=256
-    )  # timed
-    batch: int = 120  # its sequences in a training step
+    shape: RunConfig = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
+    batch: int = 120  # sequences of its training step
     micro_batch: int = 120  # how many of them go through the model at once
     repeats: int = 7
     on_paper: RunConfig = Shape()  # the model whose operations and memory are counted
