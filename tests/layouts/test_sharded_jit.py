@@ -144,14 +144,3 @@ def test_groups_that_do_not_fit_the_devices(groups, parallel_groups, spec, messa
     y, w = (jax.device_put(a, NamedSharding(mesh, spec)) for a in (Y, WEIGHTS))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         estimates(PARAMS, x, y, w, groups, parallel_groups)
-
-
-def test_an_array_on_no_mesh_before_those_on_an_explicit_one():
-    """Without `jax.set_mesh`, so that the first array knows of none."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    x = jnp.arange(32.0).reshape(16, 2)
-    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    estimate = empirical_fisher(lambda p, offset, x: (x - offset) @ p, groups=8)
-    y, offset, params = jnp.arange(16) % 3, jnp.ones((16, 1)), jnp.ones((2, 3))
-    fn = jax.jit(lambda x: estimate(params, offset, x, targets=y))
-    chex.assert_trees_all_close(fn(spread), fn(x), rtol=1e-5)
