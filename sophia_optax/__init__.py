@@ -39,6 +39,7 @@ from sophia_optax.curvature import (
     hutchinson,
 )
 from sophia_optax.optimizer import (
+    hold_unclipped,
     scale_by_diag_hessian,
     scale_by_sophia,
     sophia,
@@ -58,6 +59,7 @@ __all__ = [
     "accumulate",
     "empirical_fisher",
     "gnb",
+    "hold_unclipped",
     "hutchinson",
     "scale_by_diag_hessian",
     "scale_by_sophia",

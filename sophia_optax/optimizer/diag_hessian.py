@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread
 from sophia_optax.optimizer.received import check_one_way, fit_to
 from sophia_optax.optimizer.rounding import (
     at_least_float32,
@@ -29,14 +30,15 @@ class ScaleByDiagHessianState(NamedTuple):
     num_updates: jax.Array  # shape=(), dtype=int32
     num_refreshes: jax.Array  # shape=(), dtype=int32, estimates taken in
     num_refused: jax.Array  # shape=(), dtype=int32, estimates that were not finite
-    divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
+    # After bias correction, dtype=float32, shape=(); of `hold_unclipped` for each parameter
+    divisor_gamma: jax.Array  # shape=(parameters, longest stack)
     divisor_eps: jax.Array  # shape=(), dtype=float32
     hessian: optax.Updates  # like the parameters, dtype=hessian_dtype
 
 
 def scale_by_diag_hessian(
     b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
+    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
     eps: jax.typing.ArrayLike = 1e-12,
     *,
     update_interval: jax.typing.ArrayLike = 10,
@@ -67,8 +69,8 @@ def scale_by_diag_hessian(
 
     Args:
       b2: decay of the average, per refresh and not per update.
-      gamma: scale of the divisor, or a schedule of the number of updates. Larger
-        leaves more entries of Sophia's update unclipped.
+      gamma: scale of the divisor, a schedule of the number of updates, or the rule
+        `hold_unclipped`. Larger leaves more entries of Sophia's update unclipped.
       eps: the smallest divisor.
       update_interval: number of updates from one call of `hessian_fn` to the next.
       debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it
@@ -123,7 +125,11 @@ def scale_by_diag_hessian(
             num_updates=jnp.zeros([], jnp.int32),
             num_refreshes=jnp.zeros([], jnp.int32),
             num_refused=jnp.zeros([], jnp.int32),
-            divisor_gamma=jnp.zeros([], jnp.float32),
+            divisor_gamma=(
+                gamma.init(params)
+                if isinstance(gamma, HoldUnclipped)
+                else jnp.zeros([], jnp.float32)
+            ),
             divisor_eps=jnp.zeros([], jnp.float32),
             hessian=optax.tree.zeros_like(params, dtype=hessian_dtype),
         )
@@ -173,23 +179,28 @@ def scale_by_diag_hessian(
             refused = due & ~taken
 
         num_refreshes = state.num_refreshes + jnp.int32(taken)
-        divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
-        if debias:
-            weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
-            # Before the first refresh it is 0, and for a b2 that was rounded to 1.
-            weight = jnp.where(weight > 0, weight, 1)
-            divisor_gamma /= jnp.sqrt(weight) if rms else weight
-        divisor_gamma = jnp.array(divisor_gamma, jnp.float32)  # never the caller's buffer
+        if isinstance(gamma, HoldUnclipped):  # which knows no scale to correct
+            divisor_gamma = gamma.gamma(updates, average, state.num_updates)
+        else:
+            divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
+            if debias:
+                weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
+                # Before the first refresh it is 0, and for a b2 that was rounded to 1.
+                weight = jnp.where(weight > 0, weight, 1)
+                divisor_gamma /= jnp.sqrt(weight) if rms else weight
+            divisor_gamma = jnp.array(divisor_gamma, jnp.float32)  # not the caller's buffer
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 
-        def divide(u, h, dtype):
-            quotient = u / jnp.maximum(divisor_gamma * h, divisor_eps)
+        def divide(u, h, gamma, dtype):
+            quotient = u / jnp.maximum(gamma * h, divisor_eps)
             # In float16 almost any quotient is past the range: saturate, not inf.
             bound = float(jnp.finfo(dtype).max)
             return jnp.clip(quotient, -bound, bound).astype(dtype)
 
         dtypes = jax.tree.map(jnp.result_type, updates if params is None else params)
-        return jax.tree.map(divide, updates, average, dtypes), ScaleByDiagHessianState(
+        gammas = spread(divisor_gamma, average)
+        divided = jax.tree.map(divide, updates, average, gammas, dtypes)
+        return divided, ScaleByDiagHessianState(
             num_updates=state.num_updates + 1,
             num_refreshes=num_refreshes,
             num_refused=state.num_refused + jnp.int32(refused),

@@ -8,6 +8,7 @@ import optax
 from jax.tree_util import keystr
 
 from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
+from sophia_optax.optimizer.hold_unclipped import spread
 from sophia_optax.optimizer.scale_by_sophia import RecordedClipState
 
 
@@ -18,7 +19,8 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
 
     The paper's advice is to choose gamma so that it lies between 0.1 and 0.5: larger
     gamma, larger fraction. It reads the state's two trees once: call it when you log,
-    in or out of `jit`.
+    in or out of `jit`. With `nesterov=True` it still counts m, which the state has, and not
+    the average that was divided: that is larger, and up to a third fewer are unclipped.
 
     Args:
       opt_state: the state of any chain or wrapper that holds one Sophia: `optax.ema`
@@ -59,6 +61,8 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
       - `unclipped_fraction`, as the function of that name; and for each parameter its
         own, `unclipped_fraction/` and the path to it;
+      - `gamma` of the last division, after bias correction; with `hold_unclipped` each
+        parameter's own, `gamma/` and the path to it (of stacked layers the median);
       - `momentum_norm`, `hessian_norm`: Euclidean norms of m, in the unit of the
         gradients, and of h (without bias correction), in that of the Hessian;
       - `nonpositive_fraction`: share of the entries of h that are 0 or less, where the
@@ -78,6 +82,7 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       unclipped_fraction
       unclipped_fraction/b
       unclipped_fraction/w
+      gamma
       momentum_norm
       hessian_norm
       nonpositive_fraction
@@ -91,17 +96,26 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     by_parameter = jax.tree.map(
         lambda count, m: count / max(m.size, 1), unclipped, sophia.momentum
     )
+    gamma = state.divisor_gamma
+    if gamma.ndim > 0:
+        gamma = jax.tree.map(jnp.median, spread(gamma, state.hessian))
     return {
         "unclipped_fraction": _share(unclipped, sophia.momentum),
-        **{
-            "/".join(["unclipped_fraction", *(keystr((k,), simple=True) for k in path)]): f
-            for path, f in jax.tree_util.tree_leaves_with_path(by_parameter)
-        },
+        **_named("unclipped_fraction", by_parameter),
+        **_named("gamma", gamma),
         "momentum_norm": _norm(sophia.momentum),
         "hessian_norm": _norm(state.hessian),
         "nonpositive_fraction": _share(nonpositive, state.hessian),
         "refreshes": jnp.asarray(state.num_refreshes),
         "refused": jnp.asarray(state.num_refused),
+    }
+
+
+def _named(name: str, tree: Any) -> dict[str, jax.Array]:
+    """The leaves by `name` and the path to each."""
+    return {
+        "/".join([name, *(keystr((k,), simple=True) for k in path)]): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -146,13 +160,14 @@ def _find_sophia(opt_state: optax.OptState) -> _Sophia:
 
 def _unclipped(sophia: _Sophia) -> Any:
     """Number of entries that were not clipped, for each parameter."""
-    gamma, eps = sophia.state.divisor_gamma, sophia.state.divisor_eps
+    hessian, eps = sophia.state.hessian, sophia.state.divisor_eps
 
-    def count(m, h):
+    def count(m, h, gamma):
         divisor = jnp.maximum(gamma * h, eps)
         return _count(jnp.abs(m) < sophia.clip_threshold * divisor)
 
-    return jax.tree.map(count, sophia.momentum, sophia.state.hessian)
+    gammas = spread(sophia.state.divisor_gamma, hessian)
+    return jax.tree.map(count, sophia.momentum, hessian, gammas)
 
 
 def _count(condition: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """scale_by_sophia = ema . scale_by_diag_hessian . clip."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped
 from sophia_optax.optimizer.rounding import (
     at_least_float32,
     check_dtype,
@@ -34,17 +36,27 @@ def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
     return optax.GradientTransformation(lambda params: record(), update)
 
 
-def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
-    """`optax.ema` without bias correction, whose average may be kept in 16 bits."""
+def _ema(
+    b1: jax.typing.ArrayLike, nesterov: bool, dtype: Any, seed: jax.typing.ArrayLike
+):
+    """`optax.ema` without bias correction, whose average may be kept in 16 bits.
+
+    With `nesterov` the updates are the average after one more step of these gradients.
+    """
     if dtype is not None:
         check_dtype("mu_dtype", dtype)
     ema = optax.ema(b1, debias=False)
 
     def update(updates, state, params=None):
         wide = optax.EmaState(state.count, at_least_float32(state.ema))
-        average, new = ema.update(at_least_float32(updates), wide, params)
+        updates = at_least_float32(updates)
+        average, new = ema.update(updates, wide, params)
         average = round_stochastically(average, state.ema, seed, "mu", state.count)
-        return average, optax.EmaState(new.count, average)  # pyright: ignore
+        new = optax.EmaState(new.count, average)  # pyright: ignore
+        if nesterov:
+            wide = optax.EmaState(new.count, at_least_float32(average))
+            average, _ = ema.update(updates, wide, params)
+        return average, new
 
     init = optax.ema(b1, debias=False, accumulator_dtype=dtype).init
     return optax.GradientTransformation(init, update)
@@ -53,12 +65,13 @@ def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
 def scale_by_sophia(
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
+    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
     eps: jax.typing.ArrayLike = 1e-12,
     *,
     clip_threshold: jax.typing.ArrayLike = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
+    nesterov: bool = False,
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
@@ -75,11 +88,12 @@ def scale_by_sophia(
     Args:
       b1: decay of the moving average of gradients. It has no bias correction.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: scale of the Hessian, or a schedule of it.
+      gamma: scale of the Hessian, a schedule of it, or the rule `hold_unclipped`.
       eps: the smallest divisor.
       clip_threshold: ρ, the largest size of an entry of the update.
       update_interval: number of updates from one refresh to the next.
       debias: correct the bias of the average of the Hessian.
+      nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t.
       mu_dtype: dtype of the average of gradients; the parameters' by default. Like
         `hessian_dtype` it may be bfloat16, which is rounded to stochastically.
       hessian_dtype: dtype of the average of the Hessian; float32 by default.
@@ -106,8 +120,10 @@ def scale_by_sophia(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
     """
+    if isinstance(gamma, HoldUnclipped):
+        gamma = dataclasses.replace(gamma, clip_threshold=clip_threshold)
     return optax.chain(
-        _ema(b1, mu_dtype, seed),
+        _ema(b1, nesterov, mu_dtype, seed),
         scale_by_diag_hessian(
             b2,
             gamma,

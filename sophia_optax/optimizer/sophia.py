@@ -7,6 +7,7 @@ import jax
 import optax
 
 from sophia_optax.curvature import hutchinson
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped
 from sophia_optax.optimizer.scale_by_sophia import scale_by_sophia
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -16,7 +17,7 @@ def sophia(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
+    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Mask = None,
@@ -24,6 +25,7 @@ def sophia(
     clip_threshold: jax.typing.ArrayLike = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
+    nesterov: bool = False,
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
@@ -44,8 +46,8 @@ def sophia(
         change of an entry in a step, but for weight decay.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: scale of the Hessian, or a schedule of it. Choose it so that
-        `unclipped_fraction` is between 0.1 and 0.5.
+      gamma: the rule `hold_unclipped`; or the scale of the Hessian, a number or a
+        schedule, so chosen that `unclipped_fraction` is between 0.1 and 0.5.
       eps: the smallest divisor.
       weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans, a prefix of the
@@ -53,6 +55,7 @@ def sophia(
       clip_threshold: ρ, the largest size of an entry before the learning rate.
       update_interval: number of updates from one refresh to the next.
       debias: correct the bias of the average of the Hessian.
+      nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t: Nesterov's momentum.
       mu_dtype: dtype of the average of gradients; the parameters' by default. In bfloat16,
         which is rounded to stochastically, it takes half the memory.
         Under `optax.inject_hyperparams` write its name, as "bfloat16", here and below.
@@ -91,6 +94,7 @@ def sophia(
             clip_threshold=clip_threshold,
             update_interval=update_interval,
             debias=debias,
+            nesterov=nesterov,
             mu_dtype=mu_dtype,
             hessian_dtype=hessian_dtype,
             seed=seed,
@@ -104,7 +108,7 @@ def sophia_g(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
+    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Mask = None,
@@ -112,6 +116,7 @@ def sophia_g(
     clip_threshold: jax.typing.ArrayLike = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
+    nesterov: bool = False,
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
@@ -165,6 +170,7 @@ def sophia_g(
         clip_threshold=clip_threshold,
         update_interval=update_interval,
         debias=debias,
+        nesterov=nesterov,
         mu_dtype=mu_dtype,
         hessian_dtype=hessian_dtype,
         seed=seed,
@@ -175,7 +181,7 @@ def sophia_h(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.965,
     b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.01,
+    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.01,
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Mask = None,
@@ -183,6 +189,7 @@ def sophia_h(
     clip_threshold: jax.typing.ArrayLike = 1.0,
     update_interval: jax.typing.ArrayLike = 10,
     debias: bool = False,
+    nesterov: bool = False,
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
@@ -234,6 +241,7 @@ def sophia_h(
         clip_threshold=clip_threshold,
         update_interval=update_interval,
         debias=debias,
+        nesterov=nesterov,
         mu_dtype=mu_dtype,
         hessian_dtype=hessian_dtype,
         seed=seed,
