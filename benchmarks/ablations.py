@@ -5,11 +5,12 @@
 
 Trains the byte GPT of `examples/gpt`, in three parts:
 
-1. Ten optimizers at equal tuning: for each the same number of trials, at the same points of
+1. Optimizers at equal tuning: for each the same number of trials, at the same points of
    a quasi-random search (Halton's) over three settings, at one seed. Each range of a
-   learning rate is a factor of 16 wide.
+   learning rate is a factor of 16 wide. The three that lead have a finer search each.
 2. The best of each at other seeds.
-3. Sophia-G at its best, one part changed at a time, at those seeds.
+3. Sophia-G at its best, one part changed at a time, at those seeds: with a gamma that was
+   searched, and with one that holds the unclipped share.
 
 Every trial is written to `runs/ablations.jsonl` when it ends; stopped and started again,
 the command goes on from there.
@@ -48,6 +49,7 @@ class Config:
         )
     )
     trials: int = 12  # of the search, for each optimizer
+    finer: int = 16  # around the best of the three that lead, their weight decay too
     seeds: int = 3  # at which the best is run again; the search has another
 
 
@@ -73,22 +75,32 @@ def measure_ablations(config: Config) -> dict[str, Any]:
     make = functools.partial(Trial, steps=size.steps, groups=size.groups)
     points = qmc.Halton(3, rng=np.random.default_rng(0)).random(config.trials)
     searched = {
-        name: [make(name, space.settings(point)) for point in points]
-        for name, space in SPACES.items()
+        name: [make(name, SPACES[name].settings(point)) for point in points]
+        for name in NAMES
     }
     outcomes = run(_flat(searched.values()))
-    best = {
-        name: min(of_one, key=lambda trial: outcomes[trial].loss)
-        for name, of_one in searched.items()
-    }
+
+    def best_of(name: str) -> Trial:
+        return min(searched[name], key=lambda trial: outcomes[trial].loss)
+
+    near = qmc.Halton(4, rng=np.random.default_rng(1)).random(config.finer)
+    for name in sorted(NAMES, key=lambda name: outcomes[best_of(name)].loss)[:3]:
+        settings, space = best_of(name).settings, SPACES[name]
+        searched[name] += [make(name, space.near(settings, point)) for point in near]
+    outcomes |= run(_flat(searched.values()))
+    best = {name: best_of(name) for name in NAMES}
 
     def seeded(trial: Trial) -> list[Trial]:
         seeds = range(1, 1 + config.seeds)
         return [dataclasses.replace(trial, seed=seed) for seed in seeds]
 
     again = {name: seeded(trial) for name, trial in best.items()}
-    changed = [(part, value, seeded(t)) for part, value, t in _changes(best["sophia_g"])]
-    outcomes |= run(_flat([*again.values(), *(c[2] for c in changed)]))
+    changes = {"sophia_g": _changes, "sophia_g_nesterov": _changes_of_held}
+    changed = {
+        name: [(part, value, seeded(t)) for part, value, t in change(best[name])]
+        for name, change in changes.items()
+    }
+    outcomes |= run(_flat([*again.values(), *(c[2] for c in _flat(changed.values()))]))
 
     def shown(of_one: list[Trial]) -> list[dict[str, Any]]:
         return [
@@ -102,14 +114,19 @@ def measure_ablations(config: Config) -> dict[str, Any]:
             name: {
                 "learning_rate": space.learning_rate,
                 "gamma": space.gamma,
+                "fraction": space.fraction,
                 "1 - b2": space.memory,
                 "1 - b1": trials.MEMORY_OF_GRADIENTS,
             }
             for name, space in SPACES.items()
+            if name in NAMES
         },
         "search": {name: shown(of_one) for name, of_one in searched.items()},
         "seeds": {name: shown(of_one) for name, of_one in again.items()},
-        "changes": [{"part": p, "value": v, "trials": shown(t)} for p, v, t in changed],
+        "changes": {
+            name: [{"part": p, "value": v, "trials": shown(t)} for p, v, t in of_one]
+            for name, of_one in changed.items()
+        },
     }
 
 
@@ -142,6 +159,32 @@ def _changes(base: Trial) -> Iterable[tuple[str, str, Trial]]:
         for times in (0.25, 1, 4):
             gamma = float(f"{times * own.gamma:.3g}")
             yield "gamma × b2", f"{gamma:g}, {b2:g}", change(gamma=gamma, b2=b2)
+
+
+def _changes_of_held(base: Trial) -> Iterable[tuple[str, str, Trial]]:
+    """Sophia-G whose share is held, with Nesterov's momentum, one part changed."""
+
+    def change(**settings: float) -> Trial:
+        return dataclasses.replace(
+            base, settings=dataclasses.replace(base.settings, **settings)
+        )
+
+    yield "as it is", "", base
+    for per in ("all", "stack", "row"):
+        yield "a gamma for each", per, dataclasses.replace(base, per=per)
+    for fraction in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8):
+        yield "share", f"{fraction:g}", change(fraction=fraction)
+    for b1 in (0.7, 0.8, 0.9):
+        yield "b1", f"{b1:g}", change(b1=b1)
+    for interval in (1, 50):
+        yield "k", str(interval), change(update_interval=interval)
+    for b2 in (0.9, 0.999):
+        yield "b2", f"{b2:g}", change(b2=b2)
+    for weight_decay in (0.05, 0.1, 0.2, 0.4, 0.8):
+        yield "weight decay", f"{weight_decay:g}", change(weight_decay=weight_decay)
+    yield "groups", "1", dataclasses.replace(base, groups=1)
+    for name, what in OTHERS.items():
+        yield what, "", dataclasses.replace(base, optimizer=name)
 
 
 def _run_all(size: RunConfig, wanted: list[Trial]) -> dict[Trial, Outcome]:
@@ -207,6 +250,11 @@ def _chunks(all: list[Trial], size: int) -> list[list[Trial]]:  # Python 3.12's 
 
 NAMES = {
     "adamw": "AdamW",
+    "nadamw": "NAdamW",
+    "sophia_g_held": "Sophia-G, share held",
+    "sophia_g_nesterov": "Sophia-G, share held, Nesterov",
+    "sophia_h_held": "Sophia-H, share held",
+    "sophia_h_nesterov": "Sophia-H, share held, Nesterov",
     "lion": "Lion",
     "adahessian": "AdaHessian",
     "sophia_h": "Sophia-H",
@@ -216,6 +264,12 @@ NAMES = {
     "clip_only": "clip only",
     "normalize_only": "normalisation only",
     "signum": "SignGD with momentum",
+}
+
+OTHERS = {
+    "sophia_g_held": "without Nesterov",
+    "sophia_g_tanh": "without Nesterov, tanh for the clip",
+    "sophia_g_root": "without Nesterov, the root of h for h",
 }
 
 Made = list[dict[str, Any]]  # trials and their outcomes, a seed each
@@ -229,7 +283,10 @@ def ranking(results: dict[str, Any]) -> str:
         searched = results["ranges"][row["name"]]
         shown = [f"lr {found['learning_rate']:g}", f"b1 {found['b1']:g}"]
         shown += [f"gamma {found['gamma']:g}"] if searched["gamma"] else []
+        shown += [f"share {found['fraction']:.3g}"] if searched["fraction"] else []
         shown += [f"b2 {found['b2']:g}"] if searched["1 - b2"] else []
+        decay = found["weight_decay"]
+        shown += [f"decay {decay:g}"] if decay != Settings(0, 0).weight_decay else []
         return ", ".join(shown)
 
     steps, seeds = results["config"]["run"]["steps"], results["config"]["seeds"]
@@ -247,10 +304,10 @@ def ranking(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """All of it in Markdown."""
     config, run = results["config"], results["config"]["run"]
-    base = _losses(results["changes"][0]["trials"])
 
     def difference(row):
-        pairs = zip(_losses(row["trials"]), base, strict=True)
+        base = next(c[0] for c in results["changes"].values() if row in c)
+        pairs = zip(_losses(row["trials"]), _losses(base["trials"]), strict=True)
         differences = [changed - own for changed, own in pairs]
         if not all(map(math.isfinite, differences)):
             return ""
@@ -267,10 +324,13 @@ def table(results: dict[str, Any]) -> str:
     return (
         f"A GPT of {run['layers']} layers of width {run['width']}, {run['steps']} steps of "
         f"{run['batch']} sequences of {run['context']} bytes. Each had {config['trials']} "
-        "trials at seed 0. Losses are of validation, in nats a byte: the mean ± the "
-        f"standard deviation over seeds 1 and up.\n\n{ranking(results)}\n\nSophia-G at the "
-        "best found, one part changed at a time:\n\n"
-        f"{measure.markdown(results['changes'], changes)}"
+        f"trials at seed 0, the three that led {config['finer']} more around their best. "
+        "Losses are of validation, in nats a byte: the mean ± the standard deviation over "
+        f"seeds 1 and up.\n\n{ranking(results)}"
+    ) + "".join(
+        f"\n\n{NAMES[name]} at the best found, one part changed at a time:\n\n"
+        f"{measure.markdown(rows, changes)}"
+        for name, rows in results["changes"].items()
     )
 
 

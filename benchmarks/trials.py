@@ -20,7 +20,9 @@ from examples.gpt.config import Config as RunConfig
 from sophia_optax import (
     empirical_fisher,
     gnb,
+    hold_unclipped,
     hutchinson,
+    scale_by_diag_hessian,
     sophia_g,
     sophia_h,
     unclipped_fraction,
@@ -36,6 +38,7 @@ class Settings:
     b1: float
     b2: float = 0.99
     gamma: float = 1.0
+    fraction: float = 0.2  # unclipped, where it is held
     eps: float = 1e-12
     clip_threshold: float = 1.0
     update_interval: int = 10
@@ -53,10 +56,11 @@ class Trial:
     groups: int = 16
     debias: bool = True
     dtype: str = "float32"  # of Sophia-G's averages
+    per: str = "parameter"  # what has a gamma of its own, where the share is held
 
-    def program(self) -> tuple[str, int, bool, str]:
+    def program(self) -> tuple[str, int, bool, str, str]:
         """Trials for which this is the same share a compiled program."""
-        return self.optimizer, self.groups, self.debias, self.dtype
+        return self.optimizer, self.groups, self.debias, self.dtype, self.per
 
 
 MEMORY_OF_GRADIENTS = (0.05, 0.4)  # of 1 - b1, for all
@@ -73,6 +77,7 @@ class Space:
     learning_rate: Range
     estimator: str = ""
     gamma: Range | None = None
+    fraction: Range | None = None
     memory: Range | None = None  # of 1 - b2, which is searched where there is no gamma
     update_interval: int = 10
 
@@ -87,15 +92,37 @@ class Space:
             b1=float(f"{1 - float(f'{between(MEMORY_OF_GRADIENTS, point[1]):.3g}'):.3g}"),
             b2=float(f"{1 - float(f'{between(self.memory, point[2], 0.01):.3g}'):.4g}"),
             gamma=float(f"{between(self.gamma, point[2], 1.0):.3g}"),
+            fraction=float(f"{between(self.fraction, point[2], 0.2):.3g}"),
             update_interval=self.update_interval,
         )
+
+
+    def near(self, best: Settings, point: np.ndarray) -> Settings:
+        """Settings around the best, each a factor of 2 wide, and any weight decay."""
+        rate, memory, third = (2 ** (x - 0.5) for x in point[:3])
+        changes = {
+            "learning_rate": rate * best.learning_rate,
+            "b1": 1 - memory * (1 - best.b1),
+            "weight_decay": 0.05 * 16 ** point[3],
+        }
+        if self.fraction is not None:
+            changes["fraction"] = third * best.fraction
+        if self.gamma is not None:
+            changes["gamma"] = third * best.gamma
+        if self.memory is not None:
+            changes["b2"] = 1 - third * (1 - best.b2)
+        rounded = {name: float(f"{value:.4g}") for name, value in changes.items()}
+        return dataclasses.replace(best, **rounded)
 
 
 def _with(make: Callable[..., Any], *names: str) -> Make:
     """An optimizer whose settings of these names are taken from the trial."""
 
-    def made(schedule, settings, debias, **chosen):
+    def made(schedule, settings, debias, per="parameter", **chosen):
+        if "fraction" in names:
+            chosen["gamma"] = _rule(settings["fraction"], per)
         chosen |= {name: settings[name] for name in (*names, "b1", "weight_decay")}
+        chosen.pop("fraction", None)
         if "update_interval" in names:
             chosen["seed"] = settings["seed"]
             if make is not variants.adahessian:
@@ -112,12 +139,71 @@ def _matrices(params: Any) -> Any:
     )
 
 
+def _rule(fraction: Any, per: str) -> Any:
+    """The share held for all, each stack of layers, each parameter or each row too."""
+    if per == "all":
+        return hold_unclipped(fraction, per="all")
+    stacks = {"stack": (), "parameter": ("blocks",), "row": ("blocks", "tokens")}[per]
+    return hold_unclipped(
+        fraction,
+        stacked=lambda params: jax.tree.map_with_path(
+            lambda path, _: path[0].key in stacks, params
+        ),
+    )
+
+
+def _tanh(schedule, *, b1, b2, gamma, weight_decay, mask, update_interval, seed, **_):
+    """Sophia with a smooth bound instead of the clip."""
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        scale_by_diag_hessian(b2, gamma, update_interval=update_interval, seed=seed),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.tanh, updates)),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _root(schedule, *, b1, b2, gamma, weight_decay, mask, update_interval, seed, **_):
+    """Sophia with the root of h for h, of estimates whose roots it is given."""
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        scale_by_diag_hessian(
+            b2, gamma, update_interval=update_interval, rms=True, seed=seed
+        ),
+        optax.clip(1.0),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 _REFRESHED = ("b2", "gamma", "eps", "update_interval")
 _SOPHIA = (*_REFRESHED, "clip_threshold")
+_HELD = ("fraction", *(name for name in _SOPHIA if name != "gamma"))
+_SHARES = (0.05, 0.6)
 _SIGN, _CLIP = (5e-4, 8e-3), (1.25e-3, 2e-2)
 
 SPACES: dict[str, Space] = {
     "adamw": Space(_with(optax.adamw, "b2"), (2.5e-3, 4e-2), memory=(0.003, 0.1)),
+    "nadamw": Space(
+        _with(functools.partial(optax.adamw, nesterov=True), "b2"),
+        (2.5e-3, 4e-2),
+        memory=(0.003, 0.1),
+    ),
+    **{
+        f"{name}_{kind}": Space(
+            _with(functools.partial(make, nesterov=kind == "nesterov"), *_HELD),
+            _CLIP,
+            estimator,
+            fraction=_SHARES,
+        )
+        for name, make, estimator in (
+            ("sophia_g", sophia_g, "gnb"),
+            ("sophia_h", sophia_h, "hutchinson"),
+        )
+        for kind in ("held", "nesterov")
+    },
+    "sophia_g_tanh": Space(_with(_tanh, *_HELD), _CLIP, "gnb", fraction=_SHARES),
+    "sophia_g_root": Space(_with(_root, *_HELD), _CLIP, "gnb root", fraction=_SHARES),
     "lion": Space(_with(optax.lion, "b2"), _SIGN, memory=(0.01, 0.3)),
     "adahessian": Space(
         _with(variants.adahessian, "b2", "update_interval"),
@@ -188,7 +274,7 @@ def run(trial: Trial, size: RunConfig) -> Outcome:
 
 @functools.cache
 def programs(
-    size: RunConfig, optimizer: str, groups: int, debias: bool, dtype: str
+    size: RunConfig, optimizer: str, groups: int, debias: bool, dtype: str, per: str
 ) -> tuple[Any, Any]:
     """The optimizer of traced settings, and training from one validation to the next."""
     space = SPACES[optimizer]
@@ -203,7 +289,7 @@ def programs(
             return settings["learning_rate"] * jnp.where(rise < 1, rise, fall)
 
         narrow = {"mu_dtype": dtype, "hessian_dtype": dtype} if dtype != "float32" else {}
-        made = space.make(schedule, settings, debias, **narrow)
+        made = space.make(schedule, settings, debias, per, **narrow)
         clip = optax.clip_by_global_norm(1.0)
         return optax.with_extra_args_support(optax.chain(clip, made))
 
@@ -248,9 +334,14 @@ def _estimator(size: RunConfig, name: str, groups: int) -> Any:
             lambda params, tokens: model.bind(size, params).loss(tokens), groups=groups
         )
         return lambda params, tokens, key: products(params, tokens, key=key)
-    if name == "gnb":
+    if name in ("gnb", "gnb root"):
         sampled = gnb(logits_fn, groups=groups)
-        return lambda params, tokens, key: sampled(params, tokens[:, :-1], key=key)
+
+        def estimate(params, tokens, key):
+            hessian = sampled(params, tokens[:, :-1], key=key)
+            return hessian if name == "gnb" else jax.tree.map(jnp.sqrt, hessian)
+
+        return estimate
     if name == "empirical_fisher":
         true = empirical_fisher(logits_fn, groups=groups)
         return lambda params, tokens, _: true(params, tokens[:, :-1], targets=tokens[:, 1:])

@@ -17,6 +17,7 @@ from sophia_optax import (
     Poisson,
     empirical_fisher,
     gnb,
+    hold_unclipped,
     hutchinson,
     scale_by_diag_hessian,
     sophia,
@@ -66,11 +67,14 @@ HYPERPARAMETERS = st.fixed_dictionaries(
         "learning_rate": st.sampled_from([0.0, 1e-6, 3e-4, 0.1, 1.0]),
         "b1": st.sampled_from([0.0, 0.5, 0.965, 0.9999]),
         "b2": st.sampled_from([0.0, 0.9, 0.99, 0.9999]),
-        "gamma": st.sampled_from([0.0, 1e-4, 0.05, 1.0, 100.0]),
+        "gamma": st.sampled_from(
+            [0.0, 1e-4, 0.05, 1.0, 100.0, hold_unclipped(), hold_unclipped(0.5, per="all")]
+        ),
         "eps": st.sampled_from([0.0, 1e-45, 1e-15, 1e-12, 1e-7, 1.0]),
         "weight_decay": st.sampled_from([0.0, 0.1, 0.2, 1.0]),
         "clip_threshold": st.sampled_from([0.01, 1.0, 10.0]),
         "debias": st.booleans(),
+        "nesterov": st.booleans(),
         "mu_dtype": st.sampled_from([None, jnp.float32, jnp.bfloat16]),
         "hessian_dtype": st.sampled_from([None, jnp.bfloat16, jnp.float16]),
     }

@@ -74,8 +74,15 @@ class HoldUnclipped:
         stacked = self.stacked(tree) if callable(self.stacked) else self.stacked
         if stacked is None:
             return leaves, [False] * len(leaves)
-        flags = jax.tree.leaves(jax.tree_util.tree_broadcast(stacked, tree))
-        for (path, p), flag in zip(jax.tree_util.tree_leaves_with_path(tree), flags):
+        try:
+            flags = jax.tree.leaves(jax.tree.broadcast(stacked, tree))
+        except ValueError as error:
+            raise ValueError(
+                "`stacked` must be a tree of booleans that is a prefix of the parameters', "
+                f"got {jax.tree.structure(stacked)} for {jax.tree.structure(tree)}."
+            ) from error
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        for (path, p), flag in zip(named, flags, strict=True):
             if flag and jnp.ndim(p) == 0:
                 raise ValueError(
                     f"`stacked` is True for `params{jax.tree_util.keystr(path)}`, which "
@@ -159,7 +166,7 @@ def spread(gamma: jax.Array, tree: Any) -> Any:
 
     def of_leaf(row, x):
         # The row of what is no stack has one value, and either way gives that.
-        layers = x.shape[0] if x.ndim and x.shape[0] <= row.size else 1
+        layers = x.shape[0] if x.ndim and 0 < x.shape[0] <= row.size else 1
         return row[:layers].reshape((layers,) + (1,) * (x.ndim - 1) if x.ndim else ())
 
     leaves, structure = jax.tree.flatten(tree)
@@ -173,13 +180,14 @@ def _ratios(u: jax.Array, h: jax.Array, stacked: bool) -> jax.Array:
 
 
 def _sample(x: jax.Array, stacked: bool) -> jax.Array:
+    """Entries of each layer, shape (layers, sample)."""
     if not stacked:
         x = x[None]
+    if x.ndim == 1 or x.size == 0:
+        return x.reshape(x.shape[0], -1 if x.size else 0)
     mesh = jax.typeof(x).sharding.mesh
     explicit = NamedSharding(mesh, PartitionSpec()) if mesh._any_axis_explicit else None
     places = (slice(None), *_places(x.shape[1:]))
-    if x.ndim == 1:
-        return x[:, None]
     return x.at[places].get(mode="promise_in_bounds", out_sharding=explicit)
 
 

@@ -6,7 +6,7 @@ from chex import assert_trees_all_equal
 from flax import serialization
 from problems import network, network_params
 
-from sophia_optax import gnb, hutchinson, sophia_g
+from sophia_optax import gnb, hold_unclipped, hutchinson, sophia_g
 
 X = jax.random.normal(jax.random.key(0), (8, 2))
 
@@ -20,7 +20,7 @@ def loss_fn(params, x):
 )
 def test_resumed_from_bytes_bit_for_bit(estimate):
     """Labels and probes too: their keys are made from the seed and the step's number."""
-    tx = sophia_g(0.1, update_interval=2)
+    tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2, nesterov=True)
 
     @jax.jit
     def step(params, state):

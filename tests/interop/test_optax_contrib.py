@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sophia_optax import (
+    hold_unclipped,
     hutchinson,
     scale_by_diag_hessian,
     scale_by_sophia,
@@ -62,6 +63,7 @@ CASES = {
     "sophia": Case(sophia, PLAIN),
     "sophia_g": Case(sophia_g, PLAIN),
     "sophia_h": Case(sophia_h, PLAIN),
+    "held share": Case(sophia, PLAIN | {"gamma": hold_unclipped(0.4), "nesterov": True}),
     "scale_by_sophia": Case(scale_by_sophia, {}),
     "scale_by_diag_hessian": Case(scale_by_diag_hessian, {}),
     STAND_IN: Case(sophia_h, {"learning_rate": 1e-2} | OPTAX_DEFAULTS, by_obj_fn),

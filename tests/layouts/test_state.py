@@ -1,5 +1,8 @@
 """The optimizer's state lies where the parameters do, and stays of one type."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +11,7 @@ from chex import assert_trees_all_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from sophia_optax import gnb, sophia_g, sophia_metrics
+from sophia_optax import gnb, hold_unclipped, sophia_g, sophia_metrics
 
 P = PartitionSpec
 SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
@@ -39,7 +42,12 @@ def shardings(tx, state, mesh):
 
 def describe(tree):
     """What must not change from one step to the next."""
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type, x.sharding.spec), tree)
+
+    def of(x):
+        spread = any(x.sharding.spec)  # P() and P(None) are the same
+        return x.shape, x.dtype, x.weak_type, x.sharding.spec if spread else P()
+
+    return jax.tree.map(of, tree)
 
 
 @KINDS
@@ -47,11 +55,15 @@ def describe(tree):
     "compiled",
     [pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="jit")],
 )
-@pytest.mark.parametrize("debias", [False, True])
-def test_the_state_has_the_parameters_shardings_and_keeps_its_types(kind, compiled, debias):
+@pytest.mark.parametrize(
+    "settings", [{"debias": True}, {"gamma": hold_unclipped(), "nesterov": True}]
+)
+def test_the_state_has_the_parameters_shardings_and_keeps_its_types(
+    kind, compiled, settings
+):
     mesh = mesh_of(kind)
     params = spread(mesh)
-    tx = sophia_g(optax.constant_schedule(0.1), mu_dtype="bfloat16", debias=debias)
+    tx = sophia_g(optax.constant_schedule(0.1), mu_dtype="bfloat16", **settings)
     expected = shardings(tx, jax.eval_shape(tx.init, params), mesh)
     init, update = tx.init, tx.update
     if compiled:
@@ -87,7 +99,7 @@ def test_init_of_shapes(kind):
 
 def test_orbax_restores_on_another_layout_bit_for_bit(tmp_path):
     """Saved between refreshes on a mesh of 8, restored on one of 4 x 2."""
-    tx = sophia_g(0.1, update_interval=2)
+    tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2)
     estimate = gnb(lambda params, x: x @ params["w"] + params["b"], groups=8)
 
     @jax.jit
@@ -152,3 +164,33 @@ def test_one_device_s_estimate_that_is_not_finite_is_refused_on_all(kind, way, b
     assert metrics["refused"] == len(PLACES)
     assert metrics["refreshes"] == 0
     assert metrics["hessian_norm"] == 0
+
+
+@KINDS
+@pytest.mark.parametrize("stacked", [None, {"w": True, "v": True}], ids=["", "stacked"])
+def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
+    """The sample is of the whole parameter, whatever part of it a device holds."""
+    mesh = mesh_of(kind)
+    specs = {"w": P("data", "tensor", None), "v": P(None, ("data", "tensor"))}
+    keys = jax.random.split(jax.random.key(0), 2)
+    grads = {
+        "w": jax.random.normal(keys[0], (4, 512, 40)),
+        "v": jax.random.normal(keys[1], (16, 4096)),
+    }
+    tx = sophia_g(0.1, b2=0.0, gamma=hold_unclipped(stacked=stacked))
+
+    def step(grads):
+        estimate = jax.tree.map(lambda g: jnp.cos(9 * g) ** 2, grads)
+        return tx.update(grads, tx.init(grads), grads, hessian=estimate)
+
+    expected = jax.jit(step)(grads)
+    with jax.set_mesh(mesh):
+        parts = {k: jax.device_put(grads[k], NamedSharding(mesh, specs[k])) for k in grads}
+        compiled = jax.jit(step).lower(parts).compile()
+        assert_trees_all_equal(
+            jax.device_get(compiled(parts)), jax.device_get(expected)
+        )
+    collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
+    assert max(sizes) <= 16 * 2048  # of the samples, and nothing as large as a parameter
+    assert expected[1][0][1].divisor_gamma.shape == (2, 16 if stacked else 1)

@@ -76,6 +76,7 @@ def test_metrics():
         "unclipped_fraction": 0.5,
         "unclipped_fraction/b": 0.5,
         "unclipped_fraction/w": 0.5,
+        "gamma": 0.5,
         "momentum_norm": 0.5 * np.sqrt(1 + 16 + 4 + 0.25 + 9 + 1),
         "hessian_norm": np.sqrt(4 + 4 + 1 + 64 + 16),
         "nonpositive_fraction": 2 / 6,

@@ -44,7 +44,8 @@ def run(tx, theta, grads, estimates):
     return np.stack(thetas)
 
 
-def test_follows_algorithm_3(path):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_follows_algorithm_3(path, nesterov):
     """Line by line, with the estimates given: lr, weight decay and gamma as sophia_g's."""
     grads, estimates = path
     lr, b1, b2, gamma, eps, wd = 1e-2, 0.965, 0.99, 0.05, 1e-12, 0.2
@@ -56,13 +57,14 @@ def test_follows_algorithm_3(path):
         if t % K == 1:
             h = b2 * h + (1 - b2) * estimates[t - 1].astype(np.float64)
         x = x - lr * wd * x
-        ratio = m / np.maximum(gamma * h, eps)
+        ahead = b1 * m + (1 - b1) * grads[t - 1] if nesterov else m
+        ratio = ahead / np.maximum(gamma * h, eps)
         x = x - lr * np.clip(ratio, -1, 1)
         expected.append(x)
         clipped.append(np.abs(ratio) > 1)
     assert 0.1 < np.mean(clipped) < 0.9  # both sides of the clip are walked
 
-    actual = run(sophia_g(lr), theta, grads, estimates)
+    actual = run(sophia_g(lr, nesterov=nesterov), theta, grads, estimates)
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
 
 
@@ -129,6 +131,7 @@ def test_signatures_and_defaults():
         "clip_threshold": 1.0,
         "update_interval": 10,
         "debias": False,
+        "nesterov": False,
         "mu_dtype": None,
         "hessian_dtype": None,
         "seed": 0,
@@ -155,6 +158,7 @@ def test_every_argument_arrives(path):
         "mask": lambda p: False,
         "clip_threshold": 0.5,
         "debias": True,
+        "nesterov": True,
         "mu_dtype": jnp.bfloat16,
         "hessian_dtype": jnp.bfloat16,
     }
