@@ -12,7 +12,6 @@ to count through it a few times, takes longer than the rest of the update.
 import dataclasses
 import functools
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -144,7 +143,7 @@ def hold_unclipped(
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 3.1, which
       advises to choose gamma by this share
     """
-    if isinstance(fraction, numbers.Real) and not 0 <= fraction <= 1:
+    if isinstance(fraction, int | float | np.floating) and not 0 <= fraction <= 1:
         raise ValueError(
             f"`fraction` is the share of entries to leave unclipped, got {fraction}: "
             "choose it between 0 and 1."
@@ -220,7 +219,9 @@ def _quantile_of_each(ratios: list[jax.Array], length: int, fraction: jax.Array)
         found = _quantile(together, jnp.float32(1), fraction)
         ends = np.cumsum([ratios[n].shape[0] for n in numbers_])[:-1]
         for n, part in zip(numbers_, jnp.split(found, ends), strict=True):
-            rows[n] = jnp.resize(part, length) if part.size == 1 else _pad(part, length)
+            rows[n] = (
+                jnp.broadcast_to(part, (length,)) if part.size == 1 else _pad(part, length)
+            )
     return jnp.stack(rows) if rows else jnp.zeros((0, length), jnp.float32)
 
 
@@ -232,7 +233,9 @@ def _quantile_of_all(ratios: list[jax.Array], sizes: list[int], fraction: jax.Ar
     """The quantile of all entries, shape (): each of a sample stands for as many."""
     if not ratios:
         return jnp.float32(0)
-    weights = [np.full(r.size, n / max(r.size, 1)) for r, n in zip(ratios, sizes)]
+    weights = [
+        np.full(r.size, n / max(r.size, 1)) for r, n in zip(ratios, sizes, strict=True)
+    ]
     flat = jnp.concatenate([r.ravel() for r in ratios])
     return _quantile(flat, jnp.asarray(np.concatenate(weights), jnp.float32), fraction)
 

@@ -20,7 +20,7 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
     The paper's advice is to choose gamma so that it lies between 0.1 and 0.5: larger
     gamma, larger fraction. It reads the state's two trees once: call it when you log,
     in or out of `jit`. With `nesterov=True` it still counts m, which the state has, and not
-    the average that was divided: that is larger, and up to a third fewer are unclipped.
+    the average that was divided: that is often larger, and somewhat more of it is clipped.
 
     Args:
       opt_state: the state of any chain or wrapper that holds one Sophia: `optax.ema`

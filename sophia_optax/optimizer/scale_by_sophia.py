@@ -36,9 +36,7 @@ def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
     return optax.GradientTransformation(lambda params: record(), update)
 
 
-def _ema(
-    b1: jax.typing.ArrayLike, nesterov: bool, dtype: Any, seed: jax.typing.ArrayLike
-):
+def _ema(b1: jax.typing.ArrayLike, nesterov: bool, dtype: Any, seed: jax.typing.ArrayLike):
     """`optax.ema` without bias correction, whose average may be kept in 16 bits.
 
     With `nesterov` the updates are the average after one more step of these gradients.

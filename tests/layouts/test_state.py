@@ -187,9 +187,7 @@ def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
     with jax.set_mesh(mesh):
         parts = {k: jax.device_put(grads[k], NamedSharding(mesh, specs[k])) for k in grads}
         compiled = jax.jit(step).lower(parts).compile()
-        assert_trees_all_equal(
-            jax.device_get(compiled(parts)), jax.device_get(expected)
-        )
+        assert_trees_all_equal(jax.device_get(compiled(parts)), jax.device_get(expected))
     collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
     assert max(sizes) <= 16 * 2048  # of the samples, and nothing as large as a parameter
