@@ -118,7 +118,7 @@ class Config:
     """Number of sequences of the batch that a refresh of the Hessian looks at; as many as
     there are groups, and 16 or more, by default."""
     # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
-    # a run this short it is worth little: in one group sophia_g ends 0.009 higher.
+    # a run this short it is worth little.
 
     groups: int | None = None
     """Number of groups of the refresh; a group for each of its sequences by default, of
@@ -131,7 +131,6 @@ class Config:
     warmup: int | None = None
     """Number of steps in which the learning rate rises, before it falls as a cosine;
     a tenth of all by default."""
-    # With 20 steps, a twenty-fifth, sophia_g ends 0.025 higher.
 
     final_fraction: float = 0.0
     """Where the learning rate ends, as a fraction of its peak."""
@@ -142,7 +141,7 @@ class Config:
     # a gamma several times smaller than the one asked for.
 
     learning_rate: float | None = None
-    """Peak of the learning rate; the optimizer's own best, like the next four."""
+    """Peak of the learning rate; the optimizer's own best, like the next six."""
 
     b1: float | None = None
     """Decay of the moving average of gradients."""
@@ -151,7 +150,13 @@ class Config:
     """Decay of the moving average of the Hessian, or of the squared gradients."""
 
     gamma: float | None = None
-    """Sophia's scale of the Hessian; larger clips less."""
+    """Sophia's scale of the Hessian, in place of `share`; larger clips less."""
+
+    share: float | None = None
+    """The share of each parameter's entries that Sophia's gamma leaves unclipped."""
+
+    nesterov: bool | None = None
+    """Nesterov's momentum, for Sophia and AdamW."""
 
     weight_decay: float | None = None
     """Decoupled weight decay, on matrices and embeddings only."""
@@ -197,6 +202,8 @@ class Config:
         """The optimizer's settings: its own, where none are given."""
         own = RECIPES[self.preset][self.optimizer]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
+        if self.gamma is not None and self.share is None:
+            own = dataclasses.replace(own, share=None)
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
     def fitted(self, vocabulary: int, parts: int = 1) -> "Config":
@@ -269,8 +276,17 @@ class Config:
             raise ConfigError(
                 f"`weight_decay` must not be negative, got {recipe.weight_decay}."
             )
-        if self.gamma is not None and RECIPES[self.preset][self.optimizer].gamma is None:
-            raise ConfigError(f"`gamma` is Sophia's, and {self.optimizer} has none.")
+        for name in ("gamma", "share"):
+            if getattr(self, name) is not None and "sophia" not in self.optimizer:
+                raise ConfigError(f"`{name}` is Sophia's, and {self.optimizer} has none.")
+        if self.gamma is not None and self.share is not None:
+            raise ConfigError(
+                f"`share` chooses gamma, got `gamma` {self.gamma} too: leave one out."
+            )
+        if recipe.share is not None and not 0 < recipe.share < 1:
+            raise ConfigError(f"`share` must be between 0 and 1, got {recipe.share}.")
+        if self.nesterov and self.optimizer == "lion":
+            raise ConfigError("`nesterov` is for Sophia and AdamW, and lion has none.")
         if not 0 <= self.warmup_steps() < self.steps:
             raise ConfigError(
                 f"`warmup` must be less than `steps`, got {self.warmup_steps()} of "

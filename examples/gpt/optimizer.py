@@ -4,7 +4,7 @@ import jax
 import optax
 
 from examples.gpt.config import Config
-from sophia_optax import sophia_g, sophia_h
+from sophia_optax import hold_unclipped, sophia_g, sophia_h
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -29,8 +29,12 @@ def make_optimizer(
             lambda path, _: path[-1].key in ("kernel", "embedding"), params
         ),
     }
+    gamma = recipe.gamma
+    if gamma is None and recipe.share is not None:
+        gamma = hold_unclipped(recipe.share, stacked=_are_layers)
     sophia_settings = settings | {
-        "gamma": recipe.gamma,
+        "gamma": gamma,
+        "nesterov": bool(recipe.nesterov),
         "update_interval": config.update_interval,
         "debias": config.debias,
         "seed": config.seed,
@@ -38,9 +42,14 @@ def make_optimizer(
     optimizer = {
         "sophia_g": lambda: sophia_g(schedule, **sophia_settings),
         "sophia_h": lambda: sophia_h(schedule, **sophia_settings),
-        "adamw": lambda: optax.adamw(schedule, **settings),
+        "adamw": lambda: optax.adamw(schedule, nesterov=bool(recipe.nesterov), **settings),
         "lion": lambda: optax.lion(schedule, **settings),
     }[config.optimizer]()
     return optax.with_extra_args_support(
         optax.chain(optax.clip_by_global_norm(1.0), optimizer)
     )
+
+
+def _are_layers(params):
+    """Which parameters are stacks of layers, each of which has a gamma of its own."""
+    return jax.tree.map_with_path(lambda path, _: path[0].key == "blocks", params)
