@@ -12,9 +12,15 @@ import somax
 from somax.curvature.ggn_ce import GGNCE
 from somax.estimators.gnb_ce import GaussNewtonBartlett
 
-from sophia_optax import Categorical, gnb, hutchinson, sophia_g
+from sophia_optax import Categorical, gnb, hold_unclipped, hutchinson, sophia_g
 
-ASKED = "sophia_g, not due", "sophia_g, refresh"  # for a `hessian_fn`
+# For a `hessian_fn`.
+ASKED = (
+    "sophia_g, not due",
+    "sophia_g, refresh",
+    "share held, not due",
+    "share held, refresh",
+)
 _NEVER = 10**9  # a refresh on the first step, and none after it
 
 
@@ -24,15 +30,19 @@ def optimizers(
     """Transformations whose moments can be kept in `dtype`, by name.
 
     "no refresh" is a step like most of them, "not due" one that might have refreshed,
-    "refresh" one that does.
+    "refresh" one that does. "share held" is sophia_g with `hold_unclipped` and Nesterov's
+    momentum.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
+    held = both | {"gamma": hold_unclipped(), "nesterov": True}
     found = {
         "optax.adamw": optax.adamw(1e-3, mu_dtype=dtype),
         "optax.lion": optax.lion(1e-3, mu_dtype=dtype),
         "sophia_g, no refresh": sophia_g(1e-3, **both),
         "sophia_g, not due": sophia_g(1e-3, update_interval=_NEVER, **both),
         "sophia_g, refresh": sophia_g(1e-3, update_interval=1, **both),
+        "share held, not due": sophia_g(1e-3, update_interval=_NEVER, **held),
+        "share held, refresh": sophia_g(1e-3, update_interval=1, **held),
     }
     return {name: optax.with_extra_args_support(tx) for name, tx in found.items()}
 

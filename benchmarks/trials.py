@@ -96,7 +96,6 @@ class Space:
             update_interval=self.update_interval,
         )
 
-
     def near(self, best: Settings, point: np.ndarray) -> Settings:
         """Settings around the best, each a factor of 2 wide, and any weight decay."""
         rate, memory, third = (2 ** (x - 0.5) for x in point[:3])

@@ -23,7 +23,11 @@ from sophia_optax import gnb
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    tree: RunConfig = Shape()  # whose parameters are updated
+    # Whose parameters are updated: GPT-2 small, and 13 million.
+    trees: tuple[RunConfig, ...] = (
+        Shape(),
+        Shape(layers=7, heads=6, width=384, context=256, vocabulary=256),
+    )
     repeats: int = 5
     step: RunConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
     batch: int = 60  # sequences of a training step
@@ -44,16 +48,19 @@ _BASE = "optax.adamw"
 
 
 def measure_updates(config: Config) -> dict[str, Any]:
-    abstract = jax.eval_shape(Model(config.tree).arrays)
-    size = gpt.count(abstract)
-    name = "GPT-2 small" if config.tree == Shape() else "a smaller GPT"
+    trees = {}
+    for shape in config.trees:
+        tree = jax.eval_shape(Model(shape).arrays)
+        name = "GPT-2 small" if shape == Shape() else f"{gpt.count(tree) / 1e6:.0f}M"
+        trees[name] = tree
     return {
         "config": dataclasses.asdict(config),
-        "parameters": size,
+        "parameters": {name: gpt.count(tree) for name, tree in trees.items()},
         "alone": [
             row
+            for name, tree in trees.items()
             for dtype in (None, "bfloat16")
-            for row in _alone(name, abstract, dtype, config.repeats)
+            for row in _alone(name, tree, dtype, config.repeats)
         ],
         "step": _in_a_step(config),
     }
@@ -84,6 +91,13 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
     }
     programs.clear()
     gc.collect()
+    size = {optimizer: cost["bytes"] for optimizer, cost in costs.items()}
+    # Of a loop of counts over a sample, the compiler counts one round.
+    for averaged in _average(seconds):
+        kinds = averaged.removesuffix(_AVERAGED)
+        plain, refresh = (f"{kinds}, {kind}" for kind in ("not due", "refresh"))
+        size[averaged] = (9 * size[plain] + size[refresh]) / 10
+        state_bytes[averaged] = state_bytes[plain]
     return [
         {
             "tree": name,
@@ -91,11 +105,27 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
             "optimizer": optimizer,
             "seconds": measure.spread(seconds[optimizer]),
             "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
-            "bytes_over_adamw": cost["bytes"] / costs[_BASE]["bytes"],
+            "bytes_over_adamw": size[optimizer] / size[_BASE],
             "state_words": state_bytes[optimizer] / words,
         }
-        for optimizer, cost in costs.items()
+        for optimizer in seconds
     ]
+
+
+_AVERAGED = ", averaged over 10"
+
+
+def _average(seconds: dict[str, list[float]]) -> list[str]:
+    """Adds the mean of nine steps without a refresh and one with it; returns the names."""
+    refreshes = [n for n in seconds if n.endswith(", refresh")]
+    names = []
+    for refresh in refreshes:
+        kind = refresh.removesuffix(", refresh")
+        plain = f"{kind.removesuffix(' on a part')}, not due"
+        pairs = zip(seconds[plain], seconds[refresh], strict=True)
+        seconds[kind + _AVERAGED] = [(9 * p + r) / 10 for p, r in pairs]
+        names.append(kind + _AVERAGED)
+    return names
 
 
 def _in_a_step(config: Config) -> measure.Rows:
@@ -120,11 +150,7 @@ def _in_a_step(config: Config) -> measure.Rows:
         {name: functools.partial(program, rival) for name, rival in compared.items()}
     )
     seconds = measure.in_turn(programs, config.step_repeats)
-    for name in [n.removesuffix(", refresh") for n in programs if n.endswith(", refresh")]:
-        kinds = f"{name.removesuffix(' on a part')}, not due", f"{name}, refresh"
-        averaged = f"{name}, averaged over 10"
-        pairs = zip(*(seconds[kind] for kind in kinds), strict=True)
-        seconds[averaged] = [(9 * plain + refresh) / 10 for plain, refresh in pairs]
+    _average(seconds)
     return [
         {
             "optimizer": name,
@@ -154,7 +180,7 @@ def table(results: dict[str, Any]) -> str:
     )
     config = results["config"]
     return (
-        f"The update of {results['parameters']:,} parameters\n\n{alone}\n\nA training step "
+        f"The update alone\n\n{alone}\n\nA training step "
         f"of {config['batch']} x {config['step']['context']} tokens; sophia_g refreshes on "
         f"{config['refresh_batch']} of them, as what is on a part, the others on all\n\n"
         f"{measure.markdown(results['step'], timed)}"

@@ -53,7 +53,7 @@ def test_settings_reach_the_optimizer():
     def made(name, **changes):
         settings = dataclasses.asdict(SPACES[name].settings(MIDDLE))
         settings |= {"seed": 0, "steps": 32} | changes
-        make_optimizer, _ = trials.programs(SIZE, name, 4, True, "float32")
+        make_optimizer, _ = trials.programs(SIZE, name, 4, True, "float32", "parameter")
         tx = make_optimizer(jax.tree.map(jnp.asarray, settings))
         state = tx.init(params)
         for n in range(6):
@@ -64,10 +64,12 @@ def test_settings_reach_the_optimizer():
     known = {
         "adamw": {"b2"},
         "sophia_g": {"b2", "gamma", "eps", "clip_threshold"},
+        "sophia_g_nesterov": {"b2", "fraction", "eps", "clip_threshold"},
         "clip_only": {"gamma"},
         "signum": set(),
     }
     changes = {"b2": 0.5, "gamma": 0.7, "eps": 0.3, "clip_threshold": 0.5}
+    changes["fraction"] = 0.9
     for name, its in known.items():
         plain = made(name)
         assert (made(name, learning_rate=0.123) != plain).any()
@@ -76,7 +78,7 @@ def test_settings_reach_the_optimizer():
         for setting, value in changes.items():
             changed = made(name, **{setting: value}) != plain
             # With the bias corrected, b2 is nothing to an average of one and the same.
-            if setting == "b2" and name == "sophia_g":
+            if setting == "b2" and name.startswith("sophia_g"):
                 continue
             assert changed.any() == (setting in its), (name, setting)
 
@@ -97,25 +99,28 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "KEPT", tmp_path / "runs" / "kept.jsonl")
     monkeypatch.setattr(trials, "run", fake)
     monkeypatch.setattr(jax, "default_backend", lambda: "here")  # no processes
-    config = ablations.Config(run=SIZE, trials=4, seeds=2)
+    config = ablations.Config(run=SIZE, trials=4, finer=2, seeds=2)
     results = ablations.measure_ablations(config)
 
     for name, made in results["search"].items():
-        assert len(made) == 4
+        assert len(made) in (4, 6)
         losses = [m["outcome"]["losses"][-1] for m in made]
         best = made[int(np.argmin(losses))]["trial"]["settings"]
         for again in results["seeds"][name]:
             assert again["trial"]["settings"] == best
         assert [m["trial"]["seed"] for m in results["seeds"][name]] == [1, 2]
-    changes = {(c["part"], c["value"]) for c in results["changes"]}
+    assert sum(len(made) == 6 for made in results["search"].values()) == 3
+    held = {(c["part"], c["value"]) for c in results["changes"]["sophia_g_nesterov"]}
+    assert {("a gamma for each", "row"), ("share", "0.6"), ("without Nesterov", "")} <= held
+    changes = {(c["part"], c["value"]) for c in results["changes"]["sophia_g"]}
     assert {("k", "1"), ("k", "100"), ("groups", "1"), ("debias", "False")} <= changes
     assert sum(part == "gamma × b2" for part, _ in changes) == 9
 
     table = ablations.table(json.loads(json.dumps(results)))
     assert "| no clip | learning rate × 1 | 2 of 2 diverged |" in table
-    first = next(line for line in table.splitlines() if line.startswith("| Sophia-G"))
+    first = next(line for line in table.splitlines() if line.startswith("| Sophia-G |"))
     assert ", 30 |" not in first
-    assert table.index("| Sophia-G") < table.index("| AdamW") < table.index("| Lion")
+    assert table.index("| Sophia-G |") < table.index("| AdamW") < table.index("| Lion")
 
     # Started again, nothing is made again; with a line lost, that trial alone.
     capsys.readouterr()

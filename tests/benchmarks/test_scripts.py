@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import devices, estimate, readme, refresh, update
+from benchmarks import devices, estimate, readme, refresh, second_task, update
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
 from benchmarks.rivals import HESSIAN
@@ -23,22 +23,35 @@ def read_back(results):
 
 @pytest.mark.slow
 def test_update():
-    config = update.Config(SHAPE, 1, SHAPE, batch=4, refresh_batch=2, step_repeats=2)
+    config = update.Config((SHAPE,), 1, SHAPE, batch=4, refresh_batch=2, step_repeats=2)
     results = read_back(update.measure_updates(config))
     alone = {(r["tree"], r["moments"], r["optimizer"]): r for r in results["alone"]}
-    assert len(alone) == 2 * 5
+    assert len(alone) == 2 * (7 + 2)
     for (_, moments, optimizer), row in alone.items():
         words = 2 if moments == "float32" else 1
-        if optimizer.startswith("sophia_g"):
+        if not optimizer.startswith("optax"):
             assert row["state_words"] == pytest.approx(words, rel=0.02)
         if optimizer == "sophia_g, no refresh":
             assert row["bytes_over_adamw"] <= 0.9
     step = {row["optimizer"]: row for row in results["step"]}
-    assert len(step) == 10 + 4
+    assert len(step) == 12 + 5
     one = step["sophia_g, averaged over 10"]["seconds"]["median"]
     parts = [step[f"sophia_g, {kind}"]["seconds"] for kind in ("not due", "refresh")]
     assert min(p["low"] for p in parts) <= one <= max(p["high"] for p in parts)
     assert "somax.sophia_g, averaged over 10" in update.table(results)
+
+
+@pytest.mark.slow
+def test_second_task(monkeypatch):
+    monkeypatch.setattr(second_task, "COMPARED", ("adamw", "sophia_g_nesterov"))
+    config = second_task.Config(trials=3, seeds=2, steps=60, batch=32, width=16)
+    results = read_back(second_task.measure_second_task(config))
+    for row in results["rows"]:
+        assert len(row["search"]) == 3
+        assert len(set(row["search"])) == 3  # settings make a difference
+        assert max(row["seeds"]) < 3.5  # of ln 128 = 4.9 at the start
+        assert len(set(row["seeds"])) == 2
+    assert "| Sophia-G, share held, Nesterov |" in second_task.table(results)
 
 
 @pytest.mark.slow
