@@ -18,7 +18,7 @@
 #
 # Sophia is an Optax optimizer that divides the average of gradients by an average of the
 # Hessian's diagonal, and clips the quotient entry by entry. Here it takes AdamW's place in a
-# Flax NNX model, and its one new setting, gamma, is chosen by looking at what is clipped.
+# Flax NNX model, and its one new setting, gamma, finds itself.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" flax matplotlib
@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from sophia_optax import gnb, sophia_g, unclipped_fraction
+from sophia_optax import gnb, hold_unclipped, sophia_g, sophia_metrics
 
 # %% [markdown]
 # ## A model and its data
@@ -109,12 +109,16 @@ def sophia_step(model, optimizer, x, y):
 def train(tx, step):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses, fractions = [], []
+    losses, metrics = [], []
     for x, y in batches(seed=0):
         losses.append(step(model, optimizer, x, y))
         if step is sophia_step:
-            fractions.append(unclipped_fraction(optimizer.opt_state))
-    return np.array(losses), np.array(fractions), float(validation_loss(model))
+            metrics.append(look(optimizer.opt_state))
+    seen = {k: np.array([m[k] for m in metrics]) for k in (metrics[0] if metrics else ())}
+    return np.array(losses), seen, float(validation_loss(model))
+
+
+look = nnx.jit(sophia_metrics)
 
 
 def schedule(peak):
@@ -122,7 +126,7 @@ def schedule(peak):
 
 
 def sophia_of(peak, gamma):
-    return sophia_g(schedule(peak), b1=0.9, gamma=gamma, weight_decay=0.1, debias=True)
+    return sophia_g(schedule(peak), b1=0.9, gamma=gamma, weight_decay=0.1)
 
 
 def best(runs):
@@ -137,8 +141,11 @@ adamw_validation, peak, (adamw, _, _) = best(
     }
 )
 print(f"AdamW    {adamw_validation:.3f} in validation, at a learning rate of {peak:g}")
-sophia_validation, peak, (sophia, fractions, _) = best(
-    {peak: train(sophia_of(peak, 0.1), sophia_step) for peak in (3e-3, 1e-2, 3e-2)}
+sophia_validation, peak, (sophia, held, _) = best(
+    {
+        peak: train(sophia_of(peak, hold_unclipped(0.2)), sophia_step)
+        for peak in (3e-3, 1e-2, 3e-2)
+    }
 )
 print(f"Sophia-G {sophia_validation:.3f} in validation, at a learning rate of {peak:g}")
 
@@ -155,8 +162,8 @@ top.plot(smooth(adamw), label=f"AdamW: {adamw_validation:.3f} in validation")
 top.plot(smooth(sophia), label=f"Sophia-G: {sophia_validation:.3f} in validation")
 top.set(ylabel="loss, nats a byte, mean of 10 steps", title="The next byte from eight")
 top.legend()
-bottom.plot(fractions, "C1", label="Sophia-G")
-bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
+bottom.plot(held["unclipped_fraction"], "C1", label="Sophia-G")
+bottom.axhline(0.2, color="0.5", ls="--", zorder=0, label="the share asked for")
 bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
 bottom.legend()
 for axes in (top, bottom):
@@ -164,27 +171,40 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# **Seen:** each at its best of three learning rates they end alike: AdamW a hundredth of a nat
-# lower, and faster at the start, where Sophia's steps are clipped. This is a model of 70,000
-# parameters and 300 steps; it shows that the swap works, not which is better.
-# [The ablations](../benchmarks/ablations.py) compare ten optimizers at equal tuning.
+# **Seen:** each at its best of three learning rates, AdamW ends a few hundredths of a nat lower, and is
+# faster at the start, where Sophia's steps are clipped. A fifth is unclipped all along, as asked. This
+# is a model of 70,000 parameters and 300 steps; it shows that the swap works, not which is better.
+# [The ablations](../benchmarks/ablations.py) compare optimizers at equal tuning.
 
 # %% [markdown]
-# ## Choosing gamma
+# ## Gamma finds itself
 #
-# **Claim: the unclipped fraction says where gamma stands, before the loss does.**
+# **Claim: each parameter wants a gamma of its own, at each time another.**
 #
 # Where the quotient is below one in size, Sophia takes a Newton-like step; elsewhere a step of
 # a sign. gamma scales the Hessian in the divisor: with a small one nearly everything is clipped,
-# with a large one nearly nothing, and steps become short. The advice of the paper is a fraction
-# between 0.1 and 0.5. `unclipped_fraction` reads it from the optimizer's state.
+# with a large one nearly nothing, and steps become short. `hold_unclipped(0.2)` takes, at every
+# step, the gamma that leaves a fifth of each parameter's entries unclipped.
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+for name in held:
+    if name.startswith("gamma/"):
+        axes.semilogy(held[name], label=name.removeprefix("gamma/").removesuffix("/value"))
+axes.set(xlabel="step", ylabel="gamma", title="The gamma that leaves a fifth unclipped")
+axes.legend(ncols=2)
+axes.grid(alpha=0.3)
+plt.show()
+
+# %% [markdown]
+# A gamma may also be a number. How much does its choice matter?
 
 # %%
 GAMMAS = [0.001, 0.01, 0.1, 0.3, 1.0, 3.0]
 found = []
 for gamma in GAMMAS:
-    _, fractions, validation = train(sophia_of(peak, gamma), sophia_step)
-    found.append((float(np.mean(fractions)), validation))
+    _, metrics, validation = train(sophia_of(peak, gamma), sophia_step)
+    found.append((float(np.mean(metrics["unclipped_fraction"])), validation))
     print(
         f"gamma {gamma:5}: unclipped {found[-1][0]:.2f}, validation loss {validation:.3f}"
     )
@@ -192,24 +212,22 @@ for gamma in GAMMAS:
 # %%
 means, validations = zip(*found, strict=True)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-left.semilogx(GAMMAS, means, "o-C1", label="Sophia-G, mean of the run")
-left.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
+left.semilogx(GAMMAS, means, "o-C1", label="one gamma, mean of the run")
+left.axhline(0.2, color="0.5", ls="--", label="held share")
 left.set(xlabel="gamma", ylabel="unclipped fraction", title="What gamma does")
-left.legend()
-right.semilogx(GAMMAS, validations, "o-C1", label="Sophia-G")
+right.semilogx(GAMMAS, validations, "o-C1", label="one gamma")
+right.axhline(sophia_validation, color="0.5", ls="--", label="held share")
 right.axhline(adamw_validation, color="C0", ls="--", label="AdamW")
-advised = [g for g, f in zip(GAMMAS, means, strict=True) if 0.1 <= f <= 0.5]
-right.axvspan(min(advised), max(advised), color="0.9", zorder=0, label="within the advice")
 right.set(xlabel="gamma", ylabel="validation loss, nats a byte", title="What it is worth")
-right.legend()
 for axes in (left, right):
     axes.grid(alpha=0.3)
+    axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** the fraction grows with gamma over three orders of magnitude, smoothly, and can be read
-# after a few dozen steps. The loss does not care while less than a fifth is unclipped: a plateau, on
-# which Sophia is close to momentum with a sign. From two fifths on it gets worse, because steps
-# are too short. The advice, 0.1 to 0.5, starts where the plateau ends: here its lower half is safe.
-# Scale is what makes this advice usable: gamma means the same for any batch size and any number of
-# groups, which the next notebook shows.
+# **Seen:** the gammas that leave a fifth unclipped differ between parameters by two decades at first and
+# by one at the end, and fall with time by three: no number fits all, and the fraction that a number
+# leaves is a mean of very different ones. In the loss it hardly shows: in a run this short the rule
+# ends 0.01 above the numbers, whose choice over a factor of three thousand is worth less than that,
+# because Sophia is close to momentum with a sign on most of that range. What the rule buys is that there
+# is nothing to choose: it is the same for any scale of the estimate, which the next notebook is about.
