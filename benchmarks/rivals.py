@@ -14,12 +14,10 @@ from somax.estimators.gnb_ce import GaussNewtonBartlett
 
 from sophia_optax import Categorical, gnb, hold_unclipped, hutchinson, sophia_g
 
-# For a `hessian_fn`.
-ASKED = (
-    "sophia_g, not due",
-    "sophia_g, refresh",
-    "share held, not due",
-    "share held, refresh",
+ASKED = tuple(  # for a `hessian_fn`
+    f"{name}, {kind}"
+    for name in ("sophia_g", "share held", "share held, Nesterov")
+    for kind in ("not due", "refresh")
 )
 _NEVER = 10**9  # a refresh on the first step, and none after it
 
@@ -30,11 +28,11 @@ def optimizers(
     """Transformations whose moments can be kept in `dtype`, by name.
 
     "no refresh" is a step like most of them, "not due" one that might have refreshed,
-    "refresh" one that does. "share held" is sophia_g with `hold_unclipped` and Nesterov's
-    momentum.
+    "refresh" one that does. "share held" is sophia_g with `hold_unclipped`.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
-    held = both | {"gamma": hold_unclipped(), "nesterov": True}
+    held = both | {"gamma": hold_unclipped()}
+    ahead = held | {"nesterov": True}
     found = {
         "optax.adamw": optax.adamw(1e-3, mu_dtype=dtype),
         "optax.lion": optax.lion(1e-3, mu_dtype=dtype),
@@ -43,6 +41,9 @@ def optimizers(
         "sophia_g, refresh": sophia_g(1e-3, update_interval=1, **both),
         "share held, not due": sophia_g(1e-3, update_interval=_NEVER, **held),
         "share held, refresh": sophia_g(1e-3, update_interval=1, **held),
+        "share held, Nesterov, not due": sophia_g(1e-3, update_interval=_NEVER, **ahead),
+        "share held, Nesterov, refresh": sophia_g(1e-3, update_interval=1, **ahead),
+        "share held, no refresh": sophia_g(1e-3, **held),
     }
     return {name: optax.with_extra_args_support(tx) for name, tx in found.items()}
 

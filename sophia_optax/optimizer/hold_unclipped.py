@@ -155,7 +155,7 @@ def hold_unclipped(
             '`stacked` says which layers have a gamma of their own, and with `per="all"` '
             "none has: leave one of them out."
         )
-    return HoldUnclipped(fraction, per, stacked)
+    return HoldUnclipped(fraction, per, stacked)  # pyright: ignore[reportArgumentType]
 
 
 def spread(gamma: jax.Array, tree: Any) -> Any:

@@ -26,7 +26,7 @@ def test_update():
     config = update.Config((SHAPE,), 1, SHAPE, batch=4, refresh_batch=2, step_repeats=2)
     results = read_back(update.measure_updates(config))
     alone = {(r["tree"], r["moments"], r["optimizer"]): r for r in results["alone"]}
-    assert len(alone) == 2 * (7 + 2)
+    assert len(alone) == 2 * (10 + 3)
     for (_, moments, optimizer), row in alone.items():
         words = 2 if moments == "float32" else 1
         if not optimizer.startswith("optax"):
@@ -34,7 +34,7 @@ def test_update():
         if optimizer == "sophia_g, no refresh":
             assert row["bytes_over_adamw"] <= 0.9
     step = {row["optimizer"]: row for row in results["step"]}
-    assert len(step) == 12 + 5
+    assert len(step) == 15 + 6
     one = step["sophia_g, averaged over 10"]["seconds"]["median"]
     parts = [step[f"sophia_g, {kind}"]["seconds"] for kind in ("not due", "refresh")]
     assert min(p["low"] for p in parts) <= one <= max(p["high"] for p in parts)
