@@ -31,8 +31,8 @@ def optimizers(
     "refresh" one that does. "share held" is sophia_g with `hold_unclipped`.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
-    held = both | {"gamma": hold_unclipped()}
-    ahead = held | {"nesterov": True}
+    held: dict[str, Any] = both | {"gamma": hold_unclipped()}
+    ahead: dict[str, Any] = held | {"nesterov": True}
     found = {
         "optax.adamw": optax.adamw(1e-3, mu_dtype=dtype),
         "optax.lion": optax.lion(1e-3, mu_dtype=dtype),
