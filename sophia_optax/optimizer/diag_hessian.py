@@ -180,7 +180,8 @@ def scale_by_diag_hessian(
 
         num_refreshes = state.num_refreshes + jnp.int32(taken)
         if isinstance(gamma, HoldUnclipped):  # which knows no scale to correct
-            divisor_gamma = gamma.gamma(updates, average, state.num_updates)
+            sampled = extra_args.get("sampled", updates)
+            divisor_gamma = gamma.gamma(sampled, average, state.num_updates)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
             if debias:

@@ -36,28 +36,41 @@ def _recorded_clip(clip_threshold: jax.typing.ArrayLike):
     return optax.GradientTransformation(lambda params: record(), update)
 
 
-def _ema(b1: jax.typing.ArrayLike, nesterov: bool, dtype: Any, seed: jax.typing.ArrayLike):
-    """`optax.ema` without bias correction, whose average may be kept in 16 bits.
-
-    With `nesterov` the updates are the average after one more step of these gradients.
-    """
+def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
+    """`optax.ema` without bias correction, whose average may be kept in 16 bits."""
     if dtype is not None:
         check_dtype("mu_dtype", dtype)
     ema = optax.ema(b1, debias=False)
 
     def update(updates, state, params=None):
         wide = optax.EmaState(state.count, at_least_float32(state.ema))
-        updates = at_least_float32(updates)
-        average, new = ema.update(updates, wide, params)
+        average, new = ema.update(at_least_float32(updates), wide, params)
         average = round_stochastically(average, state.ema, seed, "mu", state.count)
-        new = optax.EmaState(new.count, average)  # pyright: ignore
-        if nesterov:
-            wide = optax.EmaState(new.count, at_least_float32(average))
-            average, _ = ema.update(updates, wide, params)
-        return average, new
+        return average, optax.EmaState(new.count, average)  # pyright: ignore
 
     init = optax.ema(b1, debias=False, accumulator_dtype=dtype).init
     return optax.GradientTransformation(init, update)
+
+
+def _look_ahead(b1: jax.typing.ArrayLike, chain: Any, ema: Any, *rest: Any):
+    """`chain`, of `ema` and the rest, but what goes on is the average one step later."""
+
+    def update(updates, state, params=None, **extra_args):
+        average, new = ema.update(updates, state[0], params)
+
+        def ahead(wide):
+            return optax.tree.update_moment(*wide, b1, 1)
+
+        wide = at_least_float32((updates, average))
+        # Were the sample taken of what is divided, XLA would write all of it to memory.
+        extra_args["sampled"] = ahead(jax.lax.optimization_barrier(wide))
+        updates, states = ahead(wide), (new,)
+        for stage, old in zip(rest, state[1:], strict=True):
+            updates, new = stage.update(updates, old, params, **extra_args)
+            states += (new,)
+        return updates, states
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def scale_by_sophia(
@@ -120,8 +133,8 @@ def scale_by_sophia(
     """
     if isinstance(gamma, HoldUnclipped):
         gamma = dataclasses.replace(gamma, clip_threshold=clip_threshold)
-    return optax.chain(
-        _ema(b1, nesterov, mu_dtype, seed),
+    stages = (
+        _ema(b1, mu_dtype, seed),
         scale_by_diag_hessian(
             b2,
             gamma,
@@ -131,5 +144,7 @@ def scale_by_sophia(
             hessian_dtype=hessian_dtype,
             seed=seed,
         ),
-        _recorded_clip(clip_threshold),
+        optax.with_extra_args_support(_recorded_clip(clip_threshold)),
     )
+    chain = optax.chain(*stages)
+    return _look_ahead(b1, chain, *stages) if nesterov else chain

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from sophia_optax import (
     empirical_fisher,
+    hold_unclipped,
     scale_by_diag_hessian,
     scale_by_sophia,
     sophia_g,
@@ -30,6 +31,7 @@ STEPS, INTERVAL, SEED = 7, 3, 11
 SETTINGS = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.5, "gamma": 0.1, "weight_decay": 0.1}
 SETTINGS |= {"update_interval": INTERVAL, "seed": SEED}
 NAMES = {"w": True, "b": True}
+HELD = hold_unclipped(0.4)
 
 
 def sophia(**changed):
@@ -119,9 +121,9 @@ def train(tx, way="hessian_fn", *, steps=STEPS, form=lambda tree: tree, stable=T
     return history, state, calls
 
 
-@pytest.fixture(scope="module")
-def alone():
-    history, state, calls = train(sophia())
+@functools.cache
+def alone(gamma):
+    history, state, calls = train(sophia(gamma=gamma))
     calls.assert_are([0, 3, 6])
     assert 0.1 < unclipped_fraction(state) < 0.9  # both sides of the clip are walked
     return history
@@ -178,14 +180,22 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("way", ["hessian_fn", "hessian"])
-@pytest.mark.parametrize("name", SAME)
-def test_as_sophia_alone(name, way, alone):
-    tx = SAME[name](sophia())
+# Those that take the tree or the steps apart, where each parameter has a gamma of its own.
+APART = "masked", "partition", "partition with compatible arguments", "MultiSteps"
+APART += "apply_if_finite", "conditionally_mask"
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "gamma"),
+    [(name, way, 0.1) for name in SAME for way in ("hessian_fn", "hessian")]
+    + [(name, "hessian_fn", HELD) for name in APART],
+)
+def test_as_sophia_alone(name, way, gamma):
+    tx = SAME[name](sophia(gamma=gamma))
     form = (lambda tree: ravel_pytree(tree)[0]) if name == "flatten" else lambda tree: tree
     # `optax.monitor` has no measurements until its first update.
     history, state, calls = train(tx, way, form=form, stable=name != "monitor")
-    assert_trees_all_close(history, alone, rtol=1e-6, atol=1e-7)
+    assert_trees_all_close(history, alone(gamma), rtol=1e-6, atol=1e-7)
     assert sophia_metrics(state)["refreshes"] == 3
     calls.assert_are([0, 3, 6] if way == "hessian_fn" else [])
 
@@ -295,9 +305,10 @@ def test_lookahead_by_hand(reset_state):
 @pytest.mark.parametrize("way", ["hessian_fn", "hessian"])
 @pytest.mark.parametrize("compatible", [False, True])
 def test_partition_is_each_optimizer_on_its_part(way, compatible):
+    held = (("gamma", HELD),)
     rest = optax.adamw(0.01)
     tx = optax.partition(
-        {"sophia": sophia(), "adamw": rest},
+        {"sophia": sophia(**dict(held)), "adamw": rest},
         lambda tree: jax.tree.map(lambda x: "sophia" if x.ndim > 1 else "adamw", tree),
         mask_compatible_extra_args=compatible,
     )
@@ -307,10 +318,10 @@ def test_partition_is_each_optimizer_on_its_part(way, compatible):
     assert sophia_metrics(state.inner_states["sophia"])["refreshes"] == 3
 
     matrices, others = {"w": fresh()["w"]}, {"b": fresh()["b"]}
-    states = sophia().init(matrices), rest.init(others)
+    states = sophia(**dict(held)).init(matrices), rest.init(others)
     adamw = jax.jit(rest.update)
     for n, params in enumerate(history):
-        updates, new = update_alone((), gradients(matrices, n), states[0], matrices)
+        updates, new = update_alone(held, gradients(matrices, n), states[0], matrices)
         matrices = optax.apply_updates(matrices, updates)
         updates, other = adamw(gradients(others, n), states[1], others)
         others, states = optax.apply_updates(others, updates), (new, other)
@@ -371,7 +382,9 @@ ACCUMULATING = {
 @pytest.mark.parametrize("name", ACCUMULATING)
 def test_micro_steps_are_one_step_on_the_mean_gradient(name):
     wrap, pass_on, calls_per_refresh = ACCUMULATING[name]
-    tx, calls = wrap(sophia()), Calls()
+    held = (("gamma", HELD),)
+    alone = sophia(**dict(held))
+    tx, calls = wrap(alone), Calls()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def micro_step(params, state, n, spoil):
@@ -386,7 +399,7 @@ def test_micro_steps_are_one_step_on_the_mean_gradient(name):
         return optax.apply_updates(params, updates), state
 
     params, reference = fresh(), fresh()
-    state, state_alone = tx.init(params), sophia().init(reference)
+    state, state_alone = tx.init(params), alone.init(reference)
     stable = types(state)
     for emitted in range(EMITTED):
         if "skipping" in name:  # a micro-batch that counts nowhere
@@ -397,7 +410,7 @@ def test_micro_steps_are_one_step_on_the_mean_gradient(name):
             assert types(state) == stable
         every = [gradients(reference, emitted * K + i) for i in range(K)]
         mean = jax.tree.map(lambda *g: sum(g) / K, *every)
-        updates, state_alone = update_alone((), mean, state_alone, reference, K - 1)
+        updates, state_alone = update_alone(held, mean, state_alone, reference, K - 1)
         reference = optax.apply_updates(reference, updates)
         assert_trees_all_close(params, reference, rtol=1e-5, atol=1e-6)
         # Rounding must not add up: the next step starts from the same parameters.

@@ -18,6 +18,7 @@ from sophia_optax import (
     accumulate,
     empirical_fisher,
     gnb,
+    hold_unclipped,
     hutchinson,
     sophia_g,
 )
@@ -139,7 +140,8 @@ def test_the_mean_over_keys_is_the_exact_diagonal(how):
 
 @HOW
 def test_a_refresh_inside_the_mapped_step(how):
-    estimate, tx = gnb(network, axis_name="d"), sophia_g(0.1)
+    estimate = gnb(network, axis_name="d")
+    tx = sophia_g(0.1, gamma=hold_unclipped(0.4), nesterov=True)
 
     def step(x):
         grads = jax.lax.pmean(jax.grad(loss)(PARAMS, x), "d")
@@ -151,10 +153,13 @@ def test_a_refresh_inside_the_mapped_step(how):
         )
         return jax.tree.map(lambda u: jax.lax.pmean(u, "d"), (updates, state[0][1].hessian))
 
-    _, hessian = of_devices(step, X, how=how)
+    updates, hessian = of_devices(step, X, how=how)
     key = jax.random.fold_in(jax.random.key(0), 0)
     expected = of_devices(lambda x: estimate(PARAMS, x, key=key), X, how=how)
     assert_trees_all_close(hessian, jax.tree.map(lambda h: 0.01 * h, expected), rtol=1e-5)
+    grads = jax.grad(loss)(PARAMS, X)
+    alone, _ = tx.update(grads, tx.init(PARAMS), PARAMS, hessian=expected)
+    assert_trees_all_close(updates, alone, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

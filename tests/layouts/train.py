@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sophia_optax import gnb, sophia_g
+from sophia_optax import gnb, hold_unclipped, sophia_g
 
 
 def network(params, x):
@@ -49,7 +49,7 @@ def main(out, port, num_processes, process_id, step_to_die_at=-1):
     }
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     estimate = gnb(network, groups=8)
-    tx = sophia_g(0.1, update_interval=4)
+    tx = sophia_g(0.1, gamma=hold_unclipped(0.4), update_interval=4, nesterov=True)
     state = jax.jit(tx.init)(params)
 
     @jax.jit

@@ -323,3 +323,35 @@ def test_bad_arguments_are_told():
     tx = sophia_g(0.1, gamma=hold_unclipped(stacked={"w": True}))
     with pytest.raises(ValueError, match=r"`stacked` .* prefix"):
         tx.init(PARAMS)
+
+
+def test_with_nesterov_the_share_is_of_what_is_divided():
+    """Of the average one step later, from the second step on; in bfloat16 of what is kept."""
+    grads, hessian = large()
+    for dtype in (None, "bfloat16"):
+        tx = held(hold_unclipped(0.2), b1=0.8, nesterov=True, mu_dtype=dtype)
+        by_hand = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.2))
+        state, inner = tx.init(grads), by_hand.init(grads)
+        for scale in (1.0, -3.0):
+            step = jax.tree.map(lambda g, s=scale: s * g[::-1], grads)
+            updates, state = jax.jit(tx.update)(step, state, grads, hessian=hessian)
+            wide = jax.tree.map(lambda m: m.astype(jnp.float32), state[0].ema)
+            ahead = jax.tree.map(lambda m, g: 0.8 * m + (1 - 0.8) * g, wide, step)
+            divided, inner = by_hand.update(ahead, inner, grads, hessian=hessian)
+            expected = jax.tree.map(lambda u: np.clip(u, -1, 1), divided)
+            assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_needs_no_memory_beside_the_state(nesterov):
+    """Read from the compiled step: nothing as large as a parameter."""
+    params = {"w": jnp.zeros((512, 1024)), "v": jnp.zeros((64, 512))}
+    tx = sophia_g(0.1, gamma=hold_unclipped(), nesterov=nesterov)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < params["v"].nbytes
