@@ -326,7 +326,7 @@ def test_bad_arguments_are_told():
 
 
 def test_with_nesterov_the_share_is_of_what_is_divided():
-    """Of the average one step later, from the second step on; in bfloat16 of what is kept."""
+    """Of the average one step later, made of what is kept of it."""
     grads, hessian = large()
     for dtype in (None, "bfloat16"):
         tx = held(hold_unclipped(0.2), b1=0.8, nesterov=True, mu_dtype=dtype)
