@@ -97,7 +97,7 @@ class Space:
         )
 
     def near(self, best: Settings, point: np.ndarray) -> Settings:
-        """Settings around the best, each a factor of 2 wide, and any weight decay."""
+        """Settings around the best: each a factor of 2 wide, but any share and decay."""
         rate, memory, third = (2 ** (x - 0.5) for x in point[:3])
         changes = {
             "learning_rate": rate * best.learning_rate,
@@ -105,7 +105,8 @@ class Space:
             "weight_decay": 0.05 * 16 ** point[3],
         }
         if self.fraction is not None:
-            changes["fraction"] = third * best.fraction
+            low, high = self.fraction
+            changes["fraction"] = low + (high - low) * point[2]
         if self.gamma is not None:
             changes["gamma"] = third * best.gamma
         if self.memory is not None:
@@ -178,7 +179,7 @@ def _root(schedule, *, b1, b2, gamma, weight_decay, mask, update_interval, seed,
 _REFRESHED = ("b2", "gamma", "eps", "update_interval")
 _SOPHIA = (*_REFRESHED, "clip_threshold")
 _HELD = ("fraction", *(name for name in _SOPHIA if name != "gamma"))
-_SHARES = (0.05, 0.6)
+_SHARES, _GAMMAS = (0.1, 0.9), (0.01, 0.3)
 _SIGN, _CLIP = (5e-4, 8e-3), (1.25e-3, 2e-2)
 
 SPACES: dict[str, Space] = {
@@ -201,6 +202,15 @@ SPACES: dict[str, Space] = {
         )
         for kind in ("held", "nesterov")
     },
+    "sophia_g_constant": Space(
+        _with(functools.partial(sophia_g, nesterov=True), *_SOPHIA), _CLIP, "gnb", _GAMMAS
+    ),
+    "true_labels": Space(
+        _with(functools.partial(sophia_g, nesterov=True), *_HELD),
+        _CLIP,
+        "empirical_fisher",
+        fraction=_SHARES,
+    ),
     "sophia_g_tanh": Space(_with(_tanh, *_HELD), _CLIP, "gnb", fraction=_SHARES),
     "sophia_g_root": Space(_with(_root, *_HELD), _CLIP, "gnb root", fraction=_SHARES),
     "lion": Space(_with(optax.lion, "b2"), _SIGN, memory=(0.01, 0.3)),
@@ -212,12 +222,12 @@ SPACES: dict[str, Space] = {
         update_interval=1,
     ),
     "sophia_h": Space(_with(sophia_h, *_SOPHIA), _CLIP, "hutchinson", (0.003, 0.1)),
-    "sophia_g": Space(_with(sophia_g, *_SOPHIA), _CLIP, "gnb", (0.01, 0.3)),
+    "sophia_g": Space(_with(sophia_g, *_SOPHIA), _CLIP, "gnb", _GAMMAS),
     "empirical_fisher_clip": Space(
         _with(variants.empirical_fisher_clip, *_REFRESHED),
         _CLIP,
         "empirical_fisher",
-        (0.01, 0.3),
+        _GAMMAS,
     ),
     "adahessian_clip": Space(
         _with(variants.adahessian_clip, *_REFRESHED), _CLIP, "hutchinson", (3e-4, 1e-2)
