@@ -29,6 +29,11 @@ def test_every_search_is_as_wide():
         assert high.learning_rate / low.learning_rate == pytest.approx(16, rel=0.01), name
         assert (low.b1, high.b1) == (0.95, 0.6)
         assert (space.gamma is None) or (space.memory is None)
+        if space.fraction:  # a finer search is of any share
+            near = [space.near(low, np.full(4, x)) for x in (0, 1)]
+            assert [s.fraction for s in near] == [low.fraction, high.fraction]
+            assert [s.weight_decay for s in near] == [0.05, 0.8]
+            assert near[1].learning_rate == pytest.approx(2 * near[0].learning_rate, 0.01)
 
 
 @pytest.mark.slow
@@ -65,6 +70,7 @@ def test_settings_reach_the_optimizer():
         "adamw": {"b2"},
         "sophia_g": {"b2", "gamma", "eps", "clip_threshold"},
         "sophia_g_nesterov": {"b2", "fraction", "eps", "clip_threshold"},
+        "sophia_g_constant": {"b2", "gamma", "eps", "clip_threshold"},
         "clip_only": {"gamma"},
         "signum": set(),
     }
@@ -109,7 +115,8 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
         for again in results["seeds"][name]:
             assert again["trial"]["settings"] == best
         assert [m["trial"]["seed"] for m in results["seeds"][name]] == [1, 2]
-    assert sum(len(made) == 6 for made in results["search"].values()) == 3
+    finer = [name for name, made in results["search"].items() if len(made) == 6]
+    assert sorted(finer) == sorted(ablations.FINER)
     held = {(c["part"], c["value"]) for c in results["changes"]["sophia_g_nesterov"]}
     assert {("a gamma for each", "row"), ("share", "0.6"), ("without Nesterov", "")} <= held
     changes = {(c["part"], c["value"]) for c in results["changes"]["sophia_g"]}
