@@ -203,12 +203,22 @@ def _run_all(size: RunConfig, wanted: list[Trial]) -> dict[Trial, Outcome]:
             _run_and_keep(size, chunk, KEPT)
     elif work:
         # A trial too small for two cores has one for itself.
-        context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 1
-        with concurrent.futures.ProcessPoolExecutor(cores, context) as pool:
+        context, cores = multiprocessing.get_context("spawn"), range(os.cpu_count() or 1)
+        free = context.SimpleQueue()
+        for core in cores:
+            free.put(core)
+        pools = concurrent.futures.ProcessPoolExecutor
+        with pools(len(cores), context, _take_core, (free,)) as pool:
             for done in [pool.submit(_run_and_keep, size, chunk, KEPT) for chunk in work]:
                 done.result()
     kept = _kept(size)
     return {trial: kept[trial] for trial in wanted}
+
+
+def _take_core(free: Any) -> None:
+    """Keeps this process on the next core that is free, where the system can be told."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {free.get()})
 
 
 def _run_and_keep(size: RunConfig, chunk: Iterable[Trial], path: Path) -> None:

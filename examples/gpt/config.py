@@ -202,8 +202,8 @@ class Config:
         """The optimizer's settings: its own, where none are given."""
         own = RECIPES[self.preset][self.optimizer]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
-        if self.gamma is not None and self.share is None:
-            own = dataclasses.replace(own, share=None)
+        if self.gamma is not None or self.share is not None:  # one in place of the other
+            own = dataclasses.replace(own, gamma=None, share=None)
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
     def fitted(self, vocabulary: int, parts: int = 1) -> "Config":

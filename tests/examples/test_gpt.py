@@ -525,6 +525,15 @@ def test_a_preset_is_what_is_not_said_otherwise():
     assert parse([]) == Config()
 
 
+@pytest.mark.parametrize("preset", ["bytes", "gpt2-125m"])
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
+def test_a_share_or_a_gamma_takes_the_place_of_the_recipe_s(preset, optimizer):
+    config = Config(preset=preset, optimizer=optimizer)
+    for given in ({"share": 0.3, "gamma": None}, {"share": None, "gamma": 0.3}):
+        recipe = dataclasses.replace(config, **given).recipe()
+        assert {name: getattr(recipe, name) for name in given} == given
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole(preset):
     config = PRESETS[preset]
