@@ -96,21 +96,30 @@ class Space:
             update_interval=self.update_interval,
         )
 
-    def near(self, best: Settings, point: np.ndarray) -> Settings:
-        """Settings around the best: each a factor of 2 wide, but any share and decay."""
-        rate, memory, third = (2 ** (x - 0.5) for x in point[:3])
+    def near(self, best: Settings, point: np.ndarray, part: float) -> Settings:
+        """Settings around the best.
+
+        The learning rate, 1 - b1, and gamma or 1 - b2, in a range of a factor of 2; the
+        share and the weight decay in this part of their whole range.
+        """
+        rate, memory, factor = (2 ** (x - 0.5) for x in point[:3])
+
+        def around(low: float, high: float, best: float, x: float) -> float:
+            width = part * (high - low)
+            return min(max(best - width / 2, low), high - width) + width * x
+
+        low, high, decay = map(math.log2, (0.05, 0.8, best.weight_decay))
         changes = {
             "learning_rate": rate * best.learning_rate,
             "b1": 1 - memory * (1 - best.b1),
-            "weight_decay": 0.05 * 16 ** point[3],
+            "weight_decay": 2 ** around(low, high, decay, point[3]),
         }
         if self.fraction is not None:
-            low, high = self.fraction
-            changes["fraction"] = low + (high - low) * point[2]
+            changes["fraction"] = around(*self.fraction, best.fraction, point[2])
         if self.gamma is not None:
-            changes["gamma"] = third * best.gamma
+            changes["gamma"] = factor * best.gamma
         if self.memory is not None:
-            changes["b2"] = 1 - third * (1 - best.b2)
+            changes["b2"] = 1 - factor * (1 - best.b2)
         rounded = {name: float(f"{value:.4g}") for name, value in changes.items()}
         return dataclasses.replace(best, **rounded)
 

@@ -3,7 +3,9 @@
     python -m benchmarks.update
 
 Alone: on the parameters of GPT-2 small. Bytes are what the compiler counts as read and
-written; of a `cond` it counts both branches.
+written: of a `cond` both branches, of an array that a few entries are taken from all of
+it (as `hold_unclipped` does of m and h, and with Nesterov of the gradients), and of its
+31 rounds of counting over those entries one.
 """
 
 import dataclasses
@@ -92,7 +94,6 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
     programs.clear()
     gc.collect()
     size = {optimizer: cost["bytes"] for optimizer, cost in costs.items()}
-    # Of a loop of counts over a sample, the compiler counts one round.
     for averaged in _average(seconds):
         kinds = averaged.removesuffix(_AVERAGED)
         plain, refresh = (f"{kinds}, {kind}" for kind in ("not due", "refresh"))

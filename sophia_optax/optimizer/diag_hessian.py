@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread, varying
 from sophia_optax.optimizer.received import check_one_way, fit_to
 from sophia_optax.optimizer.rounding import (
     at_least_float32,
@@ -20,18 +20,24 @@ from sophia_optax.optimizer.rounding import (
 # here (`inject_hyperparams` casts to the parameters' dtype) must not make 0 / 0.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+SAMPLED = "sophia_optax_sampled"
+"""The extra argument by which `scale_by_sophia` says what `hold_unclipped` looks at, where
+it is not the updates themselves."""
+
 
 class ScaleByDiagHessianState(NamedTuple):
     """State of `scale_by_diag_hessian`. It holds no key and no callable.
 
-    The last division was by `max(divisor_gamma * hessian, divisor_eps)`.
+    The last division was by `max(divisor_gamma * hessian, divisor_eps)`, with the row of
+    `divisor_gamma` that is the parameter's where there is one for each.
     """
 
     num_updates: jax.Array  # shape=(), dtype=int32
     num_refreshes: jax.Array  # shape=(), dtype=int32, estimates taken in
     num_refused: jax.Array  # shape=(), dtype=int32, estimates that were not finite
-    # After bias correction, dtype=float32, shape=(); of `hold_unclipped` for each parameter
-    divisor_gamma: jax.Array  # shape=(parameters, longest stack)
+    # dtype=float32. Of a number: shape=(), after bias correction. Of `hold_unclipped`:
+    # shape=(parameters, longest stack), or () if it is one for all.
+    divisor_gamma: jax.Array
     divisor_eps: jax.Array  # shape=(), dtype=float32
     hessian: optax.Updates  # like the parameters, dtype=hessian_dtype
 
@@ -73,7 +79,8 @@ def scale_by_diag_hessian(
         `hold_unclipped`. Larger leaves more entries of Sophia's update unclipped.
       eps: the smallest divisor.
       update_interval: number of updates from one call of `hessian_fn` to the next.
-      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it
+      debias: divide the average by `1 - b2 ** refreshes`, as Adam does (which changes
+        nothing with `hold_unclipped`). Without it
         (the paper) a run shorter than a few times `update_interval / (1 - b2)` steps
         sees a `hessian` several times too small.
       rms: average the squares of the estimates and take the root, as AdaHessian does:
@@ -180,7 +187,7 @@ def scale_by_diag_hessian(
 
         num_refreshes = state.num_refreshes + jnp.int32(taken)
         if isinstance(gamma, HoldUnclipped):  # which knows no scale to correct
-            sampled = extra_args.get("sampled", updates)
+            sampled = extra_args.get(SAMPLED, updates)
             divisor_gamma = gamma.gamma(sampled, average, state.num_updates)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
@@ -225,13 +232,15 @@ def _check_real(params: optax.Params) -> None:
 
 
 def _is_finite(estimate: optax.Updates, average: optax.Updates) -> jax.Array:
-    """Whether the estimate is finite in the dtype of the average."""
+    """Whether the estimate is finite in the dtype of the average, on all devices."""
 
     def is_finite(e, h):
         e = jnp.asarray(e).astype(jnp.promote_types(jnp.result_type(e), jnp.float32))
         # A comparison with nan is false. A maximum over devices may lose the nan of one.
         return jnp.all(jnp.abs(e) <= float(jnp.finfo(h.dtype).max))
 
-    return jax.tree.reduce(
+    finite = jax.tree.reduce(
         jnp.logical_and, jax.tree.map(is_finite, estimate, average), jnp.array(True)
     )
+    axes = varying(finite)
+    return jax.lax.psum(jnp.int32(~finite), axes) == 0 if axes else finite

@@ -3,7 +3,7 @@
 One gamma for all parameters and all steps is too small for some and too large for others:
 the ratio |m| / h differs by decades between an embedding, a matrix and a norm, and as h
 grows. The gamma that leaves a share f unclipped is the f-quantile of |m| / h. It is found
-anew at every step, so it needs no memory, and no factor on h changes the update.
+anew at every step, carries nothing from one to the next, and no factor on h changes it.
 
 The quantile is that of a sample, the same entries at every step: to sort a parameter, or
 to count through it a few times, takes longer than the rest of the update.
@@ -13,19 +13,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 SAMPLE = 2048
 """Entries of a parameter that are looked at. The share of all of them that is unclipped
 has a standard deviation of sqrt(f (1 - f) / SAMPLE), 0.009 for f = 0.2."""
 
-_SIGNIFICANT = 1 - 1e-6  # a share of this and more takes all entries but the largest
+_MAX = float(np.finfo(np.float32).max)
+_LARGEST_SHARE = 1 - 1e-6  # a share of 1 leaves the largest entry clipped too: no infinity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class HoldUnclipped:
         """Zeros of the shape of what `gamma` returns."""
         leaves, stacked = self._leaves(params)
         lengths = [p.shape[0] for p, s in zip(leaves, stacked, strict=True) if s]
-        shape = () if self.per == "all" else (len(leaves), max(lengths, default=1))
+        shape = () if self.per == "all" else (len(leaves), max([1, *lengths]))
         return jnp.zeros(shape, jnp.float32)
 
     def gamma(
@@ -55,30 +56,32 @@ class HoldUnclipped:
         fraction = self.fraction(count) if callable(self.fraction) else self.fraction
         fraction = jnp.asarray(fraction, jnp.float32)
         leaves, stacked = self._leaves(updates)
-        hessians = jax.tree.leaves(hessian)
-        ratios = [
-            _ratios(jnp.asarray(u), jnp.asarray(h), s)
-            for u, h, s in zip(leaves, hessians, stacked, strict=True)
+        samples = [
+            _sample_ratios(jnp.asarray(u), jnp.asarray(h), s)
+            for u, h, s in zip(leaves, jax.tree.leaves(hessian), stacked, strict=True)
         ]
         if self.per == "all":
-            quantile = _quantile_of_all(ratios, [u.size for u in leaves], fraction)
+            quantile = _quantile_of_all(samples, fraction)
         else:
             length = self.init(updates).shape[1]
-            quantile = _quantile_of_each(ratios, length, fraction)
-        return quantile / jnp.asarray(self.clip_threshold, jnp.float32)
+            quantile = _quantile_of_each([x.ratios for x in samples], length, fraction)
+        # No infinity, which times a curvature of 0 is no number.
+        clip_threshold = jnp.asarray(self.clip_threshold, jnp.float32)
+        return jnp.minimum(quantile / clip_threshold, _MAX)
 
     def _leaves(self, tree: Any) -> tuple[list[Any], list[bool]]:
         """The leaves, and which of them are stacks of layers."""
         leaves = jax.tree.leaves(tree)
-        stacked = self.stacked(tree) if callable(self.stacked) else self.stacked
-        if stacked is None:
+        if self.stacked is None or not leaves:  # as of `optax.tree.map_params`
             return leaves, [False] * len(leaves)
+        stacked = self.stacked(tree) if callable(self.stacked) else self.stacked
         try:
             flags = jax.tree.leaves(jax.tree.broadcast(stacked, tree))
         except ValueError as error:
             raise ValueError(
                 "`stacked` must be a tree of booleans that is a prefix of the parameters', "
-                f"got {jax.tree.structure(stacked)} for {jax.tree.structure(tree)}."
+                f"got {jax.tree.structure(stacked)} for {jax.tree.structure(tree)}. Where "
+                "`optax.masked` or `optax.partition` cuts branches off, pass a function."
             ) from error
         named = jax.tree_util.tree_leaves_with_path(tree)
         for (path, p), flag in zip(named, flags, strict=True):
@@ -98,21 +101,25 @@ def hold_unclipped(
 ) -> HoldUnclipped:
     r"""A gamma that finds itself: at every step the one that leaves this share unclipped.
 
-    .. math:: \#\{i : |m_i| < \gamma h_i\} = f \, \#\{i : m_i \ne 0, \; h_i > 0\}
+    .. math:: \#\{i : 0 < |m_i| < \gamma h_i\} = f \, \#\{i : m_i \ne 0, \; h_i > 0\}
 
-    for each parameter by itself. Give it as `gamma`, to `sophia` and to every stage:
+    for each parameter by itself, where m is what is divided: with `nesterov` the average
+    that is one step ahead. Give it as `gamma`, to `sophia` and to every stage:
     `sophia_g(1e-3, gamma=hold_unclipped(0.2))`. No positive factor on the estimates, of
     all or of a parameter, changes the update then; `debias` does nothing, and
     Gauss-Newton and Hutchinson's estimates want the same settings.
 
-    Entries that have no momentum, or no positive curvature, are not counted: whatever
-    gamma is, they stay where they are, or are clipped. Where there are no others, as
+    Entries that have no momentum, or no positive curvature, are not counted, as gamma can't
+    change what they do: without momentum an entry stays (`unclipped_fraction` counts it as
+    unclipped), without positive curvature it is clipped. Where there are no others, as
     before the first refresh, gamma is 0 and the update the sign of the momentum. Of n
     entries that count ⌊f n⌋ are unclipped: a parameter of one entry takes whole steps.
 
-    Of a parameter of more than 2048 entries the quantile is that of 2048 of them, evenly
-    spread. Inside `shard_map` and `pmap`, devices that hold parts of a parameter find
-    a gamma for each part; under `jit` shardings change nothing.
+    Of a parameter of more than 2048 entries the quantile is that of a sample of 2048,
+    evenly spread. Under `jit` shardings change nothing. Inside `shard_map` the devices
+    that hold parts of a parameter sample them together (a stack must not be split over its
+    layers). In `pmap` and with `check_vma=False` that can't be told: each part has a gamma
+    of its own there, and with `per="all"` each device, so that parameters must be whole.
 
     Args:
       fraction: the share, in [0, 1], or a schedule of it by the number of updates.
@@ -126,7 +133,8 @@ def hold_unclipped(
       `inject_hyperparams(lambda f: sophia_g(1e-3, gamma=hold_unclipped(f)))(f=0.2)`.
 
     Raises:
-      ValueError: for a `fraction` that is no share, another `per`, or `stacked` with "all".
+      ValueError: for a `fraction` that is no share, another `per`, or `stacked` with "all";
+        from `init`, for a `stacked` that does not fit the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,7 +172,7 @@ def spread(gamma: jax.Array, tree: Any) -> Any:
         return jax.tree.map(lambda _: gamma, tree)
 
     def of_leaf(row, x):
-        # The row of what is no stack has one value, and either way gives that.
+        # The row of a parameter that is no stack has the same value all along.
         layers = x.shape[0] if x.ndim and 0 < x.shape[0] <= row.size else 1
         return row[:layers].reshape((layers,) + (1,) * (x.ndim - 1) if x.ndim else ())
 
@@ -172,39 +180,62 @@ def spread(gamma: jax.Array, tree: Any) -> Any:
     return structure.unflatten(map(of_leaf, gamma, leaves))
 
 
-def _ratios(u: jax.Array, h: jax.Array, stacked: bool) -> jax.Array:
-    """|u| / h of the sample, shape (layers, sample); 0 and infinity count nowhere."""
-    u, h = (_sample(x, stacked).astype(jnp.float32) for x in (u, h))
-    return jnp.where(h > 0, jnp.abs(u) / h, jnp.inf)
+class _Sample(NamedTuple):
+    ratios: jax.Array  # |u| / h, shape=(layers, sample); 0 and infinity count nowhere
+    weight: float  # entries of the parameter that each of them stands for
 
 
-def _sample(x: jax.Array, stacked: bool) -> jax.Array:
-    """Entries of each layer, shape (layers, sample)."""
+def _sample_ratios(u: jax.Array, h: jax.Array, stacked: bool) -> _Sample:
+    axes = varying(u, h)
+    devices = jax.lax.axis_size(axes) if axes else 1
+    count = max(1, SAMPLE // devices)
+    size = u.size
+    u, h = (_sample(x, stacked, count).astype(jnp.float32) for x in (u, h))
+    ratios = jnp.where(h > 0, jnp.abs(u) / h, jnp.inf)
+    weight = size / max(ratios.size, 1)
+    if axes:  # a sum, whose type says that it is the same on all
+        is_own = jnp.arange(devices) == jax.lax.axis_index(axes)
+        parts = jnp.where(is_own[:, None], ratios[:, None], 0)
+        ratios = jax.lax.psum(parts, axes).reshape(len(ratios), -1)
+    return _Sample(ratios, weight)
+
+
+def varying(*arrays: jax.Array) -> tuple[str, ...]:
+    """The axes of a `shard_map` along which devices hold different parts of these."""
+    names = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    return tuple(sorted(frozenset().union(*names)))
+
+
+def _sample(x: jax.Array, stacked: bool, count: int) -> jax.Array:
+    """As many entries of each layer, or all if there are fewer, shape (layers, sample)."""
     if not stacked:
         x = x[None]
-    if x.ndim == 1 or x.size == 0:
-        return x.reshape(x.shape[0], -1 if x.size else 0)
+    if x.size == 0:
+        return x.reshape(x.shape[0], 0)
+    if x.ndim == 1:
+        x = x[:, None]
     mesh = jax.typeof(x).sharding.mesh
-    explicit = NamedSharding(mesh, PartitionSpec()) if mesh._any_axis_explicit else None
-    places = (slice(None), *_places(x.shape[1:]))
-    return x.at[places].get(mode="promise_in_bounds", out_sharding=explicit)
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    whole = NamedSharding(mesh, PartitionSpec()) if is_explicit else None
+    places = (slice(None), *_places(x.shape[1:], count))
+    return x.at[places].get(mode="promise_in_bounds", out_sharding=whole)
 
 
 @functools.cache
-def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Indices of the sample, an array for each axis.
+def _places(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, ...]:
+    """Indices of as many entries, an array for each axis.
 
     All entries, or the points of Roberts' sequence, the golden ratio's of more dimensions:
     every axis is covered evenly, whatever the others are.
     """
     size = math.prod(shape)
-    if size <= SAMPLE:
+    if size <= count:
         return np.unravel_index(np.arange(size), shape)
     ratio = 2.0
     for _ in range(64):  # to the root of x^(axes + 1) = x + 1
         ratio = (1 + ratio) ** (1 / (len(shape) + 1))
     steps = ratio ** -np.arange(1, len(shape) + 1)
-    points = (0.5 + np.arange(SAMPLE)[:, None] * steps) % 1
+    points = (0.5 + np.arange(count)[:, None] * steps) % 1
     return tuple((points * shape).astype(np.int32).T)
 
 
@@ -220,28 +251,25 @@ def _quantile_of_each(ratios: list[jax.Array], length: int, fraction: jax.Array)
         ends = np.cumsum([ratios[n].shape[0] for n in numbers_])[:-1]
         for n, part in zip(numbers_, jnp.split(found, ends), strict=True):
             rows[n] = (
-                jnp.broadcast_to(part, (length,)) if part.size == 1 else _pad(part, length)
+                jnp.broadcast_to(part, (length,))
+                if part.size == 1
+                else jnp.pad(part, (0, length - part.size))
             )
     return jnp.stack(rows) if rows else jnp.zeros((0, length), jnp.float32)
 
 
-def _pad(part: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(part, (0, length - part.size))
-
-
-def _quantile_of_all(ratios: list[jax.Array], sizes: list[int], fraction: jax.Array):
+def _quantile_of_all(samples: list[_Sample], fraction: jax.Array):
     """The quantile of all entries, shape (): each of a sample stands for as many."""
-    if not ratios:
+    if not samples:
         return jnp.float32(0)
-    weights = [
-        np.full(r.size, n / max(r.size, 1)) for r, n in zip(ratios, sizes, strict=True)
-    ]
-    flat = jnp.concatenate([r.ravel() for r in ratios])
-    return _quantile(flat, jnp.asarray(np.concatenate(weights), jnp.float32), fraction)
+    weights = [np.full(x.ratios.size, x.weight, np.float32) for x in samples]
+    flat = jnp.concatenate([x.ratios.ravel() for x in samples])
+    return _quantile(flat, jnp.asarray(np.concatenate(weights)), fraction)
 
 
+@jax.jit
 def _quantile(ratios: jax.Array, weights: jax.Array, fraction: jax.Array) -> jax.Array:
-    """The smallest ratio that more than this share lies at or below, along the last axis.
+    """The least ratio such that more than this share is no larger, along the last axis.
 
     By bisection on the bits of the answer, which of positive floats have their order: on
     a CPU this takes a fifteenth of a sort's time.
@@ -250,7 +278,7 @@ def _quantile(ratios: jax.Array, weights: jax.Array, fraction: jax.Array) -> jax
     weights = jnp.where(counted, weights, 0)
     bits = jax.lax.bitcast_convert_type(ratios, jnp.int32)
     total = weights.sum(-1)
-    below = jnp.minimum(fraction, _SIGNIFICANT) * total
+    below = jnp.minimum(fraction, _LARGEST_SHARE) * total
 
     def set_bit(i, found):
         tried = found | (1 << (30 - i))

@@ -20,7 +20,7 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
     The paper's advice is to choose gamma so that it lies between 0.1 and 0.5: larger
     gamma, larger fraction. It reads the state's two trees once: call it when you log,
     in or out of `jit`. With `nesterov=True` it still counts m, which the state has, and not
-    the average that was divided: that is often larger, and somewhat more of it is clipped.
+    the average that was divided, which is often larger: more was clipped than this says.
 
     Args:
       opt_state: the state of any chain or wrapper that holds one Sophia: `optax.ema`
@@ -61,8 +61,8 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
       - `unclipped_fraction`, as the function of that name; and for each parameter its
         own, `unclipped_fraction/` and the path to it;
-      - `gamma` of the last division, after bias correction; with `hold_unclipped` each
-        parameter's own, `gamma/` and the path to it (of stacked layers the median);
+      - `gamma` of the last division, after bias correction; with `hold_unclipped` of each
+        parameter, `gamma/` and the path to it (of stacked layers the median);
       - `momentum_norm`, `hessian_norm`: Euclidean norms of m, in the unit of the
         gradients, and of h (without bias correction), in that of the Hessian;
       - `nonpositive_fraction`: share of the entries of h that are 0 or less, where the

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
+from sophia_optax.optimizer.diag_hessian import SAMPLED, scale_by_diag_hessian
 from sophia_optax.optimizer.hold_unclipped import HoldUnclipped
 from sophia_optax.optimizer.rounding import (
     at_least_float32,
@@ -53,18 +53,19 @@ def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
 
 
 def _look_ahead(b1: jax.typing.ArrayLike, chain: Any, ema: Any, *rest: Any):
-    """`chain`, of `ema` and the rest, but what goes on is the average one step later."""
+    """`chain`, of `ema` and the rest, which gets b1 m_t + (1 - b1) g_t instead of m_t."""
+
+    def ahead(updates, average):
+        return optax.tree.update_moment(updates, average, b1, 1)
 
     def update(updates, state, params=None, **extra_args):
         average, new = ema.update(updates, state[0], params)
-
-        def ahead(wide):
-            return optax.tree.update_moment(*wide, b1, 1)
-
         wide = at_least_float32((updates, average))
-        # Were the sample taken of what is divided, XLA would write all of it to memory.
-        extra_args["sampled"] = ahead(jax.lax.optimization_barrier(wide))
-        updates, states = ahead(wide), (new,)
+        # What gamma is read from is made again behind a barrier. Shared with the division
+        # that waits for gamma, XLA would write all of it to memory.
+        again = jax.tree.map(jax.lax.optimization_barrier, wide)
+        extra_args[SAMPLED] = ahead(*again)
+        updates, states = ahead(*wide), (new,)
         for stage, old in zip(rest, state[1:], strict=True):
             updates, new = stage.update(updates, old, params, **extra_args)
             states += (new,)
@@ -103,7 +104,7 @@ def scale_by_sophia(
       eps: the smallest divisor.
       clip_threshold: ρ, the largest size of an entry of the update.
       update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian.
+      debias: correct the bias of the average of the Hessian; nothing to `hold_unclipped`.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t.
       mu_dtype: dtype of the average of gradients; the parameters' by default. Like
         `hessian_dtype` it may be bfloat16, which is rounded to stochastically.

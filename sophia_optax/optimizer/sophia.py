@@ -54,7 +54,7 @@ def sophia(
         parameters', or a function from parameters to one.
       clip_threshold: ρ, the largest size of an entry before the learning rate.
       update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian.
+      debias: correct the bias of the average of the Hessian; nothing to `hold_unclipped`.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t: Nesterov's momentum.
       mu_dtype: dtype of the average of gradients; the parameters' by default. In bfloat16,
         which is rounded to stochastically, it takes half the memory.

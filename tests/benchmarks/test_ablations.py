@@ -30,9 +30,11 @@ def test_every_search_is_as_wide():
         assert (low.b1, high.b1) == (0.95, 0.6)
         assert (space.gamma is None) or (space.memory is None)
         if space.fraction:  # a finer search is of any share
-            near = [space.near(low, np.full(4, x)) for x in (0, 1)]
+            near = [space.near(low, np.full(4, x), 1.0) for x in (0, 1)]
             assert [s.fraction for s in near] == [low.fraction, high.fraction]
             assert [s.weight_decay for s in near] == [0.05, 0.8]
+            nearer = [space.near(low, np.full(4, x), 0.5).fraction for x in (0, 1)]
+            assert nearer == pytest.approx([low.fraction, 0.5])  # half of it, at its edge
             assert near[1].learning_rate == pytest.approx(2 * near[0].learning_rate, 0.01)
 
 
@@ -105,7 +107,7 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "KEPT", tmp_path / "runs" / "kept.jsonl")
     monkeypatch.setattr(trials, "run", fake)
     monkeypatch.setattr(jax, "default_backend", lambda: "here")  # no processes
-    config = ablations.Config(run=SIZE, trials=4, finer=2, seeds=2)
+    config = ablations.Config(run=SIZE, trials=4, finer=(1, 1), seeds=2)
     results = ablations.measure_ablations(config)
 
     for name, made in results["search"].items():

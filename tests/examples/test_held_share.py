@@ -39,7 +39,8 @@ def test_each_parameter_s_share_is_held_from_the_tenth_step_on(nesterov):
 
         def share(u, is_stack):
             axes = tuple(range(int(is_stack), u.ndim))
-            return jnp.mean(jnp.abs(u) < 1, axes) if u[0].size * len(u) >= 1000 else None
+            of_one = u[0].size if is_stack else u.size
+            return jnp.mean(jnp.abs(u) < 1, axes) if of_one >= 1000 else None
 
         shares = jax.tree.map(share, updates, _are_layers(updates))
         params = jax.tree.map(lambda p, u: p - 4e-3 * u, params, updates)

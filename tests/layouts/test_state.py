@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from chex import assert_trees_all_equal
+from chex import assert_trees_all_close, assert_trees_all_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -167,15 +167,19 @@ def test_one_device_s_estimate_that_is_not_finite_is_refused_on_all(kind, way, b
 
 
 @KINDS
-@pytest.mark.parametrize("stacked", [None, {"w": True, "v": True}], ids=["", "stacked"])
+@pytest.mark.parametrize(
+    "stacked", [None, {"w": True, "v": True, "scales": True}], ids=["", "stacked"]
+)
 def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
     """The sample is of the whole parameter, whatever part of it a device holds."""
     mesh = mesh_of(kind)
     specs = {"w": P("data", "tensor", None), "v": P(None, ("data", "tensor"))}
-    keys = jax.random.split(jax.random.key(0), 2)
+    specs["scales"] = P("data")
+    keys = jax.random.split(jax.random.key(0), 3)
     grads = {
         "w": jax.random.normal(keys[0], (4, 512, 40)),
         "v": jax.random.normal(keys[1], (16, 4096)),
+        "scales": jax.random.normal(keys[2], (16,)),
     }
     tx = sophia_g(0.1, b2=0.0, gamma=hold_unclipped(stacked=stacked))
 
@@ -191,4 +195,60 @@ def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
     collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
     assert max(sizes) <= 16 * 2048  # of the samples, and nothing as large as a parameter
-    assert expected[1][0][1].divisor_gamma.shape == (2, 16 if stacked else 1)
+    assert expected[1][0][1].divisor_gamma.shape == (3, 16 if stacked else 1)
+
+
+@pytest.mark.parametrize("per", ["parameter", "all"])
+def test_inside_shard_map_parts_are_sampled_together(per):
+    """Small parameters equal one device; a large one holds the share over all parts."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    keys = jax.random.split(jax.random.key(0), 3)
+    grads = {
+        "parts": jax.random.normal(keys[0], (64, 24)),
+        "whole": jax.random.normal(keys[1], (30,)),
+    }
+    if per == "parameter":
+        grads["large"] = jax.random.normal(keys[2], (64, 1000))
+        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # so that parts differ by decades
+    rule = hold_unclipped(0.3, per=per)
+    tx = sophia_g(1.0, b2=0.0, gamma=rule, weight_decay=0.0, nesterov=True)
+
+    def step(grads):
+        def estimate(key):
+            return jax.tree.map(lambda g: jnp.cos(9 * g) ** 2, grads)
+
+        return tx.update(grads, tx.init(grads), grads, hessian_fn=estimate)
+
+    specs = {"parts": P("data"), "whole": P(), "large": P("data")}
+    specs = {name: specs[name] for name in grads}
+    state_specs = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        jax.eval_shape(tx.init, grads),
+        specs,
+        transform_non_params=lambda _: P(),
+    )
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs,), out_specs=(specs, state_specs)
+    )
+    (updates, _), (expected, _) = jax.jit(mapped)(grads), jax.jit(step)(grads)
+    for name in ("parts", "whole"):
+        assert_trees_all_close(updates[name], expected[name], rtol=1e-6)
+    if per == "parameter":
+        share = jnp.mean(jnp.abs(updates["large"]) < 1)
+        assert share == pytest.approx(0.3, abs=0.05)
+
+
+def test_inside_shard_map_a_part_that_is_not_finite_is_refused_by_all():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx, spec = sophia_g(0.1), {"parts": P("data"), "whole": P()}
+
+    def refused(estimate):
+        _, state = tx.update(estimate, tx.init(estimate), estimate, hessian=estimate)
+        return state[0][1].num_refused, state[0][1].hessian
+
+    estimate = {"parts": jnp.ones(16).at[5].set(jnp.nan), "whole": jnp.ones(3)}
+    mapped = jax.shard_map(refused, mesh=mesh, in_specs=(spec,), out_specs=(P(), spec))
+    count, hessian = jax.jit(mapped)(estimate)
+    assert count == 1
+    assert_trees_all_equal(hessian, jax.tree.map(jnp.zeros_like, estimate))

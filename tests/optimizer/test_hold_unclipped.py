@@ -28,7 +28,7 @@ GRADS = {"w": draw(3, 6, 7), "b": draw(4, 30), "s": draw(5)}
 HESSIAN = {name: draw(6 + p.ndim, *p.shape) for name, p in PARAMS.items()}  # of both signs
 
 
-def quantile(m, h, fraction, weights=None):
+def quantile(m, h, fraction):
     """The ⌊f n⌋-th smallest |m| / h, from 0, of those that count."""
     counted = (h > 0) & (m != 0)
     ratios = np.sort(np.abs(m[counted]) / h[counted])
@@ -47,9 +47,7 @@ def held(rule, **settings):
 def test_gamma_is_the_quantile_of_each_parameter(fraction):
     updates, state = one_step(held(hold_unclipped(fraction)))
     for row, name in enumerate(sorted(PARAMS)):
-        m, h = GRADS[name], np.abs(HESSIAN[name]) if name == "s" else HESSIAN[name]
-        if name == "s" and HESSIAN["s"] <= 0:
-            continue
+        m, h = GRADS[name], HESSIAN[name]
         gamma = quantile(m.ravel(), h.ravel(), fraction)
         np.testing.assert_allclose(state[1].divisor_gamma[row, 0], gamma, rtol=1e-6)
         expected = np.clip(m / np.maximum(gamma * h, 1e-12), -1, 1)
@@ -283,6 +281,36 @@ def test_the_share_is_of_what_the_clip_leaves():
         usual, _ = one_step(held(hold_unclipped(0.2)), grads, hessian, grads)
         scaled = optax.tree.scale(clip_threshold, usual)
         assert_trees_all_close(updates, scaled, rtol=1e-6, atol=1e-6)
+
+
+def test_a_clip_at_zero_moves_nothing():
+    grads, hessian = {"w": draw(0, 9)}, {"w": np.abs(draw(1, 9)) * (np.arange(9) > 1)}
+    updates, _ = one_step(held(hold_unclipped(), clip_threshold=0.0), grads, hessian, grads)
+    np.testing.assert_array_equal(updates["w"], 0)
+
+
+def test_a_stack_of_no_layers_leaves_the_others_their_gamma():
+    grads = {"none": np.zeros((0, 3), np.float32), "w": draw(0, 9)}
+    rule = hold_unclipped(stacked={"none": True, "w": False})
+    updates, _ = one_step(held(rule), grads, grads, grads)
+    alone, _ = one_step(held(hold_unclipped()), grads, grads, grads)
+    np.testing.assert_array_equal(updates["w"], alone["w"])
+
+
+FLAGS = {"w": True, "b": False, "s": False}
+
+
+@pytest.mark.parametrize(
+    "stacked", [FLAGS, lambda tree: {name: FLAGS[name] for name in tree}]
+)
+def test_the_state_is_mapped_as_parameters_are(stacked):
+    tx = held(hold_unclipped(stacked=stacked))
+    state = tx.init(PARAMS)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    assert_trees_all_equal(
+        mapped[1].hessian, jax.tree.map(lambda h: h + 1, state[1].hessian)
+    )
+    np.testing.assert_array_equal(mapped[1].divisor_gamma, state[1].divisor_gamma)
 
 
 def test_the_fraction_may_be_injected_and_scheduled():
