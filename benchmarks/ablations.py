@@ -1,6 +1,6 @@
 """Sophia taken apart: what each part is worth, and what tuning is worth.
 
-    python -m benchmarks.ablations          # two and a half hours on two CPU cores
+    python -m benchmarks.ablations          # a few hours on two CPU cores
     python -m benchmarks.ablations --full   # at a size for a GPU
 
 Trains the byte GPT of `examples/gpt`, in three parts:
