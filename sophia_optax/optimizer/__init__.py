@@ -2,6 +2,7 @@
 
 diag_hessian      the average of estimates, and the division by it
 hold_unclipped    the rule by which gamma finds itself
+quantile          of |u| / h, from a sample: what that rule reads
 scale_by_sophia   the average of gradients, that division, the clip
 sophia            with weight decay and learning rate: what a user calls
 received          what `update` receives as an estimate, checked

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread, varying
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread
+from sophia_optax.optimizer.quantile import varying
 from sophia_optax.optimizer.received import check_one_way, fit_to
 from sophia_optax.optimizer.rounding import (
     at_least_float32,

@@ -52,8 +52,8 @@ def _ema(b1: jax.typing.ArrayLike, dtype: Any, seed: jax.typing.ArrayLike):
     return optax.GradientTransformation(init, update)
 
 
-def _look_ahead(b1: jax.typing.ArrayLike, chain: Any, ema: Any, *rest: Any):
-    """`chain`, of `ema` and the rest, which gets b1 m_t + (1 - b1) g_t instead of m_t."""
+def _look_ahead(b1: jax.typing.ArrayLike, ema: Any, rest: Any):
+    """`ema` before the chain `rest`, which gets b1 m_t + (1 - b1) g_t instead of m_t."""
 
     def ahead(updates, average):
         return optax.tree.update_moment(updates, average, b1, 1)
@@ -62,16 +62,16 @@ def _look_ahead(b1: jax.typing.ArrayLike, chain: Any, ema: Any, *rest: Any):
         average, new = ema.update(updates, state[0], params)
         wide = at_least_float32((updates, average))
         # What gamma is read from is made again behind a barrier. Shared with the division
-        # that waits for gamma, XLA would write all of it to memory.
-        again = jax.tree.map(jax.lax.optimization_barrier, wide)
-        extra_args[SAMPLED] = ahead(*again)
-        updates, states = ahead(*wide), (new,)
-        for stage, old in zip(rest, state[1:], strict=True):
-            updates, new = stage.update(updates, old, params, **extra_args)
-            states += (new,)
-        return updates, states
+        # that waits for gamma, XLA would write all of it to memory. (A leaf at a time: a
+        # barrier of all makes them differ between devices where one of them does.)
+        extra_args[SAMPLED] = ahead(*jax.tree.map(jax.lax.optimization_barrier, wide))
+        updates, states = rest.update(ahead(*wide), state[1:], params, **extra_args)
+        return updates, (new, *states)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    def init(params):
+        return ema.init(params), *rest.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_sophia(
@@ -134,8 +134,8 @@ def scale_by_sophia(
     """
     if isinstance(gamma, HoldUnclipped):
         gamma = dataclasses.replace(gamma, clip_threshold=clip_threshold)
-    stages = (
-        _ema(b1, mu_dtype, seed),
+    ema = _ema(b1, mu_dtype, seed)
+    rest = (
         scale_by_diag_hessian(
             b2,
             gamma,
@@ -145,7 +145,6 @@ def scale_by_sophia(
             hessian_dtype=hessian_dtype,
             seed=seed,
         ),
-        optax.with_extra_args_support(_recorded_clip(clip_threshold)),
+        _recorded_clip(clip_threshold),
     )
-    chain = optax.chain(*stages)
-    return _look_ahead(b1, chain, *stages) if nesterov else chain
+    return _look_ahead(b1, ema, optax.chain(*rest)) if nesterov else optax.chain(ema, *rest)

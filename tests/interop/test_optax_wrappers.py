@@ -32,6 +32,7 @@ SETTINGS = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.5, "gamma": 0.1, "weight_de
 SETTINGS |= {"update_interval": INTERVAL, "seed": SEED}
 NAMES = {"w": True, "b": True}
 HELD = hold_unclipped(0.4)
+GAMMAS = pytest.mark.parametrize("gamma", [SETTINGS["gamma"], HELD], ids=["", "held"])
 
 
 def sophia(**changed):
@@ -304,11 +305,12 @@ def test_lookahead_by_hand(reset_state):
 
 @pytest.mark.parametrize("way", ["hessian_fn", "hessian"])
 @pytest.mark.parametrize("compatible", [False, True])
-def test_partition_is_each_optimizer_on_its_part(way, compatible):
-    held = (("gamma", HELD),)
+@GAMMAS
+def test_partition_is_each_optimizer_on_its_part(way, compatible, gamma):
+    settings = {"gamma": gamma}
     rest = optax.adamw(0.01)
     tx = optax.partition(
-        {"sophia": sophia(**dict(held)), "adamw": rest},
+        {"sophia": sophia(**settings), "adamw": rest},
         lambda tree: jax.tree.map(lambda x: "sophia" if x.ndim > 1 else "adamw", tree),
         mask_compatible_extra_args=compatible,
     )
@@ -318,10 +320,12 @@ def test_partition_is_each_optimizer_on_its_part(way, compatible):
     assert sophia_metrics(state.inner_states["sophia"])["refreshes"] == 3
 
     matrices, others = {"w": fresh()["w"]}, {"b": fresh()["b"]}
-    states = sophia(**dict(held)).init(matrices), rest.init(others)
+    states = sophia(**settings).init(matrices), rest.init(others)
     adamw = jax.jit(rest.update)
     for n, params in enumerate(history):
-        updates, new = update_alone(held, gradients(matrices, n), states[0], matrices)
+        updates, new = update_alone(
+            tuple(settings.items()), gradients(matrices, n), states[0], matrices
+        )
         matrices = optax.apply_updates(matrices, updates)
         updates, other = adamw(gradients(others, n), states[1], others)
         others, states = optax.apply_updates(others, updates), (new, other)
@@ -380,10 +384,11 @@ ACCUMULATING = {
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
-def test_micro_steps_are_one_step_on_the_mean_gradient(name):
+@GAMMAS
+def test_micro_steps_are_one_step_on_the_mean_gradient(name, gamma):
     wrap, pass_on, calls_per_refresh = ACCUMULATING[name]
-    held = (("gamma", HELD),)
-    alone = sophia(**dict(held))
+    settings = {"gamma": gamma}
+    alone = sophia(**settings)
     tx, calls = wrap(alone), Calls()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -410,7 +415,9 @@ def test_micro_steps_are_one_step_on_the_mean_gradient(name):
             assert types(state) == stable
         every = [gradients(reference, emitted * K + i) for i in range(K)]
         mean = jax.tree.map(lambda *g: sum(g) / K, *every)
-        updates, state_alone = update_alone(held, mean, state_alone, reference, K - 1)
+        updates, state_alone = update_alone(
+            tuple(settings.items()), mean, state_alone, reference, K - 1
+        )
         reference = optax.apply_updates(reference, updates)
         assert_trees_all_close(params, reference, rtol=1e-5, atol=1e-6)
         # Rounding must not add up: the next step starts from the same parameters.

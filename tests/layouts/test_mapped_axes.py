@@ -139,9 +139,12 @@ def test_the_mean_over_keys_is_the_exact_diagonal(how):
 
 
 @HOW
-def test_a_refresh_inside_the_mapped_step(how):
+@pytest.mark.parametrize(
+    "settings", [{}, {"gamma": hold_unclipped(0.4), "nesterov": True}], ids=["", "held"]
+)
+def test_a_refresh_inside_the_mapped_step(how, settings):
     estimate = gnb(network, axis_name="d")
-    tx = sophia_g(0.1, gamma=hold_unclipped(0.4), nesterov=True)
+    tx = sophia_g(0.1, **settings)
 
     def step(x):
         grads = jax.lax.pmean(jax.grad(loss)(PARAMS, x), "d")
