@@ -111,6 +111,26 @@ def test_the_sample_covers_every_row_and_every_column_evenly():
             np.testing.assert_allclose(state.divisor_gamma, [[gamma]], rtol=1e-6)
 
 
+def test_the_sample_covers_rows_and_columns_together():
+    """Not along a diagonal, which covers each of them evenly too."""
+    row, column = np.mgrid[:256, :256]
+    grads = np.where(row > column, 1e-3, 1.0).astype(np.float32)
+    for fraction, gamma in ((0.47, 1e-3), (0.53, 1.0)):
+        tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(fraction))
+        _, state = one_step(tx, grads, np.ones_like(grads), grads)
+        np.testing.assert_allclose(state.divisor_gamma, [[gamma]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gamma_is_one_of_the_ratios_to_the_last_bit(dtype):
+    """Updates and average in the same 16 bits too, which the stage alone may get."""
+    grads = jnp.array([1, 2, 4, 8], dtype)
+    tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5), hessian_dtype=dtype)
+    updates, state = one_step(tx, grads, jnp.ones(4, dtype), grads)
+    np.testing.assert_array_equal(state.divisor_gamma, [[4]])
+    np.testing.assert_array_equal(updates.astype(jnp.float32), [0.25, 0.5, 1, 2])
+
+
 def loss_fn(params, x):
     hidden = jnp.tanh(x @ params["in"])
     return jnp.mean((hidden @ params["out"] + params["bias"] - jnp.sin(x[:, :2])) ** 2)
@@ -362,7 +382,8 @@ def test_with_nesterov_the_share_is_of_what_is_divided():
         state, inner = tx.init(grads), by_hand.init(grads)
         for scale in (1.0, -3.0):
             step = jax.tree.map(lambda g, s=scale: s * g[::-1], grads)
-            updates, state = jax.jit(tx.update)(step, state, grads, hessian=hessian)
+            # Not compiled: in 16 bits XLA may compute in more of them than asked for.
+            updates, state = tx.update(step, state, grads, hessian=hessian)
             wide = jax.tree.map(lambda m: m.astype(jnp.float32), state[0].ema)
             ahead = jax.tree.map(lambda m, g: 0.8 * m + (1 - 0.8) * g, wide, step)
             divided, inner = by_hand.update(ahead, inner, grads, hessian=hessian)
