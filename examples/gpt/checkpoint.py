@@ -158,7 +158,10 @@ class Checkpoints:
         try:
             self._checkpointer.close()
         except Exception as late:
-            error = error or _unwritten(self._folder, late)
+            unwritten = _unwritten(self._folder, late)
+            if error is not None:
+                error.add_note(str(unwritten))
+            error = error or unwritten
         if error is not None:
             newest = _newest(self._checkpointer)
             last = "There is no checkpoint yet."

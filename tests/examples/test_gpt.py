@@ -15,6 +15,7 @@ from gpt_runs import TEXT
 
 from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample
 from examples.gpt.__main__ import parse
+from examples.gpt.checkpoint import Checkpoints
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
 from examples.gpt.optimizer import make_optimizer
@@ -207,6 +208,23 @@ def test_a_run_goes_on_with_what_changes_no_loss(tiny):
     changes = {"log_every": 1, "accumulate": 2, "keep": 1, "remat": "full"}
     [curve] = main(dataclasses.replace(config, **changes))
     assert [row["step"] for row in curve.rows] == [5]
+
+
+def test_an_error_that_comes_late_is_told_beside_the_first(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, Config(), {})
+    close = checkpoints._checkpointer.close
+
+    def fail():
+        close()
+        raise OSError("no space is left")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "close", fail)
+    with pytest.raises(RuntimeError, match="the first") as info, checkpoints.under_way():
+        raise RuntimeError("the first")
+    late, last = info.value.__notes__
+    assert "can't be written" in late
+    assert "no space is left" in late
+    assert last == "There is no checkpoint yet."
 
 
 def test_a_folder_in_which_another_run_is_under_way(tiny):
