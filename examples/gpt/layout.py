@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.gpt.config import ConfigError
+from sophia_optax import each_group
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -71,8 +72,15 @@ def check(params: Any, mesh: jax.sharding.Mesh) -> None:
     jax.tree.map_with_path(check_one, params)
 
 
-def whole(params: Any) -> Any:
-    """Parameters, or some of them, gathered over `fsdp`; as they are without a mesh."""
+def whole(params: Any, dtype: str = "float32") -> Any:
+    """Parameters, or some of them, cast and gathered over `fsdp`, for a layer to use.
+
+    A refresh squares their gradients where they are gathered, and holds none whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["fsdp"] > 1:
+        params = each_group(spread(params))
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
     return _constrain(params, lambda axis: axis if axis == "tensor" else None)
 
 

@@ -138,8 +138,7 @@ class GPT(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
-            layer = whole(jax.tree.map(lambda p: p.astype(dtype), layer))
-            return nnx.merge(graph, layer)(x_BxTxD), None
+            return nnx.merge(graph, whole(layer, self.config.dtype))(x_BxTxD), None
 
         if self.config.remat != "none":
             apply = jax.checkpoint(

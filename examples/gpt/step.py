@@ -48,17 +48,11 @@ def make_train_step(
         assert config.refresh_batch is not None
         tokens_BxS = tokens_BxS[:: config.batch // config.refresh_batch]
         at_once = min(config.groups, layout.batch_devices(mesh))
-        if config.groups > 1:  # each device has the whole gradient of its groups
-            params = layout.whole(params)
         if config.optimizer == "sophia_h":
             estimator = hutchinson(loss_fn, groups=config.groups, parallel_groups=at_once)
-            hessian = estimator(params, tokens_BxS, key=key)
-        else:
-            estimator = gnb(logits_fn, groups=config.groups, parallel_groups=at_once)
-            hessian = estimator(params, tokens_BxS[:, :-1], key=key)
-        if config.groups > 1:
-            hessian = layout.whole(hessian)
-        return layout.spread(hessian)
+            return layout.spread(estimator(params, tokens_BxS, key=key))
+        estimator = gnb(logits_fn, groups=config.groups, parallel_groups=at_once)
+        return layout.spread(estimator(params, tokens_BxS[:, :-1], key=key))
 
     def train_step(state, tokens_BxS):
         loss, grads = loss_and_grads(state.params, tokens_BxS)

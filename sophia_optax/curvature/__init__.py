@@ -10,6 +10,7 @@ mapped_axes    what `pmap` and `shard_map` need
 """
 
 from sophia_optax.curvature.accumulate import accumulate
+from sophia_optax.curvature.each_group import each_group
 from sophia_optax.curvature.gauss_newton import empirical_fisher, gnb
 from sophia_optax.curvature.hutchinson import hutchinson
 from sophia_optax.curvature.likelihoods import Bernoulli, Categorical, Normal, Poisson
@@ -20,6 +21,7 @@ __all__ = [
     "Normal",
     "Poisson",
     "accumulate",
+    "each_group",
     "empirical_fisher",
     "gnb",
     "hutchinson",

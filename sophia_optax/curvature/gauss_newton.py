@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sophia_optax.curvature.each_group import DEVICE, bind, square
 from sophia_optax.curvature.groups import (
     Estimator,
     accumulator_dtype,
@@ -28,11 +29,13 @@ from sophia_optax.curvature.likelihoods import Categorical, Likelihood
 from sophia_optax.curvature.mapped_axes import (
     AxisName,
     as_varying,
+    axis_names,
     check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
 )
+from sophia_optax.curvature.marks import OTHER, marks_of
 
 _CATEGORICAL = Categorical()
 
@@ -217,6 +220,7 @@ def _mean_of_squares(
     def estimate(first_group, params, *batch, **kwargs):
         losses, named, weights = inputs(*batch, **kwargs)
         check_axes(params, batch, axis_name)
+        names = axis_names(axis_name)
         params = as_varying(as_parameters(params), axis_name)
         total_weight = 1
         if weights is not None:
@@ -236,7 +240,7 @@ def _mean_of_squares(
                 )
             return share
 
-        def squared_gradient(params, group, number):
+        def gradient(params, group, number):
             def loss(params):
                 per_prediction = losses(params, group, number)
                 _check_losses(per_prediction)
@@ -244,15 +248,26 @@ def _mean_of_squares(
                 # A masked prediction may have no loss at all, as for the label -100.
                 per_prediction = jnp.where(share != 0, per_prediction, 0)
                 # W divides before the square, which keeps float16 in its range.
-                return jnp.sum(jnp.sqrt(share) * per_prediction)
+                total = jnp.sum(jnp.sqrt(share) * per_prediction)
+                if "targets" in group:
+                    # One that is no class has a loss of NaN, but a gradient that is finite.
+                    total *= jnp.where(jnp.isfinite(total), 1, jnp.nan)
+                return total
 
-            value, gradient = jax.value_and_grad(loss)(params)
-            squares = jax.tree.map(lambda g: g.astype(accumulator_dtype(g)) ** 2, gradient)
-            if "targets" in group:
-                # One that is no class has a loss of NaN, but a gradient that is finite.
-                one = jnp.where(jnp.isfinite(value), 1, jnp.nan)
-                squares = jax.tree.map(lambda s: one * s, squares)
-            return squares
+            return jax.grad(loss)(params)
+
+        seen = jax.tree.map(lambda _: OTHER, params)
+
+        def look(*args):
+            nonlocal seen
+            seen = marks_of(gradient, *args, axes=names)
+            return jax.tree.map(lambda s: s.is_squares and not names, seen)
+
+        def squared_gradient(*args):
+            if names:
+                look(*args)
+            grads = bind(DEVICE, gradient)(*args) if names else gradient(*args)
+            return jax.tree.map(lambda g, s: g if s.is_squares else square(g), grads, seen)
 
         squares = sum_over_groups(
             squared_gradient,
@@ -261,8 +276,13 @@ def _mean_of_squares(
             groups=groups,
             parallel_groups=parallel_groups,
             first=first_group,
+            summed=None if names else look,
         )
-        return sum_over_devices(squares, axis_name)
+        return jax.tree.map(
+            lambda s, mark: sum_over_devices(s, tuple(set(names) - mark.axes)),
+            squares,
+            seen,
+        )
 
     return Estimator(estimate, weight, groups)
 

@@ -8,6 +8,7 @@ own groups, one after another, and what they add up to is summed over devices on
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sophia_optax.curvature.each_group import GROUPS
 from sophia_optax.curvature.meshes import (
     Axes,
     Mesh,
@@ -74,6 +76,7 @@ def sum_over_groups(
     groups: int,
     parallel_groups: int | None = None,
     first: jax.typing.ArrayLike = 0,
+    summed: Callable[..., Any] | None = None,
 ) -> Any:
     """Σ_g fn(params, batch of group g, first + g).
 
@@ -87,6 +90,8 @@ def sum_over_groups(
       parallel_groups: how many of them are computed at once. By default one for each
         device that the batch is spread over.
       first: the number of the first group.
+      summed: function of the same arguments as `fn`, to a tree like `params` of bool:
+        which results of `fn` are sums over the mapped axis `GROUPS` already.
 
     Returns:
       The sum, a tree like `params` with dtypes as `accumulator_dtype` gives them, spread
@@ -114,29 +119,54 @@ def sum_over_groups(
         b = x.shape[0] // groups
         return spread(x).reshape(parallel, steps, b, *x.shape[1:]).swapaxes(0, 1)
 
+    parts = jax.tree.map(split, batch), split(first + jnp.arange(groups))[..., 0]
+    first_part = jax.tree.map(lambda x: x[0], parts)
+    is_sum = jax.tree.map(lambda _: False, params)
+    if summed is not None:
+        found = []
+        look = jax.vmap(lambda *group: found.append(summed(params, *group)))
+        jax.eval_shape(look, *first_part)
+        [is_sum] = found
+    any_sum = any(jax.tree.leaves(is_sum))
+
     def at_once(part):
-        if parallel == 1:
+        if parallel == 1 and not any_sum:
             sums = fn(shared, *jax.tree.map(lambda x: x[0], part))
             return jax.tree.map(lambda s: s[None], sums)
-        sums = jax.vmap(fn, in_axes=(None, 0, 0))(shared, *part)
-        return jax.tree.map(lambda s: s.reshape(kept, -1, *s.shape[1:]).sum(1), sums)
+        # The parameters are no argument of what is mapped: marked ones may be spread over
+        # the axes of the mesh that the groups are spread over.
+        of_part = functools.partial(fn, shared)
+        out_axes = jax.tree.map(lambda done: None if done else 0, is_sum)
+        name = GROUPS if any_sum else None
+        sums = jax.vmap(of_part, out_axes=out_axes, axis_name=name)(*part)
+        return jax.tree.map(
+            lambda s, done: s if done else s.reshape(kept, -1, *s.shape[1:]).sum(1),
+            sums,
+            is_sum,
+        )
 
-    def zeros(p):
-        p = jnp.broadcast_to(p, (kept, *p.shape))
-        return spread(jnp.zeros_like(p, accumulator_dtype(p)))
+    def zeros(p, done):
+        if not done:
+            p = spread(jnp.broadcast_to(p, (kept, *p.shape)))
+        return jnp.zeros_like(p, accumulator_dtype(p))
 
-    # A group's gradient is whole on the device that computes it.
-    shared = jax.tree.map(lambda p: gather(p, mesh, axes), params) if axes else params
-    parts = jax.tree.map(split, batch), split(first + jnp.arange(groups))[..., 0]
+    def share(p, done):
+        # A group's gradient is whole on the device that computes it, unless it is marked.
+        return gather(p, mesh, axes) if axes and not done else p
+
+    def total(sums, p, done):
+        return spread_like(sums if done else sums.sum(0), p)
+
+    shared = jax.tree.map(share, params, is_sum)
     if steps == 1:
-        sums = at_once(jax.tree.map(lambda x: x[0], parts))
+        sums = at_once(first_part)
     else:
         sums, _ = jax.lax.scan(
             lambda sums, part: (jax.tree.map(jnp.add, sums, at_once(part)), None),
-            jax.tree.map(zeros, shared),
+            jax.tree.map(zeros, shared, is_sum),
             parts,
         )
-    return jax.tree.map(lambda s, p: spread_like(s.sum(0), p), sums, params)
+    return jax.tree.map(total, sums, params, is_sum)
 
 
 def as_parameters(params: Any) -> Any:

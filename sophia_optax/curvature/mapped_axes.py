@@ -18,7 +18,7 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     In a `shard_map` that checks replication, the gradient with respect to a replicated
     parameter is summed over devices on its own: the mean gradient, squared too late.
     """
-    names = _names(axis_name)
+    names = axis_names(axis_name)
 
     def vary(x):
         new = tuple(name for name in names if name not in _varying(x))
@@ -33,7 +33,7 @@ def check_axes(params: Any, batch: Any, axis_name: AxisName) -> None:
         {name for x in jax.tree.leaves(tree) for name in _varying(x)}
         for tree in (params, batch)
     ]
-    forgotten = varying[1] - varying[0] - set(_names(axis_name))
+    forgotten = varying[1] - varying[0] - set(axis_names(axis_name))
     if forgotten:
         raise ValueError(
             f"The batch differs along the mapped axes {sorted(forgotten)}, which are not "
@@ -50,24 +50,24 @@ def key_of_device(key: jax.Array, axis_name: AxisName) -> jax.Array:
     if not (is_typed or is_raw) or jnp.ndim(key) != (0 if is_typed else 1):
         got = f"{dtype}{list(jnp.shape(key))}" if dtype is not None else repr(key)
         raise TypeError(f"`key` must be one PRNG key, as `jax.random.key(0)`, got {got}.")
-    names = _names(axis_name)
+    names = axis_names(axis_name)
     return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key
 
 
 def sum_over_devices(tree: Any, axis_name: AxisName) -> Any:
-    names = _names(axis_name)
+    names = axis_names(axis_name)
     return jax.lax.psum(tree, names) if names else tree
 
 
 def number_of_devices(axis_name: AxisName) -> int:
-    return jax.lax.axis_size(_names(axis_name))
+    return jax.lax.axis_size(axis_names(axis_name))
 
 
 def _varying(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _names(axis_name: AxisName) -> tuple[str, ...]:
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     """Raises ValueError unless each is a mapped axis."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     try:

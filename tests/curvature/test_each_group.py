@@ -1,0 +1,251 @@
+"""A mark that would give a wrong estimate is an error; any other changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_trees_all_close, assert_trees_all_equal
+from jax.sharding import PartitionSpec as P
+
+from sophia_optax import accumulate, each_group, empirical_fisher, gnb, hutchinson
+
+KEY, V, D, L = jax.random.key(1), 5, 4, 3
+keys = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "embedding": jax.random.normal(keys[0], (V, D)),
+    "layers": jax.random.normal(keys[1], (L, D, D)),
+    "bias": jax.random.normal(keys[2], (V,)),
+}
+X = jax.random.randint(keys[3], (8, 2), 0, V)
+Y = jnp.roll(X, 1)
+
+
+def same(w):
+    return w
+
+
+def network(params, x, embedding=same, layer=each_group, head=same, bias=same):
+    """Logits of a network, tied, and what each use of a weight does to it before."""
+
+    def apply(h, w):
+        return jnp.tanh(h @ layer(w)), None
+
+    h, _ = jax.lax.scan(apply, embedding(params["embedding"])[x], params["layers"])
+    return h @ head(params["embedding"]).T + bias(params["bias"])
+
+
+def marked_once(params, x):
+    marked = {name: each_group(params[name]) for name in ("embedding", "bias")}
+    return network({**params, **marked}, x)
+
+
+def unmarked(params, x):
+    return network(params, x, layer=same)
+
+
+def fisher(network, params=PARAMS, groups=4, **settings):
+    return empirical_fisher(network, groups=groups, **settings)(params, X, targets=Y)
+
+
+@pytest.mark.parametrize(("groups", "parallel_groups"), [(1, None), (4, 2), (8, 1)])
+def test_a_marked_model_has_the_same_estimate(groups, parallel_groups):
+    counts = {"groups": groups, "parallel_groups": parallel_groups}
+
+    def estimates(network):
+        def loss(params, x):
+            return jnp.mean(network(params, x) ** 2)
+
+        micro = accumulate(gnb(network, **counts))
+        state = micro.init(PARAMS)
+        for x in (X, X[::-1]):
+            state = micro.add(state, PARAMS, x, key=KEY)
+        return (
+            gnb(network, **counts)(PARAMS, X, key=KEY, weights=(X + Y) % 3),
+            fisher(network, **counts),
+            hutchinson(loss, **counts)(PARAMS, X, key=KEY),
+            micro.mean(state),
+        )
+
+    assert_trees_all_close(estimates(marked_once), estimates(unmarked), rtol=2e-6)
+
+
+def test_a_training_step_is_not_changed():
+    def gradient(network):
+        return jax.make_jaxpr(jax.grad(lambda p: network(p, X).sum()))(PARAMS)
+
+    assert str(gradient(marked_once)) == str(gradient(unmarked))
+
+
+def test_what_jit_has_traced_for_a_training_step_is_traced_again():
+    @jax.jit
+    def jitted(params, x):
+        return marked_once(params, x)
+
+    before = jax.grad(lambda p: jitted(p, X).sum())(PARAMS)
+    found = fisher(jitted)
+    after = jax.grad(lambda p: jitted(p, X).sum())(PARAMS)
+    assert_trees_all_close(found, fisher(unmarked), rtol=2e-6)
+    assert_trees_all_equal(before, after)
+
+
+def test_without_jit():
+    with jax.disable_jit():
+        found = fisher(marked_once)
+    assert_trees_all_close(found, fisher(unmarked), rtol=2e-6)
+
+
+def test_a_label_that_is_no_class_is_seen():
+    def estimate(network):
+        y, w = Y.at[0, 0].set(-100), jnp.ones(Y.shape)
+        of = empirical_fisher(network, groups=4)
+        return of(PARAMS, X, targets=y), of(PARAMS, X, targets=y, weights=w.at[0, 0].set(0))
+
+    refused, masked = estimate(marked_once)
+    assert not all(np.isfinite(s).all() for s in jax.tree.leaves(refused))
+    assert_trees_all_close(masked, estimate(unmarked)[1], rtol=2e-6)
+
+
+def in_chunks(params, x):
+    """The head is marked in a loop over parts of the batch."""
+    hidden = jnp.cos(x[..., None] + jnp.arange(D))
+    return jax.lax.map(lambda h: h @ each_group(params["embedding"]).T, hidden)
+
+
+def by_rows(params, x):
+    """Rows are marked, of which a group may look up one twice."""
+    return each_group(params["embedding"][x]) @ jnp.cos(jnp.arange(D * V)).reshape(D, V)
+
+
+def by_chance(params, x):
+    """Each group takes a branch of its own."""
+    return network(
+        params, x, bias=lambda b: jax.lax.cond(x.sum() % 2, each_group, scaled_after, b)
+    )
+
+
+def of_experts(params, x):
+    """Marked in a vmap over a weight's leading axis."""
+    layers = jax.vmap(each_group)(params["layers"])
+    return network({**params, "layers": layers}, x, layer=same)
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        pytest.param(functools.partial(network, embedding=same), id="layers alone"),
+        pytest.param(of_experts, id="in a vmap"),
+        pytest.param(
+            functools.partial(network, layer=lambda w: each_group(w.T.reshape(-1)[:, None])
+            .reshape(D, D).T),
+            id="moved before",
+        ),
+        pytest.param(
+            lambda p, x: network(p, x, layer=jax.checkpoint(each_group)), id="recomputed"
+        ),
+    ],
+)  # fmt: skip
+def test_other_marks_that_are_right(marked):
+    def plain(params, x):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "each_group", same)
+            return marked(params, x)
+
+    assert_trees_all_close(fisher(marked), fisher(plain), rtol=2e-6)
+
+
+def scaled_after(w):
+    return 2 * each_group(w)
+
+
+def scaled(w):
+    return each_group(2 * w)
+
+
+def through_16_bits(w):
+    return each_group(w.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("marked", "name", "message"),
+    [
+        ({"embedding": each_group, "head": each_group}, "embedding", "at several uses"),
+        (in_chunks, "embedding", "a loop that is not over layers"),
+        (by_rows, "embedding", "at several uses"),
+        (by_chance, "bias", "a branch of a `cond`"),
+        ({"embedding": each_group}, "embedding", "not all its uses are marked"),
+        ({"layer": scaled}, "layers", "changed before the mark"),
+        ({"layer": through_16_bits}, "layers", "rounded to 16 bits"),
+        ({"layer": lambda w: each_group(w) + each_group(w)}, "layers", "several uses"),
+        (
+            {"bias": lambda b: each_group(jnp.broadcast_to(b, (2, V)))},
+            "bias",
+            "several uses",
+        ),
+    ],
+)
+def test_a_mark_that_would_be_wrong(marked, name, message):
+    of = functools.partial(network, **marked) if isinstance(marked, dict) else marked
+    with pytest.raises(ValueError, match=rf"`params\['{name}'\]` once, whole: .*{message}"):
+        fisher(of)
+
+
+def test_a_cast_before_the_mark():
+    def half(params, x):
+        return network(params, x, layer=lambda w: each_group(w.astype(jnp.bfloat16)))
+
+    with pytest.raises(TypeError, match="`each_group` got `tree` of dtype bfloat16"):
+        fisher(half)
+
+
+def test_inside_a_shard_map_of_the_model_s_own():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    def own(params, x):
+        specs = {"embedding": P(), "layers": P(), "bias": P()}
+        return jax.shard_map(network, mesh=mesh, in_specs=(specs, P()), out_specs=P())(
+            params, x
+        )
+
+    with pytest.raises(NotImplementedError, match="in a `shard_map` of the model's own"):
+        fisher(own)
+
+
+def gathered(mark, w):
+    return mark(jax.lax.all_gather(w, "d", axis=1, tiled=True))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("mark", [same, lambda w: 3 * w], ids=["", "scaled"])
+def test_gathered_in_a_shard_map_and_not_marked(check_vma, mark):
+    """Its gradient would be summed before the square."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
+
+    def estimate(params, x, y):
+        of = functools.partial(network, layer=functools.partial(gathered, mark))
+        return empirical_fisher(of, axis_name="d")(params, x, targets=y)
+
+    with pytest.raises(ValueError, match=r"`params\['layers'\]` is summed over the mapped"):
+        jax.jit(
+            jax.shard_map(
+                estimate,
+                mesh=mesh,
+                in_specs=(specs, P("d"), P("d")),
+                out_specs=specs,
+                check_vma=check_vma,
+            )
+        )(PARAMS, X, Y)
+
+
+def test_under_pmap():
+    def estimate(network):
+        def of(x, y):
+            return empirical_fisher(network, axis_name="d")(PARAMS, x, targets=y)
+
+        split = (a.reshape(4, 2, 2) for a in (X, Y))
+        return jax.tree.map(lambda e: e[0], jax.pmap(of, axis_name="d")(*split))
+
+    assert_trees_all_close(estimate(marked_once), fisher(unmarked), rtol=2e-6)
