@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -38,7 +39,7 @@ def join(config: Config) -> None:
     else:
         return
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"The processes did not find each other: {error}\nOn Kubernetes they need "
@@ -71,6 +72,30 @@ def together() -> Iterator[None]:
         error = raised
     if anywhere(error is not None):
         raise error or ConfigError("Another process can't go on, and says why.")
+
+
+@contextlib.contextmanager
+def lost() -> Iterator[None]:
+    """A part of the run that ends at once, with one line, where another process was lost.
+
+    Whatever else Python and JAX do at their end would wait for that process.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if jax.process_count() == 1 or not re.search(_LOST, reason, re.IGNORECASE):
+            raise
+        print(
+            f"error: Another process of the run was lost ({reason}). Start all of them "
+            "again with the same command: they go on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+_LOST = "gloo|unavailable|heartbeat|connection|preempt|coordination"
 
 
 def check_shared(path: Path, seconds: float = 30.0) -> None:

@@ -106,7 +106,11 @@ def train(
         with processes.together():
             processes.check_shared(folder / "config.json")
 
-        with checkpoints.under_way(), Profile(config, folder) as profile:
+        with (
+            checkpoints.under_way(),
+            Profile(config, folder) as profile,
+            processes.lost(),
+        ):
             for step in range(start + 1, config.steps + 1):
                 profile.step(step - start)
                 tokens = layout.put(mesh, next(batches), config.batch)

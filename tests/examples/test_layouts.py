@@ -60,7 +60,9 @@ def test_20_steps_on_8_devices_and_in_2_processes(
         devices=8,
     )
     assert code == 0, output
-    codes, outputs = run_together(arguments(corpus, two, optimizer=optimizer), 2, devices=1)
+    codes, outputs = run_together(
+        arguments(corpus, two, optimizer=optimizer, mesh="fsdp=2"), 2, devices=1
+    )
     assert codes == [0, 0], outputs
     assert_alike(losses(eight), on_one_device(optimizer))
     assert_alike(losses(two), on_one_device(optimizer))
@@ -128,6 +130,22 @@ def test_an_error_of_one_process_is_an_error_of_all(corpus, tmp_path):
     assert codes == [1, 1]
     assert "error: Another process can't go on" in outputs[0]
     assert "error: `data`: a shard of the second's" in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_one_line(corpus, tmp_path, which):
+    codes, outputs = run_together(
+        arguments(corpus, tmp_path / "out", mesh="fsdp=2"),
+        2,
+        devices=1,
+        which=which,
+        signalled=(13, signal.SIGKILL),
+    )
+    assert codes[which] == -signal.SIGKILL
+    assert codes[1 - which] == 1
+    assert outputs[1 - which].count("error: Another process of the run was lost") == 1
+    assert "Traceback" not in outputs[1 - which]
 
 
 ONE_FAILS = """
