@@ -19,6 +19,7 @@ from sophia_optax import each_group
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+PARTS = "parts"  # a mapped axis: what each device has of a micro-batch
 
 # The end of a parameter's name, and its last axes; what is not here is on each device.
 RULES: dict[str, tuple[str | None, ...]] = {
@@ -79,9 +80,26 @@ def whole(params: Any, dtype: str = "float32") -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["fsdp"] > 1:
-        params = each_group(spread(params))
+        params = jax.tree.map(_summed, each_group(spread(params)))
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     return _constrain(params, lambda axis: axis if axis == "tensor" else None)
+
+
+@jax.custom_vjp
+def _over_parts(w):
+    return w
+
+
+_over_parts.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.psum(g, PARTS),))
+
+
+def _summed(w: jax.Array) -> jax.Array:
+    """A weight whose gradient is summed over `PARTS` here, where a step maps over them."""
+    try:
+        jax.lax.axis_size(PARTS)
+    except NameError:
+        return w
+    return _over_parts(w)
 
 
 def spread(params: Any, first: str | None = None) -> Any:

@@ -25,22 +25,34 @@ def make_train_step(
     def logits_fn(params, tokens_BxT):
         return model.bind(config, params)(tokens_BxT)
 
-    # Unless parameters are spread over them, each of the batch's devices sums up gradients
-    # of its own, which are exchanged once; else in each micro-batch, layer by layer.
-    parts = 1 if mesh.shape["fsdp"] > 1 else mesh.shape["data"]
-    axis = None if mesh.shape["fsdp"] > 1 else "data"
-    grad_fn = jax.vmap(jax.value_and_grad(loss_fn), (None, 0), spmd_axis_name=axis)
+    # Each of the batch's devices sums up gradients of its own. They are exchanged once, or,
+    # where none has room for all of them, in each micro-batch where a layer was gathered.
+    in_parts = mesh.shape["fsdp"] > 1
+    parts = layout.batch_devices(mesh)
+    axes: Any = layout.BATCH if in_parts else "data"
+    grad_fn = jax.vmap(
+        jax.value_and_grad(loss_fn),
+        (None, 0),
+        (0, None if in_parts else 0),
+        axis_name=layout.PARTS,
+        spmd_axis_name=axes,
+    )
 
     def loss_and_grads(params, tokens_BxS):
         def add(total, tokens_NxS):
             tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
             return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros((parts, *p.shape)), params)
-        zero = jnp.zeros(parts), layout.spread(zeros, axis)
-        total, _ = jax.lax.scan(add, zero, micro_batches(config, tokens_BxS))
-        loss, grads = jax.tree.map(lambda x: x.sum(0) / (parts * config.accumulate), total)
-        return loss, layout.spread(grads)
+        zeros = layout.spread(jax.tree.map(jnp.zeros_like, params))
+        if not in_parts:
+            zeros = jax.tree.map(lambda p: jnp.zeros((parts, *p.shape)), params)
+            zeros = layout.spread(zeros, axes)
+        zero = jnp.zeros(parts), zeros
+        (loss, grads), _ = jax.lax.scan(add, zero, micro_batches(config, tokens_BxS))
+        if not in_parts:
+            grads = jax.tree.map(lambda g: g.sum(0), grads)
+        grads = jax.tree.map(lambda g: g / (parts * config.accumulate), grads)
+        return loss.sum() / (parts * config.accumulate), layout.spread(grads)
 
     def estimate(params, tokens_BxS, key):
         """From a part of the batch, of which each device has its share."""

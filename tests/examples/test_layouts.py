@@ -11,7 +11,7 @@ import pytest
 from gpt_runs import TEXT, arguments, losses, run, run_together
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.hlo import collectives
+from benchmarks.hlo import bytes_of, collectives
 from examples.gpt import layout, model
 from examples.gpt.checkpoint import DAMAGED, FOLDER
 from examples.gpt.config import Config, ConfigError
@@ -213,6 +213,23 @@ def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
         sizes.append(sum(c.bytes * c.times for c in found))
     gradient = 4 * model.count(state.params)
     np.testing.assert_allclose(sizes, [gradient, 2 * gradient], rtol=1e-3)
+
+
+def test_fully_sharded_a_refresh_is_as_sharded_as_a_gradient():
+    """A micro-batch exchanges one gradient, whatever the chunks of the loss; so it does."""
+    config = small(accumulate=2, loss_chunk=8, refresh_batch=8, remat="full", layers=8)
+    config = dataclasses.replace(config, gamma=0.05)  # no samples for a held share
+    mesh = layout.make_mesh("fsdp=8")
+    exchanged, temporary = [], []
+    for optimizer in ("adamw", "sophia_g"):
+        compiled, state = on(mesh, dataclasses.replace(config, optimizer=optimizer))
+        found = bytes_of(collectives(compiled))
+        exchanged.append(found.pop("all-reduce") + found.pop("all-to-all", 0))
+        assert found.keys() == {"all-gather"}
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    gradient = 4 * model.count(state.params)
+    np.testing.assert_allclose(exchanged, [2 * gradient, 3 * gradient], rtol=0.01)
+    assert temporary[1] <= 1.1 * temporary[0]
 
 
 @pytest.mark.parametrize(
