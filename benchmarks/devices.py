@@ -1,15 +1,16 @@
-"""What a refresh exchanges and computes on several devices.
+"""What a refresh exchanges, computes and holds on several devices.
 
     python -m benchmarks.devices
 
 Compiles for simulated CPU devices, and reads from the compiled programs what each device
-computes and exchanges. No array is made and nothing is run.
+computes, exchanges and holds. No array is made and nothing is run.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import measure
@@ -18,6 +19,11 @@ from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
 from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
+from examples.gpt.config import Preset
+from examples.gpt.optimizer import make_optimizer, make_schedule
+from examples.gpt.presets import PRESETS
+from examples.gpt.state import abstract_state
+from examples.gpt.step import make_train_step
 from sophia_optax import gnb
 
 
@@ -27,6 +33,9 @@ class Config:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     batch: int = 64
     refresh_batch: int = 16  # in a group for each sequence
+    meshes: tuple[str, ...] = ("fsdp=8", "data=2,fsdp=2,tensor=2")
+    presets: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
+    depths: tuple[int, ...] = (4, 8, 16, 32)  # of the layers of width 512
 
 
 # The axis of the mesh that has all devices; `examples.gpt.layout` says what lies there.
@@ -50,7 +59,54 @@ def measure_devices(config: Config) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "parameter_bytes": 4 * gpt.count(Model(config.shape).abstract_params),
         "rows": rows,
+        "memory": [
+            {"model": name, "mesh": mesh, **_temporary(run, mesh)}
+            for name, run in _models(config).items()
+            for mesh in config.meshes
+        ],
     }
+
+
+def _models(config: Config) -> dict[str, RunConfig]:
+    models = {name: PRESETS[name] for name in config.presets}
+    for depth in config.depths:
+        layers = Shape(layers=depth, heads=8, width=512, context=64, vocabulary=512)
+        models[f"{depth} layers of width 512"] = dataclasses.replace(layers, batch=64)
+    return models
+
+
+def _temporary(config: RunConfig, text: str) -> dict[str, float]:
+    """MiB of temporary memory on a device, in the trainer's step without and with a refresh.
+
+    A device has one sequence at a time, in the step as in the refresh.
+    """
+    mesh = layout.make_mesh(text)
+    parts = layout.batch_devices(mesh)
+    config = dataclasses.replace(
+        config,
+        vocabulary=config.vocabulary or 50304,
+        remat="full",
+        groups=parts,
+        refresh_batch=parts,
+        accumulate=config.batch // parts,
+    )
+    tx = make_optimizer(config, make_schedule(config))
+    sharding = NamedSharding(mesh, PartitionSpec(layout.BATCH))
+    shape = (config.batch, config.context + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    def never(grads, state, params, hessian_fn):
+        del hessian_fn
+        return tx.update(grads, state, params)
+
+    temporary = {}
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, tx, mesh)
+        for name, update in (("step", never), ("refresh", tx.update)):
+            step = make_train_step(config, tx._replace(update=update), mesh)
+            memory: Any = step.lower(state, tokens).compile().memory_analysis()
+            temporary[name] = memory.temp_size_in_bytes / 2**20
+    return temporary
 
 
 def _on(mesh: Mesh, spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
@@ -79,7 +135,7 @@ def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.C
     def refresh(params, tokens):
         part = tokens[:: config.batch // config.refresh_batch]
         key = jax.random.key(0)
-        return layout.whole(estimate(layout.whole(params), part, key=key))
+        return estimate(params, part, key=key)
 
     tokens = abstract((config.batch, config.shape.context))
     tokens = _on(mesh, PartitionSpec(layout.BATCH), tokens)
@@ -117,6 +173,20 @@ def devices(results: dict[str, Any]) -> str:
     )
 
 
+def memory(results: dict[str, Any]) -> str:
+    """The temporary memory of a step without and with a refresh."""
+    return measure.markdown(
+        results["memory"],
+        {
+            "model": "model",
+            "mesh": "mesh",
+            "a step": lambda row: f"{row['step']:,.0f} MiB",
+            "with a refresh": lambda row: f"{row['refresh']:,.0f} MiB",
+            "ratio": lambda row: f"{row['refresh'] / row['step']:.2f}",
+        },
+    )
+
+
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
     size, config = results["parameter_bytes"], results["config"]
@@ -136,7 +206,9 @@ def table(results: dict[str, Any]) -> str:
         f"over those of the parameters ({size:,} bytes)\ncomputes: operations of matrix "
         "products on all devices over those on one\n"
         f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
-        "groups"
+        "groups\n\n"
+        f"{memory(results)}\n\n"
+        "temporary memory on a device, of the trainer's step, a sequence at a time on each"
     )
 
 

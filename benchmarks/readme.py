@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "groups": ("estimate", estimate.groups),
     "refreshes": ("estimate", estimate.refreshes),
     "devices": ("devices", devices.devices),
+    "memory": ("devices", devices.memory),
     "ablations": ("ablations", ablations.ranking),
     "second": ("second_task", second_task.table),
 }
