@@ -76,7 +76,7 @@ def _models(config: Config) -> dict[str, RunConfig]:
 
 
 def _temporary(config: RunConfig, text: str) -> dict[str, float]:
-    """MiB of temporary memory on a device, in the trainer's step without and with a refresh.
+    """MiB of temporary memory on a device, in the trainer's step and one with a refresh.
 
     A device has one sequence at a time, in the step as in the refresh.
     """

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sophia_optax.curvature.mapped_axes import varying
 from sophia_optax.curvature.meshes import on_auto_axes
 
 # Names of mapped axes, which are part of what `jit` caches a trace by: a function that was
@@ -30,22 +31,29 @@ def each_group(tree: Any) -> Any:
 
     The identity, but in an estimate of `gnb` and `empirical_fisher` in several groups:
     there each group's gradient is squared at this place of the way back. Without it each
-    device holds parameters, a group's gradient and the estimate whole.
+    device holds parameters, a group's gradient and the estimate whole. `hutchinson` passes
+    it by: with one group, and several probes, its products are as sharded as a gradient.
 
-    Mark each weight once, whole, after it was gathered and before it is used or cast: in
-    the body of a scan over layers, the weights of a layer. A weight that is used twice, as
-    a tied embedding, is marked once and used twice. What is not marked is estimated as
-    without marks, and a mark where squares would be summed wrongly is an error.
+    Mark each weight once, before its uses and before it is cast; in the body of a scan over
+    layers, the weights of a layer. Mark it after it is gathered, by `jax.reshard` or
+    `jax.lax.all_gather`; on Auto axes it may be before, which leaves room for a cast in
+    between (on Explicit ones JAX then speaks of duplicate entries). A weight that is used
+    twice, as a tied embedding, is marked once and used twice. Under `jit` one that is not
+    marked is held whole. Each estimate follows the way back, and refuses a mark that does
+    not see all the gradient of a parameter, as it is, once.
 
     Args:
-      tree: weights, arrays of float32 or float64.
+      tree: weights, a tree of arrays of float32 or float64. Other leaves are left alone.
 
     Returns:
       The same tree.
 
     Raises:
-      TypeError: in an estimate, for an array in 16 bits, in which squares would be summed.
-      ValueError: from the estimate, where a mark does not see a parameter exactly once.
+      TypeError: in an estimate, for weights in 16 bits, in which squares would be summed.
+      ValueError: from the estimate, for a mark that would make it wrong, or in a
+        `shard_map` a gathered parameter without a mark.
+      NotImplementedError: in an estimate without `axis_name`, inside a `shard_map` with
+        `check_vma=True`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,11 +69,12 @@ def each_group(tree: Any) -> Any:
     """
     if not (_is_bound(GROUPS) or _is_bound(DEVICE)):
         return tree
-    if _is_bound(GROUPS) and jax.sharding.get_abstract_mesh().manual_axes:
+    if _is_bound(GROUPS) and _in_a_checked_shard_map():
         raise NotImplementedError(
-            "`each_group` is in a `shard_map` of the model's own, where groups that are "
-            "computed at once can't be summed. Mark weights outside of it, or estimate "
-            "inside one `shard_map`, with `axis_name`."
+            "`each_group` is in a `shard_map` with `check_vma=True`, in which JAX can't "
+            "sum over groups that are computed at once. Where devices have groups of their "
+            "own, estimate with `axis_name`; else let it have `check_vma=False`, or mark "
+            "outside of it."
         )
     return jax.tree.map_with_path(_checked, tree)
 
@@ -74,7 +83,8 @@ def bind(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, with a mapped axis of size 1 around it that none of its arrays has."""
 
     def call(*args):
-        return jax.vmap(lambda _: fn(*args), out_axes=None, axis_name=name)(jnp.zeros(1))
+        of_one = jax.vmap(lambda _: fn(*args), axis_name=name)
+        return jax.tree.map(lambda x: x[0], of_one(jnp.zeros(1)))
 
     return call
 
@@ -84,8 +94,9 @@ def square(gradient: jax.Array) -> jax.Array:
     return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) ** 2
 
 
-def _checked(path: Any, w: Any) -> jax.Array:
-    w = jnp.asarray(w)
+def _checked(path: Any, w: Any) -> Any:
+    if not (isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating)):
+        return w
     if jnp.promote_types(w.dtype, jnp.float32) != w.dtype:
         raise TypeError(
             f"`each_group` got `tree{jax.tree_util.keystr(path)}` of dtype {w.dtype}, in "
@@ -110,6 +121,11 @@ def _way_back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 _mark.defvjp(lambda w: (w, None), _way_back)
+
+
+def _in_a_checked_shard_map() -> bool:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return any(varying(jax.lax.axis_index(name)) for name in axes)
 
 
 def _is_bound(name: str) -> bool:

@@ -35,7 +35,7 @@ from sophia_optax.curvature.mapped_axes import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax.curvature.marks import OTHER, marks_of
+from sophia_optax.curvature.marks import NUMBER, begin, marks_of
 
 _CATEGORICAL = Categorical()
 
@@ -252,11 +252,11 @@ def _mean_of_squares(
                 if "targets" in group:
                     # One that is no class has a loss of NaN, but a gradient that is finite.
                     total *= jnp.where(jnp.isfinite(total), 1, jnp.nan)
-                return total
+                return begin(total)
 
             return jax.grad(loss)(params)
 
-        seen = jax.tree.map(lambda _: OTHER, params)
+        seen = jax.tree.map(lambda _: NUMBER, params)
 
         def look(*args):
             nonlocal seen

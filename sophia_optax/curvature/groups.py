@@ -138,7 +138,15 @@ def sum_over_groups(
         of_part = functools.partial(fn, shared)
         out_axes = jax.tree.map(lambda done: None if done else 0, is_sum)
         name = GROUPS if any_sum else None
-        sums = jax.vmap(of_part, out_axes=out_axes, axis_name=name)(*part)
+        try:
+            sums = jax.vmap(of_part, out_axes=out_axes, axis_name=name)(*part)
+        except ValueError as error:
+            if "out_axes is None" not in str(error):
+                raise
+            raise ValueError(
+                "`each_group` marks parts of a parameter that depend on the batch, such as "
+                "the expert of a task, and differ between groups. Mark all of it, before."
+            ) from error
         return jax.tree.map(
             lambda s, done: s if done else s.reshape(kept, -1, *s.shape[1:]).sum(1),
             sums,

@@ -21,7 +21,7 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     names = axis_names(axis_name)
 
     def vary(x):
-        new = tuple(name for name in names if name not in _varying(x))
+        new = tuple(name for name in names if name not in varying(x))
         return jax.lax.pcast(x, new, to="varying") if new else x
 
     return jax.tree.map(vary, tree)
@@ -29,11 +29,11 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
 
 def check_axes(params: Any, batch: Any, axis_name: AxisName) -> None:
     """Raises ValueError where an axis was forgotten, in a `shard_map` that can tell."""
-    varying = [
-        {name for x in jax.tree.leaves(tree) for name in _varying(x)}
+    in_params, in_batch = [
+        {name for x in jax.tree.leaves(tree) for name in varying(x)}
         for tree in (params, batch)
     ]
-    forgotten = varying[1] - varying[0] - set(axis_names(axis_name))
+    forgotten = in_batch - in_params - set(axis_names(axis_name))
     if forgotten:
         raise ValueError(
             f"The batch differs along the mapped axes {sorted(forgotten)}, which are not "
@@ -63,7 +63,8 @@ def number_of_devices(axis_name: AxisName) -> int:
     return jax.lax.axis_size(axis_names(axis_name))
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying(x: Any) -> frozenset[str]:
+    """The mapped axes that `x` differs along, in a `shard_map` that checks."""
     return jax.typeof(x).manual_axis_type.varying
 
 

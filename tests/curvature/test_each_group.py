@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
+from jax.experimental import pallas
 from jax.sharding import PartitionSpec as P
 
 from sophia_optax import accumulate, each_group, empirical_fisher, gnb, hutchinson
@@ -20,6 +21,9 @@ PARAMS = {
 }
 X = jax.random.randint(keys[3], (8, 2), 0, V)
 Y = jnp.roll(X, 1)
+
+
+CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False])
 
 
 def same(w):
@@ -167,6 +171,47 @@ def through_16_bits(w):
     return each_group(w.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+def behind_another(params, x):
+    return each_group(network(params, x, bias=each_group))
+
+
+def in_its_own_gradient(params, x):
+    """A first step downhill, as in meta-learning, from which the loss is taken."""
+
+    def loss(layers):
+        return network({**params, "layers": layers}, x).sum()
+
+    layers = params["layers"] - jax.lax.stop_gradient(jax.grad(loss)(params["layers"]))
+    return network({**params, "layers": layers}, x, layer=same)
+
+
+@jax.custom_vjp
+def head_by_rows(w, h):
+    return h @ w
+
+
+def _by_rows(residuals, g):
+    w, h = residuals
+
+    def add_row(carry):
+        i, dw = carry
+        of_row = jax.vjp(lambda w: h.reshape(-1, D)[i] @ each_group(w), w)[1]
+        return i + 1, dw + of_row(g.reshape(-1, V)[i])[0]
+
+    rows = jax.lax.while_loop(
+        lambda carry: carry[0] < h.size // D, add_row, (0, jnp.zeros_like(w))
+    )
+    return rows[1], g @ w.T
+
+
+head_by_rows.defvjp(lambda w, h: (h @ w, (w, h)), _by_rows)
+
+
+def in_a_while(params, x):
+    hidden = jnp.cos(x[..., None] + jnp.arange(D))
+    return head_by_rows(params["embedding"].T, hidden) + each_group(params["bias"])
+
+
 @pytest.mark.parametrize(
     ("marked", "name", "message"),
     [
@@ -174,9 +219,13 @@ def through_16_bits(w):
         (in_chunks, "embedding", "a loop that is not over layers"),
         (by_rows, "embedding", "at several uses"),
         (by_chance, "bias", "a branch of a `cond`"),
+        (in_a_while, "embedding", "inside a `while`"),
+        (in_its_own_gradient, "bias", "in a gradient that the model takes itself"),
+        (behind_another, "bias", "marked again after a mark"),
+        ({"bias": lambda b: each_group(each_group(b))}, "bias", "again after a mark"),
         ({"embedding": each_group}, "embedding", "not all its uses are marked"),
         ({"layer": scaled}, "layers", "changed before the mark"),
-        ({"layer": through_16_bits}, "layers", "rounded to 16 bits"),
+        ({"layer": through_16_bits}, "layers", "cast to 16 bits before the mark"),
         ({"layer": lambda w: each_group(w) + each_group(w)}, "layers", "several uses"),
         (
             {"bias": lambda b: each_group(jnp.broadcast_to(b, (2, V)))},
@@ -187,8 +236,31 @@ def through_16_bits(w):
 )
 def test_a_mark_that_would_be_wrong(marked, name, message):
     of = functools.partial(network, **marked) if isinstance(marked, dict) else marked
-    with pytest.raises(ValueError, match=rf"`params\['{name}'\]` once, whole: .*{message}"):
+    with pytest.raises(ValueError, match=rf"`params\['{name}'\]` once: .*{message}"):
         fisher(of)
+
+
+def test_a_part_that_depends_on_the_batch():
+    def network(params, x):
+        layer = params["layers"][x[0, 0] % L]
+        return jnp.cos(x[..., None] + jnp.arange(D)) @ each_group(layer)
+
+    with pytest.raises(ValueError, match="parts of a parameter that depend on the batch"):
+        fisher(network)
+
+
+def test_what_is_no_weight_is_left_as_it_is():
+    def of(params, x):
+        tree = {"b": params["bias"], "n": 3, "key": KEY, "act": "relu", "none": None}
+        marked = each_group(tree | {"ids": x, "cos": jnp.cos})
+        assert {k: marked[k] for k in ("n", "act", "none")} == {
+            "n": 3,
+            "act": "relu",
+            "none": None,
+        }
+        return network({**params, "bias": marked["b"]}, marked["ids"], layer=same)
+
+    assert_trees_all_close(fisher(of), fisher(unmarked), rtol=2e-6)
 
 
 def test_a_cast_before_the_mark():
@@ -199,45 +271,129 @@ def test_a_cast_before_the_mark():
         fisher(half)
 
 
-def test_inside_a_shard_map_of_the_model_s_own():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    @jax.jit
-    def own(params, x):
-        specs = {"embedding": P(), "layers": P(), "bias": P()}
-        return jax.shard_map(network, mesh=mesh, in_specs=(specs, P()), out_specs=P())(
-            params, x
-        )
-
-    with pytest.raises(NotImplementedError, match="in a `shard_map` of the model's own"):
-        fisher(own)
-
-
-def gathered(mark, w):
-    return mark(jax.lax.all_gather(w, "d", axis=1, tiled=True))
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("mark", [same, lambda w: 3 * w], ids=["", "scaled"])
-def test_gathered_in_a_shard_map_and_not_marked(check_vma, mark):
-    """Its gradient would be summed before the square."""
+@CHECK_VMA
+def test_in_a_shard_map_whose_devices_have_no_groups_of_their_own(check_vma):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
+    specs = {name: P() for name in PARAMS}
 
     def estimate(params, x, y):
-        of = functools.partial(network, layer=functools.partial(gathered, mark))
-        return empirical_fisher(of, axis_name="d")(params, x, targets=y)
+        return empirical_fisher(network, groups=4)(params, x, targets=y)
 
-    with pytest.raises(ValueError, match=r"`params\['layers'\]` is summed over the mapped"):
-        jax.jit(
-            jax.shard_map(
-                estimate,
-                mesh=mesh,
-                in_specs=(specs, P("d"), P("d")),
-                out_specs=specs,
-                check_vma=check_vma,
-            )
-        )(PARAMS, X, Y)
+    mapped = jax.shard_map(
+        estimate,
+        mesh=mesh,
+        in_specs=(specs, P(), P()),
+        out_specs=specs,
+        check_vma=check_vma,
+    )
+    if check_vma:
+        with pytest.raises(NotImplementedError, match="with `check_vma=True`, in which"):
+            jax.jit(mapped)(PARAMS, X, Y)
+    else:
+        found = jax.jit(mapped)(PARAMS, X, Y)
+        assert_trees_all_close(found, fisher(unmarked), rtol=2e-6)
+
+
+def on_two_devices(network, check_vma, params=PARAMS, specs=None):
+    """The estimate in a `shard_map` over "d", where the last axis of layers is in parts."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = specs or {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
+
+    def estimate(params, x, y):
+        return empirical_fisher(network, axis_name="d")(params, x, targets=y)
+
+    mapped = jax.shard_map(
+        estimate,
+        mesh=mesh,
+        in_specs=(specs, P("d"), P("d")),
+        out_specs=specs,
+        check_vma=check_vma,
+    )
+    return jax.jit(mapped)(params, X, Y)
+
+
+def gather(w, **settings):
+    return jax.lax.all_gather(w, "d", axis=w.ndim - 1, tiled=True, **settings)
+
+
+def low_rank(params, x):
+    """A product is gathered, and not its factors."""
+    whole = gather(params["layers"][0] + params["layers"][1] @ jnp.ones((D // 2, D // 2)))
+    return jnp.cos(x[..., None] + jnp.arange(D)) @ whole
+
+
+def ring(params, x):
+    """Parts are passed on from device to device."""
+    h, w = jnp.cos(x[..., None] + jnp.arange(D)), params["layers"][0]
+    other = jax.lax.ppermute(w, "d", [(0, 1), (1, 0)])
+    return jnp.concatenate([h @ w, h @ other], -1)
+
+
+@CHECK_VMA
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (functools.partial(network, layer=gather), "is of several devices"),
+        (functools.partial(network, layer=lambda w: gather(3 * w)), "of several devices"),
+        (low_rank, "is of several devices"),
+        (ring, "is of several devices"),
+        (
+            functools.partial(network, layer=lambda w: gather(each_group(w))),
+            "mark it after",
+        ),
+    ],
+)
+def test_parts_that_are_not_marked_after_they_are_gathered(network, message, check_vma):
+    """Gradients would be summed before the square."""
+    with pytest.raises(ValueError, match=rf"`params\['layers'\]` .*{message}"):
+        on_two_devices(network, check_vma)
+
+
+def test_a_sum_over_some_of_the_devices():
+    def of(params, x):
+        some = {"axis_index_groups": [[0], [1]]}
+        return network(params, x, layer=lambda w: each_group(gather(w, **some)))
+
+    specs = {name: P() for name in PARAMS}
+    with pytest.raises(ValueError, match=r"`params\['layers'\]`"):
+        on_two_devices(of, False, specs=specs)
+
+
+@CHECK_VMA
+def test_numbers_that_devices_exchange_are_no_gradients(check_vma):
+    def of(params, x):
+        return network(params, x, layer=same) / jax.lax.pmean((x**2.0).mean(), "d")
+
+    found = on_two_devices(of, check_vma, specs={name: P() for name in PARAMS})
+    expected = fisher(lambda p, x: unmarked(p, x) / (X**2.0).mean(), groups=2)
+    assert_trees_all_close(found, expected, rtol=2e-6)
+
+
+@jax.custom_vjp
+def kernel(x):
+    def copy(x, out):
+        out[...] = x[...]
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pallas.pallas_call(copy, out_shape=shape, interpret=True)(x)
+
+
+kernel.defvjp(lambda x: (kernel(x), None), lambda _, g: (g,))
+
+
+def in_a_reference(x):
+    reference = jax.new_ref(x)
+    reference[...] = reference[...] * 1
+    return reference[...]
+
+
+@pytest.mark.parametrize("operation", [kernel, in_a_reference])
+@pytest.mark.parametrize("network", [unmarked, marked_once])
+def test_kernels_and_references_are_passed_by(network, operation):
+    def of(params, x):
+        return operation(jnp.ones(V)) * network(params, x)
+
+    assert_trees_all_close(fisher(of), fisher(unmarked), rtol=2e-6)
 
 
 def test_under_pmap():
