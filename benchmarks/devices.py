@@ -173,10 +173,10 @@ def devices(results: dict[str, Any]) -> str:
     )
 
 
-def memory(results: dict[str, Any]) -> str:
-    """The temporary memory of a step without and with a refresh."""
+def memory(results: dict[str, Any], *, presets: bool = True) -> str:
+    """The temporary memory of a step without and with a refresh, of presets or depths."""
     return measure.markdown(
-        results["memory"],
+        [row for row in results["memory"] if (row["model"] in PRESETS) == presets],
         {
             "model": "model",
             "mesh": "mesh",
@@ -207,7 +207,7 @@ def table(results: dict[str, Any]) -> str:
         "products on all devices over those on one\n"
         f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
         "groups\n\n"
-        f"{memory(results)}\n\n"
+        f"{memory(results)}\n\n{memory(results, presets=False)}\n\n"
         "temporary memory on a device, of the trainer's step, a sequence at a time on each"
     )
 

@@ -38,7 +38,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_optax import empirical_fisher, gnb, sophia_g
+from sophia_optax import each_group, empirical_fisher, gnb, sophia_g
 
 print(f"{jax.device_count()} devices: {jax.devices()[0].platform}")
 
@@ -260,6 +260,44 @@ plt.show()
 # **Seen:** one line. Under `pmap` the devices' copies were compared bit for bit before one of them was
 # taken: they do not drift apart. On real pods the same code runs over more devices, and a refresh
 # exchanges what one gradient exchanges (`python -m benchmarks.devices`).
+
+# %% [markdown]
+# ## Parameters in parts
+#
+# **Claim: with `each_group` where a model gathers its layers, an estimate needs the memory of a
+# gradient.**
+#
+# Sixteen layers, of which each device holds an eighth, and gathers one at a time.
+
+# %%
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+layers = jax.random.normal(key, (16, 256, 256)) / 16
+layers = jax.device_put(layers, NamedSharding(mesh, P(None, "data")))
+inputs = jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, P("data")))
+
+
+def deep(mark, layers, x):
+    def layer(x, w):
+        w = mark(w) if mark else w
+        return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, P())), None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, layers)[0]
+
+
+programs = {"gradient": jax.grad(lambda layers, x: deep(None, layers, x).sum())}
+for name, mark in {"estimate": None, "estimate, marked": each_group}.items():
+    programs[name] = functools.partial(
+        gnb(functools.partial(deep, mark), groups=8), key=key
+    )
+for name, program in programs.items():
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(program, out_shardings=layers.sharding).lower(layers, inputs)
+    memory = lowered.compile().memory_analysis().temp_size_in_bytes
+    print(f"{name:17} {memory / 2**20:4.1f} MiB")
+
+# %% [markdown]
+# **Seen:** a marked estimate is as sharded as a gradient. Without marks each device holds the gradient
+# of its group, and the estimate, whole.
 
 # %% [markdown]
 # ## A pod, on paper

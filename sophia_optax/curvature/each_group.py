@@ -32,7 +32,7 @@ def each_group(tree: Any) -> Any:
     The identity, but in an estimate of `gnb` and `empirical_fisher` in several groups:
     there each group's gradient is squared at this place of the way back. Without it each
     device holds parameters, a group's gradient and the estimate whole. `hutchinson` passes
-    it by: with one group, and several probes, its products are as sharded as a gradient.
+    it by: with one group, and several probes, it holds nothing whole either.
 
     Mark each weight once, before its uses and before it is cast; in the body of a scan over
     layers, the weights of a layer. Mark it after it is gathered, by `jax.reshard` or

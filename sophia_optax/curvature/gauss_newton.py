@@ -74,10 +74,11 @@ def gnb(
         mesh, where tracing does not know how, as many as there are devices: give the
         size of the data axes to need less memory. Both counts must be multiples of that
         size, or devices repeat each other's work (on Explicit axes that is an error).
-      axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
-        are then a device's, `params` are whole and the same on every device (gather them
-        before, not in `logits_fn`), and so is the estimate. Under `jit`
-        with sharded arrays leave it None: the estimate is that of one device.
+      axis_name: name or names of the mapped axes that the batch is spread over under
+        `pmap` or `shard_map`: `groups` are then a device's. The estimate lies as `params`
+        do: the same on every device, or in parts, if `logits_fn` gathers them and marks
+        them there with `each_group`. Under `jit` with sharded arrays leave it None: the
+        estimate is that of one device.
 
     Returns:
       A function `estimate(params, *batch, key, weights=None)`.
@@ -91,8 +92,9 @@ def gnb(
 
     Raises:
       ValueError: for counts below 1; from the estimate, if `groups` does not divide
-        the batch or can't be shared out to the devices that it is spread over, or the
-        weights do not have the shape of the predictions.
+        the batch or can't be shared out to the devices that it is spread over, the
+        weights do not have the shape of the predictions, or with several groups or
+        `axis_name` the squares would be of other gradients than the groups' (`each_group`).
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:

@@ -124,7 +124,15 @@ def test_error_falls_with_the_groups():
 def test_devices():
     """They share the work, and exchange one gradient: a refresh, one more."""
     shape = Shape(layers=1, heads=4, width=32, context=16, vocabulary=256, bias=False)
-    config = devices.Config(shape, (1, 4), batch=32, refresh_batch=8)
+    config = devices.Config(
+        shape,
+        (1, 4),
+        batch=32,
+        refresh_batch=8,
+        meshes=("fsdp=8",),
+        presets=(),
+        depths=(2,),
+    )
     results = read_back(devices.measure_devices(config))
     size = results["parameter_bytes"]
     rows = {(row["layout"], row["devices"]): row for row in results["rows"]}
@@ -136,7 +144,11 @@ def test_devices():
     assert rows["data parallel", 4]["refresh_bytes"] == {"all-reduce": size}
     # Norms are on every device, and not gathered.
     found = rows["fully sharded", 4]["refresh_bytes"]
-    assert found == {"all-gather": pytest.approx(size, rel=0.01), "all-reduce": size}
+    assert found.pop("all-gather") == pytest.approx(size, rel=0.01)
+    # Two groups for each device: the squares of each are exchanged, however XLA does that.
+    assert sum(found.values()) == pytest.approx(2 * size, rel=0.01)
+    [memory] = results["memory"]
+    assert memory["refresh"] < 1.1 * memory["step"]
     assert "| fully sharded | 4 |" in devices.table(results)
 
 

@@ -1,6 +1,8 @@
 """With `each_group` an estimate is as sharded as a gradient, and that of one device."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.hlo import bytes_of, collectives
-from sophia_optax import Categorical, each_group, empirical_fisher, gnb
+from sophia_optax import Categorical, each_group, empirical_fisher, gnb, hutchinson
 
 L, V, D, B, T = 3, 32, 16, 16, 4  # layers, vocabulary, width, sequences, tokens
 KEY, BATCH = jax.random.key(1), ("data", "fsdp")
@@ -194,6 +196,49 @@ def test_in_shard_map_it_is_the_estimate_of_one_device(mesh, groups, at_once, ch
     assert_equal_to_rounding(got, on_one_device("empirical_fisher", groups * devices))
 
 
+WIDTH = 128
+WHOLE = 8 * WIDTH * 2 * WIDTH  # entries of a stack of layers
+
+
+def largest(compiled):
+    """Entries of the largest array on a device."""
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def of_large_layers(fn, mesh):
+    """`fn(params, x, y, w)` compiled for layers larger than what is between them."""
+
+    def abstract(shape, spec, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = {
+        "embedding": (V, WIDTH),
+        "layers": {
+            "up": (8, WIDTH, 2 * WIDTH),
+            "down": (8, 2 * WIDTH, WIDTH),
+            "scale": (8, WIDTH),
+        },
+    }
+    params = jax.tree.map(lambda spec, shape: abstract(shape, spec), SPECS, shapes)
+    x, y = (abstract((B, T), P(BATCH), jnp.int32) for _ in "xy")
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(fn, out_shardings=shardings)
+        return jitted.lower(params, x, y, abstract((B, T), P(BATCH))).compile()
+
+
+def test_hutchinson_in_one_group_holds_nothing_whole():
+    def loss(params, x, y, w):
+        losses = Categorical().neg_log_prob(model(before_the_gather)(params, x), y)
+        return (w * losses).mean()
+
+    def products(params, *batch):
+        return hutchinson(loss, num_probes=2)(params, *batch, key=KEY)
+
+    assert largest(of_large_layers(products, make_mesh(MESHES["8"]))) < WHOLE
+
+
 @pytest.mark.parametrize("mesh", ["8", "2 x 4"])
 @pytest.mark.parametrize(
     ("kind", "gather"),
@@ -204,24 +249,7 @@ def test_in_shard_map_it_is_the_estimate_of_one_device(mesh, groups, at_once, ch
     ],
 )
 def test_it_needs_the_memory_and_the_traffic_of_a_gradient(kind, gather, mesh):
-    """Of layers that are larger than what is between them."""
     mesh = make_mesh(MESHES[mesh], kind or AxisType.Auto)
-
-    def abstract(shape, spec, dtype="float32"):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    layers, width = 8, 128
-    shapes = {
-        "embedding": (V, width),
-        "layers": {
-            "up": (layers, width, 2 * width),
-            "down": (layers, 2 * width, width),
-            "scale": (layers, width),
-        },
-    }
-    params = jax.tree.map(lambda spec, shape: abstract(shape, spec), SPECS, shapes)
-    x, y = (abstract((B, T), P(BATCH), jnp.int32) for _ in "xy")
-    w = abstract((B, T), P(BATCH))
 
     def gradient(params, x, y, w):
         def loss(params):
@@ -239,10 +267,8 @@ def test_it_needs_the_memory_and_the_traffic_of_a_gradient(kind, gather, mesh):
     compiled = []
     for fn in (gradient, fisher):
         fn = fn if kind else mapped(fn, mesh, check_vma=False)
-        shardings = jax.tree.map(lambda p: p.sharding, params)
-        with jax.set_mesh(mesh):
-            lowered = jax.jit(fn, out_shardings=shardings).lower(params, x, y, w)
-        compiled.append(lowered.compile())
+        compiled.append(of_large_layers(fn, mesh))
+        assert largest(compiled[-1]) < WHOLE
     memory = [c.memory_analysis().temp_size_in_bytes for c in compiled]
     assert memory[1] <= 1.1 * memory[0]
     traffic = [bytes_of(collectives(c)) for c in compiled]
