@@ -11,7 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.hlo import bytes_of, collectives
-from sophia_optax import Categorical, each_group, empirical_fisher, gnb, hutchinson
+from sophia_optax import (
+    Categorical,
+    accumulate,
+    each_group,
+    empirical_fisher,
+    gnb,
+    hutchinson,
+)
 
 L, V, D, B, T = 3, 32, 16, 16, 4  # layers, vocabulary, width, sequences, tokens
 KEY, BATCH = jax.random.key(1), ("data", "fsdp")
@@ -275,3 +282,29 @@ def test_it_needs_the_memory_and_the_traffic_of_a_gradient(kind, gather, mesh):
     assert traffic[1].keys() == traffic[0].keys()
     for op, sent in traffic[0].items():
         assert traffic[1][op] <= 1.01 * sent
+
+
+@pytest.mark.parametrize("gather", [after_the_gather, in_shard_map])
+def test_of_micro_batches(gather):
+    mesh = make_mesh(MESHES["2 x 4"], AxisType.Auto)
+    inside = gather is in_shard_map
+
+    def of_halves(params, x, y, w):
+        settings = {"axis_name": BATCH} if inside else {"parallel_groups": 8}
+        fisher = empirical_fisher(model(gather), groups=1 if inside else 8, **settings)
+        micro = accumulate(fisher)
+        state = micro.init(params)
+        for i in range(2):
+            state = micro.add(state, params, x[i::2], targets=y[i::2], weights=w[i::2])
+        return micro.mean(state)
+
+    if inside:
+        got = mapped(of_halves, mesh, check_vma=False)(PARAMS, X, Y, WEIGHTS)
+    else:
+        params, batch = (
+            put(mesh, PARAMS, SPECS),
+            put(mesh, (X, Y, WEIGHTS), (P(BATCH),) * 3),
+        )
+        with jax.set_mesh(mesh):
+            got = jax.jit(of_halves)(params, *batch)
+    assert_equal_to_rounding(got, on_one_device("empirical_fisher", 16))
