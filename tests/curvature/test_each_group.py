@@ -148,6 +148,10 @@ def of_experts(params, x):
         pytest.param(
             lambda p, x: network(p, x, layer=jax.checkpoint(each_group)), id="recomputed"
         ),
+        pytest.param(
+            lambda p, x: network(p, x, bias=lambda b: jax.lax.stop_gradient(each_group(b))),
+            id="not trained",
+        ),
     ],
 )  # fmt: skip
 def test_other_marks_that_are_right(marked):
