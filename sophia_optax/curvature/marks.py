@@ -79,7 +79,7 @@ _MOVES |= {"reshape", "reshard", "rev", "sharding_constraint", "slice", "split",
 _MOVES |= {"transpose"}
 _MAY_SUM = {"broadcast_in_dim", "reduce_sum"}  # too, if the result has as many entries
 _SUMS = {"add", "add_any", "dynamic_update_slice", "pad", "scatter-add"}
-_SQUARE = {"integer_pow", "square"}
+_VANISH = {"conv_general_dilated", "dot_general", "integer_pow", "mul", "neg", "square"}
 _SUMS_OVER_DEVICES = {"psum", "psum_invariant", "reduce_scatter"}
 
 
@@ -196,10 +196,12 @@ def _apply(eqn: Any, given: list[Seen], axes: frozenset[str]) -> list[Seen]:
         return [wrong] * results
     if any(seen.is_squares for seen in given):
         return [Seen(Kind.CHANGED)] * results
+    if name in _VANISH and ZERO in given:
+        return [ZERO] * results
     one = functools.reduce(_either, given, NUMBER)
     if one.kind == Kind.GRADIENT and over & axes:
         one = Seen(Kind.SUMMED, over & axes)
-    return [ZERO if first == ZERO and name in _SQUARE else one] * results
+    return [one] * results
 
 
 def _marked(gradient: Seen) -> Seen:
@@ -229,7 +231,7 @@ def _scan(eqn: Any, given: list[Seen], axes: frozenset[str]) -> list[Seen]:
     while True:
         results = _follow(body, given, axes)
         carry = [_either(*both) for both in zip(given[start:end], results, strict=False)]
-        if carry == given[start:end] or eqn.params["length"] == 1:
+        if carry == given[start:end]:
             return results
         given = [*given[:start], *carry, *given[end:]]
 

@@ -135,6 +135,18 @@ def of_experts(params, x):
     return network({**params, "layers": layers}, x, layer=same)
 
 
+def beside_what_is_not_used(params, x):
+    """Each layer returns something else, which the loss does not depend on."""
+
+    def layer(h, w):
+        layer, other = each_group(w)
+        return jnp.tanh(h @ layer), jnp.tanh(h @ other @ other)
+
+    h = params["embedding"][x]
+    h, _ = jax.lax.scan(layer, h, (params["layers"], params["layers"][::-1]))
+    return h @ params["embedding"].T + params["bias"]
+
+
 @pytest.mark.parametrize(
     "marked",
     [
@@ -151,6 +163,13 @@ def of_experts(params, x):
         pytest.param(
             lambda p, x: network(p, x, bias=lambda b: jax.lax.stop_gradient(each_group(b))),
             id="not trained",
+        ),
+        pytest.param(beside_what_is_not_used, id="not used"),
+        pytest.param(
+            lambda p, x: network(
+                p, x, layer=lambda w: each_group(jax.lax.optimization_barrier(w))
+            ),
+            id="behind a barrier",
         ),
     ],
 )  # fmt: skip
@@ -361,6 +380,31 @@ def test_a_sum_over_some_of_the_devices():
     specs = {name: P() for name in PARAMS}
     with pytest.raises(ValueError, match=r"`params\['layers'\]`"):
         on_two_devices(of, False, specs=specs)
+
+
+def test_squares_that_are_summed_over_devices_of_the_same_group():
+    """Along "t" each device has a part of the gradient, whose sum was to be squared."""
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"embedding": P(), "layers": P(None, None, "t"), "bias": P()}
+
+    def estimate(params, x, y):
+        def layer(w):
+            return each_group(jax.lax.all_gather(w, "t", axis=1, tiled=True))
+
+        of = empirical_fisher(functools.partial(network, layer=layer), axis_name="d")
+        return of(params, x, targets=y)
+
+    mapped = jax.shard_map(
+        estimate,
+        mesh=mesh,
+        in_specs=(specs, P("d"), P("d")),
+        out_specs=specs,
+        check_vma=False,
+    )
+    with pytest.raises(
+        ValueError, match=r"`params\['layers'\]` once: it is marked in parts"
+    ):
+        jax.jit(mapped)(PARAMS, X, Y)
 
 
 @CHECK_VMA
