@@ -73,33 +73,35 @@ def check(params: Any, mesh: jax.sharding.Mesh) -> None:
     jax.tree.map_with_path(check_one, params)
 
 
-def whole(params: Any, dtype: str = "float32") -> Any:
+def whole(params: Any, dtype: str | None = None) -> Any:
     """Parameters, or some of them, cast and gathered over `fsdp`, for a layer to use.
 
-    A refresh squares their gradients where they are gathered, and holds none whole.
+    On the way back of that gather a step sums gradients over the batch's devices, and a
+    refresh sums their squares: neither holds one whole for long.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["fsdp"] > 1:
-        params = jax.tree.map(_summed, each_group(spread(params)))
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = jax.tree.map(_sum_gradient_over_parts, each_group(spread(params)))
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
     return _constrain(params, lambda axis: axis if axis == "tensor" else None)
 
 
 @jax.custom_vjp
-def _over_parts(w):
+def _sum_on_the_way_back(w):
     return w
 
 
-_over_parts.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.psum(g, PARTS),))
+_sum_on_the_way_back.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.psum(g, PARTS),))
 
 
-def _summed(w: jax.Array) -> jax.Array:
-    """A weight whose gradient is summed over `PARTS` here, where a step maps over them."""
+def _sum_gradient_over_parts(w: jax.Array) -> jax.Array:
+    """The same weight; where a step maps over `PARTS`, its gradient is summed over them."""
     try:
         jax.lax.axis_size(PARTS)
     except NameError:
         return w
-    return _over_parts(w)
+    return _sum_on_the_way_back(w)
 
 
 def spread(params: Any, first: str | None = None) -> Any:

@@ -39,6 +39,7 @@ def join(config: Config) -> None:
     else:
         return
     try:
+        # Where collectives do not fail themselves, a lost process is known by its silence.
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -74,17 +75,23 @@ def together() -> Iterator[None]:
         raise error or ConfigError("Another process can't go on, and says why.")
 
 
+_OF_A_LOST_PROCESS = re.compile(
+    "unavailable|heartbeat|preempt|connection (closed|reset)|socket closed", re.IGNORECASE
+)
+
+
 @contextlib.contextmanager
-def lost() -> Iterator[None]:
+def ends_if_one_is_lost() -> Iterator[None]:
     """A part of the run that ends at once, with one line, where another process was lost.
 
-    Whatever else Python and JAX do at their end would wait for that process.
+    Whatever else Python and JAX do at their end would wait for that process. A checkpoint
+    that is being written is lost with it: the run goes on from the one before.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
-        if jax.process_count() == 1 or not re.search(_LOST, reason, re.IGNORECASE):
+        if jax.process_count() == 1 or not _OF_A_LOST_PROCESS.search(reason):
             raise
         print(
             f"error: Another process of the run was lost ({reason}). Start all of them "
@@ -93,9 +100,6 @@ def lost() -> Iterator[None]:
             flush=True,
         )
         os._exit(1)
-
-
-_LOST = "gloo|unavailable|heartbeat|connection|preempt|coordination"
 
 
 def check_shared(path: Path, seconds: float = 30.0) -> None:

@@ -43,16 +43,16 @@ def make_train_step(
             tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
             return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
 
-        zeros = layout.spread(jax.tree.map(jnp.zeros_like, params))
-        if not in_parts:
-            zeros = jax.tree.map(lambda p: jnp.zeros((parts, *p.shape)), params)
-            zeros = layout.spread(zeros, axes)
-        zero = jnp.zeros(parts), zeros
-        (loss, grads), _ = jax.lax.scan(add, zero, micro_batches(config, tokens_BxS))
+        def zeros(p):
+            return jnp.zeros(p.shape if in_parts else (parts, *p.shape))
+
+        zero = layout.spread(jax.tree.map(zeros, params), None if in_parts else "data")
+        micro = micro_batches(config, tokens_BxS)
+        (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(parts), zero), micro)
         if not in_parts:
             grads = jax.tree.map(lambda g: g.sum(0), grads)
-        grads = jax.tree.map(lambda g: g / (parts * config.accumulate), grads)
-        return loss.sum() / (parts * config.accumulate), layout.spread(grads)
+        count = parts * config.accumulate
+        return loss.sum() / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
 
     def estimate(params, tokens_BxS, key):
         """From a part of the batch, of which each device has its share."""

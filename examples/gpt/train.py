@@ -109,7 +109,7 @@ def train(
         with (
             checkpoints.under_way(),
             Profile(config, folder) as profile,
-            processes.lost(),
+            processes.ends_if_one_is_lost(),
         ):
             for step in range(start + 1, config.steps + 1):
                 profile.step(step - start)

@@ -4,7 +4,7 @@ gauss_newton   `gnb` and `empirical_fisher`, squares of gradients
 hutchinson     products of the Hessian with random signs
 accumulate     the estimate of a batch that comes in micro-batches
 likelihoods    what labels are drawn from; `inverse_cdf` draws the classes
-each_group     the place in a model where gradients are squared; `marks` finds it
+each_group     the place in a model where gradients are squared; `marks` checks it
 groups         a batch split into groups, and the sum over them
 meshes         what `jit` knows of sharded arrays
 mapped_axes    what `pmap` and `shard_map` need

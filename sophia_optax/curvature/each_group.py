@@ -31,13 +31,15 @@ def each_group(tree: Any) -> Any:
 
     The identity, but in an estimate of `gnb` and `empirical_fisher` in several groups:
     there each group's gradient is squared at this place of the way back. Without it each
-    device holds parameters, a group's gradient and the estimate whole. `hutchinson` passes
-    it by: with one group, and several probes, it holds nothing whole either.
+    device holds parameters, a group's gradient and the estimate whole. In `hutchinson`
+    it is the identity too: there, under `jit`, `groups=1` with several `num_probes` holds
+    nothing whole.
 
     Mark each weight once, before its uses and before it is cast; in the body of a scan over
     layers, the weights of a layer. Mark it after it is gathered, by `jax.reshard` or
-    `jax.lax.all_gather`; on Auto axes it may be before, which leaves room for a cast in
-    between (on Explicit ones JAX then speaks of duplicate entries). A weight that is used
+    `jax.lax.all_gather`. On Auto axes the mark may also come before, with a cast between
+    mark and gather, so that 16 bits are sent; on Explicit axes JAX refuses that (duplicate
+    entries in a spec). A weight that is used
     twice, as a tied embedding, is marked once and used twice. Under `jit` one that is not
     marked is held whole. Each estimate follows the way back, and refuses a mark that does
     not see all the gradient of a parameter, as it is, once.
@@ -80,13 +82,9 @@ def each_group(tree: Any) -> Any:
 
 
 def bind(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, with a mapped axis of size 1 around it that none of its arrays has."""
-
-    def call(*args):
-        of_one = jax.vmap(lambda _: fn(*args), axis_name=name)
-        return jax.tree.map(lambda x: x[0], of_one(jnp.zeros(1)))
-
-    return call
+    """`fn` inside a mapped axis of size 1, along which nothing differs."""
+    mapped = jax.vmap(fn, None, axis_name=name, axis_size=1)
+    return lambda *args: jax.tree.map(lambda x: x[0], mapped(*args))
 
 
 def square(gradient: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature.each_group import DEVICE, bind, square
+from sophia_optax.curvature.each_group import DEVICE, GROUPS, bind, square
 from sophia_optax.curvature.groups import (
     Estimator,
     accumulator_dtype,
@@ -69,11 +69,12 @@ def gnb(
       groups: number of groups, blocks of consecutive examples. Must divide the leading
         axis of every array in the batch and of the weights.
       parallel_groups: how many groups are computed at once, each with a gradient of its
-        own in memory; the others wait their turn. Must divide `groups`. By default one
-        on each device that the batch is spread over under `jit`; along Auto axes of a
-        mesh, where tracing does not know how, as many as there are devices: give the
-        size of the data axes to need less memory. Both counts must be multiples of that
-        size, or devices repeat each other's work (on Explicit axes that is an error).
+        own in memory, of what `each_group` does not mark; the others wait their turn.
+        Must divide `groups`. By default one on each device that the batch is spread over
+        under `jit`; along Auto axes of a mesh, where tracing does not know how, as many as
+        there are devices: give the size of the data axes to need less memory. Both counts
+        must be multiples of that size, or devices repeat each other's work (on Explicit
+        axes that is an error).
       axis_name: name or names of the mapped axes that the batch is spread over under
         `pmap` or `shard_map`: `groups` are then a device's. The estimate lies as `params`
         do: the same on every device, or in parts, if `logits_fn` gathers them and marks
@@ -260,15 +261,19 @@ def _mean_of_squares(
 
         seen = jax.tree.map(lambda _: NUMBER, params)
 
+        of_device = bind(DEVICE, gradient)
+
         def look(*args):
+            """Which gradients are marked, and so are sums over groups already."""
             nonlocal seen
-            seen = marks_of(gradient, *args, axes=names)
-            return jax.tree.map(lambda s: s.is_squares and not names, seen)
+            seen = marks_of(bind(GROUPS, gradient), *args, axes=())
+            return jax.tree.map(lambda s: s.is_squares, seen)
 
         def squared_gradient(*args):
+            nonlocal seen
             if names:
-                look(*args)
-            grads = bind(DEVICE, gradient)(*args) if names else gradient(*args)
+                seen = marks_of(of_device, *args, axes=names)
+            grads = of_device(*args) if names else gradient(*args)
             return jax.tree.map(lambda g, s: g if s.is_squares else square(g), grads, seen)
 
         squares = sum_over_groups(

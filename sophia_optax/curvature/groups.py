@@ -4,7 +4,8 @@ Groups are blocks of consecutive examples. One after another (a scan) bounds mem
 one gradient; side by side (a vmap of `parallel_groups` of them) keeps a large device
 busy. Group number `p * steps + s` is computed at step s, so that what runs at once lies
 far apart: of a batch whose leading axis is spread over devices, each device computes its
-own groups, one after another, and what they add up to is summed over devices once.
+own groups, one after another, and what they add up to is summed over devices once:
+squares of weights that `each_group` marks at each step, and then held in parts.
 """
 
 import dataclasses
@@ -141,7 +142,7 @@ def sum_over_groups(
         try:
             sums = jax.vmap(of_part, out_axes=out_axes, axis_name=name)(*part)
         except ValueError as error:
-            if "out_axes is None" not in str(error):
+            if f"(axis_name={GROUPS})" not in str(error):
                 raise
             raise ValueError(
                 "`each_group` marks parts of a parameter that depend on the batch, such as "

@@ -24,11 +24,13 @@ from sophia_optax.curvature.groups import (
 from sophia_optax.curvature.mapped_axes import (
     AxisName,
     as_varying,
+    axis_names,
     check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
 )
+from sophia_optax.curvature.marks import begin, marks_of
 
 
 def hutchinson(
@@ -60,8 +62,8 @@ def hutchinson(
       parallel_groups: how many groups are computed at once, each with a product of its
         own in memory; the others wait their turn. Must divide `groups`. As for `gnb`.
       axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
-        are then a device's, `params` are whole and the same on every device, and so is
-        the estimate. Under `jit`
+        are then a device's, `params` are whole and the same on every device (gather them
+        before the estimate, not in `loss_fn`), and so is the estimate. Under `jit`
         with sharded arrays leave it None: the estimate is that of one device.
 
     Returns:
@@ -103,6 +105,8 @@ def hutchinson(
             def loss(params):
                 return _scalar(loss_fn(params, *group["batch"]))
 
+            _check_whole(loss, params, axis_names(axis_name))
+
             def product(params, _, probe_number):
                 probe_key = jax.random.fold_in(group_key, probe_number)
                 probe = optax.tree.random_like(probe_key, params, jax.random.rademacher)
@@ -134,6 +138,21 @@ def hutchinson(
         return sizes.pop() * number_of_devices(axis_name)
 
     return Estimator(estimate, weight, groups)
+
+
+def _check_whole(
+    loss: Callable[[Any], jax.Array], params: Any, axes: tuple[str, ...]
+) -> None:
+    """Raises ValueError for parameters that `loss` gathers over the devices' groups."""
+    if not axes:
+        return
+    try:
+        marks_of(jax.grad(lambda p: begin(loss(p))), params, axes=axes)
+    except ValueError as error:
+        raise ValueError(
+            "`hutchinson` takes `params` that are whole on each device: gather them before "
+            "the estimate, not in `loss_fn`."
+        ) from error
 
 
 def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) -> Any:

@@ -18,19 +18,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from sophia_optax.curvature.each_group import DEVICE, GROUPS, SQUARES, bind
+from sophia_optax.curvature.each_group import SQUARES
 
 _BEGIN = "sophia_optax.begin"  # of the way back, in a jaxpr
 
 
 class Kind(enum.Enum):
-    """What a value is, and of an error what is wrong with the parameter."""
+    """What a value is. The text of an error says what is wrong with the parameter."""
 
     NUMBER = enum.auto()  # is there without a way back
     ZERO = enum.auto()
     GRADIENT = enum.auto()
     SUMMED = enum.auto()  # a gradient of several devices
-    SQUARES = enum.auto()  # an entry is 0, or of one entry of each group's gradient
+    SQUARES = enum.auto()  # each entry is 0, or a sum over groups of squares of one entry
     TWICE = (
         "it is marked in parts, at several uses, or in a loop that is not over layers, so "
         "that the squares are of parts of the gradient. Mark all of it once, before it is "
@@ -48,7 +48,11 @@ class Kind(enum.Enum):
     )
     HIDDEN = "it is marked inside a `while` or a kernel. Mark it before"
     INNER = "it is marked in a gradient that the model takes itself. Mark it before that"
-    EARLY = "it is marked before it is gathered. In a `shard_map`, mark it after"
+    EARLY = (
+        "its gradient is summed over devices before the mark. In a `shard_map`, mark it "
+        "after it is gathered; a model that exchanges anything else over `axis_name` can't "
+        "be estimated so"
+    )
     ROUNDED = (
         "it is cast to 16 bits before the mark, and its squares are on the way back. Mark "
         "it in float32, and cast it after"
@@ -76,7 +80,7 @@ NUMBER, ZERO = Seen(Kind.NUMBER), Seen(Kind.ZERO)
 # The result of these is what their first operand is; others are indices or padding.
 _MOVES = {"convert_element_type", "copy", "dynamic_slice", "name", "pcast", "pvary"}
 _MOVES |= {"reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze"}
-_MOVES |= {"transpose"}
+_MOVES |= {"layout_constraint", "transpose"}
 _MAY_SUM = {"broadcast_in_dim", "reduce_sum"}  # too, if the result has as many entries
 _SUMS = {"add", "add_any", "dynamic_update_slice", "pad", "scatter-add"}
 _VANISH = {"conv_general_dilated", "dot_general", "integer_pow", "mul", "neg", "square"}
@@ -111,9 +115,8 @@ def marks_of(
       ValueError: for a parameter whose mark would give a wrong estimate, or whose gradient
         is summed over `axes` and not marked.
     """
-    bound = bind(DEVICE if axes else GROUPS, gradient)
     with jax.disable_jit(False):  # which would take a scan over layers apart
-        jaxpr = jax.make_jaxpr(bound)(params, *args).jaxpr
+        jaxpr = jax.make_jaxpr(gradient)(params, *args).jaxpr
     found = _follow(jaxpr, [NUMBER] * len(jaxpr.invars), frozenset(axes))
     paths, tree = jax.tree.flatten_with_path(params)
     for (path, _), seen in zip(paths, found, strict=True):
@@ -122,10 +125,10 @@ def marks_of(
             raise ValueError(f"`each_group` must see {name} once: {seen.kind.value}.")
         if seen.kind == Kind.SUMMED:
             raise ValueError(
-                f"The gradient of {name} is of several devices, of the mapped axes "
+                f"The gradient of {name} is summed over devices, along the mapped axes "
                 f"{sorted(seen.axes)}, before the square. If the model gathers it, mark it "
-                "there with `each_group`; a model that exchanges anything else over these "
-                "axes has no groups."
+                "after with `each_group`. A model that exchanges anything else over these "
+                "axes can't be estimated with this `axis_name`."
             )
     return tree.unflatten(found)
 
@@ -169,17 +172,16 @@ def _apply(eqn: Any, given: list[Seen], axes: frozenset[str]) -> list[Seen]:
         return _follow(inside, given, axes)
     if any(_has_mark(jaxpr) for jaxpr in _jaxprs(params)):
         return [Seen(Kind.HIDDEN)] * results
-    if name == "optimization_barrier":
+    if name in ("optimization_barrier", "device_put"):
         return given
 
     if name in _SUMS:
         total = _sum(first, given[1] if name != "scatter-add" else given[2])
         repeats = name == "scatter-add" and not params["unique_indices"]
-        return [_twice(total) if repeats else total]
+        return [_sum(total, total) if repeats else total]
     if name == "concatenate":
         return [functools.reduce(_either, given)]
-    names = params.get("axes", params.get("axis_name", ()))
-    over = frozenset(names if isinstance(names, tuple | list) else (names,))
+    over = _axes_of(params)
     if name in _SUMS_OVER_DEVICES and params.get("axis_index_groups") is None:
         return [_over_devices(seen, over, axes) for seen in given]
     if name in _MAY_SUM and first != ZERO:
@@ -256,17 +258,20 @@ def _sum(a: Seen, b: Seen) -> Seen:
     return Seen(Kind.TWICE) if a.is_squares and b.is_squares else _either(a, b)
 
 
-def _twice(seen: Seen) -> Seen:
-    return Seen(Kind.TWICE) if seen.is_squares else seen
-
-
 def _over_devices(seen: Seen, over: frozenset[str], axes: frozenset[str]) -> Seen:
     """What a sum over mapped axes is, of which `axes` have groups of their own."""
     if seen.is_squares:
-        return Seen(seen.kind, seen.axes | over) if over <= axes else _twice(seen)
+        return Seen(seen.kind, seen.axes | over) if over <= axes else Seen(Kind.TWICE)
     if seen.kind in (Kind.GRADIENT, Kind.SUMMED) and over & axes:
-        return Seen(Kind.SUMMED, seen.axes | over & axes)
+        return Seen(Kind.SUMMED, seen.axes | (over & axes))
     return seen
+
+
+def _axes_of(params: dict[str, Any]) -> frozenset[str]:
+    """The axes that an operation works over, or any inside of it, as in a loop."""
+    names = params.get("axes", params.get("axis_name", ()))
+    own = frozenset(names if isinstance(names, tuple | list) else (names,))
+    return own.union(*(_axes_of(e.params) for each in _jaxprs(params) for e in each.eqns))
 
 
 def _has_mark(jaxpr: Any) -> bool:

@@ -164,9 +164,10 @@ def test_under_jit_it_is_the_estimate_of_one_device(kind, gather, mesh, groups, 
         )
     assert_equal_to_rounding(got, on_one_device(name, groups, dtype), tolerance)
     if kind == AxisType.Explicit:
-        jax.tree.map(
+        alike = jax.tree.map(
             lambda e, p: e.sharding.is_equivalent_to(p.sharding, e.ndim), got, params
         )
+        assert all(jax.tree.leaves(alike))
 
 
 def mapped(fn, mesh, **settings):
