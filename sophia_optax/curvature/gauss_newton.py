@@ -259,9 +259,8 @@ def _mean_of_squares(
 
             return jax.grad(loss)(params)
 
-        seen = jax.tree.map(lambda _: NUMBER, params)
-
         of_device = bind(DEVICE, gradient)
+        seen = jax.tree.map(lambda _: NUMBER, params)  # until a group is traced
 
         def look(*args):
             """Which gradients are marked, and so are sums over groups already."""
@@ -283,13 +282,14 @@ def _mean_of_squares(
             groups=groups,
             parallel_groups=parallel_groups,
             first=first_group,
-            summed=None if names else look,
+            sums_of=None if names else look,
         )
-        return jax.tree.map(
-            lambda s, mark: sum_over_devices(s, tuple(set(names) - mark.axes)),
-            squares,
-            seen,
-        )
+
+        def over_other_devices(squares, seen):
+            """The way back of a marked parameter has summed over some axes already."""
+            return sum_over_devices(squares, tuple(n for n in names if n not in seen.axes))
+
+        return jax.tree.map(over_other_devices, squares, seen)
 
     return Estimator(estimate, weight, groups)
 

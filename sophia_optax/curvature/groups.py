@@ -77,7 +77,7 @@ def sum_over_groups(
     groups: int,
     parallel_groups: int | None = None,
     first: jax.typing.ArrayLike = 0,
-    summed: Callable[..., Any] | None = None,
+    sums_of: Callable[..., Any] | None = None,
 ) -> Any:
     """Σ_g fn(params, batch of group g, first + g).
 
@@ -91,7 +91,7 @@ def sum_over_groups(
       parallel_groups: how many of them are computed at once. By default one for each
         device that the batch is spread over.
       first: the number of the first group.
-      summed: function of the same arguments as `fn`, to a tree like `params` of bool:
+      sums_of: function of the same arguments as `fn`, to a tree like `params` of bool:
         which results of `fn` are sums over the mapped axis `GROUPS` already.
 
     Returns:
@@ -122,23 +122,23 @@ def sum_over_groups(
 
     parts = jax.tree.map(split, batch), split(first + jnp.arange(groups))[..., 0]
     first_part = jax.tree.map(lambda x: x[0], parts)
-    is_sum = jax.tree.map(lambda _: False, params)
-    if summed is not None:
+    are_sums = jax.tree.map(lambda _: False, params)
+    if sums_of is not None:
         found = []
-        look = jax.vmap(lambda *group: found.append(summed(params, *group)))
+        look = jax.vmap(lambda *group: found.append(sums_of(params, *group)))
         jax.eval_shape(look, *first_part)
-        [is_sum] = found
-    any_sum = any(jax.tree.leaves(is_sum))
+        [are_sums] = found
+    any_sums = any(jax.tree.leaves(are_sums))
 
     def at_once(part):
-        if parallel == 1 and not any_sum:
+        if parallel == 1 and not any_sums:
             sums = fn(shared, *jax.tree.map(lambda x: x[0], part))
             return jax.tree.map(lambda s: s[None], sums)
         # The parameters are no argument of what is mapped: marked ones may be spread over
         # the axes of the mesh that the groups are spread over.
         of_part = functools.partial(fn, shared)
-        out_axes = jax.tree.map(lambda done: None if done else 0, is_sum)
-        name = GROUPS if any_sum else None
+        out_axes = jax.tree.map(lambda is_sum: None if is_sum else 0, are_sums)
+        name = GROUPS if any_sums else None
         try:
             sums = jax.vmap(of_part, out_axes=out_axes, axis_name=name)(*part)
         except ValueError as error:
@@ -149,33 +149,33 @@ def sum_over_groups(
                 "the expert of a task, and differ between groups. Mark all of it, before."
             ) from error
         return jax.tree.map(
-            lambda s, done: s if done else s.reshape(kept, -1, *s.shape[1:]).sum(1),
+            lambda s, is_sum: s if is_sum else s.reshape(kept, -1, *s.shape[1:]).sum(1),
             sums,
-            is_sum,
+            are_sums,
         )
 
-    def zeros(p, done):
-        if not done:
+    def zeros(p, is_sum):
+        if not is_sum:
             p = spread(jnp.broadcast_to(p, (kept, *p.shape)))
         return jnp.zeros_like(p, accumulator_dtype(p))
 
-    def share(p, done):
+    def share(p, is_sum):
         # A group's gradient is whole on the device that computes it, unless it is marked.
-        return gather(p, mesh, axes) if axes and not done else p
+        return gather(p, mesh, axes) if axes and not is_sum else p
 
-    def total(sums, p, done):
-        return spread_like(sums if done else sums.sum(0), p)
+    def total(sums, p, is_sum):
+        return spread_like(sums if is_sum else sums.sum(0), p)
 
-    shared = jax.tree.map(share, params, is_sum)
+    shared = jax.tree.map(share, params, are_sums)
     if steps == 1:
         sums = at_once(first_part)
     else:
         sums, _ = jax.lax.scan(
             lambda sums, part: (jax.tree.map(jnp.add, sums, at_once(part)), None),
-            jax.tree.map(zeros, shared, is_sum),
+            jax.tree.map(zeros, shared, are_sums),
             parts,
         )
-    return jax.tree.map(total, sums, params, is_sum)
+    return jax.tree.map(total, sums, params, are_sums)
 
 
 def as_parameters(params: Any) -> Any:

@@ -19,7 +19,9 @@ LAUNCH = Path(processes.__file__).with_name("launch")
 @pytest.fixture
 def initialized(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **_: calls.append(args)
+    )
     for name in ("SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
@@ -62,7 +64,7 @@ def test_what_is_said_by_hand_goes_first(initialized, monkeypatch):
 
 
 def test_processes_that_do_not_find_each_other(initialized, monkeypatch):
-    def fail():
+    def fail(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
