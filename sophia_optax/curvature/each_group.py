@@ -39,10 +39,10 @@ def each_group(tree: Any) -> Any:
     layers, the weights of a layer. Mark it after it is gathered, by `jax.reshard` or
     `jax.lax.all_gather`. On Auto axes the mark may also come before, with a cast between
     mark and gather, so that 16 bits are sent; on Explicit axes JAX refuses that (duplicate
-    entries in a spec). A weight that is used
-    twice, as a tied embedding, is marked once and used twice. Under `jit` one that is not
-    marked is held whole. Each estimate follows the way back, and refuses a mark that does
-    not see all the gradient of a parameter, as it is, once.
+    entries in a spec). A weight that is used twice, as a tied embedding, is marked once and
+    used twice. Under `jit` one that is not marked is held whole. Each estimate follows the
+    way back, and refuses a mark that does not see all the gradient of a parameter, as it
+    is, once.
 
     Args:
       tree: weights, a tree of arrays of float32 or float64. Other leaves are left alone.

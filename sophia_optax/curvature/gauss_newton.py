@@ -35,7 +35,7 @@ from sophia_optax.curvature.mapped_axes import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax.curvature.marks import NUMBER, begin, marks_of
+from sophia_optax.curvature.marks import NUMBER, begin, checked, marks_of
 
 _CATEGORICAL = Categorical()
 
@@ -265,13 +265,13 @@ def _mean_of_squares(
         def look(*args):
             """Which gradients are marked, and so are sums over groups already."""
             nonlocal seen
-            seen = marks_of(bind(GROUPS, gradient), *args, axes=())
+            seen = checked(marks_of(bind(GROUPS, gradient), *args, axes=()))
             return jax.tree.map(lambda s: s.is_squares, seen)
 
         def squared_gradient(*args):
             nonlocal seen
             if names:
-                seen = marks_of(of_device, *args, axes=names)
+                seen = checked(marks_of(of_device, *args, axes=names))
             grads = of_device(*args) if names else gradient(*args)
             return jax.tree.map(lambda g, s: g if s.is_squares else square(g), grads, seen)
 

@@ -30,7 +30,7 @@ from sophia_optax.curvature.mapped_axes import (
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax.curvature.marks import begin, marks_of
+from sophia_optax.curvature.marks import Kind, begin, marks_of
 
 
 def hutchinson(
@@ -146,13 +146,13 @@ def _check_whole(
     """Raises ValueError for parameters that `loss` gathers over the devices' groups."""
     if not axes:
         return
-    try:
-        marks_of(jax.grad(lambda p: begin(loss(p))), params, axes=axes)
-    except ValueError as error:
+    seen = marks_of(jax.grad(lambda p: begin(loss(p))), params, axes=axes)
+    if any(of_one.kind == Kind.SUMMED for of_one in jax.tree.leaves(seen)):
         raise ValueError(
-            "`hutchinson` takes `params` that are whole on each device: gather them before "
-            "the estimate, not in `loss_fn`."
-        ) from error
+            "`hutchinson` takes `params` that are whole on each device, and their gradient "
+            f"is summed over the mapped axes {list(axes)}: gather them before the "
+            "estimate, not in `loss_fn`."
+        )
 
 
 def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) -> Any:

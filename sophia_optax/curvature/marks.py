@@ -110,16 +110,21 @@ def marks_of(
 
     Returns:
       A tree like `params` of `Seen`: squares, where it is marked.
-
-    Raises:
-      ValueError: for a parameter whose mark would give a wrong estimate, or whose gradient
-        is summed over `axes` and not marked.
     """
     with jax.disable_jit(False):  # which would take a scan over layers apart
         jaxpr = jax.make_jaxpr(gradient)(params, *args).jaxpr
     found = _follow(jaxpr, [NUMBER] * len(jaxpr.invars), frozenset(axes))
-    paths, tree = jax.tree.flatten_with_path(params)
-    for (path, _), seen in zip(paths, found, strict=True):
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def checked(marks: Any) -> Any:
+    """The same marks.
+
+    Raises:
+      ValueError: for a parameter whose mark would give a wrong estimate, or whose gradient
+        is summed over devices and not marked.
+    """
+    for path, seen in jax.tree.leaves_with_path(marks):
         name = f"`params{jax.tree_util.keystr(path)}`"
         if seen.is_error:
             raise ValueError(f"`each_group` must see {name} once: {seen.kind.value}.")
@@ -130,7 +135,7 @@ def marks_of(
                 "after with `each_group`. A model that exchanges anything else over these "
                 "axes can't be estimated with this `axis_name`."
             )
-    return tree.unflatten(found)
+    return marks
 
 
 def _follow(jaxpr: Any, given: Sequence[Seen], axes: frozenset[str]) -> list[Seen]:

@@ -325,22 +325,24 @@ def test_in_a_shard_map_whose_devices_have_no_groups_of_their_own(check_vma):
         assert_trees_all_close(found, fisher(unmarked), rtol=2e-6)
 
 
-def on_two_devices(network, check_vma, params=PARAMS, specs=None):
-    """The estimate in a `shard_map` over "d", where the last axis of layers is in parts."""
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = specs or {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
+def mapped(estimate, *batch, specs, check_vma, shape=(2,)):
+    """`estimate(params, *batch)` in a `shard_map`, with the batch spread over "d"."""
+    axes = ("d", "t")[: len(shape)]
+    mesh = jax.make_mesh(shape, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    in_specs = (specs, *(P("d") for _ in batch))
+    settings = {"in_specs": in_specs, "out_specs": specs, "check_vma": check_vma}
+    return jax.jit(jax.shard_map(estimate, mesh=mesh, **settings))(PARAMS, *batch)
 
+
+IN_PARTS = {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
+WHOLE = {name: P() for name in PARAMS}
+
+
+def on_two_devices(network, check_vma, specs=IN_PARTS):
     def estimate(params, x, y):
         return empirical_fisher(network, axis_name="d")(params, x, targets=y)
 
-    mapped = jax.shard_map(
-        estimate,
-        mesh=mesh,
-        in_specs=(specs, P("d"), P("d")),
-        out_specs=specs,
-        check_vma=check_vma,
-    )
-    return jax.jit(mapped)(params, X, Y)
+    return mapped(estimate, X, Y, specs=specs, check_vma=check_vma)
 
 
 def gather(w, **settings):
@@ -410,17 +412,16 @@ def test_hutchinson_takes_whole_parameters(check_vma):
 
         return hutchinson(loss, axis_name="d")(params, x, key=KEY)
 
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = {"embedding": P(), "layers": P(None, None, "d"), "bias": P()}
-    mapped = jax.shard_map(
-        estimate,
-        mesh=mesh,
-        in_specs=(specs, P("d")),
-        out_specs=specs,
-        check_vma=check_vma,
-    )
     with pytest.raises(ValueError, match="`hutchinson` takes `params` that are whole"):
-        jax.jit(mapped)(PARAMS, X)
+        mapped(estimate, X, specs=IN_PARTS, check_vma=check_vma)
+
+
+def test_an_error_of_the_loss_is_told_as_it_is():
+    def estimate(x):
+        return hutchinson(network, axis_name="d")(PARAMS, x, key=KEY)
+
+    with pytest.raises(ValueError, match="must return the mean loss alone, a scalar"):
+        jax.pmap(estimate, axis_name="d")(X[:, None])
 
 
 def test_a_sum_over_some_of_the_devices():
@@ -428,15 +429,12 @@ def test_a_sum_over_some_of_the_devices():
         some = {"axis_index_groups": [[0], [1]]}
         return network(params, x, layer=lambda w: each_group(gather(w, **some)))
 
-    specs = {name: P() for name in PARAMS}
     with pytest.raises(ValueError, match=r"`params\['layers'\]`"):
-        on_two_devices(of, False, specs=specs)
+        on_two_devices(of, False, WHOLE)
 
 
 def test_squares_that_are_summed_over_devices_of_the_same_group():
     """Along "t" each device has a part of the gradient, whose sum was to be squared."""
-    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    specs = {"embedding": P(), "layers": P(None, None, "t"), "bias": P()}
 
     def estimate(params, x, y):
         def layer(w):
@@ -445,17 +443,11 @@ def test_squares_that_are_summed_over_devices_of_the_same_group():
         of = empirical_fisher(functools.partial(network, layer=layer), axis_name="d")
         return of(params, x, targets=y)
 
-    mapped = jax.shard_map(
-        estimate,
-        mesh=mesh,
-        in_specs=(specs, P("d"), P("d")),
-        out_specs=specs,
-        check_vma=False,
-    )
+    specs = IN_PARTS | {"layers": P(None, None, "t")}
     with pytest.raises(
         ValueError, match=r"`params\['layers'\]` once: it is marked in parts"
     ):
-        jax.jit(mapped)(PARAMS, X, Y)
+        mapped(estimate, X, Y, specs=specs, check_vma=False, shape=(2, 2))
 
 
 @CHECK_VMA
@@ -463,7 +455,7 @@ def test_numbers_that_devices_exchange_are_no_gradients(check_vma):
     def of(params, x):
         return network(params, x, layer=same) / jax.lax.pmean((x**2.0).mean(), "d")
 
-    found = on_two_devices(of, check_vma, specs={name: P() for name in PARAMS})
+    found = on_two_devices(of, check_vma, WHOLE)
     expected = fisher(lambda p, x: unmarked(p, x) / (X**2.0).mean(), groups=2)
     assert_trees_all_close(found, expected, rtol=2e-6)
 
