@@ -108,6 +108,7 @@ def test_a_label_that_is_no_class_is_seen():
 
     refused, masked = estimate(marked_once)
     assert not all(np.isfinite(s).all() for s in jax.tree.leaves(refused))
+    assert all(np.isfinite(s).all() for s in jax.tree.leaves(masked))
     assert_trees_all_close(masked, estimate(unmarked)[1], rtol=2e-6)
 
 
