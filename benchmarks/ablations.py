@@ -309,7 +309,7 @@ def ranking(results: dict[str, Any]) -> str:
 
     steps, seeds = results["config"]["run"]["steps"], results["config"]["seeds"]
     rows = [{"name": name, "seeds": made} for name, made in results["seeds"].items()]
-    rows.sort(key=lambda row: statistics.mean(_losses(row["seeds"])))
+    rows.sort(key=lambda row: statistics.mean(losses(row["seeds"])))
     columns = {
         "optimizer": lambda row: NAMES[row["name"]],
         "trials": lambda row: str(len(results["search"][row["name"]])),
@@ -320,50 +320,56 @@ def ranking(results: dict[str, Any]) -> str:
     return measure.markdown(rows, columns)
 
 
-def table(results: dict[str, Any]) -> str:
-    """All of it in Markdown."""
-    config, run = results["config"], results["config"]["run"]
+def changes(results: dict[str, Any]) -> str:
+    """Sophia-G at its best, one part changed at a time."""
 
     def difference(row):
         base = next(c[0] for c in results["changes"].values() if row in c)
-        pairs = zip(_losses(row["trials"]), _losses(base["trials"]), strict=True)
+        pairs = zip(losses(row["trials"]), losses(base["trials"]), strict=True)
         differences = [changed - own for changed, own in pairs]
         if not all(map(math.isfinite, differences)):
             return ""
         low, high = min(differences), max(differences)
         return f"{statistics.mean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
-    changes = {
+    columns = {
         "part": "part",
         "value": "value",
         "loss": lambda row: _spread(row["trials"]),
         "against as it is, seed by seed": difference,
         "unclipped": lambda row: _unclipped(row["trials"]),
     }
+    return "\n\n".join(
+        f"{NAMES[name]} at the best found, one part changed at a time:\n\n"
+        f"{measure.markdown(rows, columns)}"
+        for name, rows in results["changes"].items()
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """All of it in Markdown."""
+    config, run = results["config"], results["config"]["run"]
     return (
         f"A GPT of {run['layers']} layers of width {run['width']}, {run['steps']} steps of "
         f"{run['batch']} sequences of {run['context']} bytes. Each had {config['trials']} "
         f"trials at seed 0; {'; '.join(NAMES[name] for name in FINER)} had "
         f"{' and '.join(map(str, config['finer']))} more, around their best. "
         "Losses are of validation, in nats a byte: the mean ± the standard deviation over "
-        f"seeds 1 and up.\n\n{ranking(results)}"
-    ) + "".join(
-        f"\n\n{NAMES[name]} at the best found, one part changed at a time:\n\n"
-        f"{measure.markdown(rows, changes)}"
-        for name, rows in results["changes"].items()
+        f"seeds 1 and up.\n\n{ranking(results)}\n\n{changes(results)}"
     )
 
 
-def _losses(made: Made) -> list[float]:
+def losses(made: Made) -> list[float]:
+    """The last losses of trials, infinite where they diverged."""
     outcomes = [one["outcome"] for one in made]
     return [math.inf if o["diverged"] else o["losses"][-1] for o in outcomes]
 
 
 def _spread(made: Made) -> str:
-    losses = _losses(made)
-    if diverged := sum(map(math.isinf, losses)):
-        return f"{diverged} of {len(losses)} diverged"
-    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+    found = losses(made)
+    if diverged := sum(map(math.isinf, found)):
+        return f"{diverged} of {len(found)} diverged"
+    return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
 
 
 def _unclipped(made: Made) -> str:

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 1. Quickstart: from AdamW to Sophia
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/01_quickstart.ipynb)
+# [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/01_quickstart.ipynb)
 #
 # Sophia is an Optax optimizer that divides the average of gradients by an average of the
 # Hessian's diagonal, and clips the quotient entry by entry. Here it takes AdamW's place in a
@@ -174,7 +174,8 @@ plt.show()
 # **Seen:** each at its best of three learning rates, AdamW ends a few hundredths of a nat lower, and is
 # faster at the start, where Sophia's steps are clipped. A fifth is unclipped all along, as asked. This
 # is a model of 70,000 parameters and 300 steps; it shows that the swap works, not which is better.
-# [The ablations](../benchmarks/ablations.py) compare optimizers at equal tuning.
+# [What came out](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers at
+# equal tuning.
 
 # %% [markdown]
 # ## Gamma finds itself

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 2. Curvature: three estimators against the exact diagonal
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/02_curvature.ipynb)
+# [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/02_curvature.ipynb)
 #
 # Sophia divides by the diagonal of the Hessian, which it only ever estimates. On a model small
 # enough to differentiate twice by brute force we can look at what the estimators return: of

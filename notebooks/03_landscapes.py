@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 3. Landscapes: why divide, why clip, and what the diagonal cannot see
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/03_landscapes.ipynb)
+# [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/03_landscapes.ipynb)
 #
 # Sophia's paper argues for itself in two ways: with a landscape of two parameters where other
 # methods fail one by one, and with a theorem that steps do not grow with the condition number.

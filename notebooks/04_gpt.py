@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 4. A GPT, with AdamW and with Sophia
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/04_gpt.ipynb)
+# [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/04_gpt.ipynb)
 #
 # The byte-level GPT of `examples/gpt`, two layers of width 64, learns the source of Python's
 # standard library. AdamW and Sophia-G start from the same parameters and see the same batches,

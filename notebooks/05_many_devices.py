@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 5. Many devices, one answer
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/05_many_devices.ipynb)
+# [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/05_many_devices.ipynb)
 #
 # On several devices a curvature estimate is easily wrong by their number, and nothing fails:
 # a mean where a sum belongs, a square taken after the mean. Here eight CPU devices are simulated

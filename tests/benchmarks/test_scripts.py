@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import devices, estimate, readme, refresh, second_task, update
+from benchmarks import devices, estimate, refresh, report, second_task, update
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
 from benchmarks.rivals import HESSIAN
@@ -160,7 +160,19 @@ def test_products_in_a_loop_are_counted_with_its_trips():
     assert matrix_flops(jax.jit(loop).lower(x, w).compile()) == 5 * 2 * 8 * 32 * 32
 
 
-def test_readme_has_the_results_that_are_kept():
-    text = readme.README.read_text()
-    assert set(re.findall(r"<!-- benchmarks: (\w+) -->", text)) == {*readme.TABLES, "costs"}
-    assert readme.written(text) == text
+def test_pages_have_the_results_that_are_kept():
+    texts = [page.read_text() for page in report.PAGES]
+    shown = re.findall(r"<!-- benchmarks: (\w+) -->", "".join(texts))
+    assert sorted(shown) == sorted([*report.TABLES, "costs"])
+    assert [report.written(text) for text in texts] == texts
+
+
+def test_pictures_show_the_results_that_are_kept(tmp_path):
+    report.draw(tmp_path)
+    drawn = sorted(tmp_path.iterdir())
+    assert len(drawn) == len(report.PICTURES)
+    for picture in drawn:  # where things lie depends on Matplotlib's version, words do not
+        kept = (report.DOCS / "images" / picture.name).read_text()
+        words = re.compile(r"<text [^>]*>([^<]*)</text>")
+        assert len(words.findall(kept)) > 10
+        assert words.findall(picture.read_text()) == words.findall(kept)

@@ -1,8 +1,8 @@
-"""Writes the tables of README.md from the results that are kept here.
+"""Writes the tables of the site's pages, and its pictures, from the results kept here.
 
-    python -m benchmarks.readme
+    python -m benchmarks.report
 
-A table stands between two comments, the first of which names it.
+A table stands between two comments, the first of which names it. README shows a picture.
 """
 
 import functools
@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, devices, estimate, measure, second_task
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-README = Path(__file__).parents[1] / "README.md"
+from benchmarks import ablations, devices, estimate, measure, pictures, second_task
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / f"{name}.md" for name in ("groups", "costs", "devices", "results")]
 REFERENCE = measure.RESULTS / "amd-epyc-2-cores"
 """Whose results are shown where there is room for one machine."""
 
@@ -26,9 +30,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "devices": ("devices", devices.devices),
     "memory": ("devices", devices.memory),
     "ablations": ("ablations", ablations.ranking),
+    "parts": ("ablations", ablations.changes),
     "second": ("second_task", second_task.table),
 }
 """The tables of one benchmark's results: that of `costs` is of several."""
+
+PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+    "ablations": ("ablations", pictures.losses),
+    "refreshes": ("estimate", pictures.refreshes),
+}
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _only(rows: measure.Rows, **wanted: Any) -> measure.Row:
 
 
 def written(text: str) -> str:
-    """README's text with its tables as the results have them now."""
+    """A page's text with its tables as the results have them now."""
     kept = results(REFERENCE)
 
     def table(match):
@@ -131,8 +141,22 @@ def written(text: str) -> str:
     return _PATTERN.sub(table, text)
 
 
+def draw(folder: Path) -> None:
+    """Draws the pictures, whose words stay words, into `folder`."""
+    kept = results(REFERENCE)
+    # The same results give the same file: no date, and names that are not random.
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
+    for name, (benchmark, make) in PICTURES.items():
+        with plt.rc_context(style):
+            figure = make(kept[benchmark]["results"])
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
+
+
 def main() -> None:
-    README.write_text(written(README.read_text()))
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
+    draw(DOCS / "images")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Prints the changelog's section of a release: python .ci/release_notes.py v0.1.0."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def release_notes(tag):
+    """The section's text; an error where the tag is not that of the version here."""
+    package = (ROOT / "sophia_optax" / "__init__.py").read_text()
+    [version] = re.findall(r'^__version__ = "(.*)"$', package, re.MULTILINE)
+    if tag != f"v{version}":
+        sys.exit(f"The tag is {tag}, and sophia_optax/__init__.py has version {version}.")
+    # A section ends where the next begins, or where the addresses of the versions do.
+    section = re.search(
+        rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.+?)(?=^## |^\[.+\]: |\Z)",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    if not section:
+        sys.exit(f"CHANGELOG.md has no dated section of {version}.")
+    return section[1].strip()
+
+
+if __name__ == "__main__":
+    print(release_notes(sys.argv[1]))

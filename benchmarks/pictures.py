@@ -1,0 +1,80 @@
+"""Pictures of results, on a white ground, to be read on a light page and on a dark one."""
+
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from benchmarks import ablations
+
+OURS, OTHERS = "#1a73e8", "#5f6368"
+_BESIDE = (-8, -4, "right"), (0, 14, "center"), (0, -22, "center")
+
+
+def losses(results: dict[str, Any]) -> Figure:
+    """What each optimizer came to at its best: every seed, and their mean."""
+    seeds = results["config"]["seeds"]
+    found = {name: ablations.losses(made) for name, made in results["seeds"].items()}
+    names = sorted(found, key=lambda name: statistics.mean(found[name]), reverse=True)
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    for y, name in enumerate(names):
+        color = OURS if "sophia" in name else OTHERS
+        mean = statistics.mean(found[name])
+        axes.plot(found[name], [y] * seeds, "o", color=color, alpha=0.4, ms=4)
+        axes.plot(mean, y, "|", color=color, ms=14, mew=2.5)
+        axes.text(max(found[name]) + 0.012, y, f"{mean:.3f}", va="center", color=color)
+    axes.set_yticks(range(len(names)), [ablations.NAMES[name] for name in names])
+    steps = results["config"]["run"]["steps"]
+    axes.set_xlabel(f"validation loss after {steps} steps, nats a byte: {seeds} seeds")
+    axes.set_xlim(right=max(map(max, found.values())) + 0.08)
+    _plain(axes)
+    return figure
+
+
+def refreshes(results: dict[str, Any]) -> Figure:
+    """The error of a Gauss-Newton refresh of a trained model, over what it costs."""
+    rows = [row for row in results["fresh_batches"] if row["truth"] == "Gauss-Newton"]
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for ours, color in ((True, OURS), (False, OTHERS)):
+        of_one = [row for row in rows if row["name"].startswith("gnb") == ours]
+        cost = [row["share_of_step"] for row in of_one]
+        error = [row["error_trained"] for row in of_one]
+        axes.errorbar(
+            cost,
+            error,
+            yerr=[row["uncertainty_trained"] for row in of_one],
+            fmt="o-" if ours else "o",
+            color=color,
+        )
+        for i, row in enumerate(of_one):
+            # Of the others two cost the same: their names stand above and below.
+            x, y, ha = (8, 4, "left") if ours else _BESIDE[i]
+            axes.annotate(
+                row["name"],
+                (cost[i], error[i]),
+                (x, y),
+                textcoords="offset points",
+                ha=ha,
+                color=color,
+            )
+    every = results["config"]["run"]["update_interval"]
+    axes.set(xscale="log", yscale="log", ylabel="error over the diagonal's size")
+    axes.set_xlabel(f"operations of a refresh every {every} steps, over those of the steps")
+    axes.set_xticks([0.002, 0.005, 0.01, 0.02, 0.05, 0.1])
+    axes.set_yticks([0.25, 0.5, 1, 1.5])
+    axes.set_xlim(right=0.16)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _plain(axes)
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,92 @@
+"""How the site is built.
+
+    pip install -e ".[docs]" && python -m sphinx -W docs docs/_build/html
+
+Sphinx with MyST and the Book theme, as Optax, Flax and JAX have it. Nothing is fetched,
+neither here nor by a reader's browser: formulas are MathML, in a font beside the pages.
+"""
+
+import importlib.metadata
+import importlib.resources
+import shutil
+import tomllib
+from pathlib import Path
+
+from docutils import nodes
+from math_core import LatexToMathML
+
+ROOT = Path(__file__).parents[1]
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+
+# Sphinx reads what lies beside this file alone.
+shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks", dirs_exist_ok=True)
+
+project = "sophia_optax"
+author = copyright = "The sophia_optax authors"
+release = importlib.metadata.version("sophia_optax")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.extlinks",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+# Names in back-ticks, in docstrings, link to what they name, or else are code.
+default_role = "py:obj"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings say dtypes and shapes
+autosummary_generate = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+myst_enable_extensions = ["attrs_inline", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are kept as they ran
+nb_number_source_lines = False
+extlinks = {"source": (f"{URLS['Repository']}/blob/main/%s", "%s")}
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_baseurl = URLS["Documentation"]
+FONTS = importlib.resources.files("ziamath") / "fonts"
+html_static_path = ["_static", str(FONTS / "STIXTwoMath-Regular.ttf")]
+html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's device
+html_math_renderer = "mathml"
+html_theme_options = {
+    "repository_url": URLS["Repository"],
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_issues_button": True,
+    "use_download_button": False,
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "navbar_persistent": [],  # the search is in the sidebar
+}
+
+_to_mathml = LatexToMathML(fancy_error=False)
+
+
+def _mathml(displaystyle):
+    """A visitor of formulas, in a line of their own or in the text."""
+
+    def visit(writer, node):
+        latex = node.astext()
+        if "\\\\" in latex and "\\begin" not in latex:
+            latex = f"\\begin{{aligned}}{latex}\\end{{aligned}}"
+        mathml = _to_mathml.convert_with_local_state(latex, displaystyle=displaystyle)
+        writer.body.append(f'<div class="math">{mathml}</div>' if displaystyle else mathml)
+        raise nodes.SkipNode
+
+    return visit, None
+
+
+def setup(app):
+    """Adds the renderer of formulas."""
+    app.add_html_math_renderer("mathml", _mathml(False), _mathml(True))

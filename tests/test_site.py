@@ -1,0 +1,109 @@
+"""The site of `docs/`, built with warnings as errors, in a browser without a network."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("sphinx", reason='the site needs `pip install -e ".[docs]"`')
+    built = tmp_path_factory.mktemp("site") / "html"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", built]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+@pytest.fixture(scope="module")
+def browser(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.skip("no Chromium is installed, in which the site would be opened")
+    with playwright.sync_playwright() as started:
+        # As root, in which containers run, Chromium has no sandbox.
+        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    context.set_default_timeout(20_000)
+    yield context.new_page()
+    context.close()
+
+
+def test_no_page_has_an_error_or_needs_the_network(site, page):
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.on("request", lambda r: r.url.startswith("http") and wrong.append(r.url))
+    page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+    anchors, links = {}, {}
+    files = [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+    assert len(files) > 30
+    for file in files:
+        page.goto(file.as_uri())
+        missing = "[...document.images].filter(i => !i.complete || !i.naturalWidth)"
+        wrong += page.evaluate(f"{missing}.map(i => i.src)")
+        anchors[file] = set(page.evaluate("[...document.all].map(e => e.id)"))
+        links[file] = page.evaluate("[...document.links].map(a => a.href)")
+        assert not wrong, file.name
+    for file, hrefs in links.items():
+        for href in hrefs:
+            if href.startswith("file:"):
+                address, anchor = urldefrag(href)
+                target = Path(unquote(urlsplit(address).path))
+                assert target.exists(), (file.name, href)
+                if anchor and target in anchors:
+                    assert unquote(anchor) in anchors[target], (file.name, href)
+
+
+def test_a_page_is_no_wider_than_a_phone(site, page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    for file in sorted(site.glob("*.html")) + sorted((site / "api").glob("*.html")):
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("resume", "trainer/resume.html"),
+        ("gamma", "settings.html"),
+        ("mask", "estimators.html"),
+        ("hold_unclipped", "api/optimizer.html"),
+    ],
+)
+def test_the_search_finds(site, page, words, expected):
+    page.goto((site / "search.html").as_uri() + f"?q={words}")
+    page.wait_for_selector("#search-results ul.search li a")
+    page.wait_for_function("document.querySelector('.search-summary').innerText != ''")
+    hrefs = page.evaluate("[...document.querySelectorAll('.search li a')].map(a => a.href)")
+    found = [Path(urlsplit(href).path).relative_to(site).as_posix() for href in hrefs]
+    assert expected in found[:8]
+
+
+def test_formulas_are_typeset_and_both_themes_work(site, page):
+    page.goto((site / "estimators.html").as_uri())
+    assert page.evaluate("document.querySelectorAll('math').length") > 20
+    assert page.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
+    grounds = {}
+    for mode in "light", "dark":
+        page.locator("button.theme-switch-button:visible").click()
+        page.locator(f"button[data-mode={mode}]:visible").click()
+        ground = "getComputedStyle(document.body).backgroundColor"
+        grounds[mode] = sum(map(int, re.findall(r"\d+", page.evaluate(ground))[:3]))
+    assert grounds["light"] > 700 > 100 > grounds["dark"]
