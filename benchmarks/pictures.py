@@ -27,9 +27,12 @@ def losses(results: dict[str, Any]) -> Figure:
         axes.plot(found[name], [y] * seeds, "o", color=color, alpha=0.4, ms=4)
         axes.plot(mean, y, "|", color=color, ms=14, mew=2.5)
         axes.text(max(found[name]) + 0.012, y, f"{mean:.3f}", va="center", color=color)
-    axes.set_yticks(range(len(names)), [ablations.NAMES[name] for name in names])
+    labels = [f"{ablations.NAMES[n]} ({len(results['search'][n])})" for n in names]
+    axes.set_yticks(range(len(names)), labels)
     steps = results["config"]["run"]["steps"]
-    axes.set_xlabel(f"validation loss after {steps} steps, nats a byte: {seeds} seeds")
+    axes.set_xlabel(
+        f"validation loss after {steps} steps, nats a byte: {seeds} seeds (trials)"
+    )
     axes.set_xlim(right=max(map(max, found.values())) + 0.08)
     _plain(axes)
     return figure
@@ -54,7 +57,7 @@ def refreshes(results: dict[str, Any]) -> Figure:
             # Of the others two cost the same: their names stand above and below.
             x, y, ha = (8, 4, "left") if ours else _BESIDE[i]
             axes.annotate(
-                row["name"],
+                f"{row['name']}: {row['error_trained']:.2f}",
                 (cost[i], error[i]),
                 (x, y),
                 textcoords="offset points",

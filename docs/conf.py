@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 
 # Sphinx reads what lies beside this file alone.
-shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks", dirs_exist_ok=True)
+shutil.rmtree(ROOT / "docs" / "notebooks", ignore_errors=True)
+shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks")
 
 project = "sophia_optax"
 author = copyright = "The sophia_optax authors"

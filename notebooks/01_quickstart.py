@@ -174,8 +174,8 @@ plt.show()
 # **Seen:** each at its best of three learning rates, AdamW ends a few hundredths of a nat lower, and is
 # faster at the start, where Sophia's steps are clipped. A fifth is unclipped all along, as asked. This
 # is a model of 70,000 parameters and 300 steps; it shows that the swap works, not which is better.
-# [What came out](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers at
-# equal tuning.
+# [What came out](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers that
+# were tuned by a search.
 
 # %% [markdown]
 # ## Gamma finds itself

@@ -37,10 +37,13 @@ def texts():
     """Path and text of each file that git does not ignore; git itself may be absent."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     for folder, folders, files in os.walk(ROOT):
+        inside = Path(folder).relative_to(ROOT)
         folders[:] = [
             name
             for name in folders
-            if name != ".git" and not any(fnmatch.fnmatch(name, each) for each in ignored)
+            if name != ".git"
+            and not any(fnmatch.fnmatch(name, each) for each in ignored)
+            and (inside / name).as_posix() not in ignored
         ]
         for path in (Path(folder) / name for name in files):
             try:

@@ -151,7 +151,7 @@ def test_in_a_scan_and_across_calls():
 
 @pytest.mark.parametrize(("gamma", "atol"), [(0.05, 0), (hold_unclipped(0.4), 1e-6)])
 def test_under_multi_steps_every_micro_batch_is_seen_once(gamma, atol):
-    """The way round that README gives: add on each micro-step, `mean` in `hessian_fn`."""
+    """As `docs/large_batches.md` has it: add on each micro-step, `mean` in `hessian_fn`."""
     steps, interval = 3, 2
     calls = []
     micro = accumulate(gnb(network))
