@@ -28,11 +28,11 @@ if __name__ == "__main__":
         processes.join(config)
         main(config)
     except ConfigError as error:
-        sys.exit(error.told())
-    except processes.Interrupted as told:
+        sys.exit(error.text())
+    except processes.Interrupted as interrupted:
         if processes.is_first():
-            print(f"Told to end: {told}. The same command goes on from there.")
-        # As of the signal, so that who started it knows that it is not done.
-        sys.exit(128 + told.signal)
+            print(f"{interrupted}. The same command goes on from there.")
+        # The signal's code, by which a launcher knows that there is more to do.
+        sys.exit(128 + interrupted.signal)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

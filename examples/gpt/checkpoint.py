@@ -1,41 +1,56 @@
-"""Checkpoints of a run, by Orbax: the state, where the data is, and the config."""
+"""Checkpoints of a run, by Orbax: the state, where the data is, and the run's choices."""
 
 import contextlib
 import json
 import logging
-import shutil
+import re
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
-from examples.gpt import model, processes
+from examples.gpt import layout, model, processes
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.state import TrainState
 
-FOLDER, DAMAGED = "checkpoints", "damaged"  # within a run's
+FOLDER = "checkpoints"  # within a run's
 
-# What a run may be resumed with another of: it changes no loss, or none but in rounding.
+# What may differ when a run goes on: it changes no loss, or none but in rounding.
 FREE = frozenset(
     (
-        *("out", "data", "verify_data", "init_from", "compare", "keep", "keep_every"),
-        *("log_every", "validate_every", "validation_batches", "checkpoint_every"),
-        *("tensorboard", "wandb", "profile", "coordinator", "num_processes", "process_id"),
+        *("out", "data", "verify_data", "init_from", "resume_from", "compare"),
+        *("log_every", "validate_every", "validation_batches"),
+        *("checkpoint_every", "keep", "keep_every", "tensorboard", "wandb", "profile"),
+        *("coordinator", "num_processes", "process_id"),
         *("mesh", "accumulate", "remat", "loss_chunk"),
     )
 )
+# What may differ too, and is said: the steps to come are others.
+SCHEDULE = ("steps", "learning_rate", "schedule", "warmup", "decay", "final_fraction")
 
-# What readers make of a damaged file.
-UNREADABLE = (OSError, ValueError, LookupError, EOFError)
+WAITS = (0.5, 2.0)  # seconds, before a reader tries again
+_DAMAGE = re.compile("DATA_LOSS|NOT_FOUND|OUT_OF_RANGE")  # TensorStore's words for it
+_DAMAGES = (
+    json.JSONDecodeError,
+    FileNotFoundError,
+    EOFError,
+    ocp.errors.InvalidLayoutError,
+)
+
+
+class Damaged(Exception):
+    """A checkpoint that can never be read: a file is missing, cut short or changed."""
 
 
 class Restored(NamedTuple):
     step: int
-    state: TrainState
+    state: Any
     position: dict[str, Any]  # of the data
 
 
@@ -49,8 +64,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells all it does
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports all it does
         self._folder, self._is_closed = folder, False
+        self._resume_from = config.resume_from
         self._choices = _choices(config.as_json(), corpus)
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep)]
@@ -66,75 +82,55 @@ class Checkpoints:
         except OSError as error:
             raise _unwritten(folder, error) from error
 
-    def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest checkpoint that can be read; None where there is none at all.
+    def restore(self, abstract: Any) -> Restored | None:
+        """The newest checkpoint that is whole; None where a run begins.
+
+        A damaged one stays where it is, and the one before is taken. Where there is none
+        at all, the run goes on from `resume_from`, if that is given.
 
         Args:
-          abstract: shapes, dtypes and shardings of the state.
+          abstract: shapes, dtypes and shardings of the state, a NamedTuple of trees.
         """
-        problems = []
-        while (step := processes.from_first(_newest(self._checkpointer))) >= 0:
-            restored, problem = None, "another process can't read it"
-            try:
-                restored = self._load(step, abstract)
-            except ConfigError:
-                raise
-            except UNREADABLE as error:
-                problem = _first_line(error)
-            if not processes.anywhere(restored is None):
-                return restored
-            problems.append(f"step {step}: {problem}")
-            self._set_aside(step)
-            if processes.is_first():
-                print(
-                    f"The checkpoint of step {step} is damaged: it is moved to "
-                    f"{self._folder.parent / DAMAGED}, and the one before is tried."
+        paths, check = steps_in(self._folder), self._compare
+        if not paths and self._resume_from is not None:
+            paths, check = steps_in(self._resume_from), self._compare_data
+            if not paths:
+                raise ConfigError(
+                    "`resume_from` must be a run's folder with checkpoints, or one of "
+                    f"them, got {self._resume_from}."
                 )
-        if problems:
+        damages = []
+        for path in paths:
+            with processes.together():
+                read, damage = _read(path, abstract._asdict(), check)
+            if processes.anywhere(read is None):
+                damage = damage or "another process can't read it"
+            else:
+                assert read is not None
+                trees, saved = read
+                if saved.get("checksums") in (None, _checksums(trees)):
+                    state = abstract._replace(**trees)
+                    return Restored(int(path.name), state, saved["position"])
+                damage = "its numbers are not those that were saved"
+            damages.append(f"step {path.name}: {damage}")
+            if processes.is_first():
+                print(f"{path} is damaged, and the checkpoint before is taken: {damage}.")
+        if damages:
             raise ConfigError(
                 f"`out`: no checkpoint in {self._folder} can be read "
-                f"({'; '.join(problems)}); they are in {self._folder.parent / DAMAGED}. "
-                "Bring one back from a copy, or name another folder with --out."
+                f"({'; '.join(damages)}). Bring one back from a copy, or name another "
+                "folder with --out."
             )
         return None
 
-    def _load(self, step: int, abstract: TrainState) -> Restored:
-        saved: Any = self._checkpointer.metadata(step).custom_metadata
-        if saved is None:
-            raise ValueError("it has no metadata")
-        self._compare(saved["choices"], step)
-        # Each process reads for itself: at a barrier one would wait for one that can't.
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
-        )
-        with ocp.Context(multiprocessing_options=alone):
-            state = ocp.load_checkpointables(
-                self._checkpointer.directory / str(step), abstract._asdict()
-            )
-        state = jax.block_until_ready(TrainState(**state))
-        return Restored(step, state, saved["position"])
-
-    def _set_aside(self, step: int) -> None:
-        """Keeps a checkpoint that can't be read where it is in nobody's way."""
-        if processes.is_first():
-            damaged = self._folder.parent / DAMAGED
-            damaged.mkdir(exist_ok=True)
-            shutil.rmtree(damaged / str(step), ignore_errors=True)
-            (self._folder / str(step)).rename(damaged / str(step))
-        processes.anywhere(False)  # all wait for it
-        self._checkpointer.reload()
-
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Copies the state, and writes it while training goes on."""
+        trees = state._asdict()
         metadata: Any = {"choices": self._choices, "position": position}
+        metadata["checksums"] = _checksums(trees)
         try:
             self._checkpointer.save_checkpointables_async(
-                step,
-                state._asdict(),
-                custom_metadata=metadata,
-                force=True,
-                overwrite=True,
+                step, trees, custom_metadata=metadata, force=True, overwrite=True
             )
         except Exception as error:
             raise _unwritten(self._folder, error) from error
@@ -148,7 +144,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
-        """Waits in the end until all is written; an error is told what is saved."""
+        """Waits in the end until all is written; an error says what is saved."""
         error = None
         try:
             yield
@@ -163,26 +159,123 @@ class Checkpoints:
                 error.add_note(str(unwritten))
             error = error or unwritten
         if error is not None:
-            newest = _newest(self._checkpointer)
-            last = "There is no checkpoint yet."
-            if newest >= 0:
-                last = f"The last good checkpoint is {self._folder / str(newest)}."
-            error.add_note(last)
+            paths = steps_in(self._folder)
+            last = f"The last good checkpoint is {paths[0]}." if paths else None
+            error.add_note(last or "There is no checkpoint yet.")
             raise error
 
-    def _compare(self, saved: dict[str, Any], step: int) -> None:
-        names = sorted(saved.keys() | self._choices.keys())
-        differences = [
-            f"  {name}: {saved.get(name)} in the checkpoint, {self._choices.get(name)} now"
-            for name in names
-            if saved.get(name) != self._choices.get(name)
-        ]
-        if differences:
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if what was saved is another run's."""
+        ours = self._choices
+        differences = {
+            name: f"{name}: {saved.get(name)} in the checkpoint, {ours.get(name)} now"
+            for name in sorted(saved.keys() | ours.keys())
+            if saved.get(name) != ours.get(name)
+        }
+        if differences.keys() - set(SCHEDULE):
             raise ConfigError(
-                f"`out`: {self._folder} holds the checkpoint of step {step} of another run."
-                " Name another folder with --out, or choose as it did:\n"
-                + "\n".join(differences)
+                f"`out`: {self._folder} holds the checkpoints of another run. Name another "
+                "folder with --out, or choose as it did:\n  "
+                + "\n  ".join(differences.values())
             )
+        if differences and processes.is_first():
+            print("The steps to come are others:\n  " + "\n  ".join(differences.values()))
+
+    def _compare_data(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if a run of other batches is to go on in this one."""
+        names = ["batch", "context", "seed"] + [k for k in saved if k.startswith("data's")]
+        for name in names:
+            if saved.get(name) != self._choices.get(name):
+                raise ConfigError(
+                    f"`resume_from`: its {name} was {saved.get(name)} and is "
+                    f"{self._choices.get(name)}: this run can't go on in its data. Choose "
+                    "as it did, or begin from its weights alone with --init-from."
+                )
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, of its folder of them, or itself: newest first."""
+    if folder.name.isdecimal() and folder.parent.name == FOLDER:
+        return [folder.absolute()] if folder.is_dir() else []
+    folder = (folder if folder.name == FOLDER else folder / FOLDER).absolute()
+    steps = [p for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+    return sorted(steps, key=lambda path: -int(path.name))
+
+
+Read = tuple[dict[str, Any], dict[str, Any]]  # the trees by name, and the metadata
+
+
+def _read(
+    path: Path,
+    trees: dict[str, Any],
+    check: Callable[[dict[str, Any]], None] = lambda saved: None,
+) -> tuple[Read | None, str]:
+    """What a checkpoint holds; None, and why, if it is damaged.
+
+    An error that may pass is waited for; nothing is changed by it.
+
+    Args:
+      path: the checkpoint.
+      trees: shapes, dtypes and shardings, by the names of its parts.
+      check: raises ConfigError for choices that don't fit.
+    """
+    # Each process reads for itself: at a barrier one would wait for one that can't.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    for wait in (*WAITS, None):
+        try:
+            with ocp.Context(multiprocessing_options=alone):
+                saved: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
+                if not saved:
+                    return None, "it has no metadata"
+                check(saved["choices"])
+                found = {
+                    name: ocp.load(str(path), tree, checkpointable_name=name)
+                    for name, tree in trees.items()
+                }
+            return (jax.block_until_ready(found), saved), ""
+        except ConfigError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise all kinds
+            if isinstance(error, _DAMAGES) or _DAMAGE.search(str(error)):
+                return None, _first_line(error)
+            if wait is None:
+                raise ConfigError(
+                    f"`out`: {path} can't be read, and nothing of it was changed: "
+                    f"{_first_line(error)}. If the file system is unwell, start the same "
+                    "command later. If the model or the optimizer was programmed anew, the "
+                    "checkpoint is not of this one: name another folder with --out."
+                ) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+@jax.jit
+def _sums(trees: dict[str, Any]) -> dict[str, jax.Array]:
+    """Of the bits of each tree: the same, however it is spread over devices."""
+
+    def words(x):
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum()
+
+    return {
+        k: sum(map(words, jax.tree.leaves(tree)), start=jnp.uint32(0))
+        for k, tree in trees.items()
+    }
+
+
+def _checksums(trees: dict[str, Any]) -> dict[str, int]:
+    return {name: int(total) for name, total in _sums(trees).items()}
+
+
+def began(out: Path) -> dict[str, Any]:
+    """The choices of the run in a folder; none if it holds no run."""
+    try:
+        return json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def check_unused(out: Path, config: Config) -> None:
@@ -192,11 +285,7 @@ def check_unused(out: Path, config: Config) -> None:
     """
     if not (out / "metrics.jsonl").exists():
         return
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        saved = {}
-    if _choices(saved, {}) != _choices(config.as_json(), {}):
+    if _choices(began(out), {}) != _choices(config.as_json(), {}):
         raise ConfigError(
             f"`out` already holds a run: {out / 'metrics.jsonl'}. Name another folder with "
             "--out, or remove this one."
@@ -204,57 +293,53 @@ def check_unused(out: Path, config: Config) -> None:
 
 
 def quiet() -> None:
-    """Lets a reader that has failed print nothing, whose error is told in a line.
+    """Hides what the parts of a reader that failed report when they end later.
 
-    Its coroutines and threads go on for a while, and find that nobody waits for them.
+    Its error is shown in a line; its coroutines find that nobody waits for them.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
-    def hook(kind, error, trace):
-        if str(error) != "Event loop is closed":
-            sys.__excepthook__(kind, error, trace)
+    def hook(raised):
+        if "Event loop is closed" not in str(raised.exc_value):
+            sys.__unraisablehook__(raised)
 
-    sys.excepthook = hook
-    sys.unraisablehook = lambda raised: None
+    sys.unraisablehook = hook
 
 
-def load_params(out: Path) -> tuple[Config, Any]:
-    """The config of the run in a folder, and its newest parameters, on the first device."""
-    try:
-        fields = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`out` must be the folder of a run, got {out}: {error}."
-        ) from None
+def load_params(out: Path, mesh: Mesh | None = None) -> tuple[Config, Any]:
+    """The config of the run in a folder, and its newest parameters, spread over a mesh.
+
+    Args:
+      out: the run's folder, or one of its checkpoints.
+      mesh: where the parameters are to lie; on the first device by default.
+    """
+    paths = steps_in(out)
+    fields = began(paths[0].parents[1] if paths else out)
+    if not fields:
+        raise ConfigError(f"`out` must be the folder of a run, got {out}: no config.json.")
     config = Config.from_json(fields)
     abstract = jax.eval_shape(lambda: model.init(config))
-    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is None:
+        mesh = layout.make_mesh("data=1", jax.devices()[:1])
     abstract = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_device), abstract
+        lambda p, spec: jax.ShapeDtypeStruct(
+            p.shape, p.dtype, sharding=NamedSharding(mesh, spec)
+        ),
+        abstract,
+        layout.specs(abstract),
     )
-    with ocp.training.Checkpointer(str((out / FOLDER).absolute())) as checkpointer:
-        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
-        problems = []
-        for step in reversed(steps):
-            try:
-                return config, checkpointer.load_checkpointables(
-                    step, {"params": abstract}
-                )["params"]
-            except UNREADABLE as error:
-                problems.append(f"step {step}: {_first_line(error)}")
-    raise ConfigError(
-        f"`out`: {out} holds no checkpoint that can be read. {'; '.join(problems)}"
-    )
-
-
-def _newest(checkpointer: ocp.training.Checkpointer) -> int:
-    """The step of the newest checkpoint; -1 if there is none."""
-    return max((checkpoint.step for checkpoint in checkpointer.checkpoints), default=-1)
+    damages = []
+    for path in paths:
+        read, damage = _read(path, {"params": abstract})
+        if read is not None:
+            return config, read[0]["params"]
+        damages.append(f"step {path.name}: {damage}")
+    raise ConfigError(f"`out`: {out} holds no checkpoint that can be read. {damages}")
 
 
 def _choices(config: dict[str, Any], corpus: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same when a run is resumed."""
+    """What has to be the same when a run goes on."""
     kept = {name: value for name, value in config.items() if name not in FREE}
     return kept | {f"data's {name}": value for name, value in corpus.items()}
 

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
@@ -12,16 +14,16 @@ _POSITIVE = (
     *("steps", "layers", "heads", "width", "context", "vocabulary", "init_std"),
     *("batch", "accumulate", "loss_chunk", "refresh_batch", "groups", "update_interval"),
     *("log_every", "validate_every", "validation_batches"),
-    *("checkpoint_every", "keep", "keep_every", "num_processes"),
+    *("checkpoint_every", "keep", "keep_every", "num_processes", "clip_norm"),
 )
-_PATHS = ("data", "out", "init_from")
+_PATHS = ("data", "out", "init_from", "resume_from")
 
 
 class ConfigError(ValueError):
     """A choice that can't be, found before anything is compiled where it can be."""
 
-    def told(self) -> str:
-        """The error, and what was noted of it on its way."""
+    def text(self) -> str:
+        """The error and its notes, for a person."""
         return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
 
 
@@ -59,8 +61,12 @@ class Config:
     """Compare the checksums of a prepared folder before training."""
 
     init_from: Path | None = None
-    """Start from GPT-2's weights in Hugging Face's format: a folder that holds a
-    model.safetensors. Wants `bias`, and a `vocabulary` of 50257."""
+    """Start from weights alone: those of a run's folder, or of one of its checkpoints, or
+    GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257."""
+
+    resume_from: Path | None = None
+    """Go on from another run, in a folder of its own and perhaps with another schedule: its
+    folder, or one of its checkpoints, as runs/gpt/checkpoints/40000."""
 
     out: Path | None = None
     """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
@@ -128,12 +134,21 @@ class Config:
     """Number of steps from one refresh to the next."""
     # The paper's.
 
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """The learning rate after its rise: it falls as a cosine, stays, or stays and then
+    falls in a line (warm-up, stable, decay)."""
+
     warmup: int | None = None
-    """Number of steps in which the learning rate rises, before it falls as a cosine;
-    a tenth of all by default."""
+    """Number of steps in which the learning rate rises; a tenth of all by default."""
+
+    decay: int | None = None
+    """Number of steps in which it falls with `wsd`, the last; a tenth of all by default."""
 
     final_fraction: float = 0.0
     """Where the learning rate ends, as a fraction of its peak."""
+
+    clip_norm: float = 1.0
+    """The largest global norm of a gradient; a larger one is scaled down to it."""
 
     debias: bool = True
     """Correct the bias of the average of the Hessian."""
@@ -206,13 +221,22 @@ class Config:
             own = dataclasses.replace(own, gamma=None, share=None)
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
-    def fitted(self, vocabulary: int, parts: int = 1) -> "Config":
-        """The same run for data of this vocabulary, in batches spread in so many parts."""
+    def fitted(
+        self,
+        vocabulary: int,
+        parts: int = 1,
+        began: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "Config":
+        """The same run for data of this vocabulary, in batches spread in so many parts.
+
+        A run that goes on keeps the groups that it `began` with, however many there are.
+        """
+        groups = self.groups or began.get("groups")
         fewest = math.lcm(self.groups or 1, parts)
         sizes = [n for n in range(fewest, self.batch, fewest) if self.batch % n == 0]
-        refresh_batch = self.refresh_batch or next(
-            (n for n in sizes if n >= 16), self.batch
-        )
+        refresh_batch = self.refresh_batch or began.get("refresh_batch")
+        if refresh_batch is None:
+            refresh_batch = next((n for n in sizes if n >= 16), self.batch)
         if self.vocabulary is not None and self.vocabulary < vocabulary:
             raise ConfigError(
                 f"`vocabulary` must hold the data's, got a model of {self.vocabulary} "
@@ -222,7 +246,7 @@ class Config:
             self,
             vocabulary=self.vocabulary or -(-vocabulary // 128) * 128,
             refresh_batch=refresh_batch,
-            groups=self.groups or refresh_batch,
+            groups=groups or refresh_batch,
         )
 
     def compared(self) -> "Config":
@@ -233,6 +257,9 @@ class Config:
 
     def warmup_steps(self) -> int:
         return self.steps // 10 if self.warmup is None else self.warmup
+
+    def decay_steps(self) -> int:
+        return self.steps // 10 if self.decay is None else self.decay
 
     def folder(self) -> Path:
         name = (
@@ -291,6 +318,16 @@ class Config:
             raise ConfigError(
                 f"`warmup` must be less than `steps`, got {self.warmup_steps()} of "
                 f"{self.steps}."
+            )
+        if not 0 <= self.decay_steps() <= self.steps - self.warmup_steps():
+            raise ConfigError(
+                "`decay` must end with the run, after `warmup`, got "
+                f"{self.decay_steps()} and {self.warmup_steps()} of {self.steps} `steps`."
+            )
+        if self.init_from is not None and self.resume_from is not None:
+            raise ConfigError(
+                "`init_from` begins from weights alone and `resume_from` from all of a "
+                "checkpoint: leave one out."
             )
         if self.width % self.heads:
             raise ConfigError(

@@ -26,4 +26,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m examples.gpt.export")
     except ConfigError as error:
-        sys.exit(error.told())
+        sys.exit(error.text())

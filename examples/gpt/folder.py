@@ -16,7 +16,7 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
     Raises:
       ConfigError: if another process holds it, or if it can't be made.
     """
-    with told(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
     try:
@@ -32,7 +32,7 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(folder: Path, advice: str = "") -> Iterator[None]:
+def writing_to(folder: Path, advice: str = "") -> Iterator[None]:
     """Turns an error of the file system into one that names the folder."""
     try:
         yield

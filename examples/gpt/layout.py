@@ -35,9 +35,9 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(text: str) -> jax.sharding.Mesh:
-    """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
-    count = jax.device_count()
+def make_mesh(text: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh that `data=8,fsdp=4,tensor=2` describes, of all devices by default."""
+    count = jax.device_count() if devices is None else len(devices)
     sizes = dict.fromkeys(AXES, 1)
     given = [part.partition("=") for part in text.split(",") if part]
     for name, _, size in given:
@@ -51,7 +51,8 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
         raise ConfigError(
             f"`mesh` must fit the devices, got {shape} for {count} device(s)."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
 def specs(params: Any) -> Any:

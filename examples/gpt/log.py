@@ -1,8 +1,8 @@
-"""Where a run's figures go: files, a progress bar or lines, and dashboards if asked."""
+"""Where a run's figures go: files, lines, and dashboards if asked."""
 
+import datetime
 import json
 import math
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import tqdm
 
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.folder import told
+from examples.gpt.folder import writing_to
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
@@ -40,7 +38,7 @@ class NotFinite(ConfigError):
 
 
 class Log:
-    """Writes config.json and metrics.jsonl, and shows how far a run is.
+    """Writes config.json and metrics.jsonl, and prints a line for each row.
 
     Args:
       config: the run.
@@ -51,16 +49,15 @@ class Log:
 
     def __init__(self, config: Config, folder: Path, step: int, flops_per_token: float):
         self.rows: list[Row] = []
-        self._pending: tuple[Row, bool] | None = None
+        self._pending: Row | None = None
+        self._before: Any = None  # the loss of the last step
         self._config, self._folder = config, folder
         self._flops_per_token = flops_per_token
-        self._is_terminal = sys.stdout.isatty()
         self._dashboards: list[Dashboard] = []
-        self._last: tuple[int, float] | None = None
+        self._since: tuple[int, float] | None = None  # a step, and when it was done
         if not is_first():
-            self._bar = tqdm.tqdm(disable=True)
             return
-        with told(folder):
+        with writing_to(folder):
             text = json.dumps(config.as_json(), indent=2) + "\n"
             (folder / "config.json").write_text(text)
             self.rows = [row for row in read(folder) if row["step"] <= step]
@@ -68,99 +65,102 @@ class Log:
             kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             kept.replace(folder / "metrics.jsonl")
         self._dashboards = [*_dashboards(config, folder)]
-        self._bar = tqdm.tqdm(
-            total=config.steps,
-            initial=step,
-            desc=config.optimizer,
-            unit="step",
-            file=sys.stdout,
-            disable=not self._is_terminal,
-        )
 
-    def step(self, row: Row, is_written: bool) -> None:
-        """Takes what a step made, and fetches the row of the step before.
+    def step(self, row: Row, is_logged: bool) -> None:
+        """Takes what a step made, arrays of shape (), while the device is at work on it.
 
-        So the device is at work on this step while the host waits for that one.
-
-        Args:
-          row: numbers, arrays of shape (), or lists of them, whose mean counts.
-          is_written: whether it goes to the files, or only its loss is looked at.
+        A row that is to be logged waits for the step before, and the row before is written.
 
         Raises:
-          NotFinite: if the loss or the gradient's norm of the step before is not finite.
+          NotFinite: if the loss or the gradient's norm of the row before is not finite.
         """
-        self.flush()
-        self._pending = row, is_written
+        if is_logged:
+            jax.block_until_ready(self._before)
+            self.write()
+            self._pending = row | self._speed(row["step"] - 1)
+        self._before = row["loss"]
 
-    def flush(self) -> None:
-        """Fetches the last row, too."""
-        if self._pending is None:
+    def wait(self) -> None:
+        """Waits for the numbers of the last step."""
+        jax.block_until_ready(self._before)
+        if self._pending is not None:
+            row = jax.device_get(self._pending)
+            step = row.pop("step")
+            self._pending = {k: v if v is None else float(v) for k, v in row.items()}
+            self._pending["step"] = step
+            require_finite(self._pending)
+
+    def write(self) -> None:
+        """Writes the last row, if it is not written yet."""
+        self.wait()
+        row, self._pending = self._pending, None
+        if row is None:
             return
-        (pending, is_written), self._pending = self._pending, None
-        fetched = {k: jax.device_get(v) for k, v in pending.items()}
-        row: Row = {k: None if v is None else float(np.mean(v)) for k, v in fetched.items()}
-        row["step"] = int(pending["step"])
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                raise NotFinite(
-                    f"`{name}` of step {row['step']} is {row[name]}: training is stopped. "
-                    "Most often a lower --learning-rate, in another --out, cures it."
-                )
-        if is_written:
-            self._write(row | self._speed(row["step"]))
-
-    def _write(self, row: Row) -> None:
         self.rows.append(row)
         if not is_first():
             return
-        with told(self._folder, " The same command, started again, goes on."):
+        with writing_to(self._folder, " The same command, started again, goes on."):
             self._write_line(row)
         for write, _ in self._dashboards:
             write(row)
-        if self._is_terminal:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-            self._bar.update(row["step"] - self._bar.n)
-        if "val_loss" in row:
-            text = f"{self._config.optimizer} step {row['step']}: {self._text(row)}"
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        name, steps = self._config.optimizer, self._config.steps
+        print(f"{name} step {row['step']} of {steps}: {_text(row)}", flush=True)
+
+    def restart_clock(self, step: int) -> None:
+        """After what is no training step, and after this one: no speed counts it."""
+        self._since = step, time.perf_counter()
+
+    def add(self, **numbers: float) -> None:
+        """Adds numbers to the last row."""
+        assert self._pending is not None
+        self._pending |= numbers
 
     def _write_line(self, row: Row) -> None:
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        self.flush()
-        self._bar.close()
         for _, close in self._dashboards:
             close()
 
     def _speed(self, step: int) -> Row:
+        """Of the training steps to this one, which is done, since the row before."""
         now = time.perf_counter()
-        before, self._last = self._last, (step, now)
-        if before is None:  # the first steps of a process compile
-            return {"tokens_per_second": None, "mfu": None, "seconds_to_go": None}
-        seconds = (now - before[1]) / (step - before[0])
+        since, self._since = self._since, (step, now)
+        if since is None or step <= since[0]:  # the first steps of a process compile
+            return dict.fromkeys(("tokens_per_second", "mfu", "seconds_to_go"))
+        seconds = (now - since[1]) / (step - since[0])
         speed = self._config.batch * self._config.context / seconds
-        peak = _peak_flops()
+        peak = _peak_flops(self._config.dtype)
         return {
             "tokens_per_second": speed,
             "mfu": None if peak is None else speed * self._flops_per_token / peak,
             "seconds_to_go": seconds * (self._config.steps - step),
         }
 
-    def _text(self, row: Row) -> str:
-        text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
-        if row["unclipped_fraction"] is not None:
-            text += f", unclipped {row['unclipped_fraction']:.0%}"
-        if row["tokens_per_second"] is not None:
-            text += f", {row['tokens_per_second']:,.0f} tokens/s"
-            text += f", {tqdm.tqdm.format_interval(row['seconds_to_go'])} to go"
-        if row["mfu"] is not None:
-            text += f", MFU {row['mfu']:.0%}"
-        if "val_loss" in row:
-            text += f", val loss {row['val_loss']:.3f}"
-        return text
+
+def require_finite(row: Row) -> None:
+    """Raises NotFinite for a step whose loss or gradient is not finite."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(value := float(row[name])):
+            raise NotFinite(
+                f"`{name}` of step {row['step']} is {value}: training is stopped. Most "
+                "often a lower --learning-rate, in another --out, cures it."
+            )
+
+
+def _text(row: Row) -> str:
+    text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
+    if row.get("unclipped_fraction") is not None:
+        text += f", unclipped {row['unclipped_fraction']:.0%}"
+    if row["tokens_per_second"] is not None:
+        to_go = datetime.timedelta(seconds=round(row["seconds_to_go"]))
+        text += f", {row['tokens_per_second']:,.0f} tokens/s, {to_go} to go"
+    if row["mfu"] is not None:
+        text += f", MFU {row['mfu']:.0%}"
+    if "val_loss" in row:
+        text += f", val loss {row['val_loss']:.3f}"
+    return text
 
 
 def read(folder: Path) -> list[Row]:
@@ -174,13 +174,15 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
-def _peak_flops() -> float | None:
-    """Of all devices together; None where it is not known."""
+def _peak_flops(dtype: str) -> float | None:
+    """Of all devices together, in the arithmetic that JAX uses for a dtype."""
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_TERAFLOPS if kind.startswith(name)]
     if not names:
         return None
-    return PEAK_TERAFLOPS[max(names, key=len)] * 1e12 * jax.device_count()
+    peak = PEAK_TERAFLOPS[max(names, key=len)] * 1e12 * jax.device_count()
+    # A TPU multiplies float32 as bfloat16; NVIDIA's as TensorFloat-32, at half the speed.
+    return peak / 2 if dtype == "float32" and "NVIDIA" in kind else peak
 
 
 def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:

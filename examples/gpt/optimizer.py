@@ -8,17 +8,23 @@ from sophia_optax import hold_unclipped, sophia_g, sophia_h
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """A rise to the peak of the learning rate, and a cosine down."""
-    peak = config.recipe().learning_rate
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, config.warmup_steps(), config.steps, peak * config.final_fraction
-    )
+    """A rise to the peak of the learning rate, and what the config says comes after."""
+    peak, warmup = config.recipe().learning_rate, config.warmup_steps()
+    final = peak * config.final_fraction
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps, final)
+    rise = optax.warmup_constant_schedule(0.0, peak, warmup)
+    if config.schedule == "constant":
+        return rise
+    decay = config.decay_steps()
+    fall = optax.linear_schedule(peak, final, decay)
+    return optax.join_schedules([rise, fall], [config.steps - decay])
 
 
 def make_optimizer(
     config: Config, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """The config's optimizer, behind a clip of the gradient's global norm at 1."""
+    """The config's optimizer, behind a clip of the gradient's global norm."""
     recipe = config.recipe()
     settings = {
         "b1": recipe.b1,
@@ -46,7 +52,7 @@ def make_optimizer(
         "lion": lambda: optax.lion(schedule, **settings),
     }[config.optimizer]()
     return optax.with_extra_args_support(
-        optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     )
 
 

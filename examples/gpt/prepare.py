@@ -224,7 +224,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _telling_of_disk(out: Path) -> contextlib.AbstractContextManager[None]:
     """Turns an error of the file system into one that says what is left."""
-    return folder.told(
+    return folder.writing_to(
         out, " What was finished is kept: the same command, started again, goes on."
     )
 
@@ -233,6 +233,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options, prog="python -m examples.gpt.prepare"))
     except ConfigError as error:
-        sys.exit(error.told())
+        sys.exit(error.text())
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command, started again, goes on.")

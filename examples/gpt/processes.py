@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 from examples.gpt.config import Config, ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
 
 
 class Interrupted(Exception):
-    """The run was told to end, and has saved where it is."""
+    """A signal came, and the run has saved where it is."""
 
     def __init__(self, saved: str, signal: int):
         super().__init__(saved)
@@ -99,7 +100,7 @@ def ends_if_one_is_lost() -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(LOST)
 
 
 def check_shared(path: Path, seconds: float = 30.0) -> None:
@@ -122,14 +123,16 @@ def is_first() -> bool:
 class Signal:
     """Takes note of SIGTERM and Ctrl-C: the run ends after a step, and loses nothing.
 
-    A second one ends it at once. Where there are several processes, SIGTERM to any of them
-    is for all.
+    A second one ends it at once. Where there are several processes, one to any of them is
+    for all.
     """
 
     def __enter__(self) -> "Signal":
         self._came: int | None = None
         signals = () if jax.distributed.is_initialized() else SIGNALS
         self._before = {number: signal.signal(number, self._note) for number in signals}
+        if not signals:  # JAX passes a SIGTERM on to all processes
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._terminate)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -139,9 +142,13 @@ class Signal:
     def came(self, step: int) -> int | None:
         """The signal to end after this step, if there is one: the same in all processes."""
         if jax.distributed.is_initialized():
-            told = multihost_utils.reached_preemption_sync_point(step)
-            return signal.SIGTERM if told else None
+            came = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if came else None
         return self._came
+
+    def _terminate(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, _) -> None:
         self._came = number

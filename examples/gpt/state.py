@@ -6,8 +6,11 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from examples.gpt import hugging_face, layout, model
-from examples.gpt.config import Config
+from examples.gpt import checkpoint, hugging_face, layout, model
+from examples.gpt.config import Config, ConfigError
+
+# What the shapes of the parameters follow from.
+MODEL = ("architecture", "layers", "heads", "width", "context", "vocabulary", "bias")
 
 
 class TrainState(NamedTuple):
@@ -49,6 +52,15 @@ def first_state(
     _, shardings = state_shardings(config, tx, mesh)
     if config.init_from is None:
         params = jax.jit(lambda: model.init(config), out_shardings=shardings.params)()
+    elif checkpoint.steps_in(config.init_from):
+        theirs, params = checkpoint.load_params(config.init_from, mesh)
+        for name in MODEL:
+            ours, saved = getattr(config, name), getattr(theirs, name)
+            if ours != saved:
+                raise ConfigError(
+                    f"`{name}` must be that of the weights, got {ours} for {saved} in "
+                    f"{config.init_from}. Give --{name} {saved}."
+                )
     else:
         params = hugging_face.load(config.init_from, config)
         params = jax.device_put(params, shardings.params)

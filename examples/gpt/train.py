@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from examples.gpt import data, layout, plot, processes, sample
-from examples.gpt.checkpoint import FOLDER, Checkpoints, check_unused
-from examples.gpt.config import Config
+from examples.gpt.checkpoint import FOLDER, Checkpoints, began, check_unused
+from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
-from examples.gpt.log import Log, Row
+from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.profiling import Profile
 from examples.gpt.state import TrainState, abstract_state, first_state
 from examples.gpt.step import check_layout, flops_per_token, make_loss, make_train_step
-from sophia_optax import unclipped_fraction
+from sophia_optax import sophia_metrics
 
 
 def main(config: Config) -> list[plot.Curve]:
@@ -28,9 +30,7 @@ def main(config: Config) -> list[plot.Curve]:
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
     corpus.check(config.context)
-    parts = layout.batch_devices(mesh)
-    config = config.fitted(corpus.tokenizer.vocabulary, parts)
-    out = config.folder()
+    parts, out = layout.batch_devices(mesh), config.folder()
     if process == 0:
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
@@ -40,6 +40,7 @@ def main(config: Config) -> list[plot.Curve]:
     curves, text = [], ""
     with jax.set_mesh(mesh):
         for part, folder in _parts(config, out):
+            part = part.fitted(corpus.tokenizer.vocabulary, parts, began(folder))
             state, rows = train(part, corpus, folder)
             curves.append(plot.Curve(part.optimizer, rows))
             text = text or write_text(part, state.params, corpus)
@@ -75,7 +76,7 @@ def train(
     tx = make_optimizer(config, schedule)
     train_step = make_train_step(config, tx, mesh)
     validate = make_validation(config, corpus, mesh)
-    unclipped = jax.jit(unclipped_fraction)
+    metrics = jax.jit(_metrics)
     batches = data.batches(
         corpus.train,
         batch=config.batch,
@@ -97,6 +98,12 @@ def train(
         else:
             start, state = restored.step, restored.state
             batches.set_state(restored.position)
+            if start > config.steps:
+                raise ConfigError(
+                    f"`steps` must not be fewer than were done, got {config.steps} after "
+                    f"{start}. Take more, or go on from an earlier checkpoint elsewhere: "
+                    "--resume-from."
+                )
             if processes.is_first():
                 what = "is done at" if start == config.steps else "goes on from"
                 print(f"{config.optimizer} {what} step {start} of {config.steps}.")
@@ -115,25 +122,38 @@ def train(
                 profile.step(step - start)
                 tokens = layout.put(mesh, next(batches), config.batch)
                 state, row = train_step(state, tokens)
-                validates = step % config.validate_every == 0 or step == config.steps
-                is_written = validates or step % config.log_every == 0
-                if is_written:
+                row["step"] = step
+                is_last = step == config.steps
+                validates = step % config.validate_every == 0 or is_last
+                is_logged = validates or step % config.log_every == 0
+                if is_logged:
                     row["lr"] = schedule(step - 1)
-                    row["unclipped_fraction"] = (
-                        unclipped(state.opt_state) if "sophia" in config.optimizer else None
-                    )
-                if validates:
-                    row["val_loss"] = validate(state.params)
-                log.step({"step": step} | row, is_written)
-                told = signal.came(step)
-                if told or step % config.checkpoint_every == 0 or step == config.steps:
+                    if "sophia" in config.optimizer:
+                        row |= metrics(state.opt_state)
+                log.step(row, is_logged)
+                signal_came = signal.came(step)
+                saves = signal_came or is_last or step % config.checkpoint_every == 0
+                if validates or saves:
                     with processes.together():
-                        log.flush()  # a state that is not finite is not saved
-                    checkpoints.save(step, state, batches.get_state())
-                if told:
-                    raise processes.Interrupted(f"step {step} is saved in {folder}", told)
+                        log.wait()
+                        if validates:
+                            log.add(val_loss=validate(state.params))
+                        log.write()
+                        require_finite(row)  # or nothing of it is saved
+                    if saves:
+                        checkpoints.save(step, state, batches.get_state())
+                    log.restart_clock(step)
+                if signal_came:
+                    saved = f"Step {step} is saved in {folder}"
+                    raise processes.Interrupted(saved, signal_came)
     log.close()
     return state, log.rows
+
+
+def _metrics(opt_state: optax.OptState) -> Row:
+    """What is logged of Sophia's state."""
+    found = sophia_metrics(opt_state)
+    return {name: found[name] for name in ("unclipped_fraction", "refreshes", "refused")}
 
 
 @contextlib.contextmanager
@@ -148,8 +168,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 def make_validation(
     config: Config, corpus: data.Corpus, mesh: Mesh
-) -> Callable[[Any], list[jax.Array]]:
-    """A function from parameters to the losses of the same batches, always."""
+) -> Callable[[Any], float]:
+    """A function from parameters to the mean loss of the same batches, always."""
     batches = data.batches(
         corpus.validation,
         batch=config.batch,
@@ -159,9 +179,14 @@ def make_validation(
     )
     kept = [next(batches) for _ in range(config.validation_batches)]
     loss_fn = make_loss(config)
-    return lambda params: [
-        loss_fn(params, layout.put(mesh, tokens, config.batch)) for tokens in kept
-    ]
+
+    def validate(params):
+        losses = [
+            loss_fn(params, layout.put(mesh, tokens, config.batch)) for tokens in kept
+        ]
+        return float(np.mean(jax.device_get(losses)))
+
+    return validate
 
 
 def write_text(config: Config, params: Any, corpus: data.Corpus) -> str:

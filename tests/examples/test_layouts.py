@@ -12,8 +12,8 @@ from gpt_runs import TEXT, arguments, losses, run, run_together
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt import layout, model
-from examples.gpt.checkpoint import DAMAGED, FOLDER
+from examples.gpt import layout, model, processes
+from examples.gpt.checkpoint import FOLDER
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
@@ -116,8 +116,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(
         file.truncate(largest.stat().st_size // 2)
     codes, outputs = run_together(args, 2, devices=1)
     assert codes == [0, 0], outputs
-    assert f"The checkpoint of step {newest.name}" in outputs[0]
-    assert (out / DAMAGED / newest.name).is_dir()
+    assert f"{newest.name} is damaged, and the checkpoint before is taken" in outputs[0]
     assert_alike(losses(out), on_one_device("sophia_g"))
 
 
@@ -143,7 +142,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(corpus, tmp_path,
         signalled=(13, signal.SIGKILL),
     )
     assert codes[which] == -signal.SIGKILL
-    assert codes[1 - which] == 1
+    assert codes[1 - which] == processes.LOST
     assert outputs[1 - which].count("error: Another process of the run was lost") == 1
     assert "Traceback" not in outputs[1 - which]
 
@@ -180,6 +179,30 @@ def test_processes_that_are_told_to_end_go_on_in_another_number(
     code, output = run(arguments(corpus, out, accumulate=2))
     assert code == 0, output
     assert_alike(losses(out), on_one_device("sophia_g"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "fsdp=4"])
+def test_a_run_goes_on_on_fewer_devices_and_on_more(corpus, tmp_path, on_one_device, mesh):
+    """SIGTERM on 8, then on 4; on 16, eight groups leave devices without one."""
+    out = tmp_path / "out"
+    for devices, step in ((8, 7), (4, 13), (16, None)):
+        signalled = None if step is None else (step, signal.SIGTERM)
+        args = arguments(corpus, out, mesh=mesh)
+        code, output = run(args, devices=devices, signalled=signalled)
+        assert code == (0 if step is None else 128 + signal.SIGTERM), output
+    assert "The 8 groups of a refresh can't be shared out evenly to 16 parts" in output
+    assert_alike(losses(out), on_one_device("sophia_g"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_one_process_saves_and_ends_all(corpus, tmp_path):
+    out = tmp_path / "out"
+    args = arguments(corpus, out, checkpoint_every=20)
+    signalled = (7, signal.SIGINT)
+    codes, outputs = run_together(args, 2, devices=1, signalled=signalled, which=1)
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert "is saved in" in outputs[0]
 
 
 def on(mesh, config):

@@ -76,7 +76,7 @@ def test_killed_before_the_first_checkpoint(corpus, tmp_path, whole):
 def test_told_to_end(corpus, tmp_path, whole, number):
     code, output = ended(corpus, tmp_path, 13, number)
     assert code == 128 + number
-    assert "step 13 is saved" in output
+    assert "Step 13 is saved" in output
     assert steps(tmp_path) == [10, 13]
     assert resumed(corpus, tmp_path)[0] == whole
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_cut_short(corpus, tmp_path, whole, part):
         file.truncate(largest.stat().st_size // 2)
     found, output = resumed(corpus, tmp_path)
     assert found == whole
-    assert "The checkpoint of step 13 is damaged" in output
+    assert "13 is damaged, and the checkpoint before is taken" in output
     assert "goes on from step 10 of 20" in output
     assert not re.search("Traceback|Event loop|never", output), output
 

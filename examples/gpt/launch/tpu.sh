@@ -17,7 +17,11 @@ shift 2
 at=("$name" --zone "${ZONE:?a zone}")
 : "${BUCKET:?a bucket, gs://...}"
 
-gcloud compute tpus tpu-vm describe "${at[@]}" >/dev/null 2>&1 ||
+state=$(gcloud compute tpus tpu-vm describe "${at[@]}" --format 'value(state)' 2>/dev/null || true)
+case "$state" in # one that was taken away is still there by its name
+  PREEMPTED | TERMINATED | STOPPED) gcloud compute tpus tpu-vm delete "${at[@]}" --quiet && state="" ;;
+esac
+[ -n "$state" ] ||
   gcloud compute tpus tpu-vm create "${at[@]}" --accelerator-type "$type" \
     --version "${VERSION:-v2-alpha-tpuv5}"
 on_each_host() { gcloud compute tpus tpu-vm ssh "${at[@]}" --worker=all --command "$1"; }
