@@ -85,30 +85,6 @@ class Sequences:
         return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
 
 
-class Batches:
-    """Batches for ever, of which this process reads some blocks of rows.
-
-    `get_state` and `set_state` are a checkpoint's: the state is the number of batches, the
-    same on every process and for any number of them.
-    """
-
-    def __init__(self, blocks: list[grain.DatasetIterator]):
-        self._blocks = blocks
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> np.ndarray:
-        return np.concatenate([next(block) for block in self._blocks])
-
-    def get_state(self) -> dict[str, Any]:
-        return self._blocks[0].get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        for block in self._blocks:
-            block.set_state(state)
-
-
 def batches(
     tokens: Tokens,
     *,
@@ -116,38 +92,35 @@ def batches(
     context: int,
     seed: int,
     rows: Sequence[slice] | None = None,
-) -> Batches:
+) -> grain.DatasetIterator[np.ndarray]:
     """Batches of sequences for ever: all of them in one order, then all in another.
+
+    One iterator with 8 threads, whatever the number of devices.
 
     Args:
       tokens: the split, the same on every process.
       batch: number of sequences in a global batch.
       context: number of tokens in a sequence.
       seed: of the order.
-      rows: which rows of each global batch to read, in aligned blocks; all by default.
+      rows: which rows of each global batch this process reads; all by default.
 
     Returns:
       An iterator of int32 arrays of shape (rows, context + 1): the inputs, and one token
-      after.
+      after. Its `get_state()`, the number of batches, is the same on every process and for
+      any number of them. `close` it, or its threads stay, and what they have read ahead.
     """
-    blocks = [slice(0, batch)] if rows is None else rows
-    return Batches([_block(tokens, batch, context, seed, block) for block in blocks])
-
-
-def _block(
-    tokens: Tokens, batch: int, context: int, seed: int, rows: slice
-) -> grain.DatasetIterator:
-    size = rows.stop - rows.start
-    assert batch % size == rows.start % size == 0
-    dataset = (
-        grain.MapDataset.source(Sequences(tokens, context))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(size, drop_remainder=True)[rows.start // size :: batch // size]
+    order: Any = (
+        grain.MapDataset.source(Sequences(tokens, context)).seed(seed).shuffle().repeat()
     )
+    blocks = rows or [slice(0, batch)]
+    mine = [row for block in blocks for row in range(block.start, block.stop)]
+
+    def read(step: int) -> np.ndarray:
+        return np.stack([order[step * batch + row] for row in mine])
+
+    steps = grain.MapDataset.range(len(order) // batch).map(read)
     # A few batches ahead are enough: each is large.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(8, 16)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(8, 16)))
 
 
 def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndarray]:

@@ -86,6 +86,7 @@ def train(
 
     with (
         _held(folder),
+        contextlib.closing(batches),
         processes.Signal() as signal,
         Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
     ):
@@ -157,7 +158,8 @@ def make_validation(
         seed=0,
         rows=layout.rows(mesh, config.batch),
     )
-    kept = [next(batches) for _ in range(config.validation_batches)]
+    with contextlib.closing(batches):
+        kept = [next(batches) for _ in range(config.validation_batches)]
     loss_fn = make_loss(config)
     return lambda params: [
         loss_fn(params, layout.put(mesh, tokens, config.batch)) for tokens in kept

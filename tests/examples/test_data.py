@@ -4,8 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
@@ -84,44 +87,48 @@ def test_each_epoch_and_each_seed_is_another_order():
             assert np.mean(order == other) < 0.2
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_read_parts_of_the_same_batches(processes):
-    split, size = tokens(21 * CONTEXT + 1), 8 // processes  # an epoch ends in a batch
-    whole = take(data.batches(split, batch=8, context=CONTEXT, seed=0), 10)
-    parts = [
-        take(data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows]), 10)
-        for rows in (slice(i, i + size) for i in range(0, 8, size))
-    ]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+ROWS = {
+    "all": [slice(0, 8)],
+    "a half": [slice(4, 8)],
+    "blocks that are not side by side": [slice(2, 4), slice(6, 8)],
+    "one": [slice(7, 8)],
+}
 
 
-def test_a_run_goes_on_where_it_was_on_any_number_of_processes():
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_process_reads_its_rows_and_goes_on_from_the_position_of_any_other(rows):
     split = tokens(50 * CONTEXT + 1)
+    kept = np.concatenate([np.arange(8)[block] for block in rows])
     whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
-    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[slice(4, 8)])
-    take(whole, 9)
-    take(part, 9)
+    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=rows)
+    np.testing.assert_array_equal(take(part, 9), take(whole, 9)[:, kept])
     state = whole.get_state()
-    assert part.get_state() == state
-    rest = take(whole, 20)
-    for rows in (slice(0, 8), slice(2, 4), slice(7, 8)):
-        resumed = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows])
-        next(resumed)
-        resumed.set_state(json.loads(json.dumps(state)))
-        np.testing.assert_array_equal(take(resumed, 20), rest[:, rows])
+    assert part.get_state() == state == {"next_index": 9}
+    rest = take(whole, 12)[:, kept]
+    np.testing.assert_array_equal(take(part, 12), rest)
+    part.set_state(json.loads(json.dumps(state)))
+    np.testing.assert_array_equal(take(part, 12), rest)
 
 
-def test_a_process_may_read_rows_that_are_not_side_by_side():
+def test_the_order_is_that_of_batches_by_grain():
+    """So that the positions in older checkpoints, of other code, are those of now."""
     split = tokens(50 * CONTEXT + 1)
-    whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
-    blocks = [slice(2, 4), slice(6, 8)]
-    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=blocks)
-    expected = take(whole, 12)
-    np.testing.assert_array_equal(take(part, 5), expected[:5, [2, 3, 6, 7]])
-    state = part.get_state()
-    np.testing.assert_array_equal(take(part, 3), expected[5:8, [2, 3, 6, 7]])
-    part.set_state(state)
-    np.testing.assert_array_equal(take(part, 7), expected[5:, [2, 3, 6, 7]])
+    source = grain.MapDataset.source(data.Sequences(split, CONTEXT))
+    expected = source.seed(3).shuffle().repeat().batch(8, drop_remainder=True)
+    came = take(data.batches(split, batch=8, context=CONTEXT, seed=3), 20)
+    np.testing.assert_array_equal(came, [expected[i] for i in range(20)])
+
+
+def test_closed_batches_leave_no_thread():
+    before = threading.active_count()
+    batches = data.batches(tokens(50 * CONTEXT + 1), batch=8, context=CONTEXT, seed=0)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_shards_hold_what_memory_holds(prepared):
