@@ -16,10 +16,11 @@ import numpy as np
 
 from examples.gpt import shards
 from examples.gpt.config import ConfigError
+from examples.gpt.folder import as_path, suffix_of, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
 VALIDATION_SHARE = 0.1  # of text that was not prepared
-PREPARED_SUFFIXES = {".jsonl", ".parquet"}  # of what is no text until it was
+DOCUMENTS = {".jsonl", ".json", ".parquet"}  # suffixes of what is text when prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +133,20 @@ def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndar
 
 
 def load(
-    path: Path | None, verify: bool = True, process: int = 0, processes: int = 1
+    name: str | Path | None, verify: bool = True, process: int = 0, processes: int = 1
 ) -> Corpus:
     """The corpus of a prepared folder, of text, or the source of the standard library.
 
     Args:
-      path: what `examples.gpt.prepare` made, which is mapped into memory; or a text file
-        or a folder of them, which is read as bytes, a tenth for validation.
-      verify: whether to compare checksums; sizes are compared always.
+      name: what `examples.gpt.prepare` made, here or on an object store; or a text file or
+        a folder of them, which is read as bytes, a tenth for validation.
+      verify: whether to compare checksums, once; sizes are compared always.
       process: which process this is; each compares its part of the checksums.
       processes: how many there are.
     """
-    if path is None:
+    if name is None:
         return _read_text("the Python standard library", *_standard_library())
+    path = as_path(name)
     if not path.exists():
         raise ConfigError(
             f"`data` must be a text file or a folder, got {path}: not there. Prepared data "
@@ -159,28 +161,24 @@ def load(
             f"`data`: {path} is not finished. Start the command again that prepares it, "
             "and it goes on."
         )
-    if list(path.glob("train-*.bin")):
+    if list(path.glob("train-*.bin")) or not isinstance(path, Path):
         raise ConfigError(
-            f"`data`: {path} has shards and no {shards.MANIFEST}, which says what "
-            f"they are. {shards.AGAIN}"
+            f"`data`: {path} has no {shards.MANIFEST}, which says what its shards are. "
+            f"{shards.AGAIN}"
         )
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
-    return _read_text(str(path), path, files)
+    return _read_text(str(path), path, visible_files(path), says_left_out=process == 0)
 
 
 def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corpus:
-    manifest = shards.read_manifest(path)
+    manifest = shards.Manifest.read(path / shards.MANIFEST)
     splits = {
-        split: Tokens(shards.map_split(path, manifest, getattr(manifest, split)))
-        for split in shards.SPLITS
+        name: Tokens(shards.read_split(path, manifest, split))
+        for name, split in manifest.splits.items()
     }
     if verify:
-        shards.verify(path, manifest.shards[process::processes])
+        arrays = splits["train"].arrays + splits["validation"].arrays
+        for index in range(process, len(arrays), processes):
+            shards.verify(path, manifest.shards[index], arrays[index])
     is_file = manifest.tokenizer != BYTES
     tokenizer = make(str(path / manifest.tokenizer) if is_file else BYTES)
     checksums = json.dumps([shard.checksum for shard in manifest.shards]).encode()
@@ -211,19 +209,20 @@ def _standard_library() -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+def _read_text(
+    name: str, root: Path, files: list[Path], says_left_out: bool = False
+) -> Corpus:
     """Files as bytes, in memory, split by file; files that are no text are left out."""
-    documents = [file for file in files if PREPARED_SUFFIXES.intersection(file.suffixes)]
-    files = [file for file in files if file not in documents]
-    texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
-    texts = {file: text for file, text in texts.items() if b"\0" not in text}
+    texts = {}
+    for file in files:
+        if suffix_of(file) not in DOCUMENTS and b"\0" not in (text := file.read_bytes()):
+            texts[file.relative_to(root).as_posix()] = text
+    left_out = [file for file in files if file.relative_to(root).as_posix() not in texts]
+    advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     if not texts:
-        if documents:
-            raise ConfigError(
-                f"`data` must be text, got {name}: documents like {documents[0].name} are "
-                "turned into tokens first, by `python -m examples.gpt.prepare`."
-            )
-        raise ConfigError(f"`data` must be text, got {name}: no text files.")
+        raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
+    if left_out and says_left_out:
+        print(f"{name}: {len(left_out)} file(s) like {left_out[0]} are left out. {advice}")
     parts = [b"\n".join(part) for part in _split(texts)]
     splits = {
         split: Tokens((np.frombuffer(part, np.uint8),))

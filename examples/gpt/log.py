@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.folder import told
+from examples.gpt.folder import writing_to
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
@@ -60,7 +60,7 @@ class Log:
         if not is_first():
             self._bar = tqdm.tqdm(disable=True)
             return
-        with told(folder):
+        with writing_to(folder):
             text = json.dumps(config.as_json(), indent=2) + "\n"
             (folder / "config.json").write_text(text)
             self.rows = [row for row in read(folder) if row["step"] <= step]
@@ -113,7 +113,7 @@ class Log:
         self.rows.append(row)
         if not is_first():
             return
-        with told(self._folder, " The same command, started again, goes on."):
+        with writing_to(self._folder, " The same command, started again, goes on."):
             self._write_line(row)
         for write, _ in self._dashboards:
             write(row)
