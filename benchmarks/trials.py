@@ -7,7 +7,7 @@ every other setting is an argument of it, so that a search compiles once.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -369,7 +369,7 @@ def _estimator(size: RunConfig, name: str, groups: int) -> Any:
 _corpus = functools.cache(lambda: data.load(None))
 
 
-def _batches(size: RunConfig, split: str, seed: int) -> data.Batches:
+def _batches(size: RunConfig, split: str, seed: int) -> Iterator[np.ndarray]:
     tokens = getattr(_corpus(), split)
     return data.batches(tokens, batch=size.batch, context=size.context, seed=seed)
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from examples.gpt import shards
 from examples.gpt.config import ConfigError
+from examples.gpt.folder import as_path, suffix_of, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
 VALIDATION_SHARE = 0.1  # of text that was not prepared
-PREPARED_SUFFIXES = {".jsonl", ".parquet"}  # of what is no text until it was
+DOCUMENTS = {".jsonl", ".json", ".parquet"}  # suffixes of what is text when prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,30 +86,6 @@ class Sequences:
         return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
 
 
-class Batches:
-    """Batches for ever, of which this process reads some blocks of rows.
-
-    `get_state` and `set_state` are a checkpoint's: the state is the number of batches, the
-    same on every process and for any number of them.
-    """
-
-    def __init__(self, blocks: list[grain.DatasetIterator]):
-        self._blocks = blocks
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> np.ndarray:
-        return np.concatenate([next(block) for block in self._blocks])
-
-    def get_state(self) -> dict[str, Any]:
-        return self._blocks[0].get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        for block in self._blocks:
-            block.set_state(state)
-
-
 def batches(
     tokens: Tokens,
     *,
@@ -116,38 +93,35 @@ def batches(
     context: int,
     seed: int,
     rows: Sequence[slice] | None = None,
-) -> Batches:
+) -> grain.DatasetIterator[np.ndarray]:
     """Batches of sequences for ever: all of them in one order, then all in another.
+
+    One iterator with 8 threads, whatever the number of devices.
 
     Args:
       tokens: the split, the same on every process.
       batch: number of sequences in a global batch.
       context: number of tokens in a sequence.
       seed: of the order.
-      rows: which rows of each global batch to read, in aligned blocks; all by default.
+      rows: which rows of each global batch this process reads; all by default.
 
     Returns:
       An iterator of int32 arrays of shape (rows, context + 1): the inputs, and one token
-      after.
+      after. Its `get_state()`, the number of batches, is the same on every process and for
+      any number of them. `close` it, or its threads stay, and what they have read ahead.
     """
-    blocks = [slice(0, batch)] if rows is None else rows
-    return Batches([_block(tokens, batch, context, seed, block) for block in blocks])
-
-
-def _block(
-    tokens: Tokens, batch: int, context: int, seed: int, rows: slice
-) -> grain.DatasetIterator:
-    size = rows.stop - rows.start
-    assert batch % size == rows.start % size == 0
-    dataset = (
-        grain.MapDataset.source(Sequences(tokens, context))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(size, drop_remainder=True)[rows.start // size :: batch // size]
+    order: Any = (
+        grain.MapDataset.source(Sequences(tokens, context)).seed(seed).shuffle().repeat()
     )
+    blocks = rows or [slice(0, batch)]
+    mine = [row for block in blocks for row in range(block.start, block.stop)]
+
+    def read(step: int) -> np.ndarray:
+        return np.stack([order[step * batch + row] for row in mine])
+
+    steps = grain.MapDataset.range(len(order) // batch).map(read)
     # A few batches ahead are enough: each is large.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(8, 16)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(8, 16)))
 
 
 def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndarray]:
@@ -159,19 +133,20 @@ def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndar
 
 
 def load(
-    path: Path | None, verify: bool = True, process: int = 0, processes: int = 1
+    name: str | Path | None, verify: bool = True, process: int = 0, processes: int = 1
 ) -> Corpus:
     """The corpus of a prepared folder, of text, or the source of the standard library.
 
     Args:
-      path: what `examples.gpt.prepare` made, which is mapped into memory; or a text file
-        or a folder of them, which is read as bytes, a tenth for validation.
-      verify: whether to compare checksums; sizes are compared always.
+      name: what `examples.gpt.prepare` made, here or on an object store; or a text file or
+        a folder of them, which is read as bytes, a tenth for validation.
+      verify: whether to compare checksums, once; sizes are compared always.
       process: which process this is; each compares its part of the checksums.
       processes: how many there are.
     """
-    if path is None:
+    if name is None:
         return _read_text("the Python standard library", *_standard_library())
+    path = as_path(name)
     if not path.exists():
         raise ConfigError(
             f"`data` must be a text file or a folder, got {path}: not there. Prepared data "
@@ -186,28 +161,24 @@ def load(
             f"`data`: {path} is not finished. Start the command again that prepares it, "
             "and it goes on."
         )
-    if list(path.glob("train-*.bin")):
+    if list(path.glob("train-*.bin")) or not isinstance(path, Path):
         raise ConfigError(
-            f"`data`: {path} has shards and no {shards.MANIFEST}, which says what "
-            f"they are. {shards.AGAIN}"
+            f"`data`: {path} has no {shards.MANIFEST}, which says what its shards are. "
+            f"{shards.AGAIN}"
         )
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
-    return _read_text(str(path), path, files)
+    return _read_text(str(path), path, visible_files(path), says_left_out=process == 0)
 
 
 def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corpus:
-    manifest = shards.read_manifest(path)
+    manifest = shards.Manifest.read(path / shards.MANIFEST)
     splits = {
-        split: Tokens(shards.map_split(path, manifest, getattr(manifest, split)))
-        for split in shards.SPLITS
+        name: Tokens(shards.read_split(path, manifest, split))
+        for name, split in manifest.splits.items()
     }
     if verify:
-        shards.verify(path, manifest.shards[process::processes])
+        arrays = splits["train"].arrays + splits["validation"].arrays
+        for index in range(process, len(arrays), processes):
+            shards.verify(path, manifest.shards[index], arrays[index])
     is_file = manifest.tokenizer != BYTES
     tokenizer = make(str(path / manifest.tokenizer) if is_file else BYTES)
     checksums = json.dumps([shard.checksum for shard in manifest.shards]).encode()
@@ -238,19 +209,20 @@ def _standard_library() -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+def _read_text(
+    name: str, root: Path, files: list[Path], says_left_out: bool = False
+) -> Corpus:
     """Files as bytes, in memory, split by file; files that are no text are left out."""
-    documents = [file for file in files if PREPARED_SUFFIXES.intersection(file.suffixes)]
-    files = [file for file in files if file not in documents]
-    texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
-    texts = {file: text for file, text in texts.items() if b"\0" not in text}
+    texts = {}
+    for file in files:
+        if suffix_of(file) not in DOCUMENTS and b"\0" not in (text := file.read_bytes()):
+            texts[file.relative_to(root).as_posix()] = text
+    left_out = [file for file in files if file.relative_to(root).as_posix() not in texts]
+    advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     if not texts:
-        if documents:
-            raise ConfigError(
-                f"`data` must be text, got {name}: documents like {documents[0].name} are "
-                "turned into tokens first, by `python -m examples.gpt.prepare`."
-            )
-        raise ConfigError(f"`data` must be text, got {name}: no text files.")
+        raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
+    if left_out and says_left_out:
+        print(f"{name}: {len(left_out)} file(s) like {left_out[0]} are left out. {advice}")
     parts = [b"\n".join(part) for part in _split(texts)]
     splits = {
         split: Tokens((np.frombuffer(part, np.uint8),))

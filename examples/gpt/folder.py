@@ -1,12 +1,49 @@
-"""The folder that a command writes to: its own alone, and errors that name it."""
+"""Folders: what lies in them, and one that a command writes to, alone."""
 
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
+
+import fsspec
+from etils import epath
 
 from examples.gpt.config import ConfigError
+
+
+def as_path(name: str | os.PathLike[str]) -> Path:
+    """A path on this machine, or of an object store: gs://, s3:// or az://, by fsspec.
+
+    What is returned for an object store is no `Path`, but used like one.
+    """
+    # A `Path` has made one slash of the two.
+    url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))
+    if "://" not in url:
+        return Path(name)
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except (ImportError, ValueError) as error:  # it names the package
+        raise ConfigError(f"`data`, `out`: {url}: {error}.") from error
+    return cast(Path, epath.Path(url))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files of a folder, and of those in it, but hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says what a file is: of `a.jsonl.zst`, .jsonl."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 @contextlib.contextmanager
@@ -18,7 +55,10 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
     """
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
+    if not isinstance(folder, Path):  # object stores have no locks
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

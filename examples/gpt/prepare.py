@@ -3,27 +3,30 @@
     python -m examples.gpt.prepare openwebtext --out data/openwebtext
     python -m examples.gpt --data data/openwebtext
 
-What comes out depends on the sources and the choices alone: not on the number of
-processes, and not on how often it was killed and started again.
+What comes out depends on the sources and the choices alone: not on the number of threads,
+and not on how often it was killed and started again.
 """
 
-import contextlib
+import collections
+import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import tqdm
 import tyro
 
 from examples.gpt import folder, shards, sources
 from examples.gpt.config import ConfigError
-from examples.gpt.encode import Part, encode
-from examples.gpt.tokenizer import make
+from examples.gpt.tokenizer import Tokenizer, make
+
+Part = tuple[np.ndarray, int]  # tokens of a split, and of how many documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Options:
     but the last as .gz or .zst too; or folders of them."""
 
     out: Path
-    """Folder for what comes out."""
+    """Folder for what comes out, here or as gs://BUCKET/NAME."""
 
     tokenizer: str = "gpt2"
     """gpt2 (by tiktoken), bytes, or a .tiktoken or Hugging Face `tokenizers` JSON file."""
@@ -54,10 +57,10 @@ class Options:
     the hub; of files so many as are some 5 MB of them, and a tenth at most."""
 
     shard_tokens: int = 100_000_000
-    """Number of tokens in a shard."""
+    """Number of tokens of training after which a shard ends; so many are held in memory."""
 
-    processes: int = os.cpu_count() or 1
-    """Number of processes that turn text into tokens."""
+    threads: Annotated[int, tyro.conf.arg(aliases=["--processes"])] = os.cpu_count() or 1
+    """Number of threads that turn text into tokens."""
 
     def check(self) -> None:
         """Raises ConfigError if a choice can't be."""
@@ -67,30 +70,30 @@ class Options:
             raise ConfigError(
                 f"`validation` must be between 0 and 1, got {self.validation}."
             )
-        for name in ("shard_tokens", "processes"):
+        for name in ("shard_tokens", "threads"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"`{name}` must be positive, got {value}.")
 
     def choices(self) -> dict[str, Any]:
         """All that decides what comes out."""
         fields = dataclasses.asdict(self) | {"sources": list(self.sources)}
-        return {k: v for k, v in fields.items() if k not in ("out", "processes")}
+        return {k: v for k, v in fields.items() if k not in ("out", "threads")}
 
 
 def main(options: Options) -> shards.Manifest:
     """Prepares the data, or what is left to do of it."""
     options.check()
-    out = options.out
-    with folder.alone(out, "preparing"):
+    out = folder.as_path(options.out)
+    advice = " What was finished is kept: the same command, started again, goes on."
+    with folder.alone(out, "preparing"), folder.writing_to(out, advice):
         if (out / shards.MANIFEST).exists():
-            manifest = shards.read_manifest(out)
+            manifest = shards.Manifest.read(out / shards.MANIFEST)
             _check_same(out, manifest.choices, options.choices())
             (out / shards.PROGRESS).unlink(missing_ok=True)
             print(f"{out} is finished already.")
         else:
-            manifest = _prepare(options)
-    for name in shards.SPLITS:
-        split: shards.Split = getattr(manifest, name)
+            manifest = _prepare(options, out)
+    for name, split in manifest.splits.items():
         print(
             f"{name}: {split.tokens:,} tokens of {split.documents:,} documents in "
             f"{len(split.shards)} shard(s)"
@@ -98,107 +101,126 @@ def main(options: Options) -> shards.Manifest:
     return manifest
 
 
-def _prepare(options: Options) -> shards.Manifest:
-    out = options.out
-    progress = _read_progress(out)
-    if progress is not None:  # said before anything is downloaded
-        _check_same(out, progress["choices"], options.choices())
+def _prepare(options: Options, out: Path) -> shards.Manifest:
+    before = _read_progress(out)
+    if before is not None:  # said before anything is downloaded
+        _check_same(out, before.choices, options.choices())
     tokenizer = make(options.tokenizer)
     file = tokenizer.save()
-    before = progress["found"]["sources"] if progress else [None] * len(options.sources)
+    known = before.found["sources"] if before else [None] * len(options.sources)
     inputs = [
-        sources.find(name, options.field, known)
-        for name, known in zip(options.sources, before, strict=True)
+        sources.find(name, options.field, found)
+        for name, found in zip(options.sources, known, strict=True)
     ]
     found = {
-        "sources": [source.found() for source in inputs],
+        "sources": [source.found for source in inputs],
         "tokenizer": hashlib.sha256(file[1]).hexdigest() if file else None,
     }
-    progress = progress or {
-        "choices": options.choices(),
-        "found": found,
-        "position": None,
-        "splits": {},
-    }
-    _check_same(out, progress["found"], found)
-    dtype = shards.dtype_for(tokenizer.vocabulary)
-    with _telling_of_disk(out):
-        shards.write_json(out / shards.PROGRESS, progress)
-        if file is not None:
-            shards.write_bytes(out / file[0], file[1])
-        writers = {
-            split: shards.Writer(
-                out, split, dtype, options.shard_tokens, progress["splits"].get(split)
-            )
-            for split in shards.SPLITS
-        }
-    batches = sources.read(inputs, progress["position"])
-    name = options.tokenizer if file is None else str(out / file[0])
+    manifest = before or shards.Manifest(
+        tokenizer=file[0] if file else tokenizer.name,
+        vocabulary=tokenizer.vocabulary,
+        separator=tokenizer.separator,
+        dtype=shards.dtype_for(tokenizer.vocabulary).name,
+        choices=options.choices(),
+        found=found,
+    )
+    _check_same(out, manifest.found, found)
+    manifest.write(out / shards.PROGRESS)
+    if file is not None:
+        shards.write_bytes(out / file[0], file[1])
     share = options.validation or sources.validation_share(inputs)
-    encoded = encode(batches, name, share, options.processes)
-    with contextlib.ExitStack() as stack:
-        stack.callback(encoded.close)
-        for writer in writers.values():
-            stack.callback(writer.close)
-        _append(out, writers, encoded, progress)
-        _check_documents(share, writers)
-        with _telling_of_disk(out):
-            train, validation = (writers[split].finish() for split in shards.SPLITS)
-            manifest = shards.Manifest(
-                tokenizer=tokenizer.name if file is None else file[0],
-                vocabulary=tokenizer.vocabulary,
-                separator=tokenizer.separator,
-                dtype=dtype.name,
-                choices=options.choices(),
-                found=found,
-                train=train,
-                validation=validation,
+    batches = sources.read(inputs, options.field, manifest.position)
+    _write(options, out, manifest, encode(batches, tokenizer, share, options.threads))
+    for name, split in manifest.splits.items():
+        if not split.documents:
+            raise ConfigError(
+                f"`validation`: no document came to {name} with {share} of them "
+                "for validation. Give another share, and another `out`."
             )
-            manifest.write(out)
-            (out / shards.PROGRESS).unlink()
+    manifest.position = None
+    manifest.write(out / shards.MANIFEST)
+    (out / shards.PROGRESS).unlink()
     return manifest
 
 
-def _append(
+def encode(
+    batches: Iterable[tuple[list[str], Any]],
+    tokenizer: Tokenizer,
+    share: float,
+    threads: int,
+) -> Iterator[tuple[dict[str, Part], Any]]:
+    """What each batch of documents gives to each split, in order, and what came with it.
+
+    Threads are enough, for the tokenizers work without Python's lock; and a kill ends them.
+    """
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for texts, position in batches:
+            waiting.append((pool.submit(encode_batch, texts, tokenizer, share), position))
+            if len(waiting) > 2 * threads:  # so much is read ahead, and no more
+                future, position = waiting.popleft()
+                yield future.result(), position
+        for future, position in waiting:
+            yield future.result(), position
+
+
+def encode_batch(texts: list[str], tokenizer: Tokenizer, share: float) -> dict[str, Part]:
+    """The tokens of documents, each with the separator after it, of each split.
+
+    Args:
+      texts: documents; empty ones are left out.
+      tokenizer: of the tokens.
+      share: of the documents that is for validation, chosen by a hash of the text, so that
+        copies of a document are on one side.
+    """
+    dtype = shards.dtype_for(tokenizer.vocabulary)
+    separator = np.array([tokenizer.separator], dtype)
+    arrays = {name: [np.empty(0, dtype)] for name in shards.SPLITS}
+    for text in filter(None, texts):
+        # JSON can hold halves of characters, which are no text.
+        utf8 = text.encode(errors="replace")
+        split = "validation" if zlib.crc32(utf8) < share * 2**32 else "train"
+        arrays[split] += tokenizer.encode_array(utf8.decode()).astype(dtype), separator
+    return {name: (np.concatenate(a), len(a) // 2) for name, a in arrays.items()}
+
+
+def _write(
+    options: Options,
     out: Path,
-    writers: dict[str, shards.Writer],
+    manifest: shards.Manifest,
     encoded: Iterable[tuple[dict[str, Part], Any]],
-    progress: dict[str, Any],
 ) -> None:
-    """Writes what comes, and where it came from whenever a shard is full."""
-    written = sum(writer.tokens for writer in writers.values())
+    """Writes what comes, a shard of each split at a time, and where in the sources it ends.
+
+    What is in no shard yet is in memory alone: after a kill it is read and encoded again.
+    """
+    held: dict[str, list[Part]] = {name: [] for name in manifest.splits}
+
+    def write() -> None:
+        for name, split in manifest.splits.items():
+            if held[name]:
+                tokens, documents = zip(*held[name], strict=True)
+                shards.append_shard(out, name, split, np.concatenate(tokens))
+                split.documents += sum(documents)
+                held[name].clear()
+        manifest.write(out / shards.PROGRESS)
+
+    written = sum(split.tokens for split in manifest.splits.values())
     with tqdm.tqdm(initial=written, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for parts, position in encoded:
-            closed = []
-            with _telling_of_disk(out):
-                for split, part in parts.items():
-                    closed += writers[split].append(part.tokens, part.documents)
-                    bar.update(len(part.tokens))
-                if closed:
-                    states = {split: writer.state() for split, writer in writers.items()}
-                    progress |= {"position": position, "splits": states}
-                    shards.write_json(out / shards.PROGRESS, progress)
-            for shard in closed:
-                bar.write(f"{shard.file}: {shard.tokens:,} tokens")
+        for parts, manifest.position in encoded:
+            for name, part in parts.items():
+                held[name].append(part)
+                bar.update(len(part[0]))
+            if sum(len(tokens) for tokens, _ in held["train"]) >= options.shard_tokens:
+                write()
+                bar.write(f"{out}: {len(manifest.shards)} shard(s)")
+    write()
 
 
-def _check_documents(share: float, writers: dict[str, shards.Writer]) -> None:
-    for split, writer in writers.items():
-        if not writer.documents:
-            raise ConfigError(
-                f"`validation`: no document came to {split} with {share} of them "
-                "for validation. Give another share, and another `out`."
-            )
-
-
-def _read_progress(out: Path) -> dict[str, Any] | None:
+def _read_progress(out: Path) -> shards.Manifest | None:
     """What was done before, or None in an empty folder."""
-    path = out / shards.PROGRESS
-    if path.exists():
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"`out`: {path} can't be read: {error}.") from error
+    if (out / shards.PROGRESS).exists():
+        return shards.Manifest.read(out / shards.PROGRESS)
     # Killed in its first moment, it left no more than an unfinished file.
     if others := sorted({path.name for path in out.iterdir()} - {shards.UNFINISHED}):
         raise ConfigError(
@@ -209,7 +231,6 @@ def _read_progress(out: Path) -> dict[str, Any] | None:
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))
     different = [
         f"`{name}` was {before.get(name)} and is {now.get(name)}"
         for name in before | now
@@ -220,13 +241,6 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             f"`out`: {out} was begun with something else: {'; '.join(different)}. Give "
             "what it was, or another folder."
         )
-
-
-def _telling_of_disk(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Turns an error of the file system into one that says what is left."""
-    return folder.writing_to(
-        out, " What was finished is kept: the same command, started again, goes on."
-    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     manifest.json                 there only when everything else is
     train-00000.bin, ...          tokens, little-endian uint16, or uint32 if they need it
+    train-00000.verified, ...     a note that this file's checksum was compared
     validation-00000.bin, ...
     tokenizer.json                or gpt2.tiktoken; nothing if tokens are bytes
     progress.json                 in a manifest's place while the data is being prepared
@@ -9,6 +10,7 @@
 A checksum is the SHA-256 of a file: `sha256sum` prints the same.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,14 +35,16 @@ class Shard:
     checksum: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Split:
-    tokens: int
-    documents: int
-    shards: list[Shard]
+    """Its shards, and what they hold together."""
+
+    tokens: int = 0
+    documents: int = 0
+    shards: list[Shard] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Manifest:
     """What a folder of shards holds, and from what choices it was made."""
 
@@ -50,179 +54,117 @@ class Manifest:
     dtype: str
     choices: dict[str, Any]
     found: dict[str, Any]  # what the choices led to: revisions, sizes, checksums
-    train: Split
-    validation: Split
+    train: Split = dataclasses.field(default_factory=Split)
+    validation: Split = dataclasses.field(default_factory=Split)
+    position: Any = None  # of what is unfinished: where in its sources to go on
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {name: getattr(self, name) for name in SPLITS}
 
     @property
     def shards(self) -> list[Shard]:
         return self.train.shards + self.validation.shards
 
-    def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, {"format": FORMAT, **dataclasses.asdict(self)})
+    def write(self, path: Path) -> None:
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """The manifest in a file, or a ConfigError if it is none."""
+        try:
+            fields = json.loads(path.read_text())
+            version = fields.pop("format")
+            if version == FORMAT:
+                for name in SPLITS:
+                    split = Split(**fields[name])
+                    split.shards = [Shard(**shard) for shard in fields[name]["shards"]]
+                    fields[name] = split
+                return cls(**fields)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"`data`: {path} is no manifest: {error!r}. {AGAIN}"
+            ) from error
+        raise ConfigError(
+            f"`data`: {path} is of format {version}, and this program reads {FORMAT}. "
+            "Prepare the data again, or train with the program that prepared it."
+        )
 
 
-class Writer:
-    """Appends tokens to the shards of a split, and knows how to go on after anything.
+def append_shard(folder: Path, name: str, split: Split, tokens: np.ndarray) -> None:
+    """Writes tokens as the next shard of a split, and notes what it is; none for none."""
+    if len(tokens):
+        file = f"{name}-{len(split.shards):05}.bin"
+        write_bytes(folder / file, tokens.tobytes())
+        checksum = hashlib.sha256(tokens).hexdigest()
+        split.shards.append(Shard(file, len(tokens), checksum))
+        split.tokens += len(tokens)
 
-    A shard is closed when it is full: its file is on the disk, and its checksum is that of
-    what lies there. What was written after the last `state`, the next Writer writes again.
 
-    Args:
-      folder: where the shards are.
-      split: its name.
-      dtype: of the tokens.
-      shard_tokens: number of tokens in each shard but the last.
-      state: what `state` said last, or nothing.
+def read_split(folder: Path, manifest: Manifest, split: Split) -> tuple[np.ndarray, ...]:
+    """The shards of a split, each of the size that the manifest says.
+
+    Local files are mapped into memory; those of an object store are read into it.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        dtype: np.dtype,
-        shard_tokens: int,
-        state: dict[str, Any] | None = None,
-    ):
-        state = state or {"documents": 0, "shards": [], "open": 0}
-        self.documents: int = state["documents"]
-        self.shards = [Shard(**shard) for shard in state["shards"]]
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._shard_tokens, self._open, self._file = shard_tokens, state["open"], None
-        if self._open:
-            size, whole = self._open * self._dtype.itemsize, self._path.stat().st_size
-            if whole < size:
-                raise ConfigError(
-                    f"`out`: {self._path} should hold {size:,} bytes or more, and holds "
-                    f"{whole:,}. Remove the folder, and prepare again."
-                )
-            self._file = self._path.open("r+b", buffering=0)
-            self._file.truncate(size)
-            self._file.seek(0, os.SEEK_END)
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards) + self._open
-
-    def append(self, tokens: np.ndarray, documents: int) -> list[Shard]:
-        """Appends the tokens of whole documents, and returns the shards that it closed."""
-        closed = len(self.shards)
-        self.documents += documents
-        while len(tokens):
-            if self._file is None:
-                self._file = self._path.open("wb", buffering=0)
-            part = tokens[: self._shard_tokens - self._open]
-            write_all(self._file, part.astype(self._dtype, copy=False).tobytes())
-            self._open += len(part)
-            tokens = tokens[len(part) :]
-            if self._open == self._shard_tokens:
-                self._close_shard()
-        return self.shards[closed:]
-
-    def state(self) -> dict[str, Any]:
-        """All that a Writer needs to go on from here, once it is on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-        shards = [dataclasses.asdict(shard) for shard in self.shards]
-        return {"documents": self.documents, "shards": shards, "open": self._open}
-
-    def finish(self) -> Split:
-        """Closes the last shard."""
-        if self._file is not None:
-            self._close_shard()
-        return Split(self.tokens, self.documents, self.shards)
-
-    def close(self) -> None:
-        """Lets go of the file, whatever is in it."""
-        if self._file is not None:
-            self._file.close()
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"{self._split}-{len(self.shards):05}.bin"
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._file.close()
-        shard = Shard(self._path.name, self._open, checksum(self._path))
-        self.shards.append(shard)
-        self._file, self._open = None, 0
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, or a ConfigError if it is none."""
-    path = folder / MANIFEST
-    try:
-        fields = json.loads(path.read_text())
-        version = fields.pop("format")
-        if version == FORMAT:
-            for name in SPLITS:
-                split = fields[name]
-                split["shards"] = [Shard(**shard) for shard in split["shards"]]
-                fields[name] = Split(**split)
-            return Manifest(**fields)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error
-    raise ConfigError(
-        f"`data`: {path} is of format {version}, and this program reads {FORMAT}. Prepare "
-        "the data again, or train with the program that prepared it."
-    )
-
-
-def map_split(folder: Path, manifest: Manifest, split: Split) -> tuple[np.ndarray, ...]:
-    """The shards of a split as memory maps, each of the size that the manifest says."""
     dtype = dtype_for(manifest.vocabulary)
     arrays = []
     for shard in split.shards:
         path, expected = folder / shard.file, shard.tokens * dtype.itemsize
         try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise ConfigError(f"`data`: {path} is missing: {error}. {AGAIN}") from error
-        if size != expected or not size:
-            what = "is empty" if not size else "is cut short" if size < expected else "grew"
+            if isinstance(path, Path):
+                content = np.asarray(np.memmap(path, np.uint8, "r"))
+            else:
+                content = np.frombuffer(path.read_bytes(), np.uint8)
+        except (OSError, ValueError) as error:  # an empty file can't be mapped
             raise ConfigError(
-                f"`data`: {path} {what}: it has {size} bytes, and the manifest says "
-                f"{expected}. {AGAIN}"
+                f"`data`: {path} is missing or empty: {error}. {AGAIN}"
+            ) from error
+        if len(content) != expected:
+            what = "is cut short" if len(content) < expected else "grew"
+            raise ConfigError(
+                f"`data`: {path} {what}: it has {len(content)} bytes, and the manifest "
+                f"says {expected}. {AGAIN}"
             )
-        arrays.append(np.asarray(np.memmap(path, dtype, "r")))
+        arrays.append(content.view(dtype))
     return tuple(arrays)
 
 
-def verify(folder: Path, shards: list[Shard]) -> None:
-    """Raises ConfigError if a shard's checksum is not the manifest's."""
-    for shard in shards:
-        if (came := checksum(folder / shard.file)) != shard.checksum:
-            raise ConfigError(
-                f"`data`: {folder / shard.file} is not what was prepared: its checksum is "
-                f"{came}, and the manifest says {shard.checksum}. {AGAIN}"
-            )
+def verify(folder: Path, shard: Shard, tokens: np.ndarray) -> None:
+    """Raises ConfigError if a shard's checksum is not the manifest's.
 
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes all of it or, should anything happen, nothing."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    That it is, is noted in a file beside the shard, if one can be written, and not compared
+    again while the shard is the same file. A copy is not, whatever its times say: it has
+    another inode, and its change time can't be set.
+    """
+    path = folder / shard.file
+    note, file = path.with_suffix(".verified"), None
+    if isinstance(path, Path):
+        is_now = path.stat()
+        file = f"{shard.checksum} {is_now.st_ino} {is_now.st_size} {is_now.st_ctime_ns}"
+        if note.exists() and note.read_text() == file:
+            return
+    if (came := hashlib.sha256(tokens).hexdigest()) != shard.checksum:
+        raise ConfigError(
+            f"`data`: {path} is not what was prepared: its checksum is {came}, and the "
+            f"manifest says {shard.checksum}. {AGAIN}"
+        )
+    if file is not None:
+        with contextlib.suppress(OSError):  # not our folder: compared again next time
+            note.write_text(file)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes all of it or, should anything happen, nothing."""
+    if not isinstance(path, Path):  # an object store has an object whole, or not
+        path.write_bytes(content)
+        return
     unfinished = path.with_name(UNFINISHED)
-    with unfinished.open("wb", buffering=0) as file:
-        write_all(file, content)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def write_all(file: Any, content: bytes | memoryview) -> None:
-    """Writes to an unbuffered file, which may take less than it is given."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
 
 
 def dtype_for(vocabulary: int) -> np.dtype:

@@ -87,6 +87,7 @@ def train(
 
     with (
         _held(folder),
+        contextlib.closing(batches),
         processes.Signal() as signal,
         Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
     ):
@@ -177,7 +178,8 @@ def make_validation(
         seed=0,
         rows=layout.rows(mesh, config.batch),
     )
-    kept = [next(batches) for _ in range(config.validation_batches)]
+    with contextlib.closing(batches):
+        kept = [next(batches) for _ in range(config.validation_batches)]
     loss_fn = make_loss(config)
 
     def validate(params):

@@ -1,8 +1,10 @@
 import dataclasses
 import json
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from examples.gpt.checkpoint import FOLDER, Checkpoints
 from examples.gpt.state import TrainState
@@ -22,3 +24,21 @@ def save_run(tmp_path):
         return folder
 
     return save
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for S3, in memory."""
+
+    protocol = "s3"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("s3://"))
+
+
+@pytest.fixture
+def bucket():
+    """What s3:// is during a test: an empty file system."""
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    Bucket.store, Bucket.pseudo_dirs = {}, [""]
+    return Bucket()

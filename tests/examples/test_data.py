@@ -1,17 +1,20 @@
-import dataclasses
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
 from examples.gpt import data, shards
 from examples.gpt.config import ConfigError
-from examples.gpt.tokenizer import Bytes
 
 CONTEXT = 8
 
@@ -19,14 +22,19 @@ CONTEXT = 8
 def write(folder, train, validation, shard_tokens):
     """A prepared folder of these bytes."""
     folder.mkdir()
-    splits = {}
+    manifest = shards.Manifest("bytes", 256, 0, "uint16", choices={}, found={})
     for name, tokens in (("train", train), ("validation", validation)):
-        writer = shards.Writer(folder, name, shards.dtype_for(256), shard_tokens)
-        writer.append(np.frombuffer(tokens, np.uint8), documents=1)
-        splits[name] = writer.finish()
-    manifest = shards.Manifest("bytes", 256, 0, "uint16", choices={}, found={}, **splits)
-    manifest.write(folder)
+        fill(folder, name, manifest, np.frombuffer(tokens, np.uint8), shard_tokens)
+    manifest.write(folder / shards.MANIFEST)
     return folder
+
+
+def fill(folder, name, manifest, tokens, shard_tokens):
+    split, dtype = shards.Split(), shards.dtype_for(manifest.vocabulary)
+    for start in range(0, len(tokens), shard_tokens):
+        part = tokens[start : start + shard_tokens].astype(dtype)
+        shards.append_shard(folder, name, split, part)
+    setattr(manifest, name, split)
 
 
 @pytest.fixture
@@ -84,66 +92,55 @@ def test_each_epoch_and_each_seed_is_another_order():
             assert np.mean(order == other) < 0.2
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_read_parts_of_the_same_batches(processes):
-    split, size = tokens(21 * CONTEXT + 1), 8 // processes  # an epoch ends in a batch
-    whole = take(data.batches(split, batch=8, context=CONTEXT, seed=0), 10)
-    parts = [
-        take(data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows]), 10)
-        for rows in (slice(i, i + size) for i in range(0, 8, size))
-    ]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+ROWS = {
+    "all": [slice(0, 8)],
+    "a half": [slice(4, 8)],
+    "blocks that are not side by side": [slice(2, 4), slice(6, 8)],
+    "one": [slice(7, 8)],
+}
 
 
-def test_a_run_goes_on_where_it_was_on_any_number_of_processes():
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_process_reads_its_rows_and_goes_on_from_the_position_of_any_other(rows):
     split = tokens(50 * CONTEXT + 1)
+    kept = np.concatenate([np.arange(8)[block] for block in rows])
     whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
-    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[slice(4, 8)])
-    take(whole, 9)
-    take(part, 9)
+    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=rows)
+    np.testing.assert_array_equal(take(part, 9), take(whole, 9)[:, kept])
     state = whole.get_state()
-    assert part.get_state() == state
-    rest = take(whole, 20)
-    for rows in (slice(0, 8), slice(2, 4), slice(7, 8)):
-        resumed = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=[rows])
-        next(resumed)
-        resumed.set_state(json.loads(json.dumps(state)))
-        np.testing.assert_array_equal(take(resumed, 20), rest[:, rows])
+    assert part.get_state() == state == {"next_index": 9}
+    rest = take(whole, 12)[:, kept]
+    np.testing.assert_array_equal(take(part, 12), rest)
+    part.set_state(json.loads(json.dumps(state)))
+    np.testing.assert_array_equal(take(part, 12), rest)
 
 
-def test_a_process_may_read_rows_that_are_not_side_by_side():
+def test_the_order_is_that_of_batches_by_grain():
+    """So that the positions in older checkpoints, of other code, are those of now."""
     split = tokens(50 * CONTEXT + 1)
-    whole = data.batches(split, batch=8, context=CONTEXT, seed=0)
-    blocks = [slice(2, 4), slice(6, 8)]
-    part = data.batches(split, batch=8, context=CONTEXT, seed=0, rows=blocks)
-    expected = take(whole, 12)
-    np.testing.assert_array_equal(take(part, 5), expected[:5, [2, 3, 6, 7]])
-    state = part.get_state()
-    np.testing.assert_array_equal(take(part, 3), expected[5:8, [2, 3, 6, 7]])
-    part.set_state(state)
-    np.testing.assert_array_equal(take(part, 7), expected[5:, [2, 3, 6, 7]])
+    source = grain.MapDataset.source(data.Sequences(split, CONTEXT))
+    expected = source.seed(3).shuffle().repeat().batch(8, drop_remainder=True)
+    came = take(data.batches(split, batch=8, context=CONTEXT, seed=3), 20)
+    np.testing.assert_array_equal(came, [expected[i] for i in range(20)])
 
 
-def test_shards_hold_what_memory_holds(prepared):
-    corpus = data.load(prepared)
-    whole = np.concatenate(corpus.train.arrays).astype(np.uint8)
-    memory = data.Tokens(tuple(whole[i : i + 300] for i in range(0, 1000, 300)))
-    assert [len(array) for array in corpus.train.arrays] == [300, 300, 300, 100]
-    for seed in (0, 1):
-        runs = [
-            take(data.batches(split, batch=8, context=CONTEXT, seed=seed), 20)
-            for split in (corpus.train, memory)
-        ]
-        np.testing.assert_array_equal(runs[0], runs[1])
+def test_closed_batches_leave_no_thread():
+    before = threading.active_count()
+    batches = data.batches(tokens(50 * CONTEXT + 1), batch=8, context=CONTEXT, seed=0)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_large_vocabularies_have_four_bytes_a_token(prepared):
-    writer = shards.Writer(prepared, "train", shards.dtype_for(65_537), 10)
-    writer.append(np.array([0, 65_536]), documents=1)
-    split = writer.finish()
-    manifest = shards.read_manifest(prepared)
-    manifest = dataclasses.replace(manifest, vocabulary=65_537, train=split)
-    [array] = shards.map_split(prepared, manifest, split)
+    manifest = shards.Manifest.read(prepared / shards.MANIFEST)
+    manifest.vocabulary = 65_537
+    fill(prepared, "train", manifest, np.array([0, 65_536]), 10)
+    [array] = shards.read_split(prepared, manifest, manifest.train)
     np.testing.assert_array_equal(array, [0, 65_536])
 
 
@@ -160,68 +157,107 @@ def test_identity_is_of_what_is_read_and_not_of_where_it_lies(tmp_path):
     assert data.load(texts[1]).identity == identity != data.load(texts[2]).identity
 
 
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def grow(path):
-    path.write_bytes(path.read_bytes() + b"more")
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edited(**changes):
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
 
 
 def flip(path):
+    """Changes a bit, and returns the checksum that the file has now."""
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (
-            lambda f: cut(f / "train-00001.bin", 599),
-            "train-00001.bin is cut short: .* 599 .*600",
-        ),
-        (lambda f: cut(f / "train-00003.bin", 0), "train-00003.bin is empty: .* 0 .* 200"),
-        (lambda f: grow(f / "train-00000.bin"), "train-00000.bin grew: .* 604 .* 600"),
-        (
-            lambda f: (f / "validation-00000.bin").unlink(),
-            "validation-00000.bin is missing",
-        ),
-        (lambda f: edit(f / "manifest.json", format=2), "is of format 2, .* reads 1"),
-        (lambda f: edit(f / "manifest.json", train=7), "is no manifest"),
-        (lambda f: edit(f / "manifest.json", epochs=7), "is no manifest: .*epochs"),
-        (lambda f: cut(f / "manifest.json", 100), "is no manifest: JSONDecodeError"),
-        (
-            lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"),
-            "is no manifest: Unicode",
-        ),
-        (lambda f: (f / "manifest.json").rename(f / "progress.json"), "is not finished"),
-        (lambda f: (f / "manifest.json").unlink(), "has shards and no manifest.json"),
-        (lambda f: shutil.rmtree(f), "not there. Prepared data is made by"),
+        ("train-00001.bin", lambda b: b[:599], "is cut short: .* 599 .*600"),
+        ("train-00003.bin", lambda b: b"", "is missing or empty: .*empty file"),
+        ("train-00000.bin", lambda b: b + b"more", "grew: .* 604 .* 600"),
+        ("validation-00000.bin", None, "is missing or empty: .*No such file"),
+        ("manifest.json", edited(format=2), "is of format 2, .* reads 1"),
+        ("manifest.json", edited(train=7), "is no manifest"),
+        ("manifest.json", edited(epochs=7), "is no manifest: .*epochs"),
+        ("manifest.json", lambda b: b[:100], "is no manifest: JSONDecodeError"),
+        ("manifest.json", lambda b: b"\xff\xfe", "is no manifest: Unicode"),
+        ("manifest.json", None, "which says what its shards are"),
     ],
 )
-def test_damage_is_told_even_where_checksums_are_not_compared(prepared, damage, message):
+def test_damage_is_refused_even_where_checksums_are_not_compared(
+    prepared, file, damage, message
+):
     data.load(prepared, verify=False)
-    damage(prepared)
-    with pytest.raises(ConfigError, match=f"`data`.*{message}"):
+    content = (prepared / file).read_bytes()
+    (prepared / file).unlink()
+    if damage is not None:
+        (prepared / file).write_bytes(damage(content))
+    with pytest.raises(ConfigError, match=f"`data`.*{file},? {message}"):
         data.load(prepared, verify=False)
 
 
+def test_a_folder_that_is_unfinished_or_not_there(prepared):
+    (prepared / shards.MANIFEST).rename(prepared / shards.PROGRESS)
+    with pytest.raises(ConfigError, match=r"`data`.* is not finished"):
+        data.load(prepared)
+    with pytest.raises(ConfigError, match=r"`data`.* not there. Prepared data is made by"):
+        data.load(prepared / "elsewhere")
+
+
 def test_checksums_are_compared_by_the_process_that_has_the_shard(prepared):
-    assert data.load(prepared).name == str(prepared)
-    flip(prepared / "train-00003.bin")
-    expected = shards.read_manifest(prepared).train.shards[3].checksum
-    came = shards.checksum(prepared / "train-00003.bin")
+    came = flip(prepared / "train-00003.bin")
+    expected = shards.Manifest.read(prepared / shards.MANIFEST).train.shards[3].checksum
     message = re.escape(f"checksum is {came}, and the manifest says {expected}. Copy it")
     for process, processes in ((0, 1), (1, 2), (3, 5)):
         with pytest.raises(ConfigError, match=f"train-00003.bin is not .* {message}"):
             data.load(prepared, True, process, processes)
     data.load(prepared, True, 0, 2)
     data.load(prepared, verify=False)
+
+
+def test_checksums_are_compared_once_for_each_file(prepared, monkeypatch):
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda x: hashed.append(x) or sha256(x))
+
+    def hashes(folder):
+        hashed.clear()
+        data.load(folder)
+        return len(hashed) - 1  # one of all checksums
+
+    assert [hashes(prepared), hashes(prepared)] == [5, 0]
+    # A copy that keeps times and notes is another file all the same, as is a changed one.
+    copy = shutil.copytree(prepared, prepared.with_name("copy"))
+    assert hashes(copy) == 5
+    times = (prepared / "train-00000.bin").stat()
+    flip(prepared / "train-00000.bin")
+    os.utime(prepared / "train-00000.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ConfigError, match=r"train-00000.bin is not what was prepared"):
+        data.load(prepared)
+    # Where nothing may be written, they are compared each time.
+    for note in copy.glob("*.verified"):
+        note.unlink()
+        note.symlink_to("/nowhere/note")
+    assert [hashes(copy), hashes(copy)] == [5, 5]
+
+
+def test_an_object_store_holds_what_a_folder_holds(prepared, bucket):
+    bucket.put(f"{prepared}/*", "s3://bucket/data/")
+    here, there = data.load(prepared), data.load(Path("s3://bucket/data"))
+    assert here.identity == there.identity
+    for one, other in zip(here.train.arrays, there.train.arrays, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [len(array) for array in there.train.arrays] == [300, 300, 300, 100]
+    bucket.pipe("s3://bucket/data/train-00001.bin", bytes(600))
+    with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is not what was"):
+        data.load("s3://bucket/data")
+    bucket.rm("s3://bucket/data/train-00001.bin")
+    with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is missing"):
+        data.load("s3://bucket/data")
+    with pytest.raises(ConfigError, match=r"gs://bucket/data: .* install gcsfs"):
+        data.load("gs://bucket/data")
+    bucket.rm("s3://bucket/data/manifest.json")
+    with pytest.raises(ConfigError, match=r"s3://bucket/data has no manifest.json"):
+        data.load("s3://bucket/data")
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 20])
@@ -259,27 +295,42 @@ def test_files_too_few_for_a_tenth_are_cut(tmp_path, sizes):
     assert 0.05 < len(corpus.validation) / total < 0.2
 
 
-def test_documents_are_prepared_first(tmp_path):
+def test_documents_are_prepared_first(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     for path in (tmp_path, tmp_path / "a.jsonl"):
-        with pytest.raises(ConfigError, match=r"documents like a\.jsonl are turned into"):
+        with pytest.raises(
+            ConfigError, match=r"no text files in it.*prepare` reads .jsonl"
+        ):
             data.load(path)
+    (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.md").write_text("text" * 99)
+    assert len(data.load(tmp_path).train) == round(396 * 0.9)
+    left_out = f"{tmp_path}: 2 file(s) like {tmp_path}/a.jsonl are left out. "
+    assert capsys.readouterr().out.startswith(left_out)
 
 
-def test_default_corpus_is_the_standard_library():
-    corpus = data.load(None)
-    assert isinstance(corpus.tokenizer, Bytes)
-    assert b"def " in corpus.train.arrays[0].tobytes()
-    assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.25
-    assert len(corpus.train) > 5_000_000
-
-
-def test_training_imports_nothing_that_only_preparing_needs(prepared):
-    code = (
-        "import sys; from examples.gpt import data; data.load(data.Path(sys.argv[1]));"
-        "print(*{'datasets', 'pyarrow', 'tiktoken', 'tokenizers'} & {*sys.modules})"
+def test_training_needs_nothing_that_only_preparing_needs(prepared):
+    """With imports blocked, as where it is not installed."""
+    code = """
+import sys
+for name in ("datasets", "pyarrow", "tiktoken", "tokenizers", "zstandard"):
+    sys.modules[name] = None
+import examples.gpt.__main__
+from examples.gpt import data, prepare, tokenizer
+corpus = data.load(None)
+assert isinstance(corpus.tokenizer, tokenizer.Bytes)
+assert b"def " in corpus.train.arrays[0].tobytes()
+assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.25
+assert len(corpus.train) > 5_000_000
+data.load(sys.argv[1]).check(8)
+prepare.main(prepare.Options((sys.argv[1],), data.Path(sys.argv[1] + "-out"), "bytes"))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, prepared],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
     )
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", code, str(prepared)]
-    result = subprocess.run(command, cwd=root, capture_output=True)
-    assert result.stdout == b"\n", result.stderr.decode()
+    assert result.stderr.splitlines()[-1].endswith(
+        '`datasets` is needed for this, and is not installed: pip install -e ".[data]".'
+    )

@@ -118,7 +118,7 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     tiny.data.write_text("\n".join(f'{{"text": "{i} {TEXT[:50]}"}}' for i in range(200)))
     tiny.data.rename(tiny.data.with_suffix(".jsonl"))
     source = str(tiny.data.with_suffix(".jsonl"))
-    prepare.main(dataclasses.replace(made, sources=(source,), processes=1))
+    prepare.main(dataclasses.replace(made, sources=(source,), threads=1))
     [curve] = main(dataclasses.replace(tiny, data=shards, steps=40))
     assert curve.val_loss < 4.2
     capsys.readouterr()
