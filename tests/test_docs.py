@@ -44,11 +44,13 @@ def test_readme_and_start_have_the_same_twenty_lines():
 
 def test_the_code_of_start_runs_and_learns(capsys):
     names, out = run(DOCS / "start.md", capsys)
-    assert len(out) == 2  # Sophia-G, and Sophia-H
-    for line in out:
-        loss, unclipped = re.fullmatch(r"loss (.*), unclipped (.*)%", line).groups()
+    assert len(out) == 3  # Sophia-G, Sophia-H, and a language model
+    for line, steps in zip(out, (200, 200, 300), strict=True):
+        loss, refreshes = re.match(r"loss (.*), (\d+) refreshes", line).groups()
         assert float(loss) < 0.5
-        assert 10 <= float(unclipped) <= 100
+        assert int(refreshes) == steps // 10
+    for line in out[:2]:
+        assert 10 <= float(re.search(r"unclipped (.*)%", line)[1]) <= 30
     # What is written out under "No magic" is Sophia.
     params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 1e-4])
     updates = []
@@ -68,9 +70,10 @@ def test_the_large_batch_is_the_whole_batch(capsys):
 
 
 @pytest.mark.parametrize(
-    "page", ["settings", "estimators", "wrappers", "frameworks", "devices"]
+    "page", ["settings", "estimators", "wrappers", "frameworks", "devices", "questions"]
 )
-def test_the_code_of_a_page_runs(page, capsys):
+def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = DOCS / f"{page}.md"
     _, out = run(path, capsys)
     assert out == re.findall(r"^print\(.*\)  # (.*)$", path.read_text(), re.MULTILINE)
@@ -78,7 +81,7 @@ def test_the_code_of_a_page_runs(page, capsys):
 
 def test_every_page_with_code_is_run():
     run_here = {"start", "large_batches", "settings", "estimators", "wrappers"}
-    run_here |= {"frameworks", "devices"}
+    run_here |= {"frameworks", "devices", "questions"}
     pages = [page for page in PAGES if page.parent.name != "trainer"]  # of runs' files
     assert {page.stem for page in pages if blocks(page.read_text())} == run_here
 

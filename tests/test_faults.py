@@ -22,6 +22,7 @@ from sophia_optax import (
     Poisson,
     empirical_fisher,
     gnb,
+    hold_unclipped,
     hutchinson,
     scale_by_diag_hessian,
     sophia_g,
@@ -413,6 +414,10 @@ PREDICTIONS = {
         lambda do: do(settings={"likelihood": "categorical"}),
         Raises(ValueError, "`likelihood` must be an object .* got 'categorical'"),
     ),
+    "one logit a prediction": (
+        lambda do: do(lambda p, x: logits_fn(p, x)[:, 0], targets=do.y[0]),
+        Raises(ValueError, r"`Categorical` .*\(batch, ..., classes\).*use `Bernoulli\(\)`"),
+    ),
     "a mean of losses": (
         lambda do: do(settings={"likelihood": MeanLoss()}),
         Raises(ValueError, "`neg_log_prob` must return one loss .*without the mean"),
@@ -538,6 +543,10 @@ def not_reverse(params, x):
 
 
 LOSSES = {
+    "weights": (
+        lambda do: do(weights=MASK),
+        Raises(TypeError, "`hutchinson` takes no `weights`, which are `gnb`'s"),
+    ),
     "a vector of losses": (
         lambda do: do(lambda p, x: logits_fn(p, x).mean(1)),
         Raises(ValueError, r"`loss_fn` .*the mean loss alone, .*got shape \(4,\)"),
@@ -660,6 +669,10 @@ OPTIMIZER = {
     "an estimator for hessian_fn": (
         lambda do: do(hessian_fn=gnb(logits_fn)),
         Raises(TypeError, "keyword-only argument: 'key'"),
+    ),
+    "the rule of gamma, not called": (
+        lambda do: do(settings={"gamma": hold_unclipped}),
+        Raises(TypeError, r"`gamma` is `hold_unclipped` itself: call it"),
     ),
     "hessian_fn that takes more by default": (
         lambda do: do(hessian_fn=lambda key, value=2.0: do.estimate(value)),

@@ -303,8 +303,10 @@ def _check_losses(per_prediction: Any) -> None:
         )
     if not per_prediction.ndim:
         raise ValueError(
-            "`neg_log_prob` must return one loss for each prediction, got a "
-            "scalar: return it without the mean or the sum."
+            "`neg_log_prob` must return one loss for each prediction, got a scalar: return "
+            "it without the mean or the sum. `Categorical` does so for logits of shape "
+            "(batch, ..., classes): for one logit a prediction use `Bernoulli()`, and if "
+            "`logits_fn` returns losses, return the logits."
         )
     if not per_prediction.size:
         raise ValueError(

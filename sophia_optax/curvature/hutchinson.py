@@ -92,7 +92,12 @@ def hutchinson(
     """
     check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
 
-    def estimate(first_group, params, *batch, key):
+    def estimate(first_group, params, *batch, key, weights=None):
+        if weights is not None:
+            raise TypeError(
+                "`hutchinson` takes no `weights`, which are `gnb`'s: its `loss_fn` is the "
+                "mean loss, and masks inside."
+            )
         if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
             raise ValueError("`batch` has no examples, whose mean loss is not a number.")
         check_axes(params, batch, axis_name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, spread
+from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, hold_unclipped, spread
 from sophia_optax.optimizer.quantile import varying
 from sophia_optax.optimizer.received import check_one_way, fit_to
 from sophia_optax.optimizer.rounding import (
@@ -122,6 +122,10 @@ def scale_by_diag_hessian(
         raise ValueError(
             "`update_interval` is the number of updates from one refresh to the next, an "
             f"integer of at least 1, got {update_interval}."
+        )
+    if gamma is hold_unclipped:
+        raise TypeError(
+            "`gamma` is `hold_unclipped` itself: call it, as in `hold_unclipped(0.2)`."
         )
     if hessian_dtype is None:
         hessian_dtype = jnp.float32
