@@ -6,7 +6,7 @@ at a time; what is spread over `tensor` is never gathered.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(text: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh that `data=8,fsdp=4,tensor=2` describes, of all devices by default."""
     count = jax.device_count() if devices is None else len(devices)
     sizes = dict.fromkeys(AXES, 1)

@@ -119,7 +119,7 @@ def test_data_that_has_gone_is_asked_for(out, tmp_path):
     (tmp_path / "corpus.txt").unlink()
     with pytest.raises(ConfigError, match="`data` must be") as info:
         sample.main(out=out)
-    assert "Say with --data where it is now." in info.value.told()
+    assert "Say with --data where it is now." in info.value.text()
 
 
 def test_several_texts_differ_and_are_the_same_again(out, capsys):
