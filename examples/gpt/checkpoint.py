@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from examples.gpt import model, processes
+from examples.gpt import layout, model, processes
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.state import TrainState
 
@@ -25,7 +25,7 @@ FREE = frozenset(
         *("out", "data", "verify_data", "init_from", "compare", "keep", "keep_every"),
         *("log_every", "validate_every", "validation_batches", "checkpoint_every"),
         *("tensorboard", "wandb", "profile", "coordinator", "num_processes", "process_id"),
-        *("mesh", "accumulate", "remat", "loss_chunk"),
+        *("mesh", "accumulate", "remat", "loss_chunk", "attention"),
     )
 )
 
@@ -219,8 +219,11 @@ def quiet() -> None:
     sys.unraisablehook = lambda raised: None
 
 
-def load_params(out: Path) -> tuple[Config, Any]:
-    """The config of the run in a folder, and its newest parameters, on the first device."""
+def load_params(out: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Config, Any]:
+    """The config of the run in a folder, and its newest parameters.
+
+    They lie on the mesh, or on the first device.
+    """
     try:
         fields = json.loads((out / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -229,9 +232,10 @@ def load_params(out: Path) -> tuple[Config, Any]:
         ) from None
     config = Config.from_json(fields)
     abstract = jax.eval_shape(lambda: model.init(config))
-    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_device), abstract
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
+        abstract,
+        layout.shardings(abstract, mesh or layout.one_device()),
     )
     with ocp.training.Checkpointer(str((out / FOLDER).absolute())) as checkpointer:
         steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)

@@ -29,7 +29,8 @@ def main(config: Config) -> list[plot.Curve]:
         corpus = data.load(config.data, config.verify_data, process, count)
     corpus.check(config.context)
     parts = layout.batch_devices(mesh)
-    config = config.fitted(corpus.tokenizer.vocabulary, parts)
+    tokenizer = corpus.tokenizer
+    config = config.fitted(tokenizer.vocabulary, parts, tokenizer.separator)
     out = config.folder()
     if process == 0:
         print(
