@@ -104,6 +104,8 @@ def train(
         flops = flops_per_token(config, state.params)
         with processes.together():
             log = Log(config, folder, start, flops)
+            if processes.is_first():
+                sample.keep_tokenizer(folder, corpus.tokenizer)
         with processes.together():
             processes.check_shared(folder / "config.json")
 

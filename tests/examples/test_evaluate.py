@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples.gpt import data, evaluate, hugging_face, model
+from examples.gpt import data, evaluate, hugging_face, layout, model
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.tokenizer import Tiktoken
 
@@ -78,7 +78,8 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     evaluate.main(out=out)
     printed = capsys.readouterr().out
-    loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
+    with jax.set_mesh(layout.make_mesh("")):
+        loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
     assert (
         f"loss {loss.nats:.4f} nats a byte, perplexity {loss.perplexity():.3f}" in printed
     )
