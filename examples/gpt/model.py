@@ -151,21 +151,20 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """What the head sees, shape (B, T, D)."""
-        documents_BxT = self._documents(tokens_BxT)
-
-        def attend(_, q, k, v):
-            return attention.causal(self.config, q, k, v, documents_BxT), None
-
-        return self._run(tokens_BxT, attend)[0]
+        return self._read(tokens_BxT, keep=False)[0]
 
     def cache(self, tokens_BxT: jax.Array) -> Cache:
         """Keys and values of all layers, each (layers, B, T, H, K)."""
+        return self._read(tokens_BxT, keep=True)[1]
+
+    def _read(self, tokens_BxT: jax.Array, *, keep: bool) -> tuple[jax.Array, Any]:
         documents_BxT = self._documents(tokens_BxT)
 
         def attend(_, q, k, v):
-            return attention.causal(self.config, q, k, v, documents_BxT), (k, v)
+            mixed = attention.causal(self.config, q, k, v, documents_BxT)
+            return mixed, (k, v) if keep else None
 
-        return self._run(tokens_BxT, attend)[1]
+        return self._run(tokens_BxT, attend)
 
     def hidden_at(
         self, tokens_BxT: jax.Array, position: jax.Array, cache: Cache
