@@ -53,6 +53,8 @@ def choose(config: Config, length: int) -> Any:
             f"`attention` cudnn is for bfloat16 on GPUs, got {config.dtype} on {backend}. "
             "Choose auto or xla."
         )
+    if asked == "splash" and backend == "gpu":
+        raise ConfigError("`attention` splash is for TPUs, got gpu. Choose auto.")
     # Hutchinson's differentiates a derivative, which the kernels can't.
     if asked == "xla" or config.optimizer == "sophia_h":
         return "xla"

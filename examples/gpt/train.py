@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from examples.gpt import data, layout, plot, processes, sample
+from examples.gpt import attention, data, layout, plot, processes, sample
 from examples.gpt.checkpoint import FOLDER, Checkpoints, check_unused
 from examples.gpt.config import Config
 from examples.gpt.folder import alone
@@ -72,6 +72,7 @@ def train(
     """
     mesh = jax.sharding.get_mesh()
     check_layout(config, mesh)
+    attention.choose(config, config.context)  # an error now is none while XLA compiles
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = make_train_step(config, tx, mesh)

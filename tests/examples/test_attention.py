@@ -66,7 +66,7 @@ def step(mesh, config):
     with jax.set_mesh(mesh):
         config = config.fitted(128, layout.batch_devices(mesh))
         tx = make_optimizer(config, make_schedule(config))
-        tokens = layout.put(mesh, np.asarray(TOKENS), 8)
+        tokens = layout.put(mesh, np.asarray(TOKENS[:, : config.context + 1]), 8)
         state = first_state(config, tx, mesh)
         compiled = make_train_step(config, tx, mesh).lower(state, tokens).compile()
         (params, opt_state), row = compiled(state, tokens)
@@ -170,6 +170,26 @@ def test_what_computes_attention(monkeypatch, backend, changes, expected):
 def test_attention_that_cannot_be(changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(SMALL, **changes).check()
+
+
+@pytest.mark.slow
+def test_in_bfloat16_a_step_in_parts_is_one_of_one_device():
+    """To its rounding, by which some labels of the refresh are others."""
+    config = dataclasses.replace(SMALL, gamma=0.05, dtype="bfloat16", context=64)
+    config = dataclasses.replace(config, architecture="neox", loss_chunk=32)
+    (row, _), states, _ = step(mesh_of(fsdp=8), config)
+    (expected, _), expected_states, _ = step(mesh_of(), config)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(row[name], expected[name], rtol=2e-3)
+    for found, wanted in zip(states, expected_states, strict=True):
+        size = np.linalg.norm(np.float64(wanted))
+        np.testing.assert_allclose(np.linalg.norm(np.float64(found)), size, rtol=0.1)
+
+
+def test_kernels_are_not_where_they_do_not_run(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match="splash is for TPUs, got gpu"):
+        attention.choose(dataclasses.replace(SMALL, attention="splash"), 128)
 
 
 def test_cudnn_is_not_on_cpu():

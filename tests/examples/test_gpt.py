@@ -120,6 +120,7 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     [curve] = main(dataclasses.replace(tiny, data=shards, steps=40))
     assert curve.val_loss < 4.2
     capsys.readouterr()
+    assert (tiny.folder() / "tokenizer" / "bytes").exists()
     sample.main("line 1", out=tiny.folder(), length=20)
     written = capsys.readouterr().out
     assert written.startswith("line 1")
