@@ -16,6 +16,10 @@ def product(x: jax.Array, w_DxV: jax.Array) -> jax.Array:
     Softmax sees no logit rounded, and the gradients of all positions add up in float32.
     On the way back the products are in 16 bits too.
     """
+    return _product(x, w_DxV)
+
+
+def _product(x, w_DxV):
     return jnp.matmul(x, w_DxV.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -29,7 +33,7 @@ def _product_way_back(given, gradient):
     return g @ w_DxV.astype(x.dtype).T, g_w
 
 
-product.defvjp(lambda *given: (product(*given), given), _product_way_back)
+product.defvjp(lambda *given: (_product(*given), given), _product_way_back)
 
 
 @jax.custom_vjp

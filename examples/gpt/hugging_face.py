@@ -96,8 +96,8 @@ def load(folder: Path, config: Config) -> Any:
                 f"{getattr(theirs, name)}."
             )
     tensors, params = _read_tensors(folder), {}
-    head = tensors.get("lm_head.weight")
-    if head is not None and not np.array_equal(head, tensors.get("wte.weight")):
+    embedding = tensors.get("wte.weight", np.zeros(0))
+    if not np.array_equal(tensors.get("lm_head.weight", embedding), embedding):
         raise ConfigError(
             "`lm_head.weight` must be the embedding, as GPT-2 has it, got another in "
             f"{folder}. Give the weights of a GPT-2."

@@ -119,13 +119,13 @@ def _sent(params: Any, dtype: str) -> Any:
     def cast(path, p):
         return p.astype(dtype) if "fsdp" in _axes(path, p.ndim) else p
 
-    @jax.custom_vjp
     def send(params):
         sent = _gathered(jax.tree.map_with_path(cast, params))
         return jax.tree.map(lambda p: p.astype(jnp.float32), sent)
 
-    send.defvjp(lambda params: (send(params), None), lambda _, g: (_gathered(g),))
-    return send(params)
+    straight = jax.custom_vjp(send)
+    straight.defvjp(lambda params: (send(params), None), lambda _, g: (_gathered(g),))
+    return straight(params)
 
 
 @jax.custom_vjp

@@ -72,7 +72,7 @@ def train(
     """
     mesh = jax.sharding.get_mesh()
     check_layout(config, mesh)
-    attention.choose(config, config.context)  # an error now is none while XLA compiles
+    attention.choose(config, config.context)  # raises here, not while compiling
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = make_train_step(config, tx, mesh)

@@ -173,10 +173,12 @@ def test_attention_that_cannot_be(changes, message):
 
 
 @pytest.mark.slow
-def test_in_bfloat16_a_step_in_parts_is_one_of_one_device():
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
+def test_in_bfloat16_a_step_in_parts_is_one_of_one_device(optimizer):
     """To its rounding, by which some labels of the refresh are others."""
     config = dataclasses.replace(SMALL, gamma=0.05, dtype="bfloat16", context=64)
     config = dataclasses.replace(config, architecture="neox", loss_chunk=32)
+    config = dataclasses.replace(config, optimizer=optimizer)
     (row, _), states, _ = step(mesh_of(fsdp=8), config)
     (expected, _), expected_states, _ = step(mesh_of(), config)
     for name in ("loss", "grad_norm"):
