@@ -2,8 +2,9 @@
 
 Read `train.py` from top to bottom; it is the whole loop, and `step.py` is what it compiles.
 `config.py` says what the default run is and why, `presets.py` has the paper's models and
-`recipes.py` their learning rates; `model.py` is the network, `layout.py` how it lies on a
-mesh, `optimizer.py` the chain, `state.py` and `checkpoint.py` what a run goes on from.
+`recipes.py` their learning rates; `model.py` is the network, with `attention.py` and, in 16
+bits, `head.py`; `layout.py` how it lies on a mesh, `optimizer.py` the chain, `state.py` and
+`checkpoint.py` what a run goes on from.
 
 Text becomes tokens by `prepare.py` (on `sources.py`, `tokenizer.py` and `shards.py`), and
 batches by `data.py`. What is trained is used by `sample.py`,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from examples.gpt import layout, model, processes
@@ -28,7 +28,7 @@ FREE = frozenset(
         *("log_every", "validate_every", "validation_batches"),
         *("checkpoint_every", "keep", "keep_every", "tensorboard", "wandb", "profile"),
         *("coordinator", "num_processes", "process_id"),
-        *("mesh", "accumulate", "remat", "loss_chunk"),
+        *("mesh", "accumulate", "remat", "loss_chunk", "attention"),
     )
 )
 # What may differ too, and is said: the steps to come are others.
@@ -320,14 +320,10 @@ def load_params(out: Path, mesh: Mesh | None = None) -> tuple[Config, Any]:
         raise ConfigError(f"`out` must be the folder of a run, got {out}: no config.json.")
     config = Config.from_json(fields)
     abstract = jax.eval_shape(lambda: model.init(config))
-    if mesh is None:
-        mesh = layout.make_mesh("data=1", jax.devices()[:1])
     abstract = jax.tree.map(
-        lambda p, spec: jax.ShapeDtypeStruct(
-            p.shape, p.dtype, sharding=NamedSharding(mesh, spec)
-        ),
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
         abstract,
-        layout.specs(abstract),
+        layout.shardings(abstract, mesh or layout.one_device()),
     )
     damages = []
     for path in paths:

@@ -111,6 +111,16 @@ class Config:
     loss_chunk: int = 256
     """Number of positions of a sequence whose logits are there at once in float32."""
 
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """What computes attention: XLA, or the kernels of cuDNN on a GPU and of Pallas on a
+    TPU, which hold no (T, T) weights. The best that there is by default."""
+
+    within_documents: bool = False
+    """Let a token attend to its own document only, which a separator ends."""
+
+    separator: int | None = None
+    """The token that ends a document, with `within_documents`; the data's by default."""
+
     batch: int = 64
     """Number of sequences in a batch."""
 
@@ -225,6 +235,7 @@ class Config:
         self,
         vocabulary: int,
         parts: int = 1,
+        separator: int | None = None,
         began: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Config":
         """The same run for data of this vocabulary, in batches spread in so many parts.
@@ -242,8 +253,11 @@ class Config:
                 f"`vocabulary` must hold the data's, got a model of {self.vocabulary} "
                 f"tokens for data of {vocabulary}."
             )
+        if self.separator is not None or not self.within_documents:
+            separator = self.separator
         return dataclasses.replace(
             self,
+            separator=separator,
             vocabulary=self.vocabulary or -(-vocabulary // 128) * 128,
             refresh_batch=refresh_batch,
             groups=groups or refresh_batch,
@@ -333,6 +347,7 @@ class Config:
             raise ConfigError(
                 f"`heads` must divide `width`, got {self.heads} heads for {self.width}."
             )
+        self._check_attention()
         self._check_refresh()
         if self.batch % self.accumulate:
             raise ConfigError(
@@ -364,6 +379,31 @@ class Config:
         out = self.folder()
         if out.exists() and not out.is_dir():
             raise ConfigError(f"`out` must be a folder, but {out} is a file.")
+
+    def splash_fits(self, length: int) -> bool:
+        """Whether Pallas' splash kernel takes sequences of this length."""
+        return length % 128 == 0 and self.width // self.heads % 64 == 0
+
+    def _check_attention(self) -> None:
+        if self.attention in ("cudnn", "splash") and "sophia_h" in (
+            self.optimizer,
+            self.compare,
+        ):
+            raise ConfigError(
+                "`attention` must be xla or auto for sophia_h, whose second derivative "
+                f"{self.attention} does not have, got {self.attention}."
+            )
+        if self.attention == "cudnn" and self.within_documents:
+            raise ConfigError(
+                "`attention` must be another for `within_documents`, got cudnn, whose mask "
+                "would be as large as the weights that it saves. Choose auto or xla."
+            )
+        if self.attention == "splash" and not self.splash_fits(self.context):
+            raise ConfigError(
+                "`attention` splash wants a `context` that is a multiple of 128 and heads "
+                f"that are a multiple of 64 wide, got {self.context} and "
+                f"{self.width // self.heads}."
+            )
 
     def _check_refresh(self) -> None:
         if self.refresh_batch is None:

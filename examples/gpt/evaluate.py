@@ -1,5 +1,6 @@
 """How good a model is: `python -m examples.gpt.evaluate --help`."""
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import tyro
 
 from examples.gpt import data as corpora
+from examples.gpt import layout
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.model import bind
 from examples.gpt.sample import open_model, open_tokenizer
@@ -39,6 +41,7 @@ def main(
     shots: int = 0,
     limit: int | None = None,
     task_data: Path | None = None,
+    mesh: str = "",
 ) -> None:
     """Print the loss of a model on the whole validation split, or its scores in tasks.
 
@@ -52,32 +55,30 @@ def main(
       limit: Number of questions of each task; all by default.
       task_data: Folder of the tasks' data, as boolq/train.jsonl and boolq/validation.jsonl;
         from the Hugging Face hub by default.
+      mesh: How devices are laid out, as data=8,tensor=4; all data by default.
     """
     for name, value in {"batch": batch, "limit": limit}.items():
         if value is not None and value < 1:
             raise ConfigError(f"`{name}` must be positive, got {value}.")
     if shots < 0:
         raise ConfigError(f"`shots` must not be negative, got {shots}.")
-    config, params = open_model(out, weights)
-    if tasks:
-        try:
-            from lm_eval.utils import make_table
-
-            from examples.gpt import harness
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"`tasks` need lm-eval: {error}.") from error
-        lm = harness.Harness(config, params, open_tokenizer(config, weights, data), batch)
-        results = harness.run(
-            lm, tasks.split(","), shots=shots, limit=limit, folder=task_data
-        )
-        print(make_table(results))
-        return
-    if weights is not None and data is None:
-        raise ConfigError("`data` must be given for a loss of `weights`, or `tasks`.")
-    corpus = corpora.load(data or config.data)
-    config.fitted(corpus.tokenizer.vocabulary)
-    corpus.check(config.context)
-    loss, unit = evaluate(config, params, corpus, batch), corpus.tokenizer.unit
+    with jax.set_mesh(layout.make_mesh(mesh)):
+        config, params = open_model(out, weights)
+        if tasks:
+            try:
+                from examples.gpt import harness
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"`tasks` need lm-eval: {error}.") from error
+            tokenizer = open_tokenizer(config, out, weights, data)
+            lm = harness.Harness(config, params, tokenizer, batch)
+            print(harness.table(lm, tasks.split(","), shots, limit, task_data))
+            return
+        if weights is not None and data is None:
+            raise ConfigError("`data` must be given for a loss of `weights`, or `tasks`.")
+        corpus = corpora.load(data or config.data)
+        config.fitted(corpus.tokenizer.vocabulary)
+        corpus.check(config.context)
+        loss, unit = evaluate(config, params, corpus, batch), corpus.tokenizer.unit
     print(f"{corpus.name}: {loss.tokens:,} {unit}s of validation")
     print(
         f"loss {loss.nats:.4f} nats a {unit}, perplexity {loss.perplexity():.3f}, "
@@ -87,14 +88,30 @@ def main(
 
 def evaluate(config: Config, params: Any, corpus: corpora.Corpus, batch: int) -> Loss:
     """The loss over every sequence of the validation split."""
-    loss_fn = jax.jit(lambda params, tokens_BxS: bind(config, params).loss(tokens_BxS))
     nats, tokens, size = 0.0, 0, 0
     for tokens_BxS in corpora.sequences(corpus.validation, config.context, batch):
-        targets = tokens_BxS[:, 1:].ravel()
-        nats += float(loss_fn(params, tokens_BxS)) * len(targets)
-        tokens += len(targets)
-        size += _bytes(corpus.tokenizer, targets)
+        losses_BxT, _ = judge(config, params, tokens_BxS, batch)
+        nats += losses_BxT.sum(dtype=np.float64)
+        tokens += losses_BxT.size
+        size += _bytes(corpus.tokenizer, tokens_BxS[:, 1:].ravel())
     return Loss(nats / tokens, tokens, size)
+
+
+def judge(
+    config: Config, params: Any, tokens_BxS: np.ndarray, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `GPT.judge` says of sequences, in a batch that all devices have a share of."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else layout.batch_devices(mesh)
+    rows = np.zeros((-(-batch // parts) * parts, tokens_BxS.shape[1]), np.int32)
+    rows[: len(tokens_BxS)] = tokens_BxS
+    judged = jax.device_get(_judge(config, params, rows))
+    return judged[0][: len(tokens_BxS)], judged[1][: len(tokens_BxS)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judge(config, params, tokens_BxS):
+    return bind(config, params).judge(layout.spread_batch(tokens_BxS))
 
 
 def _bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> int:

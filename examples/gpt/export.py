@@ -1,5 +1,6 @@
 """Write a run's weights for transformers: `python -m examples.gpt.export --help`."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import tyro
 from examples.gpt import hugging_face
 from examples.gpt.checkpoint import load_params
 from examples.gpt.config import ConfigError
+from examples.gpt.sample import TOKENIZER
 
 
 def main(out: Path, to: Path) -> None:
@@ -16,10 +18,14 @@ def main(out: Path, to: Path) -> None:
     Args:
       out: The folder of the run.
       to: The folder to write: a config.json and a model.safetensors, which transformers'
-        GPT2LMHeadModel.from_pretrained takes.
+        GPT2LMHeadModel.from_pretrained takes, and the tokenizer's file if it has one.
     """
     hugging_face.save(to, *load_params(out))
-    print(f"{to}: config.json, {hugging_face.WEIGHTS}")
+    tokenizer = sorted((out / TOKENIZER).glob("*.*"))  # that of bytes has no suffix
+    for file in tokenizer:
+        shutil.copy(file, to)
+    names = ["config.json", hugging_face.WEIGHTS, *(file.name for file in tokenizer)]
+    print(f"{to}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

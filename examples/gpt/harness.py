@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import (
+    Collator,
     handle_stop_sequences,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    make_table,
+)
 
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.model import bind
+from examples.gpt.evaluate import judge
 from examples.gpt.sample import generate, padded
 from examples.gpt.tokenizer import Tokenizer
 
@@ -64,30 +67,26 @@ class Harness(TemplateLM):
         that the sequences of a batch are about as long, and are padded little.
         """
         context = self._config.context
-        rows = [(before + after, len(after)) for _, before, after in requests]
-        longest = max((after for _, after in rows), default=0)
+        longest = max((len(after) for _, _, after in requests), default=0)
         if longest > context:
             raise ConfigError(
                 f"`tasks`: a text of {longest} tokens is to be judged at once, and the "
                 f"model's `context` is {context}. Take a model of a longer one."
             )
-        rows = [(tokens[-(context + 1) :], after) for tokens, after in rows]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        results = [(0.0, True)] * len(rows)
-        for start in range(0, len(order), self._batch):
-            chosen = order[start : start + self._batch]
-            length = padded(len(rows[chosen[0]][0]) - 1, context)
-            tokens = np.zeros((self._batch, length + 1), np.int32)
-            scored = np.zeros((self._batch, length), bool)
-            for row, i in enumerate(chosen):
-                kept, after = rows[i]
-                tokens[row, : len(kept)] = kept
-                scored[row, len(kept) - 1 - after : len(kept) - 1] = True
-            sums, greedy = _score(self._config, self._params, tokens, scored)
-            found = zip(sums.tolist(), greedy.tolist(), strict=True)
-            for i, result in zip(chosen, found, strict=False):  # the last batch is padded
-                results[i] = result
-        return results
+        rows = [((b + a)[-(context + 1) :], len(a)) for _, b, a in requests]
+        sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
+        results = []
+        for batch in sorted_rows.get_batched(n=self._batch):
+            length = padded(len(batch[0][0]) - 1, context)
+            tokens = np.zeros((len(batch), length + 1), np.int32)
+            for row, (kept, _) in zip(tokens, batch, strict=True):
+                row[: len(kept)] = kept
+            judged = judge(self._config, self._params, tokens, self._batch)
+            for (kept, after), losses, likeliest in zip(batch, *judged, strict=True):
+                scored = slice(len(kept) - 1 - after, len(kept) - 1)
+                total = -float(losses[scored].sum(dtype=np.float64))
+                results.append((total, bool(likeliest[scored].all())))
+        return sorted_rows.get_original(results)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, every token of it judged once."""
@@ -101,12 +100,8 @@ class Harness(TemplateLM):
             ):
                 owners.append(i)
                 windows.append((("", ""), *make_disjoint_window(window)))
-        totals = [0.0] * len(requests)
-        for i, (log_prob, _) in zip(
-            owners, self._loglikelihood_tokens(windows), strict=True
-        ):
-            totals[i] += log_prob
-        return totals
+        log_probs = [log_prob for log_prob, _ in self._loglikelihood_tokens(windows)]
+        return np.bincount(owners, log_probs, minlength=len(requests)).tolist()
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """A text after each context, up to the first of the strings that end it."""
@@ -132,27 +127,9 @@ class Harness(TemplateLM):
         return texts
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(config, params, tokens_BxS, scored_BxT):
-    """Sums over the scored targets, and whether each of them is the likeliest."""
-    model = bind(config, params)
-
-    def score(row):
-        x_TxD, targets_T, scored_T = row
-        logits_TxV = model.logits(x_TxD).astype(jnp.float32)
-        losses_T = optax.softmax_cross_entropy_with_integer_labels(logits_TxV, targets_T)
-        is_likeliest_T = logits_TxV.argmax(-1) == targets_T
-        return -jnp.sum(losses_T, where=scored_T), jnp.all(is_likeliest_T, where=scored_T)
-
-    hidden_BxTxD = model.hidden(tokens_BxS[:, :-1])
-    # The logits of one sequence at a time: those of a batch may be gigabytes.
-    return jax.lax.map(score, (hidden_BxTxD, tokens_BxS[:, 1:], scored_BxT))
-
-
 def run(
     lm: Harness,
     names: list[str],
-    *,
     shots: int = 0,
     limit: int | None = None,
     folder: Path | None = None,
@@ -195,6 +172,11 @@ def run(
     results = evaluate(lm, {"tasks": tasks}, limit=limit, log_samples=False)
     assert results is not None
     return dict(results)
+
+
+def table(lm: Harness, names: list[str], *choices: Any) -> str:
+    """What `run` finds, as a table."""
+    return make_table(run(lm, names, *choices))
 
 
 def _local(folder: Path, name: str) -> dict[str, Any]:

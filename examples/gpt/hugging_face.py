@@ -3,12 +3,9 @@
 Each of our parameters is theirs in another shape, or the stack of theirs over layers.
 """
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +95,17 @@ def load(folder: Path, config: Config) -> Any:
                 f"{getattr(theirs, name)} in {folder}. Give --{name} "
                 f"{getattr(theirs, name)}."
             )
-    params = {}
-    with _open(folder) as tensors:
-        for name, p in _abstract(config).items():
-            names, shape = _theirs(name, p.shape, config)
-            layers = [_read(tensors, key, shape) for key in names]
-            params[name] = np.stack(layers).reshape(p.shape)
-        embedding = params["tokens/embedding"]
-        if "lm_head.weight" in tensors and not np.array_equal(
-            _read(tensors, "lm_head.weight", embedding.shape), embedding
-        ):
-            raise ConfigError(
-                "`lm_head.weight` must be the embedding, as GPT-2 has it, got another in "
-                f"{folder}. Give the weights of a GPT-2."
-            )
+    tensors, params = _read_tensors(folder), {}
+    embedding = tensors.get("wte.weight", np.zeros(0))
+    if not np.array_equal(tensors.get("lm_head.weight", embedding), embedding):
+        raise ConfigError(
+            "`lm_head.weight` must be the embedding, as GPT-2 has it, got another in "
+            f"{folder}. Give the weights of a GPT-2."
+        )
+    for name, p in _abstract(config).items():
+        names, shape = _theirs(name, p.shape, config)
+        layers = [_take(tensors, key, shape) for key in names]
+        params[name] = np.stack(layers).reshape(p.shape)
     if not config.bias:
         for name in [name for name in params if name.endswith("/bias")]:
             if params.pop(name).any():
@@ -176,36 +170,29 @@ def _theirs(
     return [theirs.format(layer) for layer in range(config.layers)], flat
 
 
-Tensors = dict[str, Callable[[], np.ndarray]]  # each is read when it is asked for
-
-
-@contextlib.contextmanager
-def _open(folder: Path) -> Iterator[Tensors]:
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of all files, by their names without the prefix."""
-    parts = {WEIGHTS}
+    parts, tensors = {WEIGHTS}, {}
     if (folder / INDEX).exists():
         parts = set(_read_json(folder / INDEX).get("weight_map", {}).values())
-    with contextlib.ExitStack() as stack:
-        tensors: Tensors = {}
-        for part in parts:
-            try:
-                opened = safetensors.safe_open(folder / part, framework="numpy")
-                file = stack.enter_context(opened)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise _unreadable(folder / part, error) from error
-            for key in sorted(file.keys()):
-                name = key.removeprefix(PREFIX)
-                tensors[name] = functools.partial(file.get_tensor, key)
-        yield tensors
+    for part in parts:
+        try:
+            with safetensors.safe_open(folder / part, framework="numpy") as file:
+                for key in sorted(file.keys()):
+                    tensors[key.removeprefix(PREFIX)] = file.get_tensor(key)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _unreadable(folder / part, error) from error
+    return tensors
 
 
-def _read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One of the tensors, of this shape, which is then no longer held among them."""
     if name not in tensors:
         raise ConfigError(
             f"`{name}` is missing among the weights. Give those of a GPT-2, with all their "
             "files."
         )
-    tensor = tensors[name]()  # bfloat16 too, which JAX teaches to NumPy
+    tensor = tensors.pop(name)  # bfloat16 too, which JAX teaches to NumPy
     if tensor.shape != shape:
         raise ConfigError(
             f"`{name}` must have the shape {shape}, by config.json, got {tensor.shape}."

@@ -6,10 +6,11 @@ at a time; what is spread over `tensor` is never gathered.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,9 +36,9 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh that `data=8,fsdp=4,tensor=2` describes, of all devices by default."""
-    count = jax.device_count() if devices is None else len(devices)
+def make_mesh(text: str) -> jax.sharding.Mesh:
+    """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
+    count = jax.device_count()
     sizes = dict.fromkeys(AXES, 1)
     given = [part.partition("=") for part in text.split(",") if part]
     for name, _, size in given:
@@ -51,8 +52,19 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
         raise ConfigError(
             f"`mesh` must fit the devices, got {shape} for {count} device(s)."
         )
-    types = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of the first device alone."""
+    axis_types = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:1])
+
+
+def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """How each parameter lies on the mesh."""
+    check(params, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params))
 
 
 def specs(params: Any) -> Any:
@@ -74,18 +86,46 @@ def check(params: Any, mesh: jax.sharding.Mesh) -> None:
     jax.tree.map_with_path(check_one, params)
 
 
-def whole(params: Any, dtype: str | None = None) -> Any:
+def whole(params: Any, dtype: str | None = None, sum_in_float32: bool = False) -> Any:
     """Parameters, or some of them, cast and gathered over `fsdp`, for a layer to use.
 
     On the way back of that gather a step sums gradients over the batch's devices, and a
     refresh sums their squares: neither holds one whole for long.
+
+    Args:
+      params: the parameters, float32.
+      dtype: what they are cast to before they are sent; as they are by default.
+      sum_in_float32: give them back in float32, so that the gradients of all their uses
+        add up in it. What was sent is rounded to `dtype`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.shape["fsdp"] > 1:
+    in_parts = not mesh.empty and mesh.shape["fsdp"] > 1
+    if in_parts:
         params = jax.tree.map(_sum_gradient_over_parts, each_group(spread(params)))
+    if sum_in_float32:
+        return _sent(params, dtype) if dtype and in_parts else _gathered(params)
     if dtype is not None:
         params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return _gathered(params)
+
+
+def _gathered(params: Any) -> Any:
     return _constrain(params, lambda axis: axis if axis == "tensor" else None)
+
+
+def _sent(params: Any, dtype: str) -> Any:
+    """Gathered in another dtype; gradients come back in float32, as if it was not so."""
+
+    def cast(path, p):
+        return p.astype(dtype) if "fsdp" in _axes(path, p.ndim) else p
+
+    def send(params):
+        sent = _gathered(jax.tree.map_with_path(cast, params))
+        return jax.tree.map(lambda p: p.astype(jnp.float32), sent)
+
+    straight = jax.custom_vjp(send)
+    straight.defvjp(lambda params: (send(params), None), lambda _, g: (_gathered(g),))
+    return straight(params)
 
 
 @jax.custom_vjp
@@ -115,7 +155,7 @@ def spread(params: Any, first: str | None = None) -> Any:
     return _constrain(params, lambda axis: axis, first)
 
 
-def batch_devices(mesh: jax.sharding.Mesh) -> int:
+def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of parts that the batch is spread in."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
@@ -133,6 +173,13 @@ def put(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
     sharding = NamedSharding(mesh, P(BATCH))
     shape = (batch, *rows.shape[1:])
     return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+
+def spread_batch(x: jax.Array) -> jax.Array:
+    """The same, its leading axis over the batch's devices; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
 def _constrain(

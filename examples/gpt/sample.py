@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from examples.gpt import checkpoint, data, hugging_face
+from examples.gpt import checkpoint, data, hugging_face, layout
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.layout import whole
 from examples.gpt.model import bind
-from examples.gpt.tokenizer import GPT2, Tokenizer, make
+from examples.gpt.tokenizer import BYTES, GPT2, Tokenizer, make
+
+TOKENIZER = "tokenizer"  # a folder within a run's
 
 
 def main(
@@ -28,6 +30,7 @@ def main(
     top_k: int | None = None,
     count: int = 1,
     seed: int = 0,
+    mesh: str = "",
 ) -> None:
     """Write text with a trained GPT.
 
@@ -35,12 +38,14 @@ def main(
       prompt: What the text begins with; the start of a document by default.
       out: The folder of a run, whose newest checkpoint writes.
       weights: Or a folder of GPT-2's weights in Hugging Face's format.
-      data: Data whose tokenizer to use; the run's by default, or GPT-2's for weights.
+      data: Data whose tokenizer to use; by default the one kept in the run's folder, or
+        GPT-2's for weights.
       length: Number of tokens to write.
       temperature: What logits are divided by; 0 takes the likeliest token.
       top_k: Draw among so many of the likeliest tokens only; among all by default.
       count: Number of texts.
       seed: Of what is drawn.
+      mesh: How parameters are laid out over devices, as tensor=4; on one by default.
     """
     for name, value in {"length": length, "top_k": top_k, "count": count}.items():
         if value is not None and value < 1:
@@ -48,22 +53,24 @@ def main(
     for name, value in {"temperature": temperature, "seed": seed}.items():
         if not value >= 0:
             raise ConfigError(f"`{name}` must not be negative, got {value}.")
-    config, params = open_model(out, weights)
-    tokenizer = open_tokenizer(config, weights, data)
-    for i in range(count):
-        written = generate(
-            config,
-            params,
-            tokenizer.encode(prompt) or [tokenizer.separator],
-            length,
-            key=jax.random.fold_in(jax.random.key(seed), i),
-            temperature=temperature,
-            top_k=top_k,
-            vocabulary=tokenizer.vocabulary,
-        )
-        if i:
-            print("---")
-        print(prompt + printable(tokenizer.decode(written)), flush=True)
+    on = layout.make_mesh(mesh) if mesh else layout.one_device()
+    with jax.set_mesh(on):
+        config, params = open_model(out, weights)
+        tokenizer = open_tokenizer(config, out, weights, data)
+        for i in range(count):
+            written = generate(
+                config,
+                params,
+                tokenizer.encode(prompt) or [tokenizer.separator],
+                length,
+                key=jax.random.fold_in(jax.random.key(seed), i),
+                temperature=temperature,
+                top_k=top_k,
+                vocabulary=tokenizer.vocabulary,
+            )
+            if i:
+                print("---")
+            print(prompt + printable(tokenizer.decode(written)), flush=True)
 
 
 def generate(
@@ -111,28 +118,41 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
-    """Scans over keys; the first `size` tokens of the window are there, the rest to come.
+    """A token for each key; the first `size` of the window are there, the rest to come.
 
-    What comes after a token is not seen by it: no padding needs a mask.
+    Until the window is full, only the newest token goes through the model, and keys and
+    values of those before it are kept. Then the window moves on, which changes what all of
+    its tokens are for the model, by their positions or by what fell out: each draw is a
+    whole pass.
     """
-    model = bind(config, params)
+    model, last = bind(config, params), len(window_T) - 1
 
-    def step(carry, key):
-        window_T, size = carry
-        x_D = model.hidden(window_T[None])[0, size - 1]
-        logits_V = model.logits(x_D).astype(jnp.float32)[:vocabulary]
+    def draw(i, x_D, window_T, drawn):
+        logits_V = model.logits(x_D)[:vocabulary]
         if top_k is None:
-            token = jax.random.categorical(key, logits_V / temperature)
+            token = jax.random.categorical(keys[i], logits_V / temperature)
         else:
             logits_K, tokens_K = jax.lax.top_k(logits_V, top_k)
-            token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
-        is_full = size == len(window_T)
+            token = tokens_K[jax.random.categorical(keys[i], logits_K / temperature)]
+        is_full = size + i > last
         window_T = jnp.where(is_full, jnp.roll(window_T, -1), window_T)
-        size = jnp.where(is_full, size, size + 1)
-        return (window_T.at[size - 1].set(token), size), token
+        window_T = window_T.at[jnp.minimum(size + i, last)].set(token)
+        return window_T, drawn.at[i].set(token)
 
-    _, tokens = jax.lax.scan(step, (window_T, size), keys)
-    return whole(tokens)
+    def by_cache(i, carry):
+        cache, window_T, drawn = carry
+        x_1xD, cache = model.hidden_at(window_T[None], size + i - 1, cache)
+        return cache, *draw(i, x_1xD[0], window_T, drawn)
+
+    def by_window(i, carry):
+        window_T, drawn = carry
+        return draw(i, model.hidden(window_T[None])[0, last], window_T, drawn)
+
+    cached = jnp.minimum(len(keys), last - size + 2)
+    carry = model.cache(window_T[None]), window_T, jnp.zeros(len(keys), jnp.int32)
+    _, *carry = jax.lax.fori_loop(0, cached, by_cache, carry)
+    _, drawn = jax.lax.fori_loop(cached, len(keys), by_window, tuple(carry))
+    return whole(drawn)
 
 
 def padded(size: int, context: int) -> int:
@@ -146,19 +166,34 @@ def printable(text: str) -> str:
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
-    """The model of a run's folder, or that of a folder of GPT-2's weights."""
-    if out is not None and weights is None:
-        return checkpoint.load_params(out)
-    if weights is not None and out is None:
-        config = hugging_face.config_of(weights)
-        return config, jax.device_put(hugging_face.load(weights, config))
-    raise ConfigError("Give one of `out`, a run's folder, and `weights`, GPT-2's.")
+    """The model of a run's folder, or of a folder of GPT-2's weights, on the mesh set."""
+    if (out is None) == (weights is None):
+        raise ConfigError("Give one of `out`, a run's folder, and `weights`, GPT-2's.")
+    mesh = jax.sharding.get_mesh()
+    if out is not None:
+        return checkpoint.load_params(out, mesh)
+    assert weights is not None
+    config = hugging_face.config_of(weights)
+    params = hugging_face.load(weights, config)
+    return config, jax.device_put(params, layout.shardings(params, mesh))
 
 
-def open_tokenizer(config: Config, weights: Path | None, path: Path | None) -> Tokenizer:
-    """The tokenizer of the data at a path, of the run's data, or of GPT-2's weights."""
-    if weights is not None and path is None:
+def keep_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer to a run's folder: one file, by whose name it is made again."""
+    name, content = tokenizer.save() or (tokenizer.name, b"")
+    (out / TOKENIZER).mkdir(exist_ok=True)
+    (out / TOKENIZER / name).write_bytes(content)
+
+
+def open_tokenizer(
+    config: Config, out: Path | None, weights: Path | None, path: Path | None
+) -> Tokenizer:
+    """The tokenizer of the data at a path, of a run, or of GPT-2's weights."""
+    kept = list((out / TOKENIZER).glob("*")) if out is not None else []
+    if path is None and weights is not None:
         found = make(GPT2)
+    elif path is None and kept:
+        found = make(BYTES if kept[0].name == BYTES else str(kept[0]))
     else:
         try:
             found = data.load(path or config.data, verify=False).tokenizer

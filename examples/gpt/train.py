@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from examples.gpt import data, layout, plot, processes, sample
+from examples.gpt import attention, data, layout, plot, processes, sample
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began, check_unused
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
@@ -30,7 +30,7 @@ def main(config: Config) -> list[plot.Curve]:
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
     corpus.check(config.context)
-    parts, out = layout.batch_devices(mesh), config.folder()
+    parts, out, tokenizer = layout.batch_devices(mesh), config.folder(), corpus.tokenizer
     if process == 0:
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
@@ -40,7 +40,9 @@ def main(config: Config) -> list[plot.Curve]:
     curves, text = [], ""
     with jax.set_mesh(mesh):
         for part, folder in _parts(config, out):
-            part = part.fitted(corpus.tokenizer.vocabulary, parts, began(folder))
+            part = part.fitted(
+                tokenizer.vocabulary, parts, tokenizer.separator, began(folder)
+            )
             state, rows = train(part, corpus, folder)
             curves.append(plot.Curve(part.optimizer, rows))
             text = text or write_text(part, state.params, corpus)
@@ -72,6 +74,7 @@ def train(
     """
     mesh = jax.sharding.get_mesh()
     check_layout(config, mesh)
+    attention.choose(config, config.context)  # raises here, not while compiling
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = make_train_step(config, tx, mesh)
@@ -111,6 +114,8 @@ def train(
         flops = flops_per_token(config, state.params)
         with processes.together():
             log = Log(config, folder, start, flops)
+            if processes.is_first():
+                sample.keep_tokenizer(folder, corpus.tokenizer)
         with processes.together():
             processes.check_shared(folder / "config.json")
 

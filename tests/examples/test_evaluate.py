@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples.gpt import data, evaluate, hugging_face, model
+from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.tokenizer import Tiktoken
 
@@ -78,12 +78,29 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     evaluate.main(out=out)
     printed = capsys.readouterr().out
-    loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
+    with jax.set_mesh(layout.make_mesh("")):
+        loss = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
     assert (
         f"loss {loss.nats:.4f} nats a byte, perplexity {loss.perplexity():.3f}" in printed
     )
     evaluate.main(weights=tmp_path / "gpt2", data=corpus)
     assert capsys.readouterr().out == printed
+
+
+def test_on_a_mesh_the_loss_is_that_of_one_device(params, corpus, tmp_path, save_run):
+    """Of batches that the devices do not divide, read from a checkpoint in parts."""
+    out = save_run(dataclasses.replace(CONFIG, data=corpus), params)
+    split = data.load(corpus)
+    expected = evaluate.evaluate(CONFIG, params, split, batch=5)
+    for text in ("", "data=2,fsdp=2,tensor=2"):
+        mesh = layout.make_mesh(text)
+        config, spread = checkpoint.load_params(out, mesh)
+        shares = {p.addressable_shards[0].data.size for p in jax.tree.leaves(spread)}
+        assert (max(shares) < 384 * 16) == bool(text)
+        with jax.set_mesh(mesh):
+            loss = evaluate.evaluate(config, spread, split, batch=5)
+        assert loss[1:] == expected[1:]
+        np.testing.assert_allclose(loss.nats, expected.nats, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

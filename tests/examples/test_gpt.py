@@ -122,6 +122,7 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     [curve] = main(dataclasses.replace(tiny, data=shards, steps=40))
     assert curve.val_loss < 4.2
     capsys.readouterr()
+    assert (tiny.folder() / "tokenizer" / "bytes").exists()
     sample.main("line 1", out=tiny.folder(), length=20)
     written = capsys.readouterr().out
     assert written.startswith("line 1")
@@ -470,7 +471,7 @@ def test_as_many_groups_as_devices_and_sixteen_or_more(parts, changes, expected)
 @pytest.mark.parametrize("parts", [1, 12, 32, 64])
 def test_a_run_keeps_the_groups_that_it_began_with(parts):
     began = Config(batch=480).fitted(100, 1).as_json()
-    config = Config(batch=480).fitted(100, parts, began)
+    config = Config(batch=480).fitted(100, parts, began=began)
     assert (config.refresh_batch, config.groups) == (16, 16)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from examples.gpt import hugging_face, model
+from examples.gpt import export, hugging_face, model
 from examples.gpt.config import Config, ConfigError
 
 pytestmark = pytest.mark.slow
@@ -190,6 +190,20 @@ def test_a_damaged_folder(folder, damage, message):
     damage(folder)
     with pytest.raises(ConfigError, match=message):
         hugging_face.load(folder, CONFIG)
+
+
+def test_a_run_is_exported_with_its_tokenizer(tmp_path, save_run, capsys):
+    params, to = random_params(CONFIG), tmp_path / "to"
+    out = save_run(CONFIG, params)
+    (out / "tokenizer").mkdir()
+    (out / "tokenizer" / "bytes").touch()
+    export.main(out, to)
+    assert capsys.readouterr().out == f"{to}: config.json, model.safetensors\n"
+    (out / "tokenizer" / "tokenizer.json").write_text("{}")
+    export.main(out, to)
+    assert capsys.readouterr().out.endswith("model.safetensors, tokenizer.json\n")
+    assert (to / "tokenizer.json").read_text() == "{}"
+    jax.tree.map(np.testing.assert_array_equal, params, hugging_face.load(to, CONFIG))
 
 
 def test_what_cannot_be_saved(tmp_path):

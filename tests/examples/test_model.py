@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from examples.gpt import model
+from examples.gpt import layout, model
 from examples.gpt.config import Config
 from examples.gpt.presets import PRESETS
 
@@ -122,15 +121,17 @@ def test_no_float32_logits_of_a_whole_batch():
         return grad.lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * B * T * V
-    assert memory(loss_chunk=T) > 1.5 * logits
+    at_once = memory(loss_chunk=T)
+    assert at_once > 1.5 * logits
     assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
+    # What is kept is in 16 bits, of which XLA on CPU may make more.
+    assert memory(loss_chunk=T // 16) < 0.8 * at_once
 
 
 def test_a_block_is_computed_in_bfloat16_with_parameters_in_float32():
     config = dataclasses.replace(SMALL, dtype="bfloat16")
     params = model.init(config)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.bind(config, params)(TOKENS[:, :24]).dtype == jnp.bfloat16
     traced = jax.make_jaxpr(lambda p, x: model.bind(config, p)(x))(params, TOKENS[:, :24])
     operands = [
         {x.aval.dtype for x in eqn.invars}
@@ -148,6 +149,55 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
+def test_logits_are_not_rounded_to_bfloat16(config):
+    """They are the exact products of what is, to float32's rounding."""
+    config = dataclasses.replace(config, dtype="bfloat16")
+    params = model.init(config)
+    bound = model.bind(config, params)
+    x = bound.hidden(TOKENS[:, :24])
+    w = params["head"]["kernel"] if "head" in params else params["tokens"]["embedding"].T
+    exact = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.bfloat16), np.float64)
+    logits = bound(TOKENS[:, :24])
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+def test_the_gradient_of_a_frequent_token_does_not_stall(mesh):
+    """4,096 times in a batch: in bfloat16 a sum stops at 256 times one of its terms."""
+    config = Config(layers=1, heads=1, width=16, context=512, vocabulary=128)
+    tokens = np.full((8, 513), 5)
+    tokens[:, -1] = 7
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        changed = dataclasses.replace(config, dtype=dtype, loss_chunk=64)
+        with jax.set_mesh(layout.make_mesh(mesh)):
+            params = jax.jit(lambda c=changed: layout.spread(model.init(c)))()
+            loss = jax.jit(jax.grad(lambda p, c=changed: model.bind(c, p).loss(tokens)))
+            rows.append(np.asarray(loss(params)["tokens"]["embedding"])[5])
+    np.testing.assert_allclose(rows[1], rows[0], rtol=0, atol=0.02 * np.abs(rows[0]).max())
+
+
+@pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
+def test_embedding_and_head_are_sent_in_bfloat16_and_their_gradients_are_not(config):
+    """On CPU XLA has no collectives in 16 bits: seen in what it is given."""
+    config = dataclasses.replace(config, dtype="bfloat16", context=25, vocabulary=256)
+    with jax.set_mesh(layout.make_mesh("fsdp=8")):
+        params = jax.eval_shape(lambda: model.init(config))
+        loss = jax.grad(lambda p: model.bind(config, p).loss(TOKENS))
+        traced = jax.make_jaxpr(loss)(params)
+    for shape in [(256, 32), (32, 256)][: 1 + ("head" in params)]:
+        gathered = [
+            str(eqn.outvars[0].aval.dtype)
+            for eqn in equations(traced.jaxpr)
+            if eqn.primitive.name == "sharding_constraint"
+            and eqn.outvars[0].aval.shape == shape
+            and "fsdp" not in str(eqn.params["sharding"].spec)
+        ]
+        assert gathered == ["bfloat16", "float32"]  # there, and on the way back
+
+
 def test_rotated_products_depend_on_the_distance_alone():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
@@ -161,30 +211,6 @@ def test_rotated_products_depend_on_the_distance_alone():
     np.testing.assert_allclose(turned_q[0], q, rtol=1e-6)
     np.testing.assert_array_equal(turned_q[:, 4:], jnp.broadcast_to(q[4:], (12, 12)))
     assert not np.allclose(products[0, 0], products[0, 5])
-
-
-@pytest.mark.parametrize(
-    ("backend", "changes", "expected"),
-    [
-        ("gpu", {"dtype": "bfloat16"}, "cudnn"),
-        ("gpu", {"dtype": "bfloat16", "optimizer": "sophia_h"}, "xla"),
-        ("gpu", {}, "xla"),
-        ("cpu", {"dtype": "bfloat16"}, "xla"),
-        ("tpu", {"dtype": "bfloat16"}, "xla"),
-    ],
-)
-def test_attention_is_fused_where_it_can_be(monkeypatch, backend, changes, expected):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    given = {}
-
-    def attention(q, k, v, **kwargs):
-        given.update(kwargs)
-        return q
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    config = dataclasses.replace(SMALL, **changes)
-    jax.eval_shape(lambda: model.GPT(config, nnx.Rngs(0))(TOKENS[:, :24]))
-    assert given == {"is_causal": True, "implementation": expected}
 
 
 def test_first_weights_have_the_size_that_is_asked_for():

@@ -7,6 +7,7 @@ import pytest
 from examples.gpt import hugging_face, model, sample
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.sample import generate
+from examples.gpt.tokenizer import Bytes, Tiktoken
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,60 @@ def test_the_likeliest_tokens_are_those_of_a_growing_sequence(
     expected = grow(config, params, prompt, length)
     assert len(set(expected)) > 1
     np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "within_documents"), [("gpt2", False), ("neox", False), ("neox", True)]
+)
+def test_what_is_drawn_is_what_whole_passes_draw(architecture, within_documents, dtype):
+    """With the same keys: from a short prompt to past the window, and from a long one."""
+    config = dataclasses.replace(
+        CONFIG,
+        architecture=architecture,
+        dtype=dtype,
+        within_documents=within_documents,
+        separator=0 if within_documents else None,
+    )
+    params = jax.tree.map(lambda p: 3 * p, model.init(config))
+    prompt = np.random.default_rng(0).integers(0, 20, 100)  # five separators or so
+    logits_of = jax.jit(lambda tokens: model.bind(config, params)(tokens)[0])
+    for size, length in [(40, 44), (100, 3)]:
+        tokens = prompt[:size].tolist()
+        for key in jax.random.split(KEY, length):
+            last = tokens[-80:]
+            window = np.array([last + [0] * (80 - len(last))])
+            logits = logits_of(window)[len(last) - 1]
+            tokens.append(int(jax.random.categorical(key, logits / 0.8)))
+        drawn = generate(config, params, prompt[:size], length, key=KEY)
+        np.testing.assert_array_equal(drawn, tokens[size:])
+
+
+def test_on_a_mesh_the_text_is_that_of_one_device(out, capsys):
+    texts = []
+    for mesh in ("", "tensor=2", "data=2,fsdp=4"):
+        sample.main("The quick", out=out, length=90, mesh=mesh)
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    "made",
+    [Bytes(), Tiktoken("ab", {bytes([i]): i for i in range(256)})],
+    ids=["bytes", "bpe"],
+)
+def test_the_tokenizer_is_kept_in_the_folder_of_the_run(out, tmp_path, capsys, made):
+    """The data may go. That of `data`, where it is given, goes before it."""
+    config = dataclasses.replace(CONFIG, vocabulary=384)
+    sample.keep_tokenizer(out, made)
+    (tmp_path / "corpus.txt").unlink()
+    found = sample.open_tokenizer(config, out, None, None)
+    assert type(found) is type(made)
+    assert found.encode("être") == made.encode("être")
+    assert found.separator == made.separator
+    (tmp_path / "other.txt").write_text("other")
+    other = sample.open_tokenizer(config, out, None, tmp_path / "other.txt")
+    assert isinstance(other, Bytes)
 
 
 @pytest.mark.parametrize("choices", [{"top_k": 1}, {"temperature": 1e-6}])
