@@ -67,6 +67,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports all it does
         self._folder, self._is_closed = folder, False
         self._resume_from = config.resume_from
+        self._damaged: set[Path] = set()
         self._choices = _choices(config.as_json(), corpus)
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep)]
@@ -101,8 +102,7 @@ class Checkpoints:
                 )
         damages = []
         for path in paths:
-            with processes.together():
-                read, damage = _read(path, abstract._asdict(), check)
+            read, damage = _read(path, abstract._asdict(), check)
             if processes.anywhere(read is None):
                 damage = damage or "another process can't read it"
             else:
@@ -113,6 +113,7 @@ class Checkpoints:
                     return Restored(int(path.name), state, saved["position"])
                 damage = "its numbers are not those that were saved"
             damages.append(f"step {path.name}: {damage}")
+            self._damaged.add(path)
             if processes.is_first():
                 print(f"{path} is damaged, and the checkpoint before is taken: {damage}.")
         if damages:
@@ -159,7 +160,7 @@ class Checkpoints:
                 error.add_note(str(unwritten))
             error = error or unwritten
         if error is not None:
-            paths = steps_in(self._folder)
+            paths = [path for path in steps_in(self._folder) if path not in self._damaged]
             last = f"The last good checkpoint is {paths[0]}." if paths else None
             error.add_note(last or "There is no checkpoint yet.")
             raise error
@@ -224,32 +225,33 @@ def _read(
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
     )
+    passing: list[Exception] = []
     for wait in (*WAITS, None):
-        try:
-            with ocp.Context(multiprocessing_options=alone):
-                saved: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
-                if not saved:
-                    return None, "it has no metadata"
-                check(saved["choices"])
-                found = {
-                    name: ocp.load(str(path), tree, checkpointable_name=name)
-                    for name, tree in trees.items()
-                }
-            return (jax.block_until_ready(found), saved), ""
-        except ConfigError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise all kinds
-            if isinstance(error, _DAMAGES) or _DAMAGE.search(str(error)):
-                return None, _first_line(error)
-            if wait is None:
-                raise ConfigError(
-                    f"`out`: {path} can't be read, and nothing of it was changed: "
-                    f"{_first_line(error)}. If the file system is unwell, start the same "
-                    "command later. If the model or the optimizer was programmed anew, the "
-                    "checkpoint is not of this one: name another folder with --out."
-                ) from error
+        found, errors = {}, []
+        with ocp.Context(multiprocessing_options=alone):
+            saved: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
+            if not saved:
+                return None, "it has no metadata"
+            check(saved["choices"])
+            # All parts, whatever comes of one: Orbax counts what each process has loaded.
+            for name, tree in trees.items():
+                try:
+                    loaded = ocp.load(str(path), tree, checkpointable_name=name)
+                    found[name] = jax.block_until_ready(loaded)
+                except Exception as error:  # Orbax and TensorStore raise all kinds
+                    errors.append(error)
+        passing = [error for error in errors if not _is_damage(error)]
+        if not processes.anywhere(bool(passing)):  # all try again, or none does
+            return (None, _first_line(errors[0])) if errors else ((found, saved), "")
+        if wait is not None:
             time.sleep(wait)
-    raise AssertionError
+    reason = _first_line(passing[0]) if passing else "another process says why"
+    raise ConfigError(
+        f"`out`: {path} can't be read, and nothing of it was changed: {reason}. If the "
+        "file system is unwell, start the same command later. If the model or the "
+        "optimizer was programmed anew, the checkpoint is not of this one: name another "
+        "folder with --out."
+    )
 
 
 @jax.jit
@@ -264,6 +266,15 @@ def _sums(trees: dict[str, Any]) -> dict[str, jax.Array]:
         k: sum(map(words, jax.tree.leaves(tree)), start=jnp.uint32(0))
         for k, tree in trees.items()
     }
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that a file is not as written."""
+    while error is not None:
+        if isinstance(error, _DAMAGES) or _DAMAGE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _checksums(trees: dict[str, Any]) -> dict[str, int]:
