@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: the state, where the data is, and the run's choices."""
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -156,6 +157,7 @@ class Checkpoints:
             self._checkpointer.close()
         except Exception as late:
             unwritten = _unwritten(self._folder, late)
+            unwritten.__cause__ = late
             if error is not None:
                 error.add_note(str(unwritten))
             error = error or unwritten
@@ -225,33 +227,57 @@ def _read(
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
     )
+    with ocp.Context(multiprocessing_options=alone):
+
+        def metadata() -> Any:
+            return ocp.checkpointables_metadata(str(path)).custom_metadata
+
+        [saved], damage = _read_together(path, [metadata])
+        if processes.anywhere(bool(damage) or not saved):
+            return None, damage or "it has no metadata"
+        check(saved["choices"])
+        parts, damage = _read_together(
+            path,
+            [
+                functools.partial(ocp.load, str(path), tree, checkpointable_name=name)
+                for name, tree in trees.items()
+            ],
+        )
+    if damage:
+        return None, damage
+    return (dict(zip(trees, parts, strict=True)), saved), ""
+
+
+def _read_together(path: Path, readers: list[Callable[[], Any]]) -> tuple[list[Any], str]:
+    """What each reader returns, and what is damaged; no process goes on before the others.
+
+    All readers are called, whatever comes of one: Orbax counts what a process has loaded.
+
+    Raises:
+      ConfigError: on all processes, for an error on one of them that does not pass.
+    """
     passing: list[Exception] = []
     for wait in (*WAITS, None):
-        found, errors = {}, []
-        with ocp.Context(multiprocessing_options=alone):
-            saved: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
-            if not saved:
-                return None, "it has no metadata"
-            check(saved["choices"])
-            # All parts, whatever comes of one: Orbax counts what each process has loaded.
-            for name, tree in trees.items():
-                try:
-                    loaded = ocp.load(str(path), tree, checkpointable_name=name)
-                    found[name] = jax.block_until_ready(loaded)
-                except Exception as error:  # Orbax and TensorStore raise all kinds
-                    errors.append(error)
+        results, errors = [], []
+        for read in readers:
+            try:
+                results.append(jax.block_until_ready(read()))
+            except Exception as error:  # Orbax and TensorStore raise all kinds
+                results.append(None)
+                errors.append(error)
         passing = [error for error in errors if not _is_damage(error)]
         if not processes.anywhere(bool(passing)):  # all try again, or none does
-            return (None, _first_line(errors[0])) if errors else ((found, saved), "")
+            return results, _first_line(errors[0]) if errors else ""
         if wait is not None:
             time.sleep(wait)
-    reason = _first_line(passing[0]) if passing else "another process says why"
+    error = passing[0] if passing else None
     raise ConfigError(
-        f"`out`: {path} can't be read, and nothing of it was changed: {reason}. If the "
-        "file system is unwell, start the same command later. If the model or the "
-        "optimizer was programmed anew, the checkpoint is not of this one: name another "
-        "folder with --out."
-    )
+        f"`out`: {path} can't be read, and nothing of it was changed: "
+        f"{_first_line(error) if error else 'another process says why'}. If the file "
+        "system is unwell, start the same command later. If the model or the optimizer "
+        "was programmed anew, the checkpoint is not of this one: name another folder with "
+        "--out."
+    ) from error
 
 
 @jax.jit

@@ -114,7 +114,8 @@ def check_layout(config: Config, mesh: Mesh) -> None:
             f"{parts} parts of the mesh (data x fsdp). --batch {fits} does."
         )
     groups = config.groups or 1
-    if "sophia" in config.optimizer and groups % parts and jax.process_index() == 0:
+    is_sophia = "sophia" in config.optimizer
+    if is_sophia and groups > 1 and groups % parts and jax.process_index() == 0:
         print(
             f"The {groups} groups of a refresh can't be shared out evenly to {parts} parts "
             "of the mesh (data x fsdp): in a refresh some devices wait, or do the same."

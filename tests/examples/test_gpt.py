@@ -300,8 +300,15 @@ def test_an_error_that_passes_sets_no_checkpoint_aside(tiny, monkeypatch):
             raise errors.pop()
         return load(*args, **kwargs)
 
+    def metadata_once(path, read=checkpoint.ocp.checkpointables_metadata):
+        if of_metadata:
+            raise of_metadata.pop()
+        return read(path)
+
+    of_metadata = [OSError(5, "Input/output error")]
     monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
     monkeypatch.setattr(checkpoint.ocp, "load", once)
+    monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", metadata_once)
     [curve] = main(config)
     assert curve.rows[-1]["step"] == 4
     errors += [OSError(5, "Input/output error")] * 6  # of two parts, three times

@@ -238,6 +238,14 @@ def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
     np.testing.assert_allclose(sizes, [gradient, 2 * gradient], rtol=1e-3)
 
 
+def test_groups_that_devices_share_unevenly(capsys):
+    mesh = layout.make_mesh("")
+    on(mesh, dataclasses.replace(small(refresh_batch=12), batch=48, groups=12))
+    assert "The 12 groups of a refresh can't be shared out" in capsys.readouterr().out
+    on(mesh, dataclasses.replace(small(refresh_batch=16), groups=1))
+    assert capsys.readouterr().out == ""
+
+
 def test_fully_sharded_a_refresh_is_as_sharded_as_a_gradient():
     """A micro-batch exchanges one gradient, whatever the chunks of the loss; so it does."""
     config = small(accumulate=2, loss_chunk=8, refresh_batch=8, remat="full", layers=8)
