@@ -476,10 +476,11 @@ def test_as_many_groups_as_devices_and_sixteen_or_more(parts, changes, expected)
 
 
 @pytest.mark.parametrize("parts", [1, 12, 32, 64])
-def test_a_run_keeps_the_groups_that_it_began_with(parts):
-    began = Config(batch=480).fitted(100, 1).as_json()
+@pytest.mark.parametrize("groups", [None, 4])
+def test_a_run_keeps_the_groups_that_it_began_with(parts, groups):
+    began = Config(batch=480, groups=groups).fitted(100, 1).as_json()
     config = Config(batch=480).fitted(100, parts, began=began)
-    assert (config.refresh_batch, config.groups) == (16, 16)
+    assert (config.refresh_batch, config.groups) == (16, groups or 16)
 
 
 def test_every_checkpoint_damaged_is_an_error_not_a_new_run(tiny):
