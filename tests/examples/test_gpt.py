@@ -320,7 +320,6 @@ def test_an_error_that_passes_sets_no_checkpoint_aside(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_state_of_another_shape_is_not_damaged(tiny, monkeypatch):
     config = dataclasses.replace(tiny, steps=4, warmup=1)
     main(config)
