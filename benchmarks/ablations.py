@@ -45,7 +45,7 @@ NO_CLIP = 1e30  # JSON has no infinity
 @dataclasses.dataclass(frozen=True)
 class Config:
     run: RunConfig = dataclasses.field(  # of its settings of an optimizer none is used
-        default_factory=lambda: RunConfig(
+        default_factory=lambda: RunConfig().replace(
             steps=400, batch=32, vocabulary=256, refresh_batch=16, groups=16
         )
     )
@@ -55,7 +55,7 @@ class Config:
 
 
 FULL = Config(
-    run=RunConfig(
+    run=RunConfig().replace(
         steps=4000,
         layers=6,
         heads=8,
@@ -72,8 +72,8 @@ FULL = Config(
 
 def measure_ablations(config: Config) -> dict[str, Any]:
     size, run = config.run, functools.partial(_run_all, config.run)
-    assert size.groups is not None
-    make = functools.partial(Trial, steps=size.steps, groups=size.groups)
+    groups = size.refresh.groups or 1
+    make = functools.partial(Trial, steps=size.training.steps, groups=groups)
     points = qmc.Halton(3, rng=np.random.default_rng(0)).random(config.trials)
     searched = {
         name: [make(name, SPACES[name].settings(point)) for point in points]

@@ -19,7 +19,7 @@ from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
 from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
-from examples.gpt.config import Preset
+from examples.gpt.config import ModelConfig, Preset
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
 from examples.gpt.state import abstract_state
@@ -29,7 +29,7 @@ from sophia_optax import gnb
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    shape: RunConfig = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
+    shape: ModelConfig = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
     devices: tuple[int, ...] = (1, 2, 4, 8)
     batch: int = 64
     refresh_batch: int = 16  # in a group for each sequence
@@ -71,7 +71,7 @@ def _models(config: Config) -> dict[str, RunConfig]:
     models = {name: PRESETS[name] for name in config.presets}
     for depth in config.depths:
         layers = Shape(layers=depth, heads=8, width=512, context=64, vocabulary=512)
-        models[f"{depth} layers of width 512"] = dataclasses.replace(layers, batch=64)
+        models[f"{depth} layers of width 512"] = RunConfig(model=layers).replace(batch=64)
     return models
 
 
@@ -82,17 +82,17 @@ def _temporary(config: RunConfig, text: str) -> dict[str, float]:
     """
     mesh = layout.make_mesh(text)
     parts = layout.batch_devices(mesh)
-    config = dataclasses.replace(
-        config,
-        vocabulary=config.vocabulary or 50304,
+    batch = config.training.batch
+    config = config.replace(
+        vocabulary=config.model.vocabulary or 50304,
         remat="full",
         groups=parts,
         refresh_batch=parts,
-        accumulate=config.batch // parts,
+        accumulate=batch // parts,
     )
     tx = make_optimizer(config, make_schedule(config))
     sharding = NamedSharding(mesh, PartitionSpec(layout.BATCH))
-    shape = (config.batch, config.context + 1)
+    shape = (batch, config.model.context + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     def never(grads, state, params, hessian_fn):

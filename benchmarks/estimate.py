@@ -48,7 +48,9 @@ class Config:
     large_draws: int = 6  # the same for estimates of more than `sequences`
     reference_draws: int = 48  # estimates in the mean that stands for the truth
     repeats: int = 2
-    run: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(steps=300))
+    run: RunConfig = dataclasses.field(
+        default_factory=lambda: RunConfig().replace(steps=300)
+    )
 
 
 FULL = Config(
@@ -56,7 +58,7 @@ FULL = Config(
     large_draws=24,
     reference_draws=64,
     repeats=5,
-    run=RunConfig(layers=4, heads=4, width=256, context=128, steps=1000),
+    run=RunConfig().replace(layers=4, heads=4, width=256, context=128, steps=1000),
 )
 
 
@@ -77,7 +79,7 @@ class Errors:
     def batches(self, sequences: int, fresh: bool, seed: int) -> Iterator[jax.Array]:
         """Tokens, shape (sequences, context + 1): new each time, or always the same."""
         seed = seed if fresh else 0
-        context = self.config.run.context
+        context = self.config.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
         for tokens in source if fresh else itertools.repeat(next(source)):
             yield jnp.asarray(tokens)
@@ -139,7 +141,7 @@ class Errors:
             time = measure.ratios(seconds[refresh.name], seconds[base.name])
             row = refresh.as_json() | {
                 "flops_over_gradient": ratio,
-                "share_of_step": ratio / self.config.run.update_interval,
+                "share_of_step": ratio / self.config.run.refresh.update_interval,
                 "time_over_gradient": time["median"],
             }
             for model, values in models.items():
@@ -154,13 +156,13 @@ def measure_errors(config: Config) -> dict[str, Any]:
     """The rows of both tables, and how well the truths are known."""
     corpus = data.load(None)
     run = config.run.fitted(corpus.tokenizer.vocabulary)
-    print(f"training for {run.steps} steps ...", flush=True)
+    print(f"training for {run.training.steps} steps ...", flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         with jax.set_mesh(layout.make_mesh("")):
             state, rows_of_training = train(run, corpus, Path(folder))
         trained = jax.device_put(state.params, jax.devices()[0])
-    models = {"initial": init(run), "trained": trained}
-    of_model = Refreshes(lambda params, inputs: bind(run, params)(inputs))
+    models = {"initial": init(run.model, run.seed), "trained": trained}
+    of_model = Refreshes(lambda params, inputs: bind(run.model, params)(inputs))
     errors, size, sizes = Errors(config, corpus.train), config.sequences, config.sizes
     truths: dict[bool, dict[tuple[str, str], Any]] = {False: {}, True: {}}
     known = []

@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from examples.gpt import model
-from examples.gpt.config import Config
+from examples.gpt.config import ModelConfig
 from sophia_optax import Categorical
 
 # A GPT of other sizes than these, GPT-2 small's. `dtype` is of the arithmetic.
 Shape = functools.partial(
-    Config, layers=12, heads=12, width=768, context=1024, vocabulary=50257, bias=True
+    ModelConfig, layers=12, heads=12, width=768, context=1024, vocabulary=50257, bias=True
 )
 
 
 class Model:
     """Pure functions of a shape's parameters."""
 
-    def __init__(self, shape: Config):
+    def __init__(self, shape: ModelConfig):
         self.shape = shape
         self.abstract_params = jax.eval_shape(self.init)
 

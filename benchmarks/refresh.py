@@ -14,12 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.gpt import Model, Shape, abstract
 from examples.gpt.config import Config as RunConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.state import TrainState
+from examples.gpt.step import train_step
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 
@@ -53,14 +57,14 @@ REFRESHES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    shape: RunConfig = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
+    shape: ModelConfig = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
     batch: int = 120  # sequences of its training step
     micro_batch: int = 120  # how many of them go through the model at once
     repeats: int = 7
-    on_paper: RunConfig = Shape()  # the model whose operations and memory are counted
+    on_paper: ModelConfig = Shape()  # the model whose operations and memory are counted
     paper_batch: int = 480
     paper_micro_batch: int = 16
-    pass_shape: RunConfig = Shape(context=256)  # but for its vocabulary
+    pass_shape: ModelConfig = Shape(context=256)  # but for its vocabulary
     pass_sequences: int = 1  # in one group
     pass_vocabularies: tuple[int, ...] = (50257,)
     pass_repeats: int = 5
@@ -81,39 +85,24 @@ FULL = Config(
 def training_step(
     model: Model, batch: int, micro_batch: int, estimate: Callable[..., Any] | None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init(params)` and `step((params, state), tokens)` of Sophia.
+    """`init(params)` and `step(state, tokens)` of the trainer, with Sophia.
 
-    It refreshes by `estimate(params, tokens, key)`, if there is one.
+    It refreshes by `estimate(params, tokens, key)`, if there is one, at each step.
     """
     tx = sophia_g(1e-3, update_interval=1)
-    gradient = jax.grad(model.loss)
+    run = RunConfig(model=model.shape).replace(accumulate=batch // micro_batch)
 
-    def mean_gradient(params, tokens):
-        if batch == micro_batch:
-            return gradient(params, tokens)
-        parts = tokens.reshape(-1, micro_batch, tokens.shape[-1])
+    def init(params):
+        return TrainState(params, tx.init(params))
 
-        def add(total, part):
-            return optax.tree.add(total, gradient(params, part)), None
-
-        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), parts)
-        return optax.tree.scale(micro_batch / batch, total)
-
-    def step(carry, tokens):
-        params, state = carry
-        extra, grads = {}, mean_gradient(params, tokens)
-        if estimate is not None:
-            extra["hessian_fn"] = lambda key, fn=estimate: fn(params, tokens, key)
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    return tx.init, step
+    return init, lambda state, tokens: train_step(run, tx, estimate, state, tokens)[0]
 
 
 def measure_refreshes(config: Config) -> dict[str, Any]:
     model = Model(config.shape)
     params, tokens = model.init(), model.tokens(config.batch)
     init, step = training_step(model, config.batch, config.micro_batch, None)
+    and_next = jnp.pad(tokens, ((0, 0), (0, 1)))  # a step's targets are a token later
 
     def program(refresh):
         estimate = refresh.estimator(model, config.batch)
@@ -127,7 +116,7 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
         return measure.Program(fn, zeros, params, part, jax.random.key(0))
 
     programs = measure.compile_all(
-        {"step": lambda: measure.Program(step, (model.init(), init(params)), tokens)}
+        {"step": lambda: measure.Program(step, init(model.init()), and_next)}
         | {
             repr(refresh): functools.partial(program, refresh)
             for refresh in REFRESHES
@@ -181,13 +170,13 @@ def _peaks(config: Config) -> dict[str, float]:
     estimator = row.estimator(model, batch)
 
     def estimate(params, tokens, key):
-        return estimator(params, tokens[: row.sequences(batch)], key=key)
+        return estimator(params, tokens[: row.sequences(batch), :-1], key=key)
 
     def peak(estimate):
         init, step = training_step(model, batch, config.paper_micro_batch, estimate)
-        params, tokens = model.abstract_params, abstract((batch, config.on_paper.context))
-        carry = params, jax.eval_shape(init, params)
-        compiled = jax.jit(step, donate_argnums=0).lower(carry, tokens).compile()
+        state = jax.eval_shape(init, model.abstract_params)
+        tokens = abstract((batch, config.on_paper.context + 1))
+        compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
         return measure.costs(compiled)["peak_bytes"]
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

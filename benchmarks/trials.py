@@ -17,6 +17,8 @@ import optax
 
 from examples.gpt import data, model
 from examples.gpt.config import Config as RunConfig
+from examples.gpt.state import TrainState
+from examples.gpt.step import loss, train_step
 from sophia_optax import (
     empirical_fisher,
     gnb,
@@ -268,25 +270,25 @@ class Outcome:
 
 def run(trial: Trial, size: RunConfig) -> Outcome:
     """Makes a trial of the GPT of this size, with a validation after each 16th of it."""
-    every, validation = size.steps // 16, _validation(size)
+    every, validation = size.training.steps // 16, _validation(size)
     assert trial.steps % every == 0
     settings = dataclasses.asdict(trial.settings)
     settings |= {"seed": trial.seed, "steps": trial.steps}
     settings = jax.tree.map(jnp.asarray, settings)
-    params = model.init(dataclasses.replace(size, seed=trial.seed))
+    params = model.init(size.model, trial.seed)
     make_optimizer, train = programs(size, *trial.program())
-    params, state = jax.jit(lambda p: (p, make_optimizer(settings).init(p)))(params)
+    state = jax.jit(lambda p: TrainState(p, make_optimizer(settings).init(p)))(params)
     batches = _batches(size, "train", trial.seed)
     steps, losses, diverged, unclipped = [], [], False, None
     for end in range(every, trial.steps + 1, every):
         tokens = np.stack([next(batches) for _ in range(every)])
-        params, state, loss = train(settings, params, state, tokens, validation)
-        if diverged := not math.isfinite(loss):
+        state, loss_now = train(settings, state, tokens, validation)
+        if diverged := not math.isfinite(loss_now):
             break
         steps.append(end)
-        losses.append(float(loss))
+        losses.append(float(loss_now))
     if SPACES[trial.optimizer].estimator and trial.optimizer != "adahessian":
-        unclipped = None if diverged else float(unclipped_fraction(state))
+        unclipped = None if diverged else float(unclipped_fraction(state.opt_state))
     return Outcome(steps, losses, diverged, unclipped)
 
 
@@ -311,32 +313,24 @@ def programs(
         clip = optax.clip_by_global_norm(1.0)
         return optax.with_extra_args_support(optax.chain(clip, made))
 
-    def loss_fn(params, tokens_BxS):
-        return model.bind(size, params).loss(tokens_BxS)
-
     def refresh(params, tokens_BxS, key):
-        hessian = estimate(params, tokens_BxS[: size.refresh_batch], key)
+        hessian = estimate(params, tokens_BxS[: size.refresh.refresh_batch], key)
         if optimizer != "adahessian":
             return hessian
-        smooth = variants.spatial_average(hessian, size.width // size.heads)
+        smooth = variants.spatial_average(hessian, size.model.width // size.model.heads)
         is_matrix = _matrices(params)
         return jax.tree.map(lambda h, s, m: s if m else h, hessian, smooth, is_matrix)
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def train(settings, params, state, tokens, validation):
+    @functools.partial(jax.jit, donate_argnums=1)
+    def train(settings, state, tokens, validation):
         tx = make_optimizer(settings)
 
-        def step(carry, tokens_BxS):
-            params, state = carry
-            grads, extra = jax.grad(loss_fn)(params, tokens_BxS), {}
-            if estimate is not None:
-                extra["hessian_fn"] = lambda key: refresh(params, tokens_BxS, key)
-            updates, state = tx.update(grads, state, params, **extra)
-            return (optax.apply_updates(params, updates), state), None
+        def step(state, tokens_BxS):
+            return train_step(size, tx, refresh, state, tokens_BxS)[0], None
 
-        (params, state), _ = jax.lax.scan(step, (params, state), tokens)
-        loss = jax.lax.map(lambda t: loss_fn(params, t), validation).mean()
-        return params, state, loss
+        state, _ = jax.lax.scan(step, state, tokens)
+        of_batch = functools.partial(loss, size, state.params)
+        return state, jax.lax.map(of_batch, validation).mean()
 
     return make_optimizer, train
 
@@ -345,12 +339,10 @@ def _estimator(size: RunConfig, name: str, groups: int) -> Any:
     """A function `(params, tokens, key)`, if one is named."""
 
     def logits_fn(params, tokens_BxT):
-        return model.bind(size, params)(tokens_BxT)
+        return model.bind(size.model, params)(tokens_BxT)
 
     if name == "hutchinson":
-        products = hutchinson(
-            lambda params, tokens: model.bind(size, params).loss(tokens), groups=groups
-        )
+        products = hutchinson(functools.partial(loss, size), groups=groups)
         return lambda params, tokens, key: products(params, tokens, key=key)
     if name in ("gnb", "gnb root"):
         sampled = gnb(logits_fn, groups=groups)
@@ -371,11 +363,12 @@ _corpus = functools.cache(lambda: data.load(None))
 
 def _batches(size: RunConfig, split: str, seed: int) -> Iterator[np.ndarray]:
     tokens = getattr(_corpus(), split)
-    return data.batches(tokens, batch=size.batch, context=size.context, seed=seed)
+    batch, context = size.training.batch, size.model.context
+    return data.batches(tokens, batch=batch, context=context, seed=seed)
 
 
 @functools.cache
 def _validation(size: RunConfig) -> np.ndarray:
     """The same for all: shape (validation_batches, batch, context + 1)."""
     batches = _batches(size, "validation", 0)
-    return np.stack([next(batches) for _ in range(size.validation_batches)])
+    return np.stack([next(batches) for _ in range(size.output.validation_batches)])

@@ -19,19 +19,19 @@ import jax.numpy as jnp
 from benchmarks import measure, rivals
 from benchmarks.gpt import Model, Shape
 from examples.gpt import model as gpt
-from examples.gpt.config import Config as RunConfig
+from examples.gpt.config import ModelConfig
 from sophia_optax import gnb
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Whose parameters are updated: GPT-2 small, and 13 million.
-    trees: tuple[RunConfig, ...] = (
+    trees: tuple[ModelConfig, ...] = (
         Shape(),
         Shape(layers=7, heads=6, width=384, context=256, vocabulary=256),
     )
     repeats: int = 5
-    step: RunConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
+    step: ModelConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
     batch: int = 60  # sequences of a training step
     refresh_batch: int = 2  # of a refresh, in a group for each
     step_repeats: int = 15

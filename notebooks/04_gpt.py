@@ -45,11 +45,11 @@ from sophia_optax import gnb, unclipped_fraction
 # %%
 STEPS = 200 if jax.default_backend() == "cpu" else 500
 corpus = data.load(None)
-config = Config(steps=STEPS).fitted(corpus.tokenizer.vocabulary)
-params = model.init(config)
+config = Config().replace(steps=STEPS).fitted(corpus.tokenizer.vocabulary)
+params = model.init(config.model)
 print(
     f"{model.count(params):,} parameters, {len(corpus.train):,} bytes of {corpus.name}; "
-    f"{STEPS} steps of {config.batch} sequences of {config.context} bytes"
+    f"{STEPS} steps of {config.training.batch} sequences of {config.model.context} bytes"
 )
 
 # %% [markdown]
@@ -63,21 +63,21 @@ print(
 
 # %%
 def loss_fn(params, tokens):
-    return model.bind(config, params).loss(tokens)
+    return model.bind(config.model, params).loss(tokens)
 
 
 def logits_fn(params, tokens):
-    return model.bind(config, params)(tokens)
+    return model.bind(config.model, params)(tokens)
 
 
-estimate = gnb(logits_fn, groups=config.groups)
+estimate = gnb(logits_fn, groups=config.refresh.groups)
 
 
 def make_step(tx):
     @jax.jit
     def step(params, state, tokens):
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
-        part = tokens[: config.refresh_batch, :-1]
+        part = tokens[: config.refresh.refresh_batch, :-1]
         updates, state = tx.update(
             grads, state, params, hessian_fn=lambda key: estimate(params, part, key=key)
         )
@@ -86,10 +86,9 @@ def make_step(tx):
     return step
 
 
-batches = data.batches(
-    corpus.validation, batch=config.batch, context=config.context, seed=0
-)
-VALIDATION = np.stack([next(batches) for _ in range(config.validation_batches)])
+SIZES = {"batch": config.training.batch, "context": config.model.context, "seed": 0}
+batches = data.batches(corpus.validation, **SIZES)
+VALIDATION = np.stack([next(batches) for _ in range(config.output.validation_batches)])
 
 
 @jax.jit
@@ -98,10 +97,10 @@ def validation_loss(params):
 
 
 def train(optimizer):
-    run = Config(steps=STEPS, optimizer=optimizer)
+    run = Config().replace(steps=STEPS, optimizer=optimizer)
     tx = make_optimizer(run, make_schedule(run))
     step, trained, state = make_step(tx), params, tx.init(params)
-    batches = data.batches(corpus.train, batch=config.batch, context=config.context, seed=0)
+    batches = data.batches(corpus.train, **SIZES)
     losses, validations, fractions = [], [], []
     for n in range(STEPS):
         trained, state, loss = step(trained, state, next(batches))
@@ -150,7 +149,7 @@ plt.show()
 # %%
 prompt = np.frombuffer(b"def read(self, ", np.uint8).astype(np.int32)
 for name, (trained, *_) in runs.items():
-    tokens = generate(config, trained, prompt, 240, key=jax.random.key(0))
+    tokens = generate(config.model, trained, prompt, 240, key=jax.random.key(0))
     print(f"--- {name}\n{corpus.tokenizer.decode(np.concatenate([prompt, tokens]))}\n")
 
 # %% [markdown]

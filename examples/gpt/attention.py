@@ -13,11 +13,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
 from examples.gpt import layout
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 
 
 def causal(
-    config: Config,
+    config: ModelConfig,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -44,7 +44,7 @@ def causal(
     )
 
 
-def choose(config: Config, length: int) -> Any:
+def choose(config: ModelConfig, length: int) -> Any:
     """What computes attention over so many positions: "xla", "cudnn" or "splash"."""
     backend, asked = jax.default_backend(), config.attention
     on_gpu = backend == "gpu" and config.dtype == "bfloat16"
@@ -55,8 +55,7 @@ def choose(config: Config, length: int) -> Any:
         )
     if asked == "splash" and backend == "gpu":
         raise ConfigError("`attention` splash is for TPUs, got gpu. Choose auto.")
-    # Hutchinson's differentiates a derivative, which the kernels can't.
-    if asked == "xla" or config.optimizer == "sophia_h":
+    if asked == "xla":
         return "xla"
     # `check` has seen that splash can do sequences of the context, but samples are shorter.
     if asked == "splash" or (asked == "auto" and backend == "tpu"):

@@ -71,9 +71,9 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         self._choices = _choices(config.as_json(), corpus)
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(config.keep)]
-        if config.keep_every is not None:
-            kept.append(policies.EveryNSteps(config.keep_every))
+        kept: list[Any] = [policies.LatestN(config.output.keep)]
+        if config.output.keep_every is not None:
+            kept.append(policies.EveryNSteps(config.output.keep_every))
         policy: Any = policies.AnyPreservationPolicy(kept)
         try:
             self._checkpointer = ocp.training.Checkpointer(
@@ -356,7 +356,7 @@ def load_params(out: Path, mesh: Mesh | None = None) -> tuple[Config, Any]:
     if not fields:
         raise ConfigError(f"`out` must be the folder of a run, got {out}: no config.json.")
     config = Config.from_json(fields)
-    abstract = jax.eval_shape(lambda: model.init(config))
+    abstract = jax.eval_shape(lambda: model.init(config.model))
     abstract = jax.tree.map(
         lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
         abstract,

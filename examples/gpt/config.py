@@ -1,4 +1,10 @@
-"""Every choice of a run, and why the default is what it is."""
+"""Every choice of a run, and why the default is what it is.
+
+There is one way from a command line to a run. A preset is a whole `Config`. `replace` gives
+it what a flag says, of whatever part; another optimizer brings its own recipe. `check` says
+what can't be, before anything is compiled. `fitted` fills in what follows from the data and
+the devices, and what is trained, saved and compared with a checkpoint is that.
+"""
 
 import dataclasses
 import importlib.util
@@ -8,74 +14,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
+from examples.gpt.recipes import RECIPES, ConfigError, Optimizer, Preset, Recipe, need
 
-_POSITIVE = (
-    *("steps", "layers", "heads", "width", "context", "vocabulary", "init_std"),
-    *("batch", "accumulate", "loss_chunk", "refresh_batch", "groups", "update_interval"),
-    *("log_every", "validate_every", "validation_batches"),
-    *("checkpoint_every", "keep", "keep_every", "num_processes", "clip_norm"),
-)
-_PATHS = ("data", "out", "init_from", "resume_from")
+__all__ = ["Config", "ConfigError", "ModelConfig", "Optimizer", "Preset", "Recipe", "need"]
 
 
-class ConfigError(ValueError):
-    """A choice that can't be, found before anything is compiled where it can be."""
-
-    def text(self) -> str:
-        """The error and its notes, for a person."""
-        return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
+# Numbers; all others must be positive.
+_MAY_BE_0 = ("seed", "separator", "warmup", "decay", "final_fraction", "b1", "b2")
+_MAY_BE_0 += ("weight_decay", "profile", "process_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Train a GPT with Sophia.
+class ModelConfig:
+    """What is trained, and how it is computed."""
 
-    Without arguments it reads the source of Python's standard library as bytes, trains a
-    small GPT-2 for a few minutes on two CPU cores, and writes its configuration, metrics,
-    checkpoints and a picture of the loss to `runs/sophia_g`. Started again it goes on
-    from its last checkpoint.
-    """
-
-    # The default is the smallest run that is a fair picture of Sophia. The model, 2 layers
-    # of width 64 on 64 bytes, is small enough that two million bytes teach it words and
-    # indentation in two minutes, and large enough that curvatures differ over
-    # orders of magnitude: rare bytes against spaces, norms against matrices. 500 steps of
-    # 64 sequences are 50 refreshes, enough for their average to settle (with `debias`).
-
-    preset: Preset = "bytes"
-    """A model of the paper and the run it was trained in; every other choice overrides
-    its."""
-
-    optimizer: Optimizer = "sophia_g"
-    """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
-
-    compare: Optimizer | None = None
-    """Train again with this one, at its own best: same parameters, same batches."""
-
-    data: Path | None = None
-    """A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
-    them. The standard library's source by default."""
-
-    verify_data: bool = True
-    """Compare the checksums of a prepared folder before training."""
-
-    init_from: Path | None = None
-    """Start from weights alone: those of a run's folder, or of one of its checkpoints, or
-    GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257."""
-
-    resume_from: Path | None = None
-    """Go on from another run, in a folder of its own and perhaps with another schedule: its
-    folder, or one of its checkpoints, as runs/gpt/checkpoints/40000."""
-
-    out: Path | None = None
-    """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
-
-    steps: int = 500
-    """Number of training steps."""
-
-    seed: int = 0
-    """Seed of the parameters, the batches, the sampled labels and the sampled text."""
+    # The default is the smallest that is a fair picture of Sophia: two million bytes teach
+    # it words and indentation in two minutes, and yet its curvatures differ over orders of
+    # magnitude, rare bytes against spaces and norms against matrices.
 
     architecture: Literal["gpt2", "neox"] = "gpt2"
     """GPT-2, or GPT-NeoX: rotary positions, attention beside the MLP, a head of its own."""
@@ -121,6 +76,50 @@ class Config:
     separator: int | None = None
     """The token that ends a document, with `within_documents`; the data's by default."""
 
+    def splash_fits(self, length: int) -> bool:
+        """Whether Pallas' splash kernel takes sequences of this length."""
+        return length % 128 == 0 and self.width // self.heads % 64 == 0
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ConfigError if the model has fewer tokens than the data."""
+        need(
+            self.vocabulary is None or self.vocabulary >= size,
+            f"`vocabulary` must hold the data's, got a model of {self.vocabulary} tokens "
+            f"for data of {size}.",
+        )
+
+    def check(self) -> None:
+        """Raises ConfigError if the model can't be."""
+        width = self.width // self.heads
+        need(
+            self.width % self.heads == 0,
+            f"`heads` must divide `width`, got {self.heads} heads for {self.width}.",
+        )
+        need(
+            self.architecture == "gpt2" or width >= 8,
+            "`heads` of GPT-NeoX must be 8 wide or wider, for a quarter of each turns with "
+            f"its position, got {self.heads} heads of {self.width}.",
+        )
+        need(
+            self.attention != "cudnn" or not self.within_documents,
+            "`attention` must be another for `within_documents`, got cudnn, whose mask is "
+            "as large as the weights that it saves. Choose auto or xla.",
+        )
+        need(
+            self.attention != "splash" or self.splash_fits(self.context),
+            "`attention` splash wants a `context` that is a multiple of 128 and heads that "
+            f"are a multiple of 64 wide, got {self.context} and {width}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long it is trained, and in which batches."""
+
+    steps: int = 500
+    """Number of training steps."""
+    # Of 64 sequences: 50 refreshes, enough for their average to settle (with `debias`).
+
     batch: int = 64
     """Number of sequences in a batch."""
 
@@ -129,20 +128,6 @@ class Config:
 
     mesh: str = ""
     """How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default."""
-
-    refresh_batch: int | None = None
-    """Number of sequences of the batch that a refresh of the Hessian looks at; as many as
-    there are groups, and 16 or more, by default."""
-    # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
-    # a run this short it is worth little.
-
-    groups: int | None = None
-    """Number of groups of the refresh; a group for each of its sequences by default, of
-    which there are 16 or, on more devices, one for each."""
-
-    update_interval: int = 10
-    """Number of steps from one refresh to the next."""
-    # The paper's.
 
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """The learning rate after its rise: it falls as a cosine, stays, or stays and then
@@ -160,31 +145,77 @@ class Config:
     clip_norm: float = 1.0
     """The largest global norm of a gradient; a larger one is scaled down to it."""
 
+    def warmup_steps(self) -> int:
+        return self.steps // 10 if self.warmup is None else self.warmup
+
+    def decay_steps(self) -> int:
+        return self.steps // 10 if self.decay is None else self.decay
+
+    def check(self) -> None:
+        """Raises ConfigError if it can't be."""
+        warmup, decay = self.warmup_steps(), self.decay_steps()
+        need(
+            0 <= warmup < self.steps,
+            f"`warmup` must be less than `steps`, got {warmup} of {self.steps}.",
+        )
+        need(
+            0 <= decay <= self.steps - warmup,
+            f"`decay` must end with the run, after `warmup`, got {decay} and {warmup} of "
+            f"{self.steps} `steps`.",
+        )
+        need(
+            self.batch % self.accumulate == 0,
+            f"`accumulate` must divide `batch`, got {self.accumulate} micro-batches of "
+            f"{self.batch} sequences.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When Sophia's Hessian is estimated anew, and from what."""
+
+    refresh_batch: int | None = None
+    """Number of sequences of the batch that a refresh of the Hessian looks at; as many as
+    there are groups, and 16 or more, by default."""
+    # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
+    # a run this short it is worth little.
+
+    groups: int | None = None
+    """Number of groups of the refresh; a group for each of its sequences by default, of
+    which there are 16 or, on more devices, one for each."""
+
+    update_interval: int = 10
+    """Number of steps from one refresh to the next."""
+    # The paper's.
+
     debias: bool = True
     """Correct the bias of the average of the Hessian."""
     # In 500 steps the average is still far from its value, which without the correction is
     # a gamma several times smaller than the one asked for.
 
-    learning_rate: float | None = None
-    """Peak of the learning rate; the optimizer's own best, like the next six."""
+    def check(self, batch: int) -> None:
+        """Raises ConfigError if a batch of this size can't be used so."""
+        size = self.refresh_batch or batch
+        need(
+            size <= batch,
+            f"`refresh_batch` is a part of the batch and can't be larger, got {size} of "
+            f"{batch} sequences.",
+        )
+        need(
+            self.refresh_batch is None or size % (self.groups or 1) == 0,
+            f"`groups` must divide `refresh_batch`, got {self.groups} groups of {size} "
+            "sequences.",
+        )
+        need(
+            batch % size == 0,
+            "`refresh_batch` must divide `batch`, so that each device has its share, got "
+            f"{size} of {batch} sequences.",
+        )
 
-    b1: float | None = None
-    """Decay of the moving average of gradients."""
 
-    b2: float | None = None
-    """Decay of the moving average of the Hessian, or of the squared gradients."""
-
-    gamma: float | None = None
-    """Sophia's scale of the Hessian, in place of `share`; larger clips less."""
-
-    share: float | None = None
-    """The share of each parameter's entries that Sophia's gamma leaves unclipped."""
-
-    nesterov: bool | None = None
-    """Nesterov's momentum, for Sophia and AdamW."""
-
-    weight_decay: float | None = None
-    """Decoupled weight decay, on matrices and embeddings only."""
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is written while it is trained, and how often."""
 
     log_every: int = 10
     """Number of steps from one line of metrics.jsonl to the next."""
@@ -213,9 +244,25 @@ class Config:
     profile: int = 0
     """Number of steps, from the eleventh, whose profile is written to `out`/profile."""
 
+    def check(self, steps: int) -> None:
+        """Raises ConfigError if it can't be in a run of so many steps."""
+        need(
+            not self.profile or steps > 11,
+            f"`profile` begins at the eleventh step, got {steps} `steps`.",
+        )
+        for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+            need(
+                not getattr(self, name) or importlib.util.find_spec(package) is not None,
+                f"`{name}` needs {package}, which is not there: pip install {package}.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """For processes that are started by hand."""
+
     coordinator: str | None = None
-    """HOST:PORT of process 0, where processes are started by hand. On Cloud TPU, Slurm
-    and Kubernetes they find each other."""
+    """HOST:PORT of process 0. On Cloud TPU, Slurm and Kubernetes none is needed."""
 
     num_processes: int | None = None
     """Number of processes, with `coordinator`."""
@@ -223,13 +270,87 @@ class Config:
     process_id: int | None = None
     """Number of this process, with `coordinator`."""
 
-    def recipe(self) -> Recipe:
-        """The optimizer's settings: its own, where none are given."""
-        own = RECIPES[self.preset][self.optimizer]
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
-        if self.gamma is not None or self.share is not None:  # one in place of the other
-            own = dataclasses.replace(own, gamma=None, share=None)
-        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+    def check(self) -> None:
+        """Raises ConfigError if it can't be."""
+        given = [value is not None for value in dataclasses.astuple(self)]
+        need(
+            all(given) or not any(given),
+            "`coordinator`, `num_processes` and `process_id` belong together: give all "
+            "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a GPT with Sophia.
+
+    Without arguments it reads the source of Python's standard library as bytes, trains a
+    small GPT-2 for a few minutes on two CPU cores, and writes its configuration, metrics,
+    checkpoints and a picture of the loss to `runs/sophia_g`. Started again it goes on
+    from its last checkpoint.
+    """
+
+    preset: Preset = "bytes"
+    """A model of the paper and the run it was trained in; every other choice overrides
+    its."""
+
+    optimizer: Optimizer = "sophia_g"
+    """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
+
+    compare: Optimizer | None = None
+    """Train again with this one, at its own best: same parameters, same batches."""
+
+    data: Path | None = None
+    """A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
+    them. The standard library's source by default."""
+
+    verify_data: bool = True
+    """Compare the checksums of a prepared folder before training."""
+
+    init_from: Path | None = None
+    """Start from weights alone: those of a run's folder, or of one of its checkpoints, or
+    GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257."""
+
+    resume_from: Path | None = None
+    """Go on from another run, in a folder of its own and perhaps with another schedule: its
+    folder, or one of its checkpoints, as runs/gpt/checkpoints/40000."""
+
+    out: Path | None = None
+    """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
+
+    seed: int = 0
+    """Seed of the parameters, the batches, the sampled labels and the sampled text."""
+
+    model: ModelConfig = ModelConfig()
+    training: Training = Training()
+    recipe: Recipe = RECIPES["bytes"]["sophia_g"]
+    refresh: Refresh = Refresh()
+    output: Output = Output()
+    processes: Processes = Processes()
+
+    def replace(self, **choices: Any) -> "Config":
+        """The same run but for these choices, of whatever part they are.
+
+        A `preset` or an `optimizer` brings its own recipe, and one of `gamma` and `share`
+        takes the place of the other.
+        """
+        base = self
+        if choices.keys() & {"preset", "optimizer"}:
+            preset = choices.get("preset", self.preset)
+            own = RECIPES[preset][choices.get("optimizer", self.optimizer)]
+            base = dataclasses.replace(self, recipe=own)
+        scales = [name for name in ("gamma", "share") if choices.get(name) is not None]
+        need(
+            len(scales) < 2,
+            f"`share` chooses gamma, got `gamma` {choices.get('gamma')} too: leave one.",
+        )
+        if scales:
+            choices = {"gamma": None, "share": None} | choices
+        parts = {}
+        for name, part in _parts(base).items():
+            own = {k: choices.pop(k) for k in dataclasses.asdict(part) if k in choices}
+            parts[name] = dataclasses.replace(part, **own)
+        return dataclasses.replace(base, **parts, **choices)
 
     def fitted(
         self,
@@ -242,184 +363,83 @@ class Config:
 
         A run that goes on keeps the groups that it `began` with, however many there are.
         """
-        groups = self.groups or began.get("groups")
-        fewest = math.lcm(self.groups or 1, parts)
-        sizes = [n for n in range(fewest, self.batch, fewest) if self.batch % n == 0]
-        refresh_batch = self.refresh_batch or began.get("refresh_batch")
-        if refresh_batch is None:
-            refresh_batch = next((n for n in sizes if n >= 16), self.batch)
-        if self.vocabulary is not None and self.vocabulary < vocabulary:
-            raise ConfigError(
-                f"`vocabulary` must hold the data's, got a model of {self.vocabulary} "
-                f"tokens for data of {vocabulary}."
-            )
-        if self.separator is not None or not self.within_documents:
-            separator = self.separator
-        return dataclasses.replace(
-            self,
-            separator=separator,
-            vocabulary=self.vocabulary or -(-vocabulary // 128) * 128,
-            refresh_batch=refresh_batch,
-            groups=groups or refresh_batch,
+        model, refresh, batch = self.model, self.refresh, self.training.batch
+        model.check_vocabulary(vocabulary)
+        fewest = math.lcm(refresh.groups or 1, parts)
+        sizes = [n for n in range(fewest, batch, fewest) if batch % n == 0 and n >= 16]
+        size = (
+            refresh.refresh_batch or began.get("refresh_batch") or min(sizes, default=batch)
         )
-
-    def compared(self) -> "Config":
-        """The same run with the optimizer `compare`, at its own settings."""
-        assert self.compare is not None
-        unset = {f.name: None for f in dataclasses.fields(Recipe)}
-        return dataclasses.replace(self, optimizer=self.compare, compare=None, **unset)
-
-    def warmup_steps(self) -> int:
-        return self.steps // 10 if self.warmup is None else self.warmup
-
-    def decay_steps(self) -> int:
-        return self.steps // 10 if self.decay is None else self.decay
+        choices: dict[str, Any] = {
+            "vocabulary": model.vocabulary or -(-vocabulary // 128) * 128,
+            "refresh_batch": size,
+            "groups": refresh.groups or began.get("groups") or size,
+        }
+        if model.within_documents and model.separator is None:
+            choices["separator"] = separator
+        if self.optimizer == "sophia_h":  # its second derivative no kernel has
+            choices["attention"] = "xla"
+        return self.replace(**choices)
 
     def folder(self) -> Path:
-        name = (
-            self.optimizer if self.compare is None else f"{self.optimizer}_{self.compare}"
-        )
-        return self.out or Path("runs") / name
+        names = [self.optimizer, self.compare] if self.compare else [self.optimizer]
+        return self.out or Path("runs") / "_".join(names)
 
-    def as_json(self) -> dict:
-        """All of it, with the recipe filled in."""
-        fields = dataclasses.asdict(self) | dataclasses.asdict(self.recipe())
-        fields["warmup"] = self.warmup_steps()
+    def as_json(self) -> dict[str, Any]:
+        """All choices, whatever their part."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, part in _parts(self).items():
+            del fields[name]
+            fields |= dataclasses.asdict(part)
+        fields["warmup"] = self.training.warmup_steps()
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
     @classmethod
-    def from_json(cls, fields: dict) -> "Config":
+    def from_json(cls, fields: Mapping[str, Any]) -> "Config":
         """The run of which this is `as_json`."""
-        known: dict[str, Any] = {
-            f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields
-        }
-        for name in _PATHS:
+        known = {name: fields[name] for name in cls().as_json() if name in fields}
+        for name in ("data", "out", "init_from", "resume_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
-        return cls(**known)
+        return cls().replace(**known)
 
     def check(self) -> None:
         """Raises ConfigError if the run can't be."""
-        for name in _POSITIVE:
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ConfigError(f"`{name}` must be positive, got {value}.")
-        for name in ("seed", "profile", "final_fraction"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ConfigError(f"`{name}` must not be negative, got {value}.")
-        recipe = self.recipe()
-        for name in ("learning_rate", "gamma"):
-            if (value := getattr(recipe, name)) is not None and not value > 0:
-                raise ConfigError(f"`{name}` must be positive, got {value}.")
-        for name in ("b1", "b2"):
-            if not 0 <= (value := getattr(recipe, name)) < 1:
-                raise ConfigError(f"`{name}` must be at least 0 and below 1, got {value}.")
-        if not recipe.weight_decay >= 0:
-            raise ConfigError(
-                f"`weight_decay` must not be negative, got {recipe.weight_decay}."
-            )
-        for name in ("gamma", "share"):
-            if getattr(self, name) is not None and "sophia" not in self.optimizer:
-                raise ConfigError(f"`{name}` is Sophia's, and {self.optimizer} has none.")
-        if self.gamma is not None and self.share is not None:
-            raise ConfigError(
-                f"`share` chooses gamma, got `gamma` {self.gamma} too: leave one out."
-            )
-        if recipe.share is not None and not 0 < recipe.share < 1:
-            raise ConfigError(f"`share` must be between 0 and 1, got {recipe.share}.")
-        if self.nesterov and self.optimizer == "lion":
-            raise ConfigError("`nesterov` is for Sophia and AdamW, and lion has none.")
-        if not 0 <= self.warmup_steps() < self.steps:
-            raise ConfigError(
-                f"`warmup` must be less than `steps`, got {self.warmup_steps()} of "
-                f"{self.steps}."
-            )
-        if not 0 <= self.decay_steps() <= self.steps - self.warmup_steps():
-            raise ConfigError(
-                "`decay` must end with the run, after `warmup`, got "
-                f"{self.decay_steps()} and {self.warmup_steps()} of {self.steps} `steps`."
-            )
-        if self.init_from is not None and self.resume_from is not None:
-            raise ConfigError(
-                "`init_from` begins from weights alone and `resume_from` from all of a "
-                "checkpoint: leave one out."
-            )
-        if self.width % self.heads:
-            raise ConfigError(
-                f"`heads` must divide `width`, got {self.heads} heads for {self.width}."
-            )
-        self._check_attention()
-        self._check_refresh()
-        if self.batch % self.accumulate:
-            raise ConfigError(
-                f"`accumulate` must divide `batch`, got {self.accumulate} micro-batches of "
-                f"{self.batch} sequences."
-            )
-        by_hand = (self.coordinator, self.num_processes, self.process_id)
-        if None in by_hand and any(value is not None for value in by_hand):
-            raise ConfigError(
-                "`coordinator`, `num_processes` and `process_id` belong together: give all "
-                "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes."
-            )
-        if self.architecture == "neox" and self.width // self.heads < 8:
-            raise ConfigError(
-                "`heads` of GPT-NeoX must be 8 wide or wider, for a quarter of each turns "
-                f"with its position, got {self.heads} heads of {self.width}."
-            )
-        if self.profile and self.steps <= 11:
-            raise ConfigError(
-                f"`profile` begins at the eleventh step, got {self.steps} `steps`."
-            )
-        for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-            if getattr(self, name) and importlib.util.find_spec(package) is None:
-                raise ConfigError(
-                    f"`{name}` needs {package}, which is not there: pip install {package}."
-                )
-        if self.compare == self.optimizer:
-            raise ConfigError(f"`compare` is the optimizer itself, {self.optimizer}.")
+        for name, value in self.as_json().items():
+            if type(value) in (int, float) and name in _MAY_BE_0:
+                need(value >= 0, f"`{name}` must not be negative, got {value}.")
+            elif type(value) in (int, float):
+                need(value > 0, f"`{name}` must be positive, got {value}.")
+        self.model.check()
+        self.training.check()
+        self.recipe.check(self.optimizer)
+        self.refresh.check(self.training.batch)
+        self.output.check(self.training.steps)
+        self.processes.check()
+        need(
+            "sophia_h" not in (self.optimizer, self.compare)
+            or self.model.attention in ("auto", "xla"),
+            "`attention` must be xla or auto for sophia_h, whose second derivative "
+            f"{self.model.attention} does not have, got {self.model.attention}.",
+        )
+        need(
+            self.init_from is None or self.resume_from is None,
+            "`init_from` begins from weights alone and `resume_from` from all of a "
+            "checkpoint: leave one out.",
+        )
+        need(
+            self.compare != self.optimizer,
+            f"`compare` is the optimizer itself, {self.optimizer}.",
+        )
         out = self.folder()
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"`out` must be a folder, but {out} is a file.")
+        need(
+            out.is_dir() or not out.exists(),
+            f"`out` must be a folder, but {out} is a file.",
+        )
 
-    def splash_fits(self, length: int) -> bool:
-        """Whether Pallas' splash kernel takes sequences of this length."""
-        return length % 128 == 0 and self.width // self.heads % 64 == 0
 
-    def _check_attention(self) -> None:
-        if self.attention in ("cudnn", "splash") and "sophia_h" in (
-            self.optimizer,
-            self.compare,
-        ):
-            raise ConfigError(
-                "`attention` must be xla or auto for sophia_h, whose second derivative "
-                f"{self.attention} does not have, got {self.attention}."
-            )
-        if self.attention == "cudnn" and self.within_documents:
-            raise ConfigError(
-                "`attention` must be another for `within_documents`, got cudnn, whose mask "
-                "would be as large as the weights that it saves. Choose auto or xla."
-            )
-        if self.attention == "splash" and not self.splash_fits(self.context):
-            raise ConfigError(
-                "`attention` splash wants a `context` that is a multiple of 128 and heads "
-                f"that are a multiple of 64 wide, got {self.context} and "
-                f"{self.width // self.heads}."
-            )
-
-    def _check_refresh(self) -> None:
-        if self.refresh_batch is None:
-            return
-        if self.refresh_batch > self.batch:
-            raise ConfigError(
-                f"`refresh_batch` is a part of the batch and can't be larger, got "
-                f"{self.refresh_batch} of {self.batch} sequences."
-            )
-        if self.groups is not None and self.refresh_batch % self.groups:
-            raise ConfigError(
-                f"`groups` must divide `refresh_batch`, got {self.groups} groups of "
-                f"{self.refresh_batch} sequences."
-            )
-        if self.batch % self.refresh_batch:
-            raise ConfigError(
-                "`refresh_batch` must divide `batch`, so that each device has its share, "
-                f"got {self.refresh_batch} of {self.batch} sequences."
-            )
+def _parts(config: Config) -> dict[str, Any]:
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {
+        name: value for name, value in fields.items() if dataclasses.is_dataclass(value)
+    }

@@ -12,7 +12,7 @@ import tyro
 
 from examples.gpt import data as corpora
 from examples.gpt import layout
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.model import bind
 from examples.gpt.sample import open_model, open_tokenizer
 from examples.gpt.tokenizer import Tokenizer
@@ -70,15 +70,15 @@ def main(
             except ModuleNotFoundError as error:
                 raise ConfigError(f"`tasks` need lm-eval: {error}.") from error
             tokenizer = open_tokenizer(config, out, weights, data)
-            lm = harness.Harness(config, params, tokenizer, batch)
+            lm = harness.Harness(config.model, params, tokenizer, batch)
             print(harness.table(lm, tasks.split(","), shots, limit, task_data))
             return
         if weights is not None and data is None:
             raise ConfigError("`data` must be given for a loss of `weights`, or `tasks`.")
         corpus = corpora.load(data or config.data)
-        config.fitted(corpus.tokenizer.vocabulary)
-        corpus.check(config.context)
-        loss, unit = evaluate(config, params, corpus, batch), corpus.tokenizer.unit
+        config.model.check_vocabulary(corpus.tokenizer.vocabulary)
+        corpus.check(config.model.context)
+        loss, unit = evaluate(config.model, params, corpus, batch), corpus.tokenizer.unit
     print(f"{corpus.name}: {loss.tokens:,} {unit}s of validation")
     print(
         f"loss {loss.nats:.4f} nats a {unit}, perplexity {loss.perplexity():.3f}, "
@@ -86,7 +86,7 @@ def main(
     )
 
 
-def evaluate(config: Config, params: Any, corpus: corpora.Corpus, batch: int) -> Loss:
+def evaluate(config: ModelConfig, params: Any, corpus: corpora.Corpus, batch: int) -> Loss:
     """The loss over every sequence of the validation split."""
     nats, tokens, size = 0.0, 0, 0
     for tokens_BxS in corpora.sequences(corpus.validation, config.context, batch):
@@ -98,7 +98,7 @@ def evaluate(config: Config, params: Any, corpus: corpora.Corpus, batch: int) ->
 
 
 def judge(
-    config: Config, params: Any, tokens_BxS: np.ndarray, batch: int
+    config: ModelConfig, params: Any, tokens_BxS: np.ndarray, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `GPT.judge` says of sequences, in a batch that all devices have a share of."""
     mesh = jax.sharding.get_abstract_mesh()

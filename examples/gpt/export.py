@@ -20,7 +20,8 @@ def main(out: Path, to: Path) -> None:
       to: The folder to write: a config.json and a model.safetensors, which transformers'
         GPT2LMHeadModel.from_pretrained takes, and the tokenizer's file if it has one.
     """
-    hugging_face.save(to, *load_params(out))
+    config, params = load_params(out)
+    hugging_face.save(to, config.model, params)
     tokenizer = sorted((out / TOKENIZER).glob("*.*"))  # that of bytes has no suffix
     for file in tokenizer:
         shutil.copy(file, to)

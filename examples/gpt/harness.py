@@ -28,7 +28,7 @@ from lm_eval.utils import (
     make_table,
 )
 
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.evaluate import judge
 from examples.gpt.sample import generate, padded
 from examples.gpt.tokenizer import Tokenizer
@@ -48,7 +48,9 @@ class Harness(TemplateLM):
       batch: number of sequences that are computed at once.
     """
 
-    def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, batch: int = 16):
+    def __init__(
+        self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int = 16
+    ):
         super().__init__()
         self._config, self._params = config, params
         self._tokenizer, self._batch = tokenizer, batch

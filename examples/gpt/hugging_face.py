@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt import model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
@@ -54,7 +54,7 @@ FIXED = {
 }
 
 
-def config_of(folder: Path) -> Config:
+def config_of(folder: Path) -> ModelConfig:
     """The model whose weights a folder holds; all else is as in the default run."""
     path = folder / "config.json"
     theirs = _read_json(path)
@@ -69,10 +69,10 @@ def config_of(folder: Path) -> Config:
                 "Give the weights of a GPT-2."
             )
     shape = {ours: theirs[name] for ours, name in SHAPE.items()}
-    return Config(architecture="gpt2", bias=True, **shape)
+    return ModelConfig(architecture="gpt2", bias=True, **shape)
 
 
-def load(folder: Path, config: Config) -> Any:
+def load(folder: Path, config: ModelConfig) -> Any:
     """The parameters in a folder.
 
     Args:
@@ -116,7 +116,7 @@ def load(folder: Path, config: Config) -> Any:
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def save(folder: Path, config: Config, params: Any) -> None:
+def save(folder: Path, config: ModelConfig, params: Any) -> None:
     """Writes a folder that transformers' `GPT2LMHeadModel.from_pretrained` takes.
 
     Args:
@@ -147,7 +147,7 @@ def save(folder: Path, config: Config, params: Any) -> None:
         raise ConfigError(f"`to`: {folder} can't be written to: {error}.") from error
 
 
-def _abstract(config: Config) -> dict[str, Any]:
+def _abstract(config: ModelConfig) -> dict[str, Any]:
     """Shapes of the parameters, biases included, by names like blocks/qkv/kernel."""
     config = dataclasses.replace(config, bias=True)
     abstract = jax.eval_shape(lambda: model.init(config))
@@ -155,7 +155,7 @@ def _abstract(config: Config) -> dict[str, Any]:
 
 
 def _theirs(
-    name: str, shape: tuple[int, ...], config: Config
+    name: str, shape: tuple[int, ...], config: ModelConfig
 ) -> tuple[list[str], tuple[int, ...]]:
     """Their names of a parameter, one for each layer, and the shape of each."""
     module, _, leaf = name.rpartition("/")
@@ -200,7 +200,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> 
     return tensor.astype(np.float32)
 
 
-def _check_is_gpt2(config: Config) -> None:
+def _check_is_gpt2(config: ModelConfig) -> None:
     if config.architecture != "gpt2":
         raise ConfigError(
             f"`architecture` must be gpt2 for weights in this format, got "

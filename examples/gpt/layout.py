@@ -157,7 +157,7 @@ def spread(params: Any, first: str | None = None) -> Any:
 
 def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of parts that the batch is spread in."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 
 
 def rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:

@@ -103,7 +103,7 @@ class Log:
             self._write_line(row)
         for write, _ in self._dashboards:
             write(row)
-        name, steps = self._config.optimizer, self._config.steps
+        name, steps = self._config.optimizer, self._config.training.steps
         print(f"{name} step {row['step']} of {steps}: {_text(row)}", flush=True)
 
     def restart_clock(self, step: int) -> None:
@@ -130,12 +130,12 @@ class Log:
         if since is None or step <= since[0]:  # the first steps of a process compile
             return dict.fromkeys(("tokens_per_second", "mfu", "seconds_to_go"))
         seconds = (now - since[1]) / (step - since[0])
-        speed = self._config.batch * self._config.context / seconds
-        peak = _peak_flops(self._config.dtype)
+        speed = self._config.training.batch * self._config.model.context / seconds
+        peak = _peak_flops(self._config.model.dtype)
         return {
             "tokens_per_second": speed,
             "mfu": None if peak is None else speed * self._flops_per_token / peak,
-            "seconds_to_go": seconds * (self._config.steps - step),
+            "seconds_to_go": seconds * (self._config.training.steps - step),
         }
 
 
@@ -187,7 +187,7 @@ def _peak_flops(dtype: str) -> float | None:
 
 def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
     """What else each row is written to."""
-    if config.tensorboard:
+    if config.output.tensorboard:
         import tensorboardX
 
         writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
@@ -198,7 +198,7 @@ def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
             writer.flush()
 
         yield write, writer.close
-    if config.wandb is not None:
+    if config.output.wandb is not None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         # The same folder is the same run: a resumed one goes on in its curves.
@@ -206,7 +206,7 @@ def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
         if not name.exists():
             name.write_text(uuid.uuid4().hex)
         run = wandb.init(
-            project=config.wandb,
+            project=config.output.wandb,
             id=name.read_text(),
             resume="allow",
             reinit="create_new",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.gpt import attention, head
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.layout import whole
 from sophia_optax import Categorical
 
@@ -32,7 +32,7 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 class Block(nnx.Module):
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, H, K = config.width, config.heads, config.width // config.heads
         shared = {"use_bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         into = _initializer(config.init_std)
@@ -78,7 +78,7 @@ class GPT(nnx.Module):
     The blocks are one `Block`, each of whose parameters has a leading axis of layers.
     """
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.vocabulary is not None
         V, D = config.vocabulary, config.width
         shared = {"dtype": config.dtype, "rngs": rngs}
@@ -255,12 +255,12 @@ def rotate(
     return jnp.concatenate([*(x.astype(rest.dtype) for x in turned), rest], axis=-1)
 
 
-def init(config: Config) -> Any:
-    """The first parameters, nested dicts of float32 arrays, from the config's seed."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(config.seed))))
+def init(config: ModelConfig, seed: int = 0) -> Any:
+    """The first parameters, nested dicts of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed))))
 
 
-def bind(config: Config, params: Any) -> GPT:
+def bind(config: ModelConfig, params: Any) -> GPT:
     """The config's model with these parameters."""
     outside = {name: params[name] for name in params if name != "blocks"}
     return nnx.merge(
@@ -269,7 +269,7 @@ def bind(config: Config, params: Any) -> GPT:
 
 
 @functools.cache
-def _graph(config: Config) -> Any:
+def _graph(config: ModelConfig) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
 
 

@@ -1,13 +1,11 @@
 """The models of the paper, each with the run it was trained in, as configs."""
 
-import dataclasses
-
 from examples.gpt.config import Config
 from examples.gpt.recipes import Preset
 
 # 480 sequences of 1,024 tokens, warm-up, k = 10 and the rest are the paper's; the refresh
 # is ours: 16 sequences in 16 groups, where the paper has 240 in one.
-_GPT2 = Config(
+_GPT2 = Config().replace(
     preset="gpt2-125m",
     layers=12,
     heads=12,
@@ -24,13 +22,13 @@ _GPT2 = Config(
     validate_every=1_000,
     checkpoint_every=1_000,
 )
-_NEOX = dataclasses.replace(
-    _GPT2, architecture="neox", context=2048, vocabulary=50432, batch=2048, bias=True
+_NEOX = _GPT2.replace(
+    architecture="neox", context=2048, vocabulary=50432, batch=2048, bias=True
 )
 
 
 def _sized(base: Config, preset: Preset, layers: int, heads: int, width: int) -> Config:
-    return dataclasses.replace(base, preset=preset, layers=layers, heads=heads, width=width)
+    return base.replace(preset=preset, layers=layers, heads=heads, width=width)
 
 
 PRESETS: dict[Preset, Config] = {

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, Processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
@@ -30,7 +30,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def join(config: Config) -> None:
+def join(config: Processes) -> None:
     """Joins the other processes, if there are any; before anything is computed."""
     given: Any = (config.coordinator, config.num_processes, config.process_id)
     if None not in given:

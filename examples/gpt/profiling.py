@@ -10,10 +10,10 @@ FIRST = 11  # the steps before compile, and fill what is to be read ahead
 
 
 class Profile:
-    """Writes `config.profile` steps, or those that there are, to the folder `profile`."""
+    """Writes as many steps as `--profile` says to the folder `profile`."""
 
     def __init__(self, config: Config, folder: Path):
-        self._count, self._folder = config.profile, folder / "profile"
+        self._count, self._folder = config.output.profile, folder / "profile"
         self._is_running = False
 
     def step(self, step: int) -> None:

@@ -16,17 +16,63 @@ Preset = Literal[
 ]
 
 
+class ConfigError(ValueError):
+    """A choice that can't be, found before anything is compiled where it can be."""
+
+    def text(self) -> str:
+        """The error and its notes, for a person."""
+        return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
+
+
+def need(holds: bool, message: str) -> None:
+    """Raises ConfigError with the message, unless it holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """An optimizer's settings."""
+    """The optimizer's settings: by default its own best."""
 
     learning_rate: float
+    """Peak of the learning rate."""
+
     b1: float
+    """Decay of the moving average of gradients."""
+
     b2: float
+    """Decay of the moving average of the Hessian, or of the squared gradients."""
+
     weight_decay: float
+    """Decoupled weight decay, on matrices and embeddings only."""
+
     gamma: float | None = None
-    share: float | None = None  # that gamma leaves unclipped, in place of a gamma
-    nesterov: bool | None = None
+    """Sophia's scale of the Hessian, in place of `share`; larger clips less."""
+
+    share: float | None = None
+    """The share of each parameter's entries that Sophia's gamma leaves unclipped."""
+
+    nesterov: bool = False
+    """Nesterov's momentum, for Sophia and AdamW."""
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raises ConfigError if the optimizer can't have these."""
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            need(0 <= value < 1, f"`{name}` must be at least 0 and below 1, got {value}.")
+        for name in ("gamma", "share"):
+            need(
+                getattr(self, name) is None or "sophia" in optimizer,
+                f"`{name}` is Sophia's, and {optimizer} has none.",
+            )
+        need(
+            self.share is None or 0 < self.share < 1,
+            f"`share` must be between 0 and 1, got {self.share}.",
+        )
+        need(
+            not self.nesterov or optimizer != "lion",
+            "`nesterov` is for Sophia and AdamW, and lion has none.",
+        )
 
 
 # All but sophia_g's: each is within 0.002 of the best that a search by hand found, a

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from examples.gpt import checkpoint, data, hugging_face, layout
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config, ConfigError, ModelConfig
 from examples.gpt.layout import whole
 from examples.gpt.model import bind
 from examples.gpt.tokenizer import BYTES, GPT2, Tokenizer, make
@@ -59,7 +59,7 @@ def main(
         tokenizer = open_tokenizer(config, out, weights, data)
         for i in range(count):
             written = generate(
-                config,
+                config.model,
                 params,
                 tokenizer.encode(prompt) or [tokenizer.separator],
                 length,
@@ -74,7 +74,7 @@ def main(
 
 
 def generate(
-    config: Config,
+    config: ModelConfig,
     params: Any,
     prompt: Sequence[int] | np.ndarray,
     length: int,
@@ -173,8 +173,8 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
     if out is not None:
         return checkpoint.load_params(out, mesh)
     assert weights is not None
-    config = hugging_face.config_of(weights)
-    params = hugging_face.load(weights, config)
+    config = Config(model=hugging_face.config_of(weights))
+    params = hugging_face.load(weights, config.model)
     return config, jax.device_put(params, layout.shardings(params, mesh))
 
 
@@ -201,7 +201,7 @@ def open_tokenizer(
             if path is None:
                 error.add_note("The tokenizer is with it. Say with --data where it is now.")
             raise
-    config.fitted(found.vocabulary)
+    config.model.check_vocabulary(found.vocabulary)
     return found
 
 

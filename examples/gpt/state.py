@@ -7,7 +7,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from examples.gpt import checkpoint, hugging_face, layout, model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config, need
 
 # What the shapes of the parameters follow from.
 MODEL = ("architecture", "layers", "heads", "width", "context", "vocabulary", "bias")
@@ -18,30 +18,26 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def state_shardings(
-    config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> tuple[TrainState, TrainState]:
-    """Shapes of the state, and how it lies on the mesh: averages as their parameters."""
-    params = jax.eval_shape(lambda: model.init(config))
-    opt_state = jax.eval_shape(tx.init, params)
-    on_mesh = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout.specs(params))
-    on_mesh_opt = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        opt_state,
-        on_mesh,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
-    )
-    return TrainState(params, opt_state), TrainState(on_mesh, on_mesh_opt)
-
-
 def abstract_state(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        *state_shardings(config, tx, mesh),
+    """The state's shapes, dtypes and shardings: averages lie as their parameters."""
+    params = jax.eval_shape(lambda: model.init(config.model))
+    opt_state = jax.eval_shape(tx.init, params)
+    specs = layout.specs(params)
+    opt_specs = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        opt_state,
+        specs,
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+
+    def lay(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return TrainState(
+        jax.tree.map(lay, params, specs), jax.tree.map(lay, opt_state, opt_specs)
     )
 
 
@@ -49,20 +45,21 @@ def first_state(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> TrainState:
     """The state before the first step, made where it lies."""
-    _, shardings = state_shardings(config, tx, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
     if config.init_from is None:
-        params = jax.jit(lambda: model.init(config), out_shardings=shardings.params)()
+        params = jax.jit(
+            lambda: model.init(config.model, config.seed), out_shardings=where.params
+        )()
     elif checkpoint.steps_in(config.init_from):
         theirs, params = checkpoint.load_params(config.init_from, mesh)
         for name in MODEL:
-            ours, saved = getattr(config, name), getattr(theirs, name)
-            if ours != saved:
-                raise ConfigError(
-                    f"`{name}` must be that of the weights, got {ours} for {saved} in "
-                    f"{config.init_from}. Give --{name} {saved}."
-                )
+            ours, saved = getattr(config.model, name), getattr(theirs.model, name)
+            need(
+                ours == saved,
+                f"`{name}` must be that of the weights, got {ours} for {saved} in "
+                f"{config.init_from}. Give --{name} {saved}.",
+            )
     else:
-        params = hugging_face.load(config.init_from, config)
-        params = jax.device_put(params, shardings.params)
-    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(params, opt_state)
+        params = hugging_face.load(config.init_from, config.model)
+        params = jax.device_put(params, where.params)
+    return TrainState(params, jax.jit(tx.init, out_shardings=where.opt_state)(params))

@@ -1,5 +1,6 @@
-"""The functions that a run compiles: a training step, and the loss of a validation."""
+"""What a run compiles: a training step, and the loss of a validation."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,112 +11,130 @@ import optax
 from jax.sharding import Mesh
 
 from examples.gpt import layout, model
-from examples.gpt.config import Config, ConfigError
-from examples.gpt.state import TrainState, state_shardings
+from examples.gpt.config import Config, need
+from examples.gpt.state import TrainState, abstract_state
 from sophia_optax import gnb, hutchinson
+
+Estimate = Callable[[Any, jax.Array, jax.Array], Any]  # of parameters, batch and key
+Row = dict[str, Any]  # what is logged of a step
 
 
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """A function from the state and a batch to the next state, and what to log."""
+    """The training step of a run, compiled for the mesh; it takes the state's memory."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
+    step = functools.partial(train_step, config, tx, functools.partial(estimate, config))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
-    def loss_fn(params, tokens_BxS):  # S = T + 1: the inputs, and one token after
-        return model.bind(config, params).loss(tokens_BxS)
 
-    def logits_fn(params, tokens_BxT):
-        return model.bind(config, params)(tokens_BxT)
+def train_step(
+    config: Config,
+    tx: optax.GradientTransformationExtraArgs,
+    estimate: Estimate | None,
+    state: TrainState,
+    tokens_BxS: jax.Array,
+) -> tuple[TrainState, Row]:
+    """The next state, and what to log: the inputs and one token after, S = T + 1.
 
-    # Each of the batch's devices sums up gradients of its own. They are exchanged once, or,
-    # where none has room for all of them, in each micro-batch where a layer was gathered.
-    in_parts = mesh.shape["fsdp"] > 1
-    parts = layout.batch_devices(mesh)
+    `estimate` is of the Hessian's diagonal, for an optimizer that asks for one.
+    """
+    params, extra = state.params, {}
+    if estimate is not None:
+        extra["hessian_fn"] = lambda key: estimate(params, tokens_BxS, key)
+    loss, grads = loss_and_grads(config, params, tokens_BxS)
+    updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
+    row = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(optax.apply_updates(params, updates), opt_state), row
+
+
+def loss_and_grads(
+    config: Config, params: Any, tokens_BxS: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The mean loss of a batch and its gradient, in micro-batches.
+
+    Each of the batch's devices sums up gradients of its own. They are exchanged once, or,
+    where none has room for all of them, in each micro-batch where a layer was gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts, in_parts = layout.batch_devices(mesh), mesh.shape.get("fsdp", 1) > 1
     axes: Any = layout.BATCH if in_parts else "data"
     grad_fn = jax.vmap(
-        jax.value_and_grad(loss_fn),
+        jax.value_and_grad(functools.partial(loss, config)),
         (None, 0),
         (0, None if in_parts else 0),
         axis_name=layout.PARTS,
         spmd_axis_name=axes,
     )
 
-    def loss_and_grads(params, tokens_BxS):
-        def add(total, tokens_NxS):
-            tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
-            return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
+    def add(total, tokens_NxS):
+        tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
+        return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
 
-        def zeros(p):
-            return jnp.zeros(p.shape if in_parts else (parts, *p.shape))
+    def zeros(p):
+        return jnp.zeros(p.shape if in_parts else (parts, *p.shape))
 
-        zero = layout.spread(jax.tree.map(zeros, params), None if in_parts else "data")
-        micro = micro_batches(config, tokens_BxS)
-        (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(parts), zero), micro)
-        if not in_parts:
-            grads = jax.tree.map(lambda g: g.sum(0), grads)
-        count = parts * config.accumulate
-        return loss.sum() / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
+    zero = layout.spread(jax.tree.map(zeros, params), None if in_parts else "data")
+    micro = micro_batches(config, tokens_BxS)
+    (losses, grads), _ = jax.lax.scan(add, (jnp.zeros(parts), zero), micro)
+    if not in_parts:
+        grads = jax.tree.map(lambda g: g.sum(0), grads)
+    count = parts * config.training.accumulate
+    return losses.sum() / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
 
-    def estimate(params, tokens_BxS, key):
-        """From a part of the batch, of which each device has its share."""
-        assert config.groups is not None
-        assert config.refresh_batch is not None
-        tokens_BxS = tokens_BxS[:: config.batch // config.refresh_batch]
-        at_once = math.gcd(config.groups, layout.batch_devices(mesh))
-        if config.optimizer == "sophia_h":
-            estimator = hutchinson(loss_fn, groups=config.groups, parallel_groups=at_once)
-            return layout.spread(estimator(params, tokens_BxS, key=key))
-        estimator = gnb(logits_fn, groups=config.groups, parallel_groups=at_once)
-        return layout.spread(estimator(params, tokens_BxS[:, :-1], key=key))
 
-    def train_step(state, tokens_BxS):
-        loss, grads = loss_and_grads(state.params, tokens_BxS)
-        updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            hessian_fn=lambda key: estimate(state.params, tokens_BxS, key),
+def estimate(config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array) -> Any:
+    """The Hessian's diagonal, of a part of the batch that each device has its share of."""
+    groups, size = config.refresh.groups, config.refresh.refresh_batch
+    assert groups is not None
+    assert size is not None
+    tokens_BxS = tokens_BxS[:: len(tokens_BxS) // size]
+    at_once = math.gcd(groups, layout.batch_devices(jax.sharding.get_abstract_mesh()))
+    if config.optimizer == "sophia_h":
+        loss_fn = functools.partial(loss, config)
+        estimator = hutchinson(loss_fn, groups=groups, parallel_groups=at_once)
+    else:
+        tokens_BxS = tokens_BxS[:, :-1]
+        estimator = gnb(
+            lambda params, tokens: model.bind(config.model, params)(tokens),
+            groups=groups,
+            parallel_groups=at_once,
         )
-        params = optax.apply_updates(state.params, updates)
-        row = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(params, opt_state), row
+    return layout.spread(estimator(params, tokens_BxS, key=key))
 
-    _, shardings = state_shardings(config, tx, mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+def loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
+    """The mean loss of the next token."""
+    return model.bind(config.model, params).loss(tokens_BxS)
 
 
 def micro_batches(config: Config, tokens_BxS: jax.Array) -> jax.Array:
     """The batch in `accumulate` parts, of which each device has its share."""
-    return jnp.moveaxis(
-        tokens_BxS.reshape(-1, config.accumulate, tokens_BxS.shape[-1]), 1, 0
-    )
+    shape = (-1, config.training.accumulate, tokens_BxS.shape[-1])
+    return jnp.moveaxis(tokens_BxS.reshape(shape), 1, 0)
 
 
-def make_loss(config: Config) -> Callable[[Any, jax.Array], jax.Array]:
-    """A function from parameters and a batch to the loss, in micro-batches."""
-
-    @jax.jit
-    def loss_fn(params, tokens_BxS):
-        loss = model.bind(config, params).loss
-        return jax.lax.map(loss, micro_batches(config, tokens_BxS)).mean()
-
-    return loss_fn
+@functools.partial(jax.jit, static_argnums=0)
+def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
+    """The mean loss of a batch, in micro-batches."""
+    micro = micro_batches(config, tokens_BxS)
+    return jax.lax.map(functools.partial(loss, config, params), micro).mean()
 
 
 def check_layout(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if the run does not fit the mesh."""
-    layout.check(jax.eval_shape(lambda: model.init(config)), mesh)
+    layout.check(jax.eval_shape(lambda: model.init(config.model)), mesh)
+    batch, accumulate = config.training.batch, config.training.accumulate
     parts = layout.batch_devices(mesh)
-    micro = config.batch // config.accumulate
-    if micro % parts:
-        fits = config.accumulate * parts
-        fits *= -(-config.batch // fits)
-        raise ConfigError(
-            f"`batch` must be spread evenly, got {micro} sequences in a micro-batch for "
-            f"{parts} parts of the mesh (data x fsdp). --batch {fits} does."
-        )
-    groups = config.groups or 1
-    is_sophia = "sophia" in config.optimizer
-    if is_sophia and groups > 1 and groups % parts and jax.process_index() == 0:
+    fits = -(-batch // (accumulate * parts)) * accumulate * parts
+    need(
+        batch == fits,
+        f"`batch` must be spread evenly, got {batch // accumulate} sequences in a "
+        f"micro-batch for {parts} parts of the mesh (data x fsdp). --batch {fits} does.",
+    )
+    groups = config.refresh.groups or 1
+    uneven = "sophia" in config.optimizer and groups > 1 and groups % parts
+    if uneven and jax.process_index() == 0:
         print(
             f"The {groups} groups of a refresh can't be shared out evenly to {parts} parts "
             "of the mesh (data x fsdp): in a refresh some devices wait, or do the same."
@@ -124,6 +143,7 @@ def check_layout(config: Config, mesh: Mesh) -> None:
 
 def flops_per_token(config: Config, params: Any) -> float:
     """Six for each parameter that multiplies, and attention (PaLM, appendix B)."""
-    looked_up = ["positions"] if config.architecture == "gpt2" else ["tokens"]
-    used = model.count(params) - sum(model.count(params[name]) for name in looked_up)
-    return 6 * used + 12 * config.layers * config.width * config.context
+    gpt = config.model
+    looked_up = params["positions" if gpt.architecture == "gpt2" else "tokens"]
+    used = model.count(params) - model.count(looked_up)
+    return 6 * used + 12 * gpt.layers * gpt.width * gpt.context

@@ -7,61 +7,55 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from examples.gpt import attention, data, layout, plot, processes, sample
+from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began, check_unused
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config, need
 from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.profiling import Profile
 from examples.gpt.state import TrainState, abstract_state, first_state
-from examples.gpt.step import check_layout, flops_per_token, make_loss, make_train_step
 from sophia_optax import sophia_metrics
 
 
 def main(config: Config) -> list[plot.Curve]:
     """Trains, compares if asked, and writes everything to the config's folder."""
     config.check()
-    mesh = layout.make_mesh(config.mesh)
+    mesh = layout.make_mesh(config.training.mesh)
     process, count = jax.process_index(), jax.process_count()
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
-    corpus.check(config.context)
-    parts, out, tokenizer = layout.batch_devices(mesh), config.folder(), corpus.tokenizer
+    corpus.check(config.model.context)
+    out, tokenizer = config.folder(), corpus.tokenizer
     if process == 0:
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
             f"{len(corpus.validation):,} to validate\n{mesh.size} device(s) of "
             f"{jax.devices()[0].device_kind}"
         )
+    runs = [(config, out)]
+    if config.compare is not None:
+        other = config.replace(optimizer=config.compare, compare=None)
+        runs.append((other, out / f"compare_{config.compare}"))
     curves, text = [], ""
     with jax.set_mesh(mesh):
-        for part, folder in _parts(config, out):
-            part = part.fitted(
-                tokenizer.vocabulary, parts, tokenizer.separator, began(folder)
-            )
-            state, rows = train(part, corpus, folder)
-            curves.append(plot.Curve(part.optimizer, rows))
-            text = text or write_text(part, state.params, corpus)
+        for run, folder in runs:
+            parts, before = layout.batch_devices(mesh), began(folder)
+            run = run.fitted(tokenizer.vocabulary, parts, tokenizer.separator, before)
+            state, rows = train(run, corpus, folder)
+            curves.append(plot.Curve(run.optimizer, rows))
+            text = text or write_text(run, state.params, corpus)
     if process > 0:  # the first has the last words
         return curves
-    plot.losses(curves, out / "loss.png", corpus.name, corpus.tokenizer.unit)
+    plot.losses(curves, out / "loss.png", corpus.name, tokenizer.unit)
     print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
     print(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
     for curve in curves if config.compare else []:
         print(f"{curve.name}: val loss {curve.val_loss:.3f}")
     print(f"val loss {curves[0].val_loss:.3f}")
     return curves
-
-
-def _parts(config: Config, out: Path) -> list[tuple[Config, Path]]:
-    if config.compare is None:
-        return [(config, out)]
-    other = config.compared()
-    return [(config, out), (other, out / f"compare_{other.optimizer}")]
 
 
 def train(
@@ -72,21 +66,16 @@ def train(
     Returns:
       The last state, and the rows of metrics.jsonl.
     """
-    mesh = jax.sharding.get_mesh()
-    check_layout(config, mesh)
-    attention.choose(config, config.context)  # raises here, not while compiling
+    mesh, output = jax.sharding.get_mesh(), config.output
+    steps, batch = config.training.steps, config.training.batch
+    step.check_layout(config, mesh)
+    attention.choose(config.model, config.model.context)  # raises here, not in a compiler
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
-    train_step = make_train_step(config, tx, mesh)
+    train_step = step.make_train_step(config, tx, mesh)
     validate = make_validation(config, corpus, mesh)
     metrics = jax.jit(_metrics)
-    batches = data.batches(
-        corpus.train,
-        batch=config.batch,
-        context=config.context,
-        seed=config.seed,
-        rows=layout.rows(mesh, config.batch),
-    )
+    batches = _batches(config, corpus.train, config.seed, mesh)
 
     with (
         _held(folder),
@@ -102,18 +91,16 @@ def train(
         else:
             start, state = restored.step, restored.state
             batches.set_state(restored.position)
-            if start > config.steps:
-                raise ConfigError(
-                    f"`steps` must not be fewer than were done, got {config.steps} after "
-                    f"{start}. Take more, or go on from an earlier checkpoint elsewhere: "
-                    "--resume-from."
-                )
+            need(
+                start <= steps,
+                f"`steps` must not be fewer than were done, got {steps} after {start}. "
+                "Take more, or go on from an earlier checkpoint elsewhere: --resume-from.",
+            )
             if processes.is_first():
-                what = "is done at" if start == config.steps else "goes on from"
-                print(f"{config.optimizer} {what} step {start} of {config.steps}.")
-        flops = flops_per_token(config, state.params)
+                what = "is done at" if start == steps else "goes on from"
+                print(f"{config.optimizer} {what} step {start} of {steps}.")
         with processes.together():
-            log = Log(config, folder, start, flops)
+            log = Log(config, folder, start, step.flops_per_token(config, state.params))
             if processes.is_first():
                 sample.keep_tokenizer(folder, corpus.tokenizer)
         with processes.together():
@@ -124,21 +111,21 @@ def train(
             Profile(config, folder) as profile,
             processes.ends_if_one_is_lost(),
         ):
-            for step in range(start + 1, config.steps + 1):
-                profile.step(step - start)
-                tokens = layout.put(mesh, next(batches), config.batch)
+            for number in range(start + 1, steps + 1):
+                profile.step(number - start)
+                tokens = layout.put(mesh, next(batches), batch)
                 state, row = train_step(state, tokens)
-                row["step"] = step
-                is_last = step == config.steps
-                validates = step % config.validate_every == 0 or is_last
-                is_logged = validates or step % config.log_every == 0
+                row["step"] = number
+                is_last = number == steps
+                validates = number % output.validate_every == 0 or is_last
+                is_logged = validates or number % output.log_every == 0
                 if is_logged:
-                    row["lr"] = schedule(step - 1)
+                    row["lr"] = schedule(number - 1)
                     if "sophia" in config.optimizer:
                         row |= metrics(state.opt_state)
                 log.step(row, is_logged)
-                signal_came = signal.came(step)
-                saves = signal_came or is_last or step % config.checkpoint_every == 0
+                signal_came = signal.came(number)
+                saves = signal_came or is_last or number % output.checkpoint_every == 0
                 if validates or saves:
                     with processes.together():
                         log.wait()
@@ -147,16 +134,16 @@ def train(
                         log.write()
                         require_finite(row)  # or nothing of it is saved
                     if saves:
-                        checkpoints.save(step, state, batches.get_state())
-                    log.restart_clock(step)
+                        checkpoints.save(number, state, batches.get_state())
+                    log.restart_clock(number)
                 if signal_came:
-                    saved = f"Step {step} is saved in {folder}"
+                    saved = f"Step {number} is saved in {folder}"
                     raise processes.Interrupted(saved, signal_came)
     log.close()
     return state, log.rows
 
 
-def _metrics(opt_state: optax.OptState) -> Row:
+def _metrics(opt_state: Any) -> Row:
     """What is logged of Sophia's state."""
     found = sophia_metrics(opt_state)
     return {name: found[name] for name in ("unclipped_fraction", "refreshes", "refused")}
@@ -172,25 +159,28 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
+def _batches(config: Config, tokens: data.Tokens, seed: int, mesh: Mesh) -> Any:
+    """Of the batches of a split the rows that this process has."""
+    batch = config.training.batch
+    return data.batches(
+        tokens,
+        batch=batch,
+        context=config.model.context,
+        seed=seed,
+        rows=layout.rows(mesh, batch),
+    )
+
+
 def make_validation(
     config: Config, corpus: data.Corpus, mesh: Mesh
 ) -> Callable[[Any], float]:
     """A function from parameters to the mean loss of the same batches, always."""
-    batches = data.batches(
-        corpus.validation,
-        batch=config.batch,
-        context=config.context,
-        seed=0,
-        rows=layout.rows(mesh, config.batch),
-    )
-    with contextlib.closing(batches):
-        kept = [next(batches) for _ in range(config.validation_batches)]
-    loss_fn = make_loss(config)
+    with contextlib.closing(_batches(config, corpus.validation, 0, mesh)) as batches:
+        kept = [next(batches) for _ in range(config.output.validation_batches)]
 
     def validate(params):
-        losses = [
-            loss_fn(params, layout.put(mesh, tokens, config.batch)) for tokens in kept
-        ]
+        put = (layout.put(mesh, tokens, config.training.batch) for tokens in kept)
+        losses = [step.validation_loss(config, params, tokens) for tokens in put]
         return float(np.mean(jax.device_get(losses)))
 
     return validate
@@ -198,9 +188,9 @@ def make_validation(
 
 def write_text(config: Config, params: Any, corpus: data.Corpus) -> str:
     """Text sampled after the first `context` tokens of the validation."""
-    prompt = next(iter(data.sequences(corpus.validation, config.context)))[0, :-1]
+    prompt = next(iter(data.sequences(corpus.validation, config.model.context)))[0, :-1]
     tokens = sample.generate(
-        config,
+        config.model,
         params,
         prompt,
         400,

@@ -10,7 +10,7 @@ from benchmarks import ablations, trials
 from benchmarks.trials import SPACES, Outcome, Trial
 from examples.gpt.config import Config as RunConfig
 
-SIZE = RunConfig(
+SIZE = RunConfig().replace(
     **{"steps": 32, "layers": 1, "heads": 2, "width": 16, "context": 16},
     **{"batch": 8, "vocabulary": 256, "validation_batches": 2},
     **{"refresh_batch": 4, "groups": 4},
@@ -96,7 +96,7 @@ def fake(trial, size):
     s = trial.settings
     loss = 1 + abs(np.log(s.learning_rate / 5e-3)) + (s.b1 - 0.8) ** 2 + 0.01 * trial.seed
     loss += {"sophia_g": 0.0, "adamw": 0.1}.get(trial.optimizer, 0.3)
-    every = size.steps // 16
+    every = size.training.steps // 16
     at = list(range(every, trial.steps + 1, every))
     losses = list(np.linspace(loss + 1, loss, len(at)))
     return Outcome(at, losses, s.clip_threshold > 1, 0.3)
@@ -139,5 +139,5 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
     ablations.KEPT.write_text("\n".join(lines[:-1]) + "\n")
     assert ablations.measure_ablations(config) == results
     assert "1 trials to go" in capsys.readouterr().out
-    other = dataclasses.replace(config, run=dataclasses.replace(SIZE, width=32))
+    other = dataclasses.replace(config, run=SIZE.replace(width=32))
     assert not ablations._kept(other.run)

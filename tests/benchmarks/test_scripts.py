@@ -96,7 +96,7 @@ def test_error_falls_with_the_groups():
         large_draws=12,
         reference_draws=32,
         repeats=1,
-        run=RunConfig(
+        run=RunConfig().replace(
             steps=20, warmup=2, layers=1, heads=2, width=16, context=16, batch=16
         ),
     )

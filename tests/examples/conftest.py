@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import fsspec
@@ -7,6 +6,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from examples.gpt.checkpoint import FOLDER, Checkpoints
+from examples.gpt.config import Config
 from examples.gpt.state import TrainState
 
 
@@ -14,9 +14,9 @@ from examples.gpt.state import TrainState
 def save_run(tmp_path):
     """A function that writes the folder of a run which ended with these parameters."""
 
-    def save(config, params):
+    def save(model, params):
         folder = tmp_path / "out"
-        config = dataclasses.replace(config, out=folder)
+        config = Config(out=folder, model=model)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config.as_json()))
         with Checkpoints(folder / FOLDER, config, {}) as checkpoints:

@@ -1,7 +1,5 @@
 """The kernels are XLA's attention: in Pallas' interpreter, or lowered without a device."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.state import abstract_state, first_state
 from examples.gpt.step import make_train_step
 
-SMALL = Config(
+SMALL = Config().replace(
     layers=1,
     heads=2,
     width=128,
@@ -47,11 +45,11 @@ def test_splash_is_the_attention_of_xla(in_documents):
     documents = jnp.cumsum(TOKENS[:2, :128] == 0, 1).repeat(2, axis=1) * in_documents
 
     def value_and_grads(name):
-        config = dataclasses.replace(SMALL, attention=name)
+        config = SMALL.replace(attention=name)
 
         def total(*qkv):
             given = documents if in_documents else None
-            return (attention.causal(config, *qkv, given) ** 2).sum()
+            return (attention.causal(config.model, *qkv, given) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
@@ -66,7 +64,7 @@ def step(mesh, config):
     with jax.set_mesh(mesh):
         config = config.fitted(128, layout.batch_devices(mesh))
         tx = make_optimizer(config, make_schedule(config))
-        tokens = layout.put(mesh, np.asarray(TOKENS[:, : config.context + 1]), 8)
+        tokens = layout.put(mesh, np.asarray(TOKENS[:, : config.model.context + 1]), 8)
         state = first_state(config, tx, mesh)
         compiled = make_train_step(config, tx, mesh).lower(state, tokens).compile()
         (params, opt_state), row = compiled(state, tokens)
@@ -77,9 +75,9 @@ def step(mesh, config):
 @pytest.mark.slow
 def test_a_step_by_splash_on_8_devices_is_one_by_xla_on_one():
     """With the refresh in it, whose groups are mapped over without a name of the mesh's."""
-    config = dataclasses.replace(SMALL, gamma=0.05, within_documents=True, remat="full")
+    config = SMALL.replace(gamma=0.05, within_documents=True, remat="full")
     eight = mesh_of(data=2, fsdp=2, tensor=2)
-    splash = dataclasses.replace(config, attention="splash")
+    splash = config.replace(attention="splash")
     found, state, compiled = step(eight, splash)
     expected, expected_state, _ = step(mesh_of(), config)
     _, _, by_xla = step(eight, config)
@@ -127,8 +125,8 @@ def test_a_step_is_lowered_for_an_accelerator(
     monkeypatch, platform, sizes, call, within_documents
 ):
     """The kernel is in the loss, on its way back, and in the refresh."""
-    config = dataclasses.replace(
-        SMALL, dtype="bfloat16", remat="dots", within_documents=within_documents
+    config = SMALL.replace(
+        dtype="bfloat16", remat="dots", within_documents=within_documents
     )
     calls = lowered(monkeypatch, platform, config, mesh_of(**sizes)).as_text().count(call)
     assert calls >= 4 if platform == "tpu" or not within_documents else calls == 0
@@ -151,10 +149,10 @@ def test_a_step_is_lowered_for_an_accelerator(
 )
 def test_what_computes_attention(monkeypatch, backend, changes, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    config = dataclasses.replace(SMALL, **changes)
-    assert attention.choose(config, 128) == expected
+    config = SMALL.replace(**changes).fitted(128)
+    assert attention.choose(config.model, 128) == expected
     if expected == "splash":
-        assert attention.choose(config, 64) == "xla"  # a sample's
+        assert attention.choose(config.model, 64) == "xla"  # a sample's
 
 
 @pytest.mark.parametrize(
@@ -169,16 +167,15 @@ def test_what_computes_attention(monkeypatch, backend, changes, expected):
 )
 def test_attention_that_cannot_be(changes, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(SMALL, **changes).check()
+        SMALL.replace(**changes).check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
 def test_in_bfloat16_a_step_in_parts_is_one_of_one_device(optimizer):
     """To its rounding, by which some labels of the refresh are others."""
-    config = dataclasses.replace(SMALL, gamma=0.05, dtype="bfloat16", context=64)
-    config = dataclasses.replace(config, architecture="neox", loss_chunk=32)
-    config = dataclasses.replace(config, optimizer=optimizer)
+    config = SMALL.replace(optimizer=optimizer, gamma=0.05, dtype="bfloat16", context=64)
+    config = config.replace(architecture="neox", loss_chunk=32)
     (row, _), states, _ = step(mesh_of(fsdp=8), config)
     (expected, _), expected_states, _ = step(mesh_of(), config)
     for name in ("loss", "grad_norm"):
@@ -191,24 +188,24 @@ def test_in_bfloat16_a_step_in_parts_is_one_of_one_device(optimizer):
 def test_kernels_are_not_where_they_do_not_run(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="splash is for TPUs, got gpu"):
-        attention.choose(dataclasses.replace(SMALL, attention="splash"), 128)
+        attention.choose(SMALL.replace(attention="splash").model, 128)
 
 
 def test_cudnn_is_not_on_cpu():
-    config = dataclasses.replace(SMALL, attention="cudnn")
+    config = SMALL.replace(attention="cudnn")
     with pytest.raises(ConfigError, match="for bfloat16 on GPUs, got float32 on cpu"):
-        jax.eval_shape(lambda: model.bind(config, model.init(config))(TOKENS[:, :128]))
+        jax.eval_shape(
+            lambda: model.bind(config.model, model.init(config.model))(TOKENS[:, :128])
+        )
 
 
 @pytest.mark.parametrize("name", ["xla", "splash"])
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 def test_a_document_does_not_see_those_before_it(architecture, name):
     """Whatever they are; where positions are relative, however long they are, too."""
-    config = dataclasses.replace(
-        SMALL, architecture=architecture, attention=name, within_documents=True
-    )
-    params = model.init(config)
-    logits_of = jax.jit(lambda tokens: model.bind(config, params)(tokens))
+    config = SMALL.replace(architecture=architecture, attention=name, within_documents=True)
+    params = model.init(config.model)
+    logits_of = jax.jit(lambda tokens: model.bind(config.model, params)(tokens))
     document = jax.random.randint(jax.random.key(2), (50,), 1, 128)
 
     def logits(*before):
@@ -228,9 +225,9 @@ def test_a_document_does_not_see_those_before_it(architecture, name):
 
 
 def test_documents_are_those_of_the_data():
-    config = Config(vocabulary=256, within_documents=True)
-    assert config.fitted(256, separator=7).separator == 7
-    assert dataclasses.replace(config, separator=3).fitted(256, separator=7).separator == 3
-    assert Config().fitted(256, separator=7).separator is None
+    config = Config().replace(vocabulary=256, within_documents=True)
+    assert config.fitted(256, separator=7).model.separator == 7
+    assert config.replace(separator=3).fitted(256, separator=7).model.separator == 3
+    assert Config().fitted(256, separator=7).model.separator is None
     with pytest.raises(ConfigError, match="`separator` must be given"):
-        jax.eval_shape(lambda: model.bind(config, model.init(config))(TOKENS))
+        jax.eval_shape(lambda: model.bind(config.model, model.init(config.model))(TOKENS))

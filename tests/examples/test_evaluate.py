@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.tokenizer import Tiktoken
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Config(layers=1, heads=2, width=16, context=24, vocabulary=384, bias=True)
+CONFIG = ModelConfig(layers=1, heads=2, width=16, context=24, vocabulary=384, bias=True)
 TEXT = "The quick brown fox, être ou ne pas être.\n" * 60
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from examples.gpt import evaluate, hugging_face, model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.tokenizer import Bytes, Tiktoken
 
 pytest.importorskip("lm_eval")
@@ -14,8 +14,8 @@ from lm_eval.api.instance import Instance
 
 from examples.gpt import harness
 
-CONFIG = Config(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
-ROOMY = Config(layers=1, heads=2, width=16, context=512, vocabulary=256, bias=True)
+CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
+ROOMY = ModelConfig(layers=1, heads=2, width=16, context=512, vocabulary=256, bias=True)
 NAMES = ["boolq", "cb", "copa", "rte"]
 
 

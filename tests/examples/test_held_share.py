@@ -25,11 +25,11 @@ def test_each_parameter_s_share_is_held_from_the_tenth_step_on(nesterov):
         optax.clip_by_global_norm(1.0),
         scale_by_sophia(b1=0.8, gamma=rule, nesterov=nesterov),
     )
-    estimate = gnb(lambda p, x: model.bind(config, p)(x), groups=16)
+    estimate = gnb(lambda p, x: model.bind(config.model, p)(x), groups=16)
 
     @jax.jit
     def step(params, state, tokens):
-        grads = jax.grad(lambda p: model.bind(config, p).loss(tokens))(params)
+        grads = jax.grad(lambda p: model.bind(config.model, p).loss(tokens))(params)
         updates, state = tx.update(
             grads,
             state,
@@ -46,10 +46,13 @@ def test_each_parameter_s_share_is_held_from_the_tenth_step_on(nesterov):
         params = jax.tree.map(lambda p, u: p - 4e-3 * u, params, updates)
         return params, state, jnp.concatenate([s.ravel() for s in jax.tree.leaves(shares)])
 
-    params = model.init(config)
+    params = model.init(config.model)
     state = tx.init(params)
     batches = data.batches(
-        data.load(None).train, batch=config.batch, context=config.context, seed=0
+        data.load(None).train,
+        batch=config.training.batch,
+        context=config.model.context,
+        seed=0,
     )
     for n, tokens in enumerate(itertools.islice(batches, STEPS)):
         params, state, shares = step(params, state, tokens)

@@ -7,12 +7,12 @@ import pytest
 import safetensors.numpy
 
 from examples.gpt import export, hugging_face, model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 
 pytestmark = pytest.mark.slow
 
 # No two sizes are alike: nothing fits by chance.
-CONFIG = Config(layers=2, heads=3, width=12, context=10, vocabulary=31, bias=True)
+CONFIG = ModelConfig(layers=2, heads=3, width=12, context=10, vocabulary=31, bias=True)
 
 
 def random_params(config):

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from examples.gpt import layout, processes
 from examples.gpt.__main__ import parse
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, Processes
 from examples.gpt.step import check_layout
 
 LAUNCH = Path(processes.__file__).with_name("launch")
@@ -43,23 +43,23 @@ def test_processes_join_where_there_are_others(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    processes.join(Config())
+    processes.join(Processes())
     assert initialized == [()] * joins
 
 
 def test_processes_join_on_a_cloud_tpu(initialized, monkeypatch):
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"])
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    processes.join(Config())  # /dev/vfio may hold something else
+    processes.join(Processes())  # /dev/vfio may hold something else
     assert initialized == []
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
-    processes.join(Config())
+    processes.join(Processes())
     assert initialized == [()]
 
 
 def test_what_is_said_by_hand_goes_first(initialized, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    processes.join(Config(coordinator="here:1", num_processes=2, process_id=1))
+    processes.join(Processes(coordinator="here:1", num_processes=2, process_id=1))
     assert initialized == [("here:1", 2, 1)]
 
 
@@ -70,7 +70,7 @@ def test_processes_that_do_not_find_each_other(initialized, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(ConfigError, match=r"should be defined(.|\n)*jax\[k8s\]"):
-        processes.join(Config())
+        processes.join(Processes())
 
 
 @pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])
@@ -115,4 +115,4 @@ def runs_on_32_devices(arguments):
     mesh = AbstractMesh((32, 1, 1), layout.AXES, axis_types=(AxisType.Auto,) * 3)
     config = config.fitted(50257, layout.batch_devices(mesh))
     check_layout(config, mesh)
-    assert config.groups == 32
+    assert config.refresh.groups == 32

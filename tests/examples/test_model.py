@@ -8,10 +8,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from examples.gpt import layout, model
-from examples.gpt.config import Config
+from examples.gpt.config import ModelConfig
 from examples.gpt.presets import PRESETS
 
-SMALL = Config(vocabulary=128, layers=2, heads=2, width=32, context=24)
+SMALL = ModelConfig(vocabulary=128, layers=2, heads=2, width=32, context=24)
 NEOX = dataclasses.replace(SMALL, architecture="neox", bias=True)
 TOKENS = jax.random.randint(jax.random.key(1), (3, 25), 0, 128)
 
@@ -38,7 +38,7 @@ def by_hand(layers, width, vocabulary, context, *, bias=False, neox=False):
     ],
 )
 def test_presets_have_the_parameters_of_their_names(preset, shape, millions):
-    config = PRESETS[preset]
+    config = PRESETS[preset].model
     neox = preset.startswith("neox")
     count = model.count(jax.eval_shape(lambda: model.init(config)))
     assert count == by_hand(*shape, bias=neox, neox=neox)
@@ -111,7 +111,9 @@ def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
 def test_no_float32_logits_of_a_whole_batch():
     """The gradient's temporary memory, in chunks of a sixteenth, against all at once."""
     B, T, V = 4, 256, 8192
-    config = Config(layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16")
+    config = ModelConfig(
+        layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16"
+    )
     abstract = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
 
@@ -166,7 +168,7 @@ def test_logits_are_not_rounded_to_bfloat16(config):
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_the_gradient_of_a_frequent_token_does_not_stall(mesh):
     """4,096 times in a batch: in bfloat16 a sum stops at 256 times one of its terms."""
-    config = Config(layers=1, heads=1, width=16, context=512, vocabulary=128)
+    config = ModelConfig(layers=1, heads=1, width=16, context=512, vocabulary=128)
     tokens = np.full((8, 513), 5)
     tokens[:, -1] = 7
     rows = []

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from examples.gpt import hugging_face, model, sample
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.sample import generate
 from examples.gpt.tokenizer import Bytes, Tiktoken
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Config(layers=2, heads=2, width=16, context=80, vocabulary=256, bias=True)
+CONFIG = ModelConfig(layers=2, heads=2, width=16, context=80, vocabulary=256, bias=True)
 KEY = jax.random.key(0)
 
 
