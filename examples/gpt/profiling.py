@@ -1,5 +1,6 @@
 """The profile of a few steps, for TensorBoard or Perfetto."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -9,29 +10,18 @@ from examples.gpt.config import Config
 FIRST = 11  # the steps before compile, and fill what is to be read ahead
 
 
-class Profile:
+class Profile(contextlib.ExitStack):
     """Writes `config.profile` steps, or those that there are, to the folder `profile`."""
 
     def __init__(self, config: Config, folder: Path):
+        super().__init__()
         self._count, self._folder = config.profile, folder / "profile"
-        self._is_running = False
 
     def step(self, step: int) -> None:
         """Before a step; `step` counts from where this process began."""
         if self._count and step == FIRST:
-            jax.profiler.start_trace(self._folder)
-            self._is_running = True
+            self.enter_context(jax.profiler.trace(self._folder))
+            # Before it stops, devices finish what was sent to them.
+            self.callback(lambda: jax.block_until_ready(jax.live_arrays()))
         if step == FIRST + self._count:
-            self._stop()
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._is_running:
-            jax.effects_barrier()
-            jax.profiler.stop_trace()
-            self._is_running = False
+            self.close()
