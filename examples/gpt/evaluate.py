@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from examples.gpt import data as corpora
@@ -36,21 +37,17 @@ def main(
       tasks: Names of lm-eval's tasks, as boolq,cb,copa,rte (needs lm-eval).
       shots: Number of examples that a prompt begins with.
       limit: Number of questions of each task; all by default.
-      task_data: Folder of the tasks' data, as boolq/train.jsonl and boolq/validation.jsonl;
-        from the Hugging Face hub by default.
+      task_data: Folder of boolq/{train,validation}.jsonl and so on; the hub by default.
       mesh: How devices are laid out, as data=8,tensor=4; all data by default.
     """
     with jax.set_mesh(layout.make_mesh(mesh)):
         config, params = open_model(out, weights)
         if tasks:
-            from lm_eval.utils import make_table
-
             from examples.gpt import harness
 
             tokenizer = open_tokenizer(config, out, weights, data)
             lm = harness.Harness(config, params, tokenizer, batch)
-            results = harness.run(lm, tasks.split(","), shots, limit, task_data)
-            print(make_table(results))
+            harness.run(lm, tasks.split(","), shots, limit, task_data)
             return
         if weights is not None and data is None:
             raise ConfigError("`data` must be given for a loss of `weights`, or `tasks`.")
@@ -71,7 +68,7 @@ def evaluate(
     """The mean loss of the whole validation split, its tokens, and the bytes they are."""
     nats, tokens, size = 0.0, 0, 0
     for tokens_BxS in corpora.sequences(corpus.validation, config.context, batch):
-        losses_BxT, _ = judge(config, params, tokens_BxS, batch)
+        losses_BxT, _ = jax.device_get(judge(config, params, tokens_BxS))
         nats += losses_BxT.sum(dtype=np.float64)
         tokens += losses_BxT.size
         text = tokens_BxS[:, 1:].ravel()
@@ -82,21 +79,14 @@ def evaluate(
     return nats / tokens, tokens, size
 
 
-def judge(
-    config: Config, params: Any, tokens_BxS: np.ndarray, batch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `GPT.judge` says of sequences, in a batch that all devices have a share of."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else layout.batch_devices(mesh)
-    rows = np.zeros((-(-batch // parts) * parts, tokens_BxS.shape[1]), np.int32)
-    rows[: len(tokens_BxS)] = tokens_BxS
-    losses_BxT, likeliest_BxT = jax.device_get(_judge(config, params, rows))
-    return losses_BxT[: len(tokens_BxS)], likeliest_BxT[: len(tokens_BxS)]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _judge(config, params, tokens_BxS):
-    return bind(config, params).judge(layout.spread_batch(tokens_BxS))
+def judge(config: Config, params: Any, tokens_BxS: Any) -> tuple[jax.Array, jax.Array]:
+    """What `GPT.judge` says of sequences; each of the batch's devices has a share."""
+    mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
+    parts = 1 if mesh.empty else layout.batch_devices(mesh)
+    rows = jnp.pad(tokens_BxS, ((0, -size % parts), (0, 0)))
+    losses_BxT, likeliest_BxT = bind(config, params).judge(layout.spread_batch(rows))
+    return layout.whole((losses_BxT[:size], likeliest_BxT[:size]))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ def main(out: Path, to: Path) -> None:
 
     Args:
       out: The folder of the run.
-      to: The folder to write: a config.json and a model.safetensors, which transformers'
-        GPT2LMHeadModel.from_pretrained takes, and the tokenizer's file if it has one.
+      to: The folder to write, which transformers' GPT2LMHeadModel.from_pretrained takes.
     """
     hugging_face.save(to, *load_params(out))
     for file in (out / TOKENIZER).glob("*.*"):  # that of bytes has no suffix

@@ -1,4 +1,4 @@
-"""A model of ours as lm-eval sees it, and lm-eval's tasks with data from local files.
+"""A model of ours as lm-eval sees it, and lm-eval's tasks, with data from files if asked.
 
 Everything that decides a score, the prompts, how text is cut in two and which windows a
 long one is read in, is lm-eval's own; here tokens become logits.
@@ -15,15 +15,14 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models import utils
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.evaluate import judge
 from examples.gpt.sample import generate, padded
 from examples.gpt.tokenizer import Tokenizer
 
-# SuperGLUE's; what lm-eval calls rte is GLUE's.
-ALIASES = {"rte": "sglue_rte"}
+ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; what lm-eval calls rte is GLUE's
 
 
 class Harness(TemplateLM):
@@ -44,8 +43,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Of each continuation, its log-probability and whether it is the likeliest.
 
-        A context too long for the window loses its beginning. The longest come first, so
-        that the sequences of a batch are about as long, and are padded little.
+        A context too long loses its beginning. The longest come first, to be padded little.
         """
         context, rows = self._config.context, []
         for _, before, after in requests:
@@ -55,25 +53,21 @@ class Harness(TemplateLM):
         sorted_rows = utils.Collator(rows, sort_fn=lambda row: -len(row[0]))
         results = []
         for batch in sorted_rows.get_batched(n=self._batch):
-            length = padded(len(batch[0][0]) - 1, context)
-            tokens = np.zeros((len(batch), length + 1), np.int32)
-            for row, (kept, _) in zip(tokens, batch, strict=True):
-                row[: len(kept)] = kept
-            judged = judge(self._config, self._params, tokens, self._batch)
+            size = padded(len(batch[0][0]) - 1, context) + 1
+            tokens = np.array([kept + [0] * (size - len(kept)) for kept, _ in batch])
+            judged = jax.device_get(judge(self._config, self._params, tokens))
             for (kept, after), losses, likeliest in zip(batch, *judged, strict=True):
                 scored = slice(len(kept) - 1 - after, len(kept) - 1)
-                total = -float(losses[scored].sum(dtype=np.float64))
-                results.append((total, bool(likeliest[scored].all())))
+                log_prob = -float(losses[scored].sum(dtype=np.float64))
+                results.append((log_prob, bool(likeliest[scored].all())))
         return sorted_rows.get_original(results)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, every token of it judged once."""
         owners, windows = [], []
         for i, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(
-                tokens, self.prefix_token_id, self._config.context, context_len=1
-            ):
+            tokens, context = self.tok_encode(request.args[0]), self._config.context
+            for window in get_rolling_token_windows(tokens, self.eot_token_id, context, 1):
                 owners.append(i)
                 windows.append((("", ""), *make_disjoint_window(window)))
         log_probs = [log_prob for log_prob, _ in self._loglikelihood_tokens(windows)]
@@ -88,7 +82,7 @@ class Harness(TemplateLM):
             written = generate(
                 self._config,
                 self._params,
-                self.tok_encode(context) or [self.prefix_token_id],
+                self.tok_encode(context) or [self.eot_token_id],
                 settings["max_gen_toks"],
                 key=jax.random.fold_in(jax.random.key(DEFAULT_OTHER_SEED), i),
                 temperature=settings.get("temperature", 0.0),
@@ -107,9 +101,8 @@ def run(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The results of tasks, as lm-eval has them; see `evaluate.main` for the choices."""
-    # For a metric whose error it estimates by resampling, lm-eval would fork this process,
-    # whose threads a fork leaves behind.
+    """Prints the results of tasks as a table, and returns them as lm-eval has them."""
+    # Or lm-eval forks, to resample some metrics, and a fork leaves JAX's threads behind.
     os.environ["DISABLE_MULTIPROC"] = "1"
     manager, specs = TaskManager(), []
     for name in names:
@@ -117,12 +110,14 @@ def run(
             raise ConfigError(f"`tasks` must be ones that lm-eval has, got {name}.")
         spec: dict[str, Any] = {"task": ALIASES.get(name, name), "num_fewshot": shots}
         if folder is not None:
-            files = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
-            spec |= {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
-            spec["dataset_name"] = None
+            paths = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
+            files = {"data_files": paths}
+            spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
         specs.append(spec)
     # As a group: its members may be other in this than lm-eval's tasks of the name are.
     tasks = manager.load({"group": "chosen", "task": specs})["tasks"]
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return dict(evaluate(lm, {"tasks": tasks}, limit=limit, log_samples=False) or {})
+    results = dict(evaluate(lm, {"tasks": tasks}, limit=limit, log_samples=False) or {})
+    print(make_table(results))
+    return results

@@ -65,8 +65,7 @@ def config_of(folder: Path) -> Config:
 def load(folder: Path, config: Config) -> Any:
     """The parameters in a folder, float32, a tree like that of `model.init`.
 
-    They may be in several files, in 16 bits, and named with `transformer.` or without. For
-    a model without `bias`, all biases must be 0.
+    For a model without `bias`, all biases must be 0.
     """
     theirs = config_of(folder)
     for name in ("architecture", *SHAPE):
@@ -85,15 +84,12 @@ def load(folder: Path, config: Config) -> Any:
         view[...] = tensors.pop(key)  # bfloat16 too, which JAX teaches to NumPy
     for name in [name for name in params if name.endswith("/bias") and not config.bias]:
         if params.pop(name).any():
-            raise ConfigError(f"`bias` is off, but {name} in {folder} is not 0: --bias.")
+            raise ConfigError(f"`bias` is off, but {name} is not 0. Give --bias.")
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def save(folder: Path, config: Config, params: Any) -> None:
-    """Writes a folder that transformers' `GPT2LMHeadModel.from_pretrained` takes.
-
-    For a model without `bias`, biases of 0 are written.
-    """
+    """Writes a folder that transformers' `GPT2LMHeadModel.from_pretrained` takes."""
     if config.architecture != "gpt2":
         raise ConfigError(f"`architecture` must be gpt2, got {config.architecture}.")
     ours = traverse_util.flatten_dict(params, sep="/")
@@ -106,14 +102,12 @@ def save(folder: Path, config: Config, params: Any) -> None:
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    (folder / WEIGHTS).write_bytes(content)
+    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
 
 
-def _zeros(config: Config) -> dict[str, np.ndarray]:
+def _zeros(config: Config) -> dict[str, Any]:
     """Parameters of 0, biases included, by names like blocks/qkv/kernel."""
-    config = dataclasses.replace(config, bias=True)
-    abstract = jax.eval_shape(lambda: model.init(config))
+    abstract = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
     zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), abstract)
     return dict(traverse_util.flatten_dict(zeros, sep="/"))
 

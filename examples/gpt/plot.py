@@ -1,7 +1,7 @@
 """The picture of a run: the loss, and below it how much of each update is unclipped."""
 
-import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -11,8 +11,7 @@ import matplotlib.pyplot as plt
 from examples.gpt.log import Row
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """What one run's picture is made of."""
 
     name: str

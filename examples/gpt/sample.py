@@ -37,8 +37,7 @@ def main(
       prompt: What the text begins with; the start of a document by default.
       out: The folder of a run, whose newest checkpoint writes.
       weights: Or a folder of GPT-2's weights in Hugging Face's format.
-      data: Data whose tokenizer to use; by default the one kept in the run's folder, or
-        GPT-2's for weights.
+      data: Data whose tokenizer to use; by default the run's, or GPT-2's for weights.
       length: Number of tokens to write.
       temperature: What logits are divided by; 0 takes the likeliest token.
       top_k: Draw among so many of the likeliest tokens only; among all by default.
@@ -118,8 +117,7 @@ def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
         else:
             logits_K, tokens_K = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))
             token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
-        is_full = size + i > last
-        window_T = jnp.where(is_full, jnp.roll(window_T, -1), window_T)
+        window_T = jnp.where(size + i > last, jnp.roll(window_T, -1), window_T)
         window_T = window_T.at[jnp.minimum(size + i, last)].set(token)
         return (cache, window_T), token
 

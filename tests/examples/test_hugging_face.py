@@ -108,7 +108,7 @@ def test_weights_of_16_bits_are_loaded_as_32(folder, dtype):
         ({"width": 24}, "`width` must be 12, .* got 24"),
         ({"context": 64}, "`context` must be 10, .* got 64"),
         ({"vocabulary": 128}, "`vocabulary` must be 31, .* got 128"),
-        ({"bias": False}, "`bias` is off, but .* is not 0: --bias"),
+        ({"bias": False}, "`bias` is off, but .* Give --bias"),
         ({"architecture": "neox"}, "`architecture` must be gpt2, .* got neox"),
     ],
 )

@@ -200,6 +200,12 @@ def test_no_control_character_reaches_a_terminal():
     assert sample.printable("a\x1b[2J\tb\r\n\u202eé") == "a\ufffd[2J\tb\ufffd\n\ufffdé"
 
 
+def test_a_file_that_is_not_there_is_told_in_a_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample", "--weights", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere/config\.json'$"):
+        sample.command(sample.main, "sample")
+
+
 def test_a_run_or_weights_must_be_given():
     with pytest.raises(ConfigError, match=r"Give one of `out`, .* and `weights`"):
         sample.main()
