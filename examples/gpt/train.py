@@ -16,10 +16,11 @@ from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.profiling import Profile
 from examples.gpt.state import TrainState, abstract_state, first_state
 from examples.gpt.step import check_layout, flops_per_token, make_loss, make_train_step
 from sophia_optax import sophia_metrics
+
+PROFILED = 11  # the steps before compile, and fill what is to be read ahead
 
 
 def main(config: Config) -> list[plot.Curve]:
@@ -121,11 +122,15 @@ def train(
 
         with (
             checkpoints.under_way(),
-            Profile(config, folder) as profile,
+            contextlib.ExitStack() as profile,
             processes.ends_if_one_is_lost(),
         ):
             for step in range(start + 1, config.steps + 1):
-                profile.step(step - start)
+                if config.profile and step - start == PROFILED:
+                    profile.enter_context(jax.profiler.trace(folder / "profile"))
+                if config.profile and step - start == PROFILED + config.profile:
+                    jax.block_until_ready(state)
+                    profile.close()
                 tokens = layout.put(mesh, next(batches), config.batch)
                 state, row = train_step(state, tokens)
                 row["step"] = step
