@@ -59,9 +59,8 @@ def main(
                 top_k=top_k,
                 vocabulary=tokenizer.vocabulary,
             )
-            if i:
-                print("---")
-            print(prompt + printable(tokenizer.decode(written)), flush=True)
+            text = prompt + printable(tokenizer.decode(written))
+            print(f"---\n{text}" if i else text, flush=True)
 
 
 def generate(
