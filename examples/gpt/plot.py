@@ -1,8 +1,7 @@
 """The picture of a run: the loss, and below it how much of each update is unclipped."""
 
-import dataclasses
-import math
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -12,8 +11,7 @@ import matplotlib.pyplot as plt
 from examples.gpt.log import Row
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """What one run's picture is made of."""
 
     name: str
@@ -21,12 +19,11 @@ class Curve:
 
     def points(self, key: str) -> tuple[list, list]:
         rows = [row for row in self.rows if row.get(key) is not None]
-        rows = [row for row in rows if math.isfinite(row[key])]  # a run may diverge
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     @property
     def val_loss(self) -> float:
-        return [row["val_loss"] for row in self.rows if "val_loss" in row][-1]
+        return self.points("val_loss")[1][-1]
 
 
 def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
@@ -35,25 +32,13 @@ def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
         2, 1, sharex=True, figsize=(8, 6.5), height_ratios=(3, 1), layout="constrained"
     )
     for i, curve in enumerate(curves):
-        color = f"C{i}"
-        top.plot(
-            *curve.points("loss"),
-            color=color,
-            alpha=0.4,
-            lw=1,
-            label=f"{curve.name}, training",
-        )
-        top.plot(
-            *curve.points("val_loss"),
-            color=color,
-            marker="o",
-            ms=4,
-            label=f"{curve.name}, validation: {curve.val_loss:.3f} at the end",
-        )
+        name, color = curve.name, f"C{i}"
+        label = f"{name}, validation: {curve.val_loss:.3f} at the end"
+        top.plot(*curve.points("loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
+        top.plot(*curve.points("val_loss"), f"{color}o-", ms=4, label=label)
         if curve.points("unclipped_fraction")[0]:
-            bottom.plot(*curve.points("unclipped_fraction"), color=color, label=curve.name)
-    seen = [y for c in curves for key in ("loss", "val_loss") for y in c.points(key)[1]]
-    low = min(seen, default=0.0)
+            bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
+    low = top.dataLim.ymin
     top.set(ylabel=f"loss (nats per {unit})", ylim=(low - 0.1, low + 2.0))
     top.set_title(f"{' and '.join(curve.name for curve in curves)} on {data}")
     bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")

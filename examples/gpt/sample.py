@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 import tyro
 
 from examples.gpt import checkpoint, data, hugging_face, layout
-from examples.gpt.config import Config, ConfigError, ModelConfig
-from examples.gpt.layout import whole
+from examples.gpt.config import Config, ConfigError, ModelConfig, need
 from examples.gpt.model import bind
 from examples.gpt.tokenizer import BYTES, GPT2, Tokenizer, make
 
@@ -38,8 +37,7 @@ def main(
       prompt: What the text begins with; the start of a document by default.
       out: The folder of a run, whose newest checkpoint writes.
       weights: Or a folder of GPT-2's weights in Hugging Face's format.
-      data: Data whose tokenizer to use; by default the one kept in the run's folder, or
-        GPT-2's for weights.
+      data: Data whose tokenizer to use; by default the run's, or GPT-2's for weights.
       length: Number of tokens to write.
       temperature: What logits are divided by; 0 takes the likeliest token.
       top_k: Draw among so many of the likeliest tokens only; among all by default.
@@ -48,13 +46,9 @@ def main(
       mesh: How parameters are laid out over devices, as tensor=4; on one by default.
     """
     for name, value in {"length": length, "top_k": top_k, "count": count}.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}` must be positive, got {value}.")
-    for name, value in {"temperature": temperature, "seed": seed}.items():
-        if not value >= 0:
-            raise ConfigError(f"`{name}` must not be negative, got {value}.")
-    on = layout.make_mesh(mesh) if mesh else layout.one_device()
-    with jax.set_mesh(on):
+        need(value is None or value > 0, f"`{name}` must be positive, got {value}.")
+    need(temperature >= 0, f"`temperature` must not be negative, got {temperature}.")
+    with jax.set_mesh(layout.make_mesh(mesh) if mesh else layout.one_device()):
         config, params = open_model(out, weights)
         tokenizer = open_tokenizer(config, out, weights, data)
         for i in range(count):
@@ -68,9 +62,8 @@ def main(
                 top_k=top_k,
                 vocabulary=tokenizer.vocabulary,
             )
-            if i:
-                print("---")
-            print(prompt + printable(tokenizer.decode(written)), flush=True)
+            text = prompt + printable(tokenizer.decode(written))
+            print(f"---\n{text}" if i else text, flush=True)
 
 
 def generate(
@@ -84,75 +77,55 @@ def generate(
     top_k: int | None = None,
     vocabulary: int | None = None,
 ) -> np.ndarray:
-    """Tokens drawn one after another, each given the last `context` before it.
+    """Tokens after a prompt, each given the last `context` before it: int32, (length,).
 
-    Args:
-      config: the model.
-      params: its parameters.
-      prompt: the first tokens, at least one.
-      length: number of tokens to draw.
-      key: of what is drawn.
-      temperature: what logits are divided by; 0 takes the likeliest token.
-      top_k: draw among so many of the likeliest only.
-      vocabulary: draw tokens below it only. The model's may be larger, for speed, than the
-        tokenizer's.
-
-    Returns:
-      Tokens, shape (length,), int32, without the prompt.
+    Drawn are tokens below `vocabulary` only: the model's may be larger, for speed, than the
+    tokenizer's. At a temperature of 0 each is the likeliest.
     """
     assert len(prompt), "the first token needs one before it"
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    vocabulary = vocabulary or config.vocabulary
-    assert vocabulary is not None
-    if top_k is not None:
-        top_k = min(top_k, vocabulary)
     window = np.zeros(padded(len(prompt) + length, config.context), np.int32)
-    kept = np.asarray(prompt)[-len(window) :]
+    kept = prompt[-len(window) :]
     window[: len(kept)] = kept
     keys = jax.random.split(key, length)
-    return np.asarray(
-        _draw(config, top_k, vocabulary, params, window, len(kept), keys, temperature)
-    )
+    drawn = _draw(config, top_k, vocabulary, params, window, len(kept), keys, temperature)
+    return np.asarray(drawn)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
     """A token for each key; the first `size` of the window are there, the rest to come.
 
-    Until the window is full, only the newest token goes through the model, and keys and
-    values of those before it are kept. Then the window moves on, which changes what all of
-    its tokens are for the model, by their positions or by what fell out: each draw is a
-    whole pass.
+    Until the window is full, keys and values of the tokens before the newest are kept. Then
+    it moves on, and with it the positions of all its tokens: each draw is a whole pass.
     """
     model, last = bind(config, params), len(window_T) - 1
 
-    def draw(i, x_D, window_T, drawn):
+    def step(carry, i_and_key):
+        (cache, window_T), (i, key) = carry, i_and_key
+
+        def by_cache(cache):
+            x_1xD, cache = model.hidden_at(window_T[None], size + i - 1, cache)
+            return x_1xD[0], cache
+
+        def by_window(cache):
+            return model.hidden(window_T[None])[0, last], cache
+
+        x_D, cache = jax.lax.cond(size + i - 1 <= last, by_cache, by_window, cache)
         logits_V = model.logits(x_D)[:vocabulary]
         if top_k is None:
-            token = jax.random.categorical(keys[i], logits_V / temperature)
+            token = jax.random.categorical(key, logits_V / temperature)
         else:
-            logits_K, tokens_K = jax.lax.top_k(logits_V, top_k)
-            token = tokens_K[jax.random.categorical(keys[i], logits_K / temperature)]
-        is_full = size + i > last
-        window_T = jnp.where(is_full, jnp.roll(window_T, -1), window_T)
+            logits_K, tokens_K = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))
+            token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
+        window_T = jnp.where(size + i > last, jnp.roll(window_T, -1), window_T)
         window_T = window_T.at[jnp.minimum(size + i, last)].set(token)
-        return window_T, drawn.at[i].set(token)
+        return (cache, window_T), token
 
-    def by_cache(i, carry):
-        cache, window_T, drawn = carry
-        x_1xD, cache = model.hidden_at(window_T[None], size + i - 1, cache)
-        return cache, *draw(i, x_1xD[0], window_T, drawn)
-
-    def by_window(i, carry):
-        window_T, drawn = carry
-        return draw(i, model.hidden(window_T[None])[0, last], window_T, drawn)
-
-    cached = jnp.minimum(len(keys), last - size + 2)
-    carry = model.cache(window_T[None]), window_T, jnp.zeros(len(keys), jnp.int32)
-    _, *carry = jax.lax.fori_loop(0, cached, by_cache, carry)
-    _, drawn = jax.lax.fori_loop(cached, len(keys), by_window, tuple(carry))
-    return whole(drawn)
+    carry = model.cache(window_T[None]), window_T
+    _, drawn = jax.lax.scan(step, carry, (jnp.arange(len(keys)), keys))
+    return layout.whole(drawn)
 
 
 def padded(size: int, context: int) -> int:
@@ -165,14 +138,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def command(main: Callable[..., None], name: str) -> None:
+    """Runs a `main` with the flags of the command line; an error is one line."""
+    try:
+        tyro.cli(main, prog=f"python -m examples.gpt.{name}")
+    except (ConfigError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
 def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
     """The model of a run's folder, or of a folder of GPT-2's weights, on the mesh set."""
-    if (out is None) == (weights is None):
-        raise ConfigError("Give one of `out`, a run's folder, and `weights`, GPT-2's.")
     mesh = jax.sharding.get_mesh()
-    if out is not None:
+    one_is_given = (out is None) != (weights is None)
+    need(one_is_given, "Give one of `out`, a run's folder, and `weights`, GPT-2's.")
+    if weights is None:
+        assert out is not None
         return checkpoint.load_params(out, mesh)
-    assert weights is not None
     config = Config(model=hugging_face.config_of(weights))
     params = hugging_face.load(weights, config.model)
     return config, jax.device_put(params, layout.shardings(params, mesh))
@@ -195,18 +176,10 @@ def open_tokenizer(
     elif path is None and kept:
         found = make(BYTES if kept[0].name == BYTES else str(kept[0]))
     else:
-        try:
-            found = data.load(path or config.data, verify=False).tokenizer
-        except ConfigError as error:
-            if path is None:
-                error.add_note("The tokenizer is with it. Say with --data where it is now.")
-            raise
+        found = data.load(path or config.data, verify=False).tokenizer
     config.model.check_vocabulary(found.vocabulary)
     return found
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m examples.gpt.sample")
-    except ConfigError as error:
-        sys.exit(error.text())
+    command(main, "sample")

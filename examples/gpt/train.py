@@ -15,9 +15,10 @@ from examples.gpt.config import Config, need
 from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.profiling import Profile
 from examples.gpt.state import TrainState, abstract_state, first_state
 from sophia_optax import sophia_metrics
+
+PROFILED = 11  # the steps before compile, and fill what is to be read ahead
 
 
 def main(config: Config) -> list[plot.Curve]:
@@ -108,11 +109,15 @@ def train(
 
         with (
             checkpoints.under_way(),
-            Profile(config, folder) as profile,
+            contextlib.ExitStack() as profile,
             processes.ends_if_one_is_lost(),
         ):
             for number in range(start + 1, steps + 1):
-                profile.step(number - start)
+                if output.profile and number - start == PROFILED:
+                    profile.enter_context(jax.profiler.trace(folder / "profile"))
+                if output.profile and number - start == PROFILED + output.profile:
+                    jax.block_until_ready(state)
+                    profile.close()
                 tokens = layout.put(mesh, next(batches), batch)
                 state, row = train_step(state, tokens)
                 row["step"] = number

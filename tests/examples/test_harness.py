@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 
 from examples.gpt import harness
 
+harness.TaskManager = functools.cache(harness.TaskManager)  # it takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
 ROOMY = ModelConfig(layers=1, heads=2, width=16, context=512, vocabulary=256, bias=True)
 NAMES = ["boolq", "cb", "copa", "rte"]
@@ -126,7 +127,7 @@ def test_every_token_of_a_long_text_is_judged_once(params, size):
 
 def test_a_continuation_that_the_window_does_not_hold(params):
     lm = harness.Harness(CONFIG, params, Bytes())
-    with pytest.raises(ConfigError, match=r"97 tokens .* `context` is 96"):
+    with pytest.raises(ConfigError, match="`context` is 96, a text 97 tokens"):
         ask(lm.loglikelihood, ("x", "y" * 97))
 
 
@@ -264,15 +265,13 @@ def test_command_prints_a_table(folder, tmp_path, capsys):
 
 def test_data_that_cannot_be_had(folder, params, monkeypatch):
     lm = harness.Harness(CONFIG, params, Bytes())
-    with pytest.raises(
-        ConfigError, match="`tasks` must be ones that lm-eval has, got bool"
-    ):
+    with pytest.raises(ConfigError, match=r"`tasks` must be ones .* has, got bool"):
         harness.run(lm, ["bool"])
     (folder / "copa" / "train.jsonl").write_text('{"premise"')
     with pytest.raises(ConfigError, match=r"`tasks`: the data of copa can't be read"):
         harness.run(lm, ["copa"], folder=folder)
     (folder / "cb" / "train.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"`task_data` must hold .*cb/train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"`tasks`: .* can't be read: .*cb/train\.jsonl"):
         harness.run(lm, ["boolq", "cb"], folder=folder)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"`tasks`: the data of boolq .*--task-data"):

@@ -77,14 +77,11 @@ def test_the_forms_that_others_write(folder):
     tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
     tensors["h.1.attn.masked_bias"] = np.full(1, -1e4)
     tensors["lm_head.weight"] = tensors["wte.weight"]
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05}-of-00002.safetensors"
         safetensors.numpy.save_file({k: tensors[k] for k in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, hugging_face.load(folder, CONFIG), expected)
 
 
@@ -106,13 +103,13 @@ def test_weights_of_16_bits_are_loaded_as_32(folder, dtype):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 3}, "`layers` must be that of the weights, got 3 for 2 .* --layers 2"),
-        ({"heads": 4}, "`heads` must .* got 4 for 3"),
-        ({"width": 24}, "`width` must .* got 24 for 12"),
-        ({"context": 64}, "`context` must .* got 64 for 10"),
-        ({"vocabulary": 128}, "`vocabulary` must .* got 128 for 31"),
+        ({"layers": 3}, "`layers` must be 2, as in .*, got 3: --layers 2"),
+        ({"heads": 4}, "`heads` must be 3, .* got 4"),
+        ({"width": 24}, "`width` must be 12, .* got 24"),
+        ({"context": 64}, "`context` must be 10, .* got 64"),
+        ({"vocabulary": 128}, "`vocabulary` must be 31, .* got 128"),
         ({"bias": False}, "`bias` is off, but .* Give --bias"),
-        ({"architecture": "neox"}, "`architecture` must be gpt2 .* got neox"),
+        ({"architecture": "neox"}, "`architecture` must be gpt2, .* got neox"),
     ],
 )
 def test_weights_of_another_model(folder, changes, message):
@@ -125,7 +122,8 @@ def test_weights_of_another_model(folder, changes, message):
     [
         ({"model_type": "gpt_neox"}, "`model_type` must be gpt2.*got gpt_neox"),
         ({"activation_function": "relu"}, "`activation_function` must be gelu_new.*relu"),
-        ({"n_inner": 20}, "`n_inner` must be None.*got 20"),
+        ({"model_type": None}, "`model_type` must be gpt2.*got None"),
+        ({"tie_word_embeddings": False}, "`tie_word_embeddings` must be True.*got False"),
         ({"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` must be 1e-05"),
     ],
 )
@@ -148,42 +146,12 @@ def transpose_projection(folder):
     write(folder, tensors | {name: np.ascontiguousarray(tensors[name].T)})
 
 
-def untie_head(folder):
-    tensors = tensors_in(folder)
-    write(folder, tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
-
-
-def truncate(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def forget_width(folder):
-    config = json.loads((folder / "config.json").read_text())
-    del config["n_embd"]
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_layer_norm, r"`h\.1\.ln_2\.weight` is missing among the weights"),
-        (
-            transpose_projection,
-            r"`h\.0\.mlp\.c_fc\.weight` must have .*\(12, 48\).*\(48, 12",
-        ),
-        (untie_head, r"`lm_head\.weight` must be the embedding"),
-        (truncate, r"`model\.safetensors` can't be read in .*incomplete"),
-        (
-            lambda f: (f / "model.safetensors").unlink(),
-            r"`model\.safetensors` can't be read",
-        ),
-        (
-            lambda f: (f / "config.json").unlink(),
-            r"`config\.json` can't be read in .*No such",
-        ),
-        (lambda f: (f / "config.json").write_text("{"), r"`config\.json` can't be read in"),
-        (forget_width, r"`n_embd` is missing in .*config\.json"),
+        (remove_layer_norm, r"`h\.1\.ln_2\.weight` must have .*\(12,\), got None"),
+        (transpose_projection, r"`h\.0\.mlp\.c_fc\.weight` .*\(12, 48\).*\(48, 12"),
+        (lambda f: (f / "model.safetensors").unlink(), r"must have .*, got None"),
     ],
 )
 def test_a_damaged_folder(folder, damage, message):
@@ -210,9 +178,6 @@ def test_what_cannot_be_saved(tmp_path):
     neox = dataclasses.replace(CONFIG, architecture="neox")
     with pytest.raises(ConfigError, match="`architecture` must be gpt2"):
         hugging_face.save(tmp_path, neox, model.init(neox))
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"`to`: .*file can't be written to"):
-        hugging_face.save(tmp_path / "file", CONFIG, random_params(CONFIG))
 
 
 @pytest.fixture

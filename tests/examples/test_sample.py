@@ -170,13 +170,6 @@ def test_an_empty_prompt_is_the_start_of_a_document(out, params, capsys):
     assert capsys.readouterr().out == f"{likeliest(params, [0])}\n"  # bytes' separator
 
 
-def test_data_that_has_gone_is_asked_for(out, tmp_path):
-    (tmp_path / "corpus.txt").unlink()
-    with pytest.raises(ConfigError, match="`data` must be") as info:
-        sample.main(out=out)
-    assert "Say with --data where it is now." in info.value.text()
-
-
 def test_several_texts_differ_and_are_the_same_again(out, capsys):
     sample.main("The", out=out, length=30, count=3)
     printed = capsys.readouterr().out
@@ -207,17 +200,12 @@ def test_no_control_character_reaches_a_terminal():
     assert sample.printable("a\x1b[2J\tb\r\n\u202eé") == "a\ufffd[2J\tb\ufffd\n\ufffdé"
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ({"length": 0}, "`length` must be positive, got 0"),
-        ({"count": 0}, "`count` must be positive, got 0"),
-        ({"top_k": 0}, "`top_k` must be positive, got 0"),
-        ({"temperature": -1.0}, "`temperature` must not be negative, got -1.0"),
-        ({"temperature": float("nan")}, "`temperature` must not be negative, got nan"),
-        ({"out": None}, "Give one of `out`, .* and `weights`"),
-    ],
-)
-def test_choices_that_cannot_be(tmp_path, choices, message):
-    with pytest.raises(ConfigError, match=message):
-        sample.main(**{"out": tmp_path} | choices)
+def test_a_file_that_is_not_there_is_told_in_a_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample", "--weights", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere/config\.json'$"):
+        sample.command(sample.main, "sample")
+
+
+def test_a_run_or_weights_must_be_given():
+    with pytest.raises(ConfigError, match=r"Give one of `out`, .* and `weights`"):
+        sample.main()
