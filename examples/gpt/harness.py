@@ -122,8 +122,8 @@ def run(
         tasks = manager.load({"group": "chosen", "task": specs})["tasks"]
     except (OSError, DatasetsError) as error:
         raise ConfigError(
-            f"`tasks`: the data of {', '.join(names)} can't be read: {error}. Where there is "
-            "no network, give the folder of a copy with --task-data."
+            f"`tasks`: the data of {', '.join(names)} can't be read: {error}. Where "
+            "there is no network, give the folder of a copy with --task-data."
         ) from error
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
