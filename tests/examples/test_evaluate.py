@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from gpt_runs import tiny_bpe
 
 from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
 from examples.gpt.config import Config, ConfigError
-from examples.gpt.tokenizer import Tiktoken
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +46,6 @@ def test_the_loss_is_the_mean_over_every_sequence_of_the_validation(params, corp
     assert loss.tokens == loss.bytes == 24 * len(starts)
     np.testing.assert_allclose(loss.perplexity(), np.exp(loss.nats))
     np.testing.assert_allclose(loss.bits_per_byte(), loss.nats / np.log(2))
-
-
-def tiny_bpe():
-    """All bytes, and a few merged."""
-    merged = [b" w", b" wo", b"ab", b"qu", b"ck"]
-    tokens = [bytes([i]) for i in range(256)] + merged
-    return Tiktoken("tiny", {token: rank for rank, token in enumerate(tokens)})
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text_not_the_tokens(params):
