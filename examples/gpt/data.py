@@ -19,8 +19,6 @@ from examples.gpt.config import ConfigError
 from examples.gpt.folder import as_path, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
-DOCUMENTS = (".jsonl", ".json", ".parquet")  # suffixes of what is text when prepared
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -66,23 +64,22 @@ class Corpus:
 class Sequences:
     """A split cut into sequences of `context` tokens and one after: a source for Grain.
 
-    Sequence and sequence share one token, the last target and the first input, so that
-    every token of a shard is a target once, but its first and what is left at its end.
-    No sequence goes from one shard to the next.
+    Neighbours share one token, the last target and the first input, so that every token of
+    a shard is a target once, but its first and what is left at its end. No sequence goes
+    from one shard to the next.
     """
 
     def __init__(self, tokens: Tokens, context: int):
         self._arrays, self._context = tokens.arrays, context
         sizes = [max(len(array) - 1, 0) // context for array in tokens.arrays]
-        self._ends = list(itertools.accumulate(sizes))
+        self._firsts = [0, *itertools.accumulate(sizes)]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._firsts[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard - 1] if shard else 0
-        start = (index - first) * self._context
+        shard = bisect.bisect_right(self._firsts, index) - 1
+        start = (index - self._firsts[shard]) * self._context
         return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
 
 
@@ -101,14 +98,12 @@ def batches(
     iterator, the number of batches, is the same on every process and for any number of
     them. `close` it, or its 8 threads stay, and what they have read ahead.
     """
-    order: Any = (
-        grain.MapDataset.source(Sequences(tokens, context)).seed(seed).shuffle().repeat()
-    )
-    blocks = rows or [slice(0, batch)]
-    mine = [row for block in blocks for row in range(block.start, block.stop)]
+    order: Any = grain.MapDataset.source(Sequences(tokens, context))
+    order = order.seed(seed).shuffle().repeat()
+    mine = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
 
     def read(step: int) -> np.ndarray:
-        return np.stack([order[step * batch + row] for row in mine])
+        return np.stack([order[int(row)] for row in step * batch + mine])
 
     steps = grain.MapDataset.range(len(order) // batch).map(read)
     # A few batches ahead are enough: each is large.
@@ -179,7 +174,8 @@ def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     """Files as bytes; the first tenth, by a hash of their names, is for validation."""
     texts, left_out = {}, []
     for file in files:
-        if file.suffix in DOCUMENTS or b"\0" in (text := file.read_bytes()):
+        is_document = file.suffix in (".jsonl", ".json", ".parquet")
+        if is_document or b"\0" in (text := file.read_bytes()):
             left_out.append(file)
         else:
             texts[zlib.crc32(file.relative_to(root).as_posix().encode()), file] = text

@@ -57,18 +57,6 @@ class Options:
     threads: Annotated[int, tyro.conf.arg(aliases=["--processes"])] = os.cpu_count() or 1
     """Number of threads that turn text into tokens."""
 
-    def check(self) -> None:
-        """Raises ConfigError if a choice can't be."""
-        can_be = {
-            "sources": bool(self.sources),
-            "validation": self.validation is None or 0 < self.validation < 1,
-            "shard_tokens": self.shard_tokens > 0,
-            "threads": self.threads > 0,
-        }
-        for name in can_be:
-            if not can_be[name]:
-                raise ConfigError(f"`{name}` can't be {getattr(self, name)}.")
-
     def choices(self) -> dict[str, Any]:
         """All that decides what comes out."""
         fields = dataclasses.asdict(self) | {"sources": list(self.sources)}
@@ -77,7 +65,10 @@ class Options:
 
 def main(options: Options) -> dict[str, Any]:
     """Prepares the data, or what is left to do of it, and returns its manifest."""
-    options.check()
+    if not options.sources:
+        raise ConfigError("`sources`: give at least one.")
+    if options.validation is not None and not 0 < options.validation < 1:
+        raise ConfigError(f"`validation` must be in (0, 1), got {options.validation}.")
     out = folder.as_path(options.out)
     advice = " What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
@@ -115,8 +106,9 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[str, Any]:
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)
-    file = tokenizer.save()
+    file, content = tokenizer.save()
     known = begun["found"]["sources"] if begun else [None] * len(options.sources)
     inputs = [
         sources.find(name, options.field, found)
@@ -124,11 +116,11 @@ def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[
     ]
     found = {  # what the choices led to: revisions, sizes, a checksum
         "sources": [source.found for source in inputs],
-        "tokenizer": hashlib.sha256(file[1]).hexdigest() if file else None,
+        "tokenizer": hashlib.sha256(content).hexdigest(),
     }
     manifest = begun or {
         "format": shards.FORMAT,
-        "tokenizer": file[0] if file else tokenizer.name,
+        "tokenizer": file,
         "vocabulary": tokenizer.vocabulary,
         "separator": tokenizer.separator,
         "dtype": "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32",
@@ -139,22 +131,12 @@ def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[
     }
     _check_same(out, manifest["found"], found)
     shards.write_manifest(out / shards.PROGRESS, manifest)
-    if file is not None:
-        shards.write_bytes(out / file[0], file[1])
-    _write(options, out, manifest, tokenizer, inputs)
-    manifest["position"] = None
-    shards.write_manifest(out / shards.MANIFEST, manifest)
-    return manifest
+    if content:
+        shards.write_bytes(out / file, content)
 
-
-def _write(options: Options, out: Path, manifest: Any, tokenizer: Any, inputs: Any) -> None:
-    """Writes a shard of each split at a time, and where in the sources they end.
-
-    What is in no shard yet is in memory alone: after a kill it is read and encoded again.
-    """
-    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
-    share = options.validation or sources.validation_share(inputs)
+    # What is in no shard yet is in memory alone: after a kill it is encoded again.
     held: dict[str, list[np.ndarray]] = {name: [] for name in shards.SPLITS}
+    share = options.validation or sources.validation_share(inputs)
     with tqdm.tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
         for texts, position in sources.read(inputs, options.field, manifest["position"]):
             for name, tokens in encode_batch(texts, tokenizer, share).items():
@@ -168,12 +150,16 @@ def _write(options: Options, out: Path, manifest: Any, tokenizer: Any, inputs: A
                 manifest["position"] = position
                 shards.write_manifest(out / shards.PROGRESS, manifest)
                 bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
+
     for name in shards.SPLITS:
         if not manifest[name]["documents"]:
             raise ConfigError(
                 f"`validation`: no document came to {name} with {share} of them for "
                 "validation. Give another share, and another `out`."
             )
+    manifest["position"] = None
+    shards.write_manifest(out / shards.MANIFEST, manifest)
+    return manifest
 
 
 def encode_batch(

@@ -1,13 +1,7 @@
 """Prepared data on disk: shards of tokens, and a manifest of what they have to be.
 
-    manifest.json                 there only when everything else is
-    train-00000.bin, ...          tokens, little-endian uint16, or uint32 if they need it
-    train-00000.verified, ...     a note that this file's checksum was compared
-    validation-00000.bin, ...
-    tokenizer.json                nothing if tokens are bytes
-    progress.json                 in a manifest's place while the data is being prepared
-
-A checksum is the SHA-256 of a file: `sha256sum` prints the same.
+All is in one folder, whose files docs/trainer/data.md explains. The manifest is JSON, and
+there only when all else is; while data is being prepared, `progress.json` is in its place.
 """
 
 import contextlib

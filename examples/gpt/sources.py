@@ -28,7 +28,7 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all but the last compresse
 # A longer text file is many documents: no program has to hold all of it, and a single
 # file can be split into training and validation.
 TEXT_SIZE = 1 << 16
-BATCH_SIZE = 1 << 20  # characters, and one for each document
+BATCH = 256  # documents
 
 
 class Source(NamedTuple):
@@ -50,8 +50,10 @@ def find(name: str, field: str, found: Any = None) -> Source:
         path, _, revision = name.removeprefix(HUB).partition("@")
         path, _, config = path.partition(":")
         with _reading_hub(name):
-            # What was begun goes on with the commit that it began with.
-            commit = find_revision(path, found or revision or None)
+            # What was begun goes on with the commit that it began with. Asked first, for
+            # `load_dataset` asks again and again for minutes where there is no network.
+            api, revision = huggingface_hub.HfApi(), found or revision or None
+            commit = api.dataset_info(path, revision=revision, timeout=10).sha
             rows = datasets.load_dataset(
                 path, config or None, revision=commit, split="train", streaming=True
             )
@@ -60,10 +62,8 @@ def find(name: str, field: str, found: Any = None) -> Source:
     if Path(name).is_file():
         files = [Path(name)]
     if not files:
-        raise ConfigError(
-            f"`sources` must be {', '.join(NAMED)}, {HUB}NAME, or files or folders of "
-            f"{', '.join(SUFFIXES)}, got {name}, where there are none."
-        )
+        kinds = ", ".join(SUFFIXES)
+        raise ConfigError(f"`sources`: {name} is no file, and no folder of {kinds}.")
     size = sum(file.stat().st_size for file in files)
     # Not its reader of JSON, which guesses the types of all columns from the first lines.
     rows = datasets.IterableDataset.from_generator(
@@ -72,13 +72,6 @@ def find(name: str, field: str, found: Any = None) -> Source:
         gen_kwargs={"files": [str(file) for file in files], "field": field},
     )
     return Source(name, rows, {"files": len(files), "bytes": size}, size)
-
-
-def find_revision(path: str, revision: str | None) -> str | None:
-    """The commit that the hub has now, in seconds or not at all."""
-    # `load_dataset` asks again and again for minutes.
-    api = huggingface_hub.HfApi()
-    return api.dataset_info(path, revision=revision, timeout=10).sha
 
 
 @contextlib.contextmanager
@@ -107,15 +100,11 @@ def read(
         if state is not None:
             source.rows.load_state_dict(state)
             state = None
-        texts, size = [], 0
         with _reading_hub(source.name):  # files say themselves what is wrong
-            for row in source.rows:
-                texts.append(_text(row, field))
-                size += len(texts[-1]) + 1
-                if size >= BATCH_SIZE:
-                    yield texts, (number, source.rows.state_dict())
-                    texts, size = [], 0
-        yield texts, (number + 1, None)
+            for batch in source.rows.iter(BATCH):
+                texts = [_text({field: text}, field) for text in batch[field]]
+                yield texts, (number, source.rows.state_dict())
+        yield [], (number + 1, None)
 
 
 def _documents(files: list[str], field: str) -> Iterator[dict[str, str]]:

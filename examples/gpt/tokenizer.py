@@ -54,8 +54,8 @@ class Tokenizer:
         kept = [int(token) for token in tokens if token < self.vocabulary]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
-    def save(self) -> tuple[str, bytes] | None:
-        """Name and content of a file that makes it again; None if its name is enough."""
+    def save(self) -> tuple[str, bytes]:
+        """Name and content of a file that makes it again; none if its name is enough."""
         return "tokenizer.json", self._content
 
 
@@ -73,8 +73,8 @@ class Bytes(Tokenizer):
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
-    def save(self) -> None:
-        return None
+    def save(self) -> tuple[str, bytes]:
+        return BYTES, b""
 
 
 def make(name: str) -> Tokenizer:
@@ -82,14 +82,12 @@ def make(name: str) -> Tokenizer:
     if name == BYTES:
         return Bytes()
     try:
-        if name == GPT2:  # from the hub, once
-            import huggingface_hub
+        if name == GPT2:
+            from huggingface_hub import hf_hub_download
 
-            repository = "openai-community/gpt2"
-            path = Path(huggingface_hub.hf_hub_download(repository, "tokenizer.json"))
-            return Tokenizer(GPT2, path.read_bytes())
-        path = as_path(name)
-        return Tokenizer(path.stem, path.read_bytes())
+            file = hf_hub_download("openai-community/gpt2", "tokenizer.json")
+            return Tokenizer(GPT2, Path(file).read_bytes())
+        return Tokenizer(as_path(name).stem, as_path(name).read_bytes())
     except Exception as error:  # `tokenizers` raises no other kind
         raise ConfigError(
             f"`tokenizer` must be {BYTES}, {GPT2} (downloaded once), or a JSON file of "
