@@ -172,26 +172,28 @@ def _sources(root: Path) -> list[Path]:
 
 def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     """Files as bytes; the first tenth, by a hash of their names, is for validation."""
-    texts, left_out = {}, []
+    texts, left_out = [], []
+    files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
     for file in files:
         is_document = file.suffix in (".jsonl", ".json", ".parquet")
         if is_document or b"\0" in (text := file.read_bytes()):
             left_out.append(file)
         else:
-            texts[zlib.crc32(file.relative_to(root).as_posix().encode()), file] = text
+            texts.append(text)
     advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     if not texts:
         raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
     if left_out:
-        print(f"{name}: {len(left_out)} file(s) like {left_out[0]} are left out. {advice}")
-    ordered = [texts[key] for key in sorted(texts)]
-    ends = np.cumsum([len(text) for text in ordered])
+        print(
+            f"{name}: {len(left_out)} file(s) like {min(left_out)} are left out. {advice}"
+        )
+    ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
     if ends[count - 1] >= ends[-1] / 5:  # too few or too large: the last tenth of all
-        text = b"\n".join(ordered)
+        text = b"\n".join(texts)
         middle = round(len(text) * 0.9)
-        ordered, count = [text[middle:], text[:middle]], 1
-    parts = b"\n".join(ordered[count:]), b"\n".join(ordered[:count])
+        texts, count = [text[middle:], text[:middle]], 1
+    parts = b"\n".join(texts[count:]), b"\n".join(texts[:count])
     train, validation = (Tokens((np.frombuffer(part, np.uint8),)) for part in parts)
     checksum = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return Corpus(name, Bytes(), train, validation, checksum)

@@ -1,8 +1,5 @@
 """Turns text into the shards that a run reads: `python -m examples.gpt.prepare --help`.
 
-    python -m examples.gpt.prepare openwebtext --out data/openwebtext
-    python -m examples.gpt --data data/openwebtext
-
 What comes out depends on the sources and the choices alone: not on the number of threads,
 and not on how often it was killed and started again.
 """
@@ -136,7 +133,8 @@ def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[
 
     # What is in no shard yet is in memory alone: after a kill it is encoded again.
     held: dict[str, list[np.ndarray]] = {name: [] for name in shards.SPLITS}
-    share = options.validation or sources.validation_share(inputs)
+    size = max(sum(source.size for source in inputs), 1)
+    share = options.validation or min(0.1, max(0.0005, 5e6 / size))
     with tqdm.tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
         for texts, position in sources.read(inputs, options.field, manifest["position"]):
             for name, tokens in encode_batch(texts, tokenizer, share).items():

@@ -49,7 +49,7 @@ def find(name: str, field: str, found: Any = None) -> Source:
     if name.startswith(HUB):
         path, _, revision = name.removeprefix(HUB).partition("@")
         path, _, config = path.partition(":")
-        with _reading_hub(name):
+        with _reading(name):
             # What was begun goes on with the commit that it began with. Asked first, for
             # `load_dataset` asks again and again for minutes where there is no network.
             api, revision = huggingface_hub.HfApi(), found or revision or None
@@ -75,16 +75,12 @@ def find(name: str, field: str, found: Any = None) -> Source:
 
 
 @contextlib.contextmanager
-def _reading_hub(name: str) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except ConfigError:
-        raise
     except Exception as error:  # each package on the way has errors of its own
-        raise ConfigError(
-            f"`sources`: {name} can't be read from the Hugging Face hub: {error}. Files "
-            "that were downloaded elsewhere can be given by their paths."
-        ) from error
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"`sources`: {name} can't be read: {what}") from error
 
 
 def read(
@@ -100,7 +96,7 @@ def read(
         if state is not None:
             source.rows.load_state_dict(state)
             state = None
-        with _reading_hub(source.name):  # files say themselves what is wrong
+        with _reading(source.name):
             for batch in source.rows.iter(BATCH):
                 texts = [_text({field: text}, field) for text in batch[field]]
                 yield texts, (number, source.rows.state_dict())
@@ -114,9 +110,8 @@ def _documents(files: list[str], field: str) -> Iterator[dict[str, str]]:
             for row in _rows(Path(file), field):
                 yield {field: _text(row, field)}
                 number += 1
-        except Exception as error:  # of the system, JSON, Unicode or Arrow
-            place = f"{file} can't be read at line {number}"
-            raise ConfigError(f"`sources`: {place}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
 
 
 def _rows(path: Path, field: str) -> Iterator[Any]:
@@ -148,8 +143,3 @@ def _text(row: Any, field: str) -> str:
 def _suffix(path: Path) -> str:
     """The suffix that says what a file is: of `a.jsonl.zst`, .jsonl."""
     return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def validation_share(sources: list[Source]) -> float:
-    """The share for validation: 0.0005 of the hub's documents, and some 5 MB of files."""
-    return min(0.1, max(0.0005, 5e6 / max(sum(source.size for source in sources), 1)))

@@ -3,6 +3,7 @@ import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -353,11 +354,19 @@ def test_an_object_store_gets_what_a_folder_gets(jsonl, tmp_path, monkeypatch, b
 
 
 @pytest.mark.parametrize(
-    ("size", "share"), [(10, 0.1), (50_000_000, 0.1), (500_000_000, 0.01), (10**12, 5e-4)]
+    ("size", "share"),
+    [(10, 0.1), (50_000_000, 0.1), (500_000_000, 0.01), (10**12, 5e-4), (math.inf, 5e-4)],
 )
-def test_files_give_some_megabytes_for_validation(size, share):
-    found = sources.validation_share([sources.Source("a.txt", [], {}, size)])
-    assert found == pytest.approx(share)
+def test_files_give_some_megabytes_for_validation(
+    size, share, jsonl, tmp_path, monkeypatch
+):
+    shares, find, encode = [], sources.find, prepare.encode_batch
+    monkeypatch.setattr(sources, "find", lambda *a: find(*a)._replace(size=size))
+    monkeypatch.setattr(
+        prepare, "encode_batch", lambda *a: shares.append(a[2]) or encode(*a[:2], 0.2)
+    )
+    main(options(tmp_path / "out", jsonl, validation=None))
+    np.testing.assert_allclose(shares, share)
 
 
 @pytest.mark.parametrize("limit", ["the disk", "the size of a file"])
@@ -455,27 +464,27 @@ def cut_short(path):
     [
         (
             lines('{"text": "a"}', "", '{"text": '),
-            "file.jsonl can't be read at line 3: Expecting",
+            r"can't be read: .*file.jsonl, line 3: Expecting",
         ),
         (
             lines('{"txt": "a", "n": 1}'),
-            r"file.jsonl .* at line 1: there is no text `text`, .* in {'txt': 'a', 'n': 1}",
+            r"file.jsonl, line 1: there is no text `text`, .* in {'txt': 'a', 'n': 1}",
         ),
-        (lines('{"text": "a"}', "[1]"), r"file.jsonl .* at line 2: .* in \[1\]"),
+        (lines('{"text": "a"}', "[1]"), r"file.jsonl, line 2: .* in \[1\]"),
         (
             lines('{"text": 7}'),
-            "file.jsonl .* line 1: there is no text .* in {'text': 7}",
+            "file.jsonl, line 1: there is no text .* in {'text': 7}",
         ),
         (lines('{"text": "a"}'), "`validation`: no document came to validation with 0.2"),
-        (garbage(".jsonl"), "file.jsonl can't be read at line 1: 'utf-8' codec"),
-        (garbage(".jsonl.zst"), "file.jsonl.zst can't be read .*ZSTD"),
-        (garbage(".txt.gz"), "file.txt.gz can't be read .*zlib"),
-        (garbage(".txt"), "file.txt can't be read .*'utf-8' codec"),
-        (garbage(".parquet"), "file.parquet can't be read .*magic bytes"),
+        (garbage(".jsonl"), "file.jsonl, line 1: 'utf-8' codec"),
+        (garbage(".jsonl.zst"), "file.jsonl.zst, line 1: .*ZSTD"),
+        (garbage(".txt.gz"), "file.txt.gz, line 1: .*zlib"),
+        (garbage(".txt"), "file.txt, line 1: 'utf-8' codec"),
+        (garbage(".parquet"), "file.parquet, line 1: .*magic bytes"),
         (garbage(".png"), "source is no file, and no folder of .txt, "),
-        (table(text=["a", None]), "file.parquet .* at line 2: .* in {'text': None}"),
-        (table(body=["a"]), "file.parquet .* at line 1: .* in {'body': 'a'}"),
-        (cut_short, "file.jsonl.gz can't be read .*Truncated"),
+        (table(text=["a", None]), "file.parquet, line 2: .* in {'text': None}"),
+        (table(body=["a"]), "file.parquet, line 1: .* in {'body': 'a'}"),
+        (cut_short, "file.jsonl.gz, line .*: Truncated"),
     ],
 )
 def test_an_error_names_the_place_of_what_is_wrong_in_a_file(write, message, tmp_path):
