@@ -184,9 +184,8 @@ def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     if not texts:
         raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
     if left_out:
-        print(
-            f"{name}: {len(left_out)} file(s) like {min(left_out)} are left out. {advice}"
-        )
+        what = f"{len(left_out)} file(s) like {min(left_out)} are left out"
+        print(f"{name}: {what}. {advice}")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
     if ends[count - 1] >= ends[-1] / 5:  # too few or too large: the last tenth of all

@@ -69,10 +69,16 @@ def main(options: Options) -> dict[str, Any]:
     out = folder.as_path(options.out)
     advice = " What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
-        manifest = _read_begun(out)
-        if manifest is not None:  # said before anything is downloaded
+        # Killed in its first moment, it left no more than an unfinished file.
+        files = {path.name for path in out.iterdir()} - {shards.UNFINISHED}
+        name = shards.MANIFEST if shards.MANIFEST in files else shards.PROGRESS
+        manifest: dict[str, Any] = {}
+        if name in files:
+            manifest = shards.read_manifest(out / name)
             _check_same(out, manifest["choices"], options.choices())
-        if manifest is None or not (out / shards.MANIFEST).exists():
+        elif files:
+            raise ConfigError(f"`out` must be an empty folder, but {out} has {min(files)}.")
+        if name == shards.PROGRESS:
             manifest = _prepare(options, out, manifest)
         (out / shards.PROGRESS).unlink(missing_ok=True)
     for name in shards.SPLITS:
@@ -80,17 +86,6 @@ def main(options: Options) -> dict[str, Any]:
         counts = f"{split['tokens']:,} tokens of {split['documents']:,} documents"
         print(f"{name}: {counts} in {files} shard(s)")
     return manifest
-
-
-def _read_begun(out: Path) -> dict[str, Any] | None:
-    """The manifest of what was done before, or None in an empty folder."""
-    for name in (shards.MANIFEST, shards.PROGRESS):
-        if (out / name).exists():
-            return shards.read_manifest(out / name)
-    # Killed in its first moment, it left no more than an unfinished file.
-    if others := {path.name for path in out.iterdir()} - {shards.UNFINISHED}:
-        raise ConfigError(f"`out` must be an empty folder, but {out} has {min(others)}.")
-    return None
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -102,7 +97,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[str, Any]:
+def _prepare(options: Options, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)
     file, content = tokenizer.save()
@@ -147,6 +142,7 @@ def _prepare(options: Options, out: Path, begun: dict[str, Any] | None) -> dict[
                     parts.clear()
                 manifest["position"] = position
                 shards.write_manifest(out / shards.PROGRESS, manifest)
+            if is_full:
                 bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
 
     for name in shards.SPLITS:

@@ -136,7 +136,7 @@ def _rows(path: Path, field: str) -> Iterator[Any]:
 def _text(row: Any, field: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"there is no text `{field}`, `field`, in {row!s:.200}")
+        raise ValueError(f"`field` is {field}, and no such text is in {row!s:.200}")
     return text
 
 

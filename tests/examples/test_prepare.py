@@ -468,12 +468,12 @@ def cut_short(path):
         ),
         (
             lines('{"txt": "a", "n": 1}'),
-            r"file.jsonl, line 1: there is no text `text`, .* in {'txt': 'a', 'n': 1}",
+            r"file.jsonl, line 1: `field` is text, .* in {'txt': 'a', 'n': 1}",
         ),
         (lines('{"text": "a"}', "[1]"), r"file.jsonl, line 2: .* in \[1\]"),
         (
             lines('{"text": 7}'),
-            "file.jsonl, line 1: there is no text .* in {'text': 7}",
+            "file.jsonl, line 1: `field` is text, .* in {'text': 7}",
         ),
         (lines('{"text": "a"}'), "`validation`: no document came to validation with 0.2"),
         (garbage(".jsonl"), "file.jsonl, line 1: 'utf-8' codec"),
