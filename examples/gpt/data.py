@@ -129,7 +129,7 @@ def load(
     """
     if name is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _read_text("the Python standard library", root, _sources(root))
+        return _read_text("the Python standard library", root, _standard_library(root))
     path = as_path(name)
     if not path.exists():
         raise ConfigError(f"`data` must be a text file or a folder, got {path}: not there.")
@@ -160,7 +160,7 @@ def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corp
     return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
 
 
-def _sources(root: Path) -> list[Path]:
+def _standard_library(root: Path) -> list[Path]:
     # Only what every installation has: some leave the tests out, and no packages.
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     return [

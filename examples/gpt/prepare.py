@@ -82,9 +82,9 @@ def main(options: Options) -> dict[str, Any]:
             manifest = _prepare(options, out, manifest)
         (out / shards.PROGRESS).unlink(missing_ok=True)
     for name in shards.SPLITS:
-        split, files = manifest[name], len(manifest[name]["shards"])
+        split = manifest[name]
         counts = f"{split['tokens']:,} tokens of {split['documents']:,} documents"
-        print(f"{name}: {counts} in {files} shard(s)")
+        print(f"{name}: {counts} in {len(split['shards'])} shard(s)")
     return manifest
 
 
@@ -165,12 +165,11 @@ def encode_batch(
     copies of a document are on one side. Empty documents are left out.
     """
     # JSON can hold halves of characters, which are no text.
-    kept = [text.encode(errors="replace") for text in texts if text]
-    encoded = tokenizer.encode_batch([utf8.decode() for utf8 in kept])
+    kept = [text.encode(errors="replace").decode() for text in texts if text]
     separator = np.array([tokenizer.separator], np.uint32)
     arrays = {name: [np.empty(0, np.uint32)] for name in shards.SPLITS}
-    for utf8, tokens in zip(kept, encoded, strict=True):
-        split = "validation" if zlib.crc32(utf8) < share * 2**32 else "train"
+    for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
+        split = "validation" if zlib.crc32(text.encode()) < share * 2**32 else "train"
         arrays[split] += tokens, separator
     return {name: np.concatenate(parts) for name, parts in arrays.items()}
 
