@@ -56,8 +56,8 @@ class Corpus:
         for split in shards.SPLITS:
             if not len(Sequences(getattr(self, split), context)):
                 raise ConfigError(
-                    f"`data`: no shard of the {split} part of {self.name} has the "
-                    f"{context + 1} tokens of a sequence. Give more text or less `context`."
+                    f"`data`: the {split} part of {self.name} is too short: a sequence of "
+                    f"`context` {context} needs {context + 1} tokens in one shard."
                 )
 
 

@@ -252,7 +252,7 @@ def test_a_split_without_one_sequence(tmp_path, shard_tokens):
     corpus = data.load(write(tmp_path / "p", b"a" * 500, b"b" * 20, shard_tokens))
     corpus.check(19)
     name = "train" if shard_tokens == 20 else "validation"
-    with pytest.raises(ConfigError, match=f"no shard of the {name} part of .* 21 tokens"):
+    with pytest.raises(ConfigError, match=f"`data`: the {name} part of .* needs 21 tokens"):
         corpus.check(20)
 
 
