@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tokenizers
+
+from examples.gpt.tokenizer import Tokenizer
+
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
@@ -42,6 +46,19 @@ import runpy, sys
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
+
+
+def tiny_bpe() -> Tokenizer:
+    """All bytes, and a few merged."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k")]
+    tokens = [*alphabet, *map("".join, merges)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer("tiny", bpe.to_str().encode())
 
 
 def arguments(data: Path, out: Path, **changes) -> list[str]:

@@ -16,11 +16,8 @@ import numpy as np
 
 from examples.gpt import shards
 from examples.gpt.config import ConfigError
-from examples.gpt.folder import as_path, suffix_of, visible_files
+from examples.gpt.folder import as_path, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
-
-VALIDATION_SHARE = 0.1  # of text that was not prepared
-DOCUMENTS = {".jsonl", ".json", ".parquet"}  # suffixes of what is text when prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,54 +32,54 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and to validate with.
+    """Tokens to train on and, of other documents, to validate with."""
 
-    Attributes:
-      name: for people.
-      tokenizer: what made the tokens.
-      train, validation: tokens of different documents.
-      identity: what has to be the same when a run goes on. It fits in a JSON file and
-        knows no paths, so that a run may go on where the data lies elsewhere.
-    """
-
-    name: str
+    name: str  # for people
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
-    identity: dict[str, Any]
+    checksum: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same when a run goes on, wherever the data lies; JSON."""
+        return {
+            "tokenizer": self.tokenizer.name,
+            "vocabulary": self.tokenizer.vocabulary,
+            "train tokens": len(self.train),
+            "validation tokens": len(self.validation),
+            "checksum": self.checksum,
+        }
 
     def check(self, context: int) -> None:
         """Raises ConfigError if a split has not one sequence and its targets."""
         for split in shards.SPLITS:
-            tokens = getattr(self, split)
-            if not len(Sequences(tokens, context)):
+            if not len(Sequences(getattr(self, split), context)):
                 raise ConfigError(
-                    f"`data`: the {split} part of {self.name} has {len(tokens)} tokens in "
-                    f"{len(tokens.arrays)} shard(s), and a sequence of `context` {context} "
-                    f"needs {context + 1} in one. Give more text or a shorter context."
+                    f"`data`: the {split} part of {self.name} is too short: a sequence of "
+                    f"`context` {context} needs {context + 1} tokens in one shard."
                 )
 
 
 class Sequences:
     """A split cut into sequences of `context` tokens and one after: a source for Grain.
 
-    Sequence and sequence share one token, the last target and the first input, so that
-    every token of a shard is a target once, but its first and what is left at its end.
-    No sequence goes from one shard to the next.
+    Neighbours share one token, the last target and the first input, so that every token of
+    a shard is a target once, but its first and what is left at its end. No sequence goes
+    from one shard to the next.
     """
 
     def __init__(self, tokens: Tokens, context: int):
         self._arrays, self._context = tokens.arrays, context
         sizes = [max(len(array) - 1, 0) // context for array in tokens.arrays]
-        self._ends = list(itertools.accumulate(sizes))
+        self._firsts = [0, *itertools.accumulate(sizes)]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._firsts[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        shard = bisect.bisect_right(self._ends, index)
-        first = self._ends[shard - 1] if shard else 0
-        start = (index - first) * self._context
+        shard = bisect.bisect_right(self._firsts, index) - 1
+        start = (index - self._firsts[shard]) * self._context
         return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
 
 
@@ -96,28 +93,17 @@ def batches(
 ) -> grain.DatasetIterator[np.ndarray]:
     """Batches of sequences for ever: all of them in one order, then all in another.
 
-    One iterator with 8 threads, whatever the number of devices.
-
-    Args:
-      tokens: the split, the same on every process.
-      batch: number of sequences in a global batch.
-      context: number of tokens in a sequence.
-      seed: of the order.
-      rows: which rows of each global batch this process reads; all by default.
-
-    Returns:
-      An iterator of int32 arrays of shape (rows, context + 1): the inputs, and one token
-      after. Its `get_state()`, the number of batches, is the same on every process and for
-      any number of them. `close` it, or its threads stay, and what they have read ahead.
+    Each is int32 of shape (rows, context + 1): the inputs, and one token after. `rows` are
+    those of each global batch that this process reads; all by default. `get_state()` of the
+    iterator, the number of batches, is the same on every process and for any number of
+    them. `close` it, or its 8 threads stay, and what they have read ahead.
     """
-    order: Any = (
-        grain.MapDataset.source(Sequences(tokens, context)).seed(seed).shuffle().repeat()
-    )
-    blocks = rows or [slice(0, batch)]
-    mine = [row for block in blocks for row in range(block.start, block.stop)]
+    order: Any = grain.MapDataset.source(Sequences(tokens, context))
+    order = order.seed(seed).shuffle().repeat()
+    mine = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
 
     def read(step: int) -> np.ndarray:
-        return np.stack([order[step * batch + row] for row in mine])
+        return np.stack([order[int(row)] for row in step * batch + mine])
 
     steps = grain.MapDataset.range(len(order) // batch).map(read)
     # A few batches ahead are enough: each is large.
@@ -137,116 +123,76 @@ def load(
 ) -> Corpus:
     """The corpus of a prepared folder, of text, or the source of the standard library.
 
-    Args:
-      name: what `examples.gpt.prepare` made, here or on an object store; or a text file or
-        a folder of them, which is read as bytes, a tenth for validation.
-      verify: whether to compare checksums, once; sizes are compared always.
-      process: which process this is; each compares its part of the checksums.
-      processes: how many there are.
+    A folder that `examples.gpt.prepare` made may be on an object store. To `verify` it is
+    to compare checksums, once: each of the processes compares its part. A text file, or a
+    folder of them, is read as bytes, a tenth for validation.
     """
     if name is None:
-        return _read_text("the Python standard library", *_standard_library())
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _read_text("the Python standard library", root, _standard_library(root))
     path = as_path(name)
     if not path.exists():
-        raise ConfigError(
-            f"`data` must be a text file or a folder, got {path}: not there. Prepared data "
-            "is made by `python -m examples.gpt.prepare`."
-        )
+        raise ConfigError(f"`data` must be a text file or a folder, got {path}: not there.")
     if path.is_file():
         return _read_text(str(path), path.parent, [path])
     if (path / shards.MANIFEST).exists():
         return _read_shards(path, verify, process, processes)
-    if (path / shards.PROGRESS).exists():
+    is_begun = (path / shards.PROGRESS).exists() or list(path.glob("train-*.bin"))
+    if is_begun or not isinstance(path, Path):
         raise ConfigError(
-            f"`data`: {path} is not finished. Start the command again that prepares it, "
-            "and it goes on."
+            f"`data`: {path} has no {shards.MANIFEST}: it is not finished, or copied in "
+            "part. Start the command again that prepares it."
         )
-    if list(path.glob("train-*.bin")) or not isinstance(path, Path):
-        raise ConfigError(
-            f"`data`: {path} has no {shards.MANIFEST}, which says what its shards are. "
-            f"{shards.AGAIN}"
-        )
-    return _read_text(str(path), path, visible_files(path), says_left_out=process == 0)
+    return _read_text(str(path), path, visible_files(path))
 
 
 def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corpus:
-    manifest = shards.Manifest.read(path / shards.MANIFEST)
-    splits = {
-        name: Tokens(shards.read_split(path, manifest, split))
-        for name, split in manifest.splits.items()
-    }
-    if verify:
-        arrays = splits["train"].arrays + splits["validation"].arrays
-        for index in range(process, len(arrays), processes):
-            shards.verify(path, manifest.shards[index], arrays[index])
-    is_file = manifest.tokenizer != BYTES
-    tokenizer = make(str(path / manifest.tokenizer) if is_file else BYTES)
-    checksums = json.dumps([shard.checksum for shard in manifest.shards]).encode()
-    return _corpus(str(path), tokenizer, splits, hashlib.sha256(checksums).hexdigest())
+    manifest = shards.read_manifest(path / shards.MANIFEST)
+    train, validation = (manifest[name]["shards"] for name in shards.SPLITS)
+    arrays = [
+        shards.read(path, shard, manifest["dtype"], verify and i % processes == process)
+        for i, shard in enumerate(train + validation)
+    ]
+    splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
+    is_file = manifest["tokenizer"] != BYTES
+    tokenizer = make(str(path / manifest["tokenizer"]) if is_file else BYTES)
+    checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
+    return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
 
 
-def _corpus(
-    name: str, tokenizer: Tokenizer, splits: dict[str, Tokens], checksum: str
-) -> Corpus:
-    identity = {
-        "tokenizer": tokenizer.name,
-        "vocabulary": tokenizer.vocabulary,
-        **{f"{split} tokens": len(tokens) for split, tokens in splits.items()},
-        "checksum": checksum,
-    }
-    return Corpus(name, tokenizer, **splits, identity=identity)
-
-
-def _standard_library() -> tuple[Path, list[Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _standard_library(root: Path) -> list[Path]:
     # Only what every installation has: some leave the tests out, and no packages.
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = [
+    return [
         file
         for file in sorted(root.rglob("*.py"))
         if not left_out.intersection(file.relative_to(root).parts)
     ]
-    return root, files
 
 
-def _read_text(
-    name: str, root: Path, files: list[Path], says_left_out: bool = False
-) -> Corpus:
-    """Files as bytes, in memory, split by file; files that are no text are left out."""
-    texts = {}
+def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+    """Files as bytes; the first tenth, by a hash of their names, is for validation."""
+    texts, left_out = [], []
+    files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
     for file in files:
-        if suffix_of(file) not in DOCUMENTS and b"\0" not in (text := file.read_bytes()):
-            texts[file.relative_to(root).as_posix()] = text
-    left_out = [file for file in files if file.relative_to(root).as_posix() not in texts]
+        is_document = file.suffix in (".jsonl", ".json", ".parquet")
+        if is_document or b"\0" in (text := file.read_bytes()):
+            left_out.append(file)
+        else:
+            texts.append(text)
     advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     if not texts:
         raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
-    if left_out and says_left_out:
-        print(f"{name}: {len(left_out)} file(s) like {left_out[0]} are left out. {advice}")
-    parts = [b"\n".join(part) for part in _split(texts)]
-    splits = {
-        split: Tokens((np.frombuffer(part, np.uint8),))
-        for split, part in zip(shards.SPLITS, parts, strict=True)
-    }
-    return _corpus(name, Bytes(), splits, hashlib.sha256(b"\0".join(parts)).hexdigest())
-
-
-def _split(texts: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
-    """A tenth of the bytes for validation, in whole files, chosen by their names.
-
-    Files too few or too large for that are cut: the last tenth of all is for validation.
-    """
-    enough = VALIDATION_SHARE * sum(map(len, texts.values()))
-    train, validation, size = [], [], 0
-    for file in sorted(texts, key=lambda file: (zlib.crc32(file.encode()), file)):
-        text = texts[file]
-        if size < enough and size + len(text) < 2 * enough:
-            validation.append(text)
-            size += len(text)
-        else:
-            train.append(text)
-    if size < enough / 2:
-        text = b"\n".join(texts.values())
-        cut = round(len(text) * (1 - VALIDATION_SHARE))
-        return [text[:cut]], [text[cut:]]
-    return train, validation
+    if left_out:
+        what = f"{len(left_out)} file(s) like {min(left_out)} are left out"
+        print(f"{name}: {what}. {advice}")
+    ends = np.cumsum([len(text) for text in texts])
+    count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
+    if ends[count - 1] >= ends[-1] / 5:  # too few or too large: the last tenth of all
+        text = b"\n".join(texts)
+        middle = round(len(text) * 0.9)
+        texts, count = [text[middle:], text[:middle]], 1
+    parts = b"\n".join(texts[count:]), b"\n".join(texts[:count])
+    train, validation = (Tokens((np.frombuffer(part, np.uint8),)) for part in parts)
+    checksum = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    return Corpus(name, Bytes(), train, validation, checksum)

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-import fsspec
 from etils import epath
 
 from examples.gpt.config import ConfigError
@@ -21,38 +21,18 @@ def as_path(name: str | os.PathLike[str]) -> Path:
     """
     # A `Path` has made one slash of the two.
     url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))
-    if "://" not in url:
-        return Path(name)
-    try:
-        fsspec.get_filesystem_class(url.partition("://")[0])
-    except (ImportError, ValueError) as error:  # it names the package
-        raise ConfigError(f"`data`, `out`: {url}: {error}.") from error
-    return cast(Path, epath.Path(url))
+    return cast(Path, epath.Path(url)) if "://" in url else Path(name)
 
 
 def visible_files(folder: Path) -> list[Path]:
     """All files of a folder, and of those in it, but hidden ones."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix that says what a file is: of `a.jsonl.zst`, .jsonl."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+    paths = [folder / name for name in glob.glob("**", root_dir=folder, recursive=True)]
+    return [path for path in sorted(paths) if path.is_file()]
 
 
 @contextlib.contextmanager
 def alone(folder: Path, doing: str) -> Iterator[None]:
-    """Makes the folder, and holds it, so that no two processes write to it.
-
-    Raises:
-      ConfigError: if another process holds it, or if it can't be made.
-    """
+    """Makes the folder, and holds it, so that no two processes write to it."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(folder, Path):  # object stores have no locks
@@ -77,6 +57,5 @@ def writing_to(folder: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"`out`: {folder} can't be written to: {error}.{advice}"
-        ) from error
+        message = f"`out`: {folder} can't be written to: {error}.{advice}"
+        raise ConfigError(message) from error

@@ -1,20 +1,14 @@
 """Turns text into the shards that a run reads: `python -m examples.gpt.prepare --help`.
 
-    python -m examples.gpt.prepare openwebtext --out data/openwebtext
-    python -m examples.gpt --data data/openwebtext
-
 What comes out depends on the sources and the choices alone: not on the number of threads,
 and not on how often it was killed and started again.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +19,6 @@ import tyro
 from examples.gpt import folder, shards, sources
 from examples.gpt.config import ConfigError
 from examples.gpt.tokenizer import Tokenizer, make
-
-Part = tuple[np.ndarray, int]  # tokens of a split, and of how many documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Options:
     """Folder for what comes out, here or as gs://BUCKET/NAME."""
 
     tokenizer: str = "gpt2"
-    """gpt2 (by tiktoken), bytes, or a .tiktoken or Hugging Face `tokenizers` JSON file."""
+    """gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`."""
 
     field: str = "text"
     """The field, or column, that holds a document's text."""
@@ -62,185 +54,124 @@ class Options:
     threads: Annotated[int, tyro.conf.arg(aliases=["--processes"])] = os.cpu_count() or 1
     """Number of threads that turn text into tokens."""
 
-    def check(self) -> None:
-        """Raises ConfigError if a choice can't be."""
-        if not self.sources:
-            raise ConfigError("`sources`: give at least one.")
-        if self.validation is not None and not 0 < self.validation < 1:
-            raise ConfigError(
-                f"`validation` must be between 0 and 1, got {self.validation}."
-            )
-        for name in ("shard_tokens", "threads"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"`{name}` must be positive, got {value}.")
-
     def choices(self) -> dict[str, Any]:
         """All that decides what comes out."""
         fields = dataclasses.asdict(self) | {"sources": list(self.sources)}
         return {k: v for k, v in fields.items() if k not in ("out", "threads")}
 
 
-def main(options: Options) -> shards.Manifest:
-    """Prepares the data, or what is left to do of it."""
-    options.check()
+def main(options: Options) -> dict[str, Any]:
+    """Prepares the data, or what is left to do of it, and returns its manifest."""
+    if not options.sources:
+        raise ConfigError("`sources`: give at least one.")
+    if options.validation is not None and not 0 < options.validation < 1:
+        raise ConfigError(f"`validation` must be in (0, 1), got {options.validation}.")
     out = folder.as_path(options.out)
     advice = " What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
-        if (out / shards.MANIFEST).exists():
-            manifest = shards.Manifest.read(out / shards.MANIFEST)
-            _check_same(out, manifest.choices, options.choices())
-            (out / shards.PROGRESS).unlink(missing_ok=True)
-            print(f"{out} is finished already.")
-        else:
-            manifest = _prepare(options, out)
-    for name, split in manifest.splits.items():
-        print(
-            f"{name}: {split.tokens:,} tokens of {split.documents:,} documents in "
-            f"{len(split.shards)} shard(s)"
-        )
+        # Killed in its first moment, it left no more than an unfinished file.
+        files = {path.name for path in out.iterdir()} - {shards.UNFINISHED}
+        name = shards.MANIFEST if shards.MANIFEST in files else shards.PROGRESS
+        manifest: dict[str, Any] = {}
+        if name in files:
+            manifest = shards.read_manifest(out / name)
+            _check_same(out, manifest["choices"], options.choices())
+        elif files:
+            raise ConfigError(f"`out` must be an empty folder, but {out} has {min(files)}.")
+        if name == shards.PROGRESS:
+            manifest = _prepare(options, out, manifest)
+        (out / shards.PROGRESS).unlink(missing_ok=True)
+    for name in shards.SPLITS:
+        split = manifest[name]
+        counts = f"{split['tokens']:,} tokens of {split['documents']:,} documents"
+        print(f"{name}: {counts} in {len(split['shards'])} shard(s)")
     return manifest
 
 
-def _prepare(options: Options, out: Path) -> shards.Manifest:
-    before = _read_progress(out)
-    if before is not None:  # said before anything is downloaded
-        _check_same(out, before.choices, options.choices())
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"`out`: {out} was begun with `{name}` {before.get(name)}, and now it is "
+                f"{now.get(name)}. Give what it was, or another folder."
+            )
+
+
+def _prepare(options: Options, out: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)
-    file = tokenizer.save()
-    known = before.found["sources"] if before else [None] * len(options.sources)
+    file, content = tokenizer.save()
+    known = begun["found"]["sources"] if begun else [None] * len(options.sources)
     inputs = [
         sources.find(name, options.field, found)
         for name, found in zip(options.sources, known, strict=True)
     ]
-    found = {
+    found = {  # what the choices led to: revisions, sizes, a checksum
         "sources": [source.found for source in inputs],
-        "tokenizer": hashlib.sha256(file[1]).hexdigest() if file else None,
+        "tokenizer": hashlib.sha256(content).hexdigest(),
     }
-    manifest = before or shards.Manifest(
-        tokenizer=file[0] if file else tokenizer.name,
-        vocabulary=tokenizer.vocabulary,
-        separator=tokenizer.separator,
-        dtype=shards.dtype_for(tokenizer.vocabulary).name,
-        choices=options.choices(),
-        found=found,
-    )
-    _check_same(out, manifest.found, found)
-    manifest.write(out / shards.PROGRESS)
-    if file is not None:
-        shards.write_bytes(out / file[0], file[1])
-    share = options.validation or sources.validation_share(inputs)
-    batches = sources.read(inputs, options.field, manifest.position)
-    _write(options, out, manifest, encode(batches, tokenizer, share, options.threads))
-    for name, split in manifest.splits.items():
-        if not split.documents:
+    manifest = begun or {
+        "format": shards.FORMAT,
+        "tokenizer": file,
+        "vocabulary": tokenizer.vocabulary,
+        "separator": tokenizer.separator,
+        "dtype": "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32",
+        "choices": options.choices(),
+        "found": found,
+        **{name: {"tokens": 0, "documents": 0, "shards": []} for name in shards.SPLITS},
+        "position": None,  # where in the sources to go on
+    }
+    _check_same(out, manifest["found"], found)
+    shards.write_manifest(out / shards.PROGRESS, manifest)
+    if content:
+        shards.write_bytes(out / file, content)
+
+    # What is in no shard yet is in memory alone: after a kill it is encoded again.
+    held: dict[str, list[np.ndarray]] = {name: [] for name in shards.SPLITS}
+    size = max(sum(source.size for source in inputs), 1)
+    share = options.validation or min(0.1, max(0.0005, 5e6 / size))
+    with tqdm.tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
+        for texts, position in sources.read(inputs, options.field, manifest["position"]):
+            for name, tokens in encode_batch(texts, tokenizer, share).items():
+                held[name].append(tokens.astype(manifest["dtype"]))
+                bar.update(len(tokens))
+            is_full = sum(map(len, held["train"])) >= options.shard_tokens
+            if is_full or position[0] == len(inputs):
+                for name, parts in held.items():
+                    shards.append(out, manifest, name, np.concatenate(parts))
+                    parts.clear()
+                manifest["position"] = position
+                shards.write_manifest(out / shards.PROGRESS, manifest)
+            if is_full:
+                bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
+
+    for name in shards.SPLITS:
+        if not manifest[name]["documents"]:
             raise ConfigError(
-                f"`validation`: no document came to {name} with {share} of them "
-                "for validation. Give another share, and another `out`."
+                f"`validation`: no document came to {name} with {share} of them for "
+                "validation. Give another share, and another `out`."
             )
-    manifest.position = None
-    manifest.write(out / shards.MANIFEST)
-    (out / shards.PROGRESS).unlink()
+    manifest["position"] = None
+    shards.write_manifest(out / shards.MANIFEST, manifest)
     return manifest
 
 
-def encode(
-    batches: Iterable[tuple[list[str], Any]],
-    tokenizer: Tokenizer,
-    share: float,
-    threads: int,
-) -> Iterator[tuple[dict[str, Part], Any]]:
-    """What each batch of documents gives to each split, in order, and what came with it.
+def encode_batch(
+    texts: list[str], tokenizer: Tokenizer, share: float
+) -> dict[str, np.ndarray]:
+    """The tokens of each split's documents, each with the separator after it.
 
-    Threads are enough, for the tokenizers work without Python's lock; and a kill ends them.
+    A `share` of the documents is for validation, chosen by a hash of the text, so that
+    copies of a document are on one side. Empty documents are left out.
     """
-    waiting = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for texts, position in batches:
-            waiting.append((pool.submit(encode_batch, texts, tokenizer, share), position))
-            if len(waiting) > 2 * threads:  # so much is read ahead, and no more
-                future, position = waiting.popleft()
-                yield future.result(), position
-        for future, position in waiting:
-            yield future.result(), position
-
-
-def encode_batch(texts: list[str], tokenizer: Tokenizer, share: float) -> dict[str, Part]:
-    """The tokens of documents, each with the separator after it, of each split.
-
-    Args:
-      texts: documents; empty ones are left out.
-      tokenizer: of the tokens.
-      share: of the documents that is for validation, chosen by a hash of the text, so that
-        copies of a document are on one side.
-    """
-    dtype = shards.dtype_for(tokenizer.vocabulary)
-    separator = np.array([tokenizer.separator], dtype)
-    arrays = {name: [np.empty(0, dtype)] for name in shards.SPLITS}
-    for text in filter(None, texts):
-        # JSON can hold halves of characters, which are no text.
-        utf8 = text.encode(errors="replace")
-        split = "validation" if zlib.crc32(utf8) < share * 2**32 else "train"
-        arrays[split] += tokenizer.encode_array(utf8.decode()).astype(dtype), separator
-    return {name: (np.concatenate(a), len(a) // 2) for name, a in arrays.items()}
-
-
-def _write(
-    options: Options,
-    out: Path,
-    manifest: shards.Manifest,
-    encoded: Iterable[tuple[dict[str, Part], Any]],
-) -> None:
-    """Writes what comes, a shard of each split at a time, and where in the sources it ends.
-
-    What is in no shard yet is in memory alone: after a kill it is read and encoded again.
-    """
-    held: dict[str, list[Part]] = {name: [] for name in manifest.splits}
-
-    def write() -> None:
-        for name, split in manifest.splits.items():
-            if held[name]:
-                tokens, documents = zip(*held[name], strict=True)
-                shards.append_shard(out, name, split, np.concatenate(tokens))
-                split.documents += sum(documents)
-                held[name].clear()
-        manifest.write(out / shards.PROGRESS)
-
-    written = sum(split.tokens for split in manifest.splits.values())
-    with tqdm.tqdm(initial=written, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for parts, manifest.position in encoded:
-            for name, part in parts.items():
-                held[name].append(part)
-                bar.update(len(part[0]))
-            if sum(len(tokens) for tokens, _ in held["train"]) >= options.shard_tokens:
-                write()
-                bar.write(f"{out}: {len(manifest.shards)} shard(s)")
-    write()
-
-
-def _read_progress(out: Path) -> shards.Manifest | None:
-    """What was done before, or None in an empty folder."""
-    if (out / shards.PROGRESS).exists():
-        return shards.Manifest.read(out / shards.PROGRESS)
-    # Killed in its first moment, it left no more than an unfinished file.
-    if others := sorted({path.name for path in out.iterdir()} - {shards.UNFINISHED}):
-        raise ConfigError(
-            "`out` must be an empty folder, or one that this was begun in, got "
-            f"{out}, which has {others[0]}."
-        )
-    return None
-
-
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    different = [
-        f"`{name}` was {before.get(name)} and is {now.get(name)}"
-        for name in before | now
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise ConfigError(
-            f"`out`: {out} was begun with something else: {'; '.join(different)}. Give "
-            "what it was, or another folder."
-        )
+    # JSON can hold halves of characters, which are no text.
+    kept = [text.encode(errors="replace").decode() for text in texts if text]
+    separator = np.array([tokenizer.separator], np.uint32)
+    arrays = {name: [np.empty(0, np.uint32)] for name in shards.SPLITS}
+    for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
+        split = "validation" if zlib.crc32(text.encode()) < share * 2**32 else "train"
+        arrays[split] += tokens, separator
+    return {name: np.concatenate(parts) for name, parts in arrays.items()}
 
 
 if __name__ == "__main__":

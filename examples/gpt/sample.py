@@ -161,7 +161,7 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
 
 def keep_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer to a run's folder: one file, by whose name it is made again."""
-    name, content = tokenizer.save() or (tokenizer.name, b"")
+    name, content = tokenizer.save()
     (out / TOKENIZER).mkdir(exist_ok=True)
     (out / TOKENIZER / name).write_bytes(content)
 

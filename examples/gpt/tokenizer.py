@@ -4,11 +4,8 @@ A tokenizer is made from its name, `make("bytes")`, `make("gpt2")` or `make("my.
 and is saved beside the tokens it made, so that whoever trains on them needs no network.
 """
 
-import abc
-import base64
-import importlib
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from pathlib import Path
 
 import numpy as np
 
@@ -19,114 +16,20 @@ BYTES, GPT2 = "bytes", "gpt2"
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
-class Tokenizer(abc.ABC):
-    """What turns text into tokens.
+class Tokenizer:
+    """What Hugging Face's `tokenizers` saved as JSON.
 
-    Attributes:
-      name: for people.
-      unit: what a token is called.
-      vocabulary: number of tokens; each is less.
-      separator: the token after each document. No text has it: where a document has the
-        separator's text, that is text.
+    There are `vocabulary` tokens. The one after each document is the `separator`, and no
+    text has it: where a document has the separator's text, that is text.
     """
 
-    name: str
-    unit: ClassVar[str] = "token"
-    vocabulary: int
-    separator: int
-
-    @abc.abstractmethod
-    def encode_array(self, text: str) -> np.ndarray:
-        """The tokens of one text, without a separator: integers of shape (tokens,)."""
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of one text, without a separator."""
-        return self.encode_array(text).tolist()
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens. A model may have more, to be of an even size: left out."""
-        return self._decode([int(token) for token in tokens if token < self.vocabulary])
-
-    @abc.abstractmethod
-    def _decode(self, tokens: list[int]) -> str:
-        """The text of tokens; what is no text becomes U+FFFD."""
-
-    @abc.abstractmethod
-    def save(self) -> tuple[str, bytes] | None:
-        """Name and content of a file that makes it again; None if its name is enough."""
-
-
-class Bytes(Tokenizer):
-    """UTF-8, a byte a token. The zero byte separates documents, and is left out of them."""
-
-    name, unit, vocabulary, separator = BYTES, "byte", 256, 0
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode().replace(b"\0", b""), np.uint8)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-    def save(self) -> None:
-        return None
-
-
-class Tiktoken(Tokenizer):
-    """GPT-2's BPE by tiktoken, which is five times as fast as `tokenizers`.
-
-    Args:
-      name: for people.
-      ranks: the tokens' bytes, from the first merged to the last.
-    """
-
-    def __init__(self, name: str, ranks: dict[bytes, int]):
-        self.name, self._ranks = name, ranks
-        self.separator, self.vocabulary = len(ranks), len(ranks) + 1
-        self._encoding = require("tiktoken").Encoding(
-            name,
-            pat_str=require("tiktoken_ext.openai_public").r50k_pat_str,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.separator},
-            explicit_n_vocab=self.vocabulary,
-        )
-
-    @classmethod
-    def gpt2(cls) -> "Tiktoken":
-        """GPT-2's, which tiktoken downloads once."""
-        public = require("tiktoken_ext.openai_public")
-        try:
-            return cls(GPT2, public.gpt2()["mergeable_ranks"])
-        except OSError as error:  # requests' errors are
-            raise ConfigError(
-                "`tokenizer`: tiktoken can't download GPT-2's vocabulary "
-                f"({type(error).__name__}). Give a `tokenizers` or tiktoken file, or "
-                "`--tokenizer bytes`; or download it elsewhere and copy the folder that "
-                "TIKTOKEN_CACHE_DIR names."
-            ) from error
-
-    @classmethod
-    def parse(cls, name: str, content: bytes) -> "Tiktoken":
-        """A .tiktoken file: a line a token, its bytes in base64 and its rank."""
-        lines = [line.split() for line in content.splitlines()]
-        return cls(name, {base64.b64decode(token): int(rank) for token, rank in lines})
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._encoding.decode(tokens)
-
-    def save(self) -> tuple[str, bytes]:
-        lines = [b"%b %d\n" % (base64.b64encode(b), r) for b, r in self._ranks.items()]
-        return f"{self.name}.tiktoken", b"".join(lines)
-
-
-class File(Tokenizer):
-    """Whatever Hugging Face's `tokenizers` saved as JSON."""
+    unit = "token"  # what a token is called
 
     def __init__(self, name: str, content: bytes):
+        import tokenizers  # no need of it where tokens are bytes
+
         self.name, self._content = name, content
-        self._tokenizer = require("tokenizers").Tokenizer.from_buffer(content)
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the separator's text is text
@@ -134,54 +37,59 @@ class File(Tokenizer):
         self.vocabulary = max(tokens.values(), default=-1) + 1
         found = [tokens[text] for text in SEPARATORS if text in tokens]
         if not found:
-            raise ConfigError(
-                f"`tokenizer`: {name} has no token to separate documents by, none of "
-                f"{', '.join(SEPARATORS)}. Add one as a special token."
-            )
+            raise ValueError(f"it has none of {', '.join(SEPARATORS)} after documents")
         self.separator = found[0]
 
-    def encode_array(self, text: str) -> np.ndarray:
-        # Of a list of one: the method for one text also finds each token's place in it.
-        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(found.ids, np.uint32)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text, without a separator."""
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in found]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one text, without a separator."""
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens. A model may have more, to be of an even size: left out."""
+        kept = [int(token) for token in tokens if token < self.vocabulary]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def save(self) -> tuple[str, bytes]:
+        """Name and content of a file that makes it again; none if its name is enough."""
         return "tokenizer.json", self._content
 
 
+class Bytes(Tokenizer):
+    """UTF-8, a byte a token. The zero byte separates documents, and is left out of them."""
+
+    unit = "byte"
+
+    def __init__(self):
+        self.name, self.vocabulary, self.separator = BYTES, 256, 0
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(t.encode().replace(b"\0", b""), np.uint8) for t in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def save(self) -> tuple[str, bytes]:
+        return BYTES, b""
+
+
 def make(name: str) -> Tokenizer:
-    """The tokenizer of a name: `bytes`, `gpt2`, or a path of a .tiktoken or .json file."""
+    """The tokenizer of a name: `bytes`, `gpt2`, or a path of a `tokenizers` JSON file."""
     if name == BYTES:
         return Bytes()
-    if name == GPT2:
-        return Tiktoken.gpt2()
-    path = as_path(name)
-    if not path.is_file():
-        raise ConfigError(
-            f"`tokenizer` must be {BYTES}, {GPT2}, or a .tiktoken or `tokenizers` JSON "
-            f"file, got {name}: no such file."
-        )
-    of_tiktoken = path.suffix == ".tiktoken"
     try:
-        return (Tiktoken.parse if of_tiktoken else File)(path.stem, path.read_bytes())
-    except ConfigError:
-        raise
-    except Exception as error:  # the packages raise many kinds, `tokenizers` no other
-        kind = "a tiktoken file" if of_tiktoken else "a `tokenizers` JSON file"
+        if name == GPT2:
+            from huggingface_hub import hf_hub_download
+
+            file = hf_hub_download("openai-community/gpt2", "tokenizer.json")
+            return Tokenizer(GPT2, Path(file).read_bytes())
+        return Tokenizer(as_path(name).stem, as_path(name).read_bytes())
+    except Exception as error:  # `tokenizers` raises no other kind
         raise ConfigError(
-            f"`tokenizer` must be {kind}, got {path}: {type(error).__name__}: {error}"
+            f"`tokenizer` must be {BYTES}, {GPT2} (downloaded once), or a JSON file of "
+            f"Hugging Face's `tokenizers` (in the extra `data`), got {name}: {error}"
         ) from error
-
-
-def require(package: str) -> Any:
-    """A package that only data needs, or a ConfigError that says how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"`{error.name}` is needed for this, and is not installed: "
-            'pip install -e ".[data]".'
-        ) from None

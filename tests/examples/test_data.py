@@ -22,19 +22,14 @@ CONTEXT = 8
 def write(folder, train, validation, shard_tokens):
     """A prepared folder of these bytes."""
     folder.mkdir()
-    manifest = shards.Manifest("bytes", 256, 0, "uint16", choices={}, found={})
+    manifest = {"format": 1, "tokenizer": "bytes", "separator": 0, "dtype": "uint16"}
     for name, tokens in (("train", train), ("validation", validation)):
-        fill(folder, name, manifest, np.frombuffer(tokens, np.uint8), shard_tokens)
-    manifest.write(folder / shards.MANIFEST)
+        manifest[name] = {"tokens": 0, "documents": 0, "shards": []}
+        for start in range(0, len(tokens), shard_tokens):
+            part = np.frombuffer(tokens[start : start + shard_tokens], np.uint8)
+            shards.append(folder, manifest, name, part.astype(np.uint16))
+    shards.write_manifest(folder / shards.MANIFEST, manifest)
     return folder
-
-
-def fill(folder, name, manifest, tokens, shard_tokens):
-    split, dtype = shards.Split(), shards.dtype_for(manifest.vocabulary)
-    for start in range(0, len(tokens), shard_tokens):
-        part = tokens[start : start + shard_tokens].astype(dtype)
-        shards.append_shard(folder, name, split, part)
-    setattr(manifest, name, split)
 
 
 @pytest.fixture
@@ -136,14 +131,6 @@ def test_closed_batches_leave_no_thread():
         time.sleep(0.01)
 
 
-def test_large_vocabularies_have_four_bytes_a_token(prepared):
-    manifest = shards.Manifest.read(prepared / shards.MANIFEST)
-    manifest.vocabulary = 65_537
-    fill(prepared, "train", manifest, np.array([0, 65_536]), 10)
-    [array] = shards.read_split(prepared, manifest, manifest.train)
-    np.testing.assert_array_equal(array, [0, 65_536])
-
-
 def test_identity_is_of_what_is_read_and_not_of_where_it_lies(tmp_path):
     one, same = (write(tmp_path / name, b"a" * 99, b"b" * 99, 50) for name in "ab")
     other = write(tmp_path / "c", b"a" * 99, b"c" * 99, 50)
@@ -172,16 +159,15 @@ def flip(path):
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("train-00001.bin", lambda b: b[:599], "is cut short: .* 599 .*600"),
-        ("train-00003.bin", lambda b: b"", "is missing or empty: .*empty file"),
-        ("train-00000.bin", lambda b: b + b"more", "grew: .* 604 .* 600"),
-        ("validation-00000.bin", None, "is missing or empty: .*No such file"),
-        ("manifest.json", edited(format=2), "is of format 2, .* reads 1"),
-        ("manifest.json", edited(train=7), "is no manifest"),
-        ("manifest.json", edited(epochs=7), "is no manifest: .*epochs"),
+        ("train-00001.bin", lambda b: b[:599], "is not what was prepared: .*multiple"),
+        ("train-00003.bin", lambda b: b"", "is not what was prepared: .*empty file"),
+        ("train-00000.bin", lambda b: b + b"more", "is not .*: it has 302 .*, and had 300"),
+        ("validation-00000.bin", None, "is not what was prepared: .*No such file"),
+        ("manifest.json", edited(format=2), "is no manifest: .* is 2, and .* program's 1"),
+        ("manifest.json", lambda b: b"{}", "is no manifest: KeyError"),
         ("manifest.json", lambda b: b[:100], "is no manifest: JSONDecodeError"),
         ("manifest.json", lambda b: b"\xff\xfe", "is no manifest: Unicode"),
-        ("manifest.json", None, "which says what its shards are"),
+        ("manifest.json", None, "it is not finished, or copied in part"),
     ],
 )
 def test_damage_is_refused_even_where_checksums_are_not_compared(
@@ -192,7 +178,7 @@ def test_damage_is_refused_even_where_checksums_are_not_compared(
     (prepared / file).unlink()
     if damage is not None:
         (prepared / file).write_bytes(damage(content))
-    with pytest.raises(ConfigError, match=f"`data`.*{file},? {message}"):
+    with pytest.raises(ConfigError, match=f"`data`.*{file}:? {message}"):
         data.load(prepared, verify=False)
 
 
@@ -200,14 +186,15 @@ def test_a_folder_that_is_unfinished_or_not_there(prepared):
     (prepared / shards.MANIFEST).rename(prepared / shards.PROGRESS)
     with pytest.raises(ConfigError, match=r"`data`.* is not finished"):
         data.load(prepared)
-    with pytest.raises(ConfigError, match=r"`data`.* not there. Prepared data is made by"):
+    with pytest.raises(ConfigError, match=r"`data`.* not there"):
         data.load(prepared / "elsewhere")
 
 
 def test_checksums_are_compared_by_the_process_that_has_the_shard(prepared):
     came = flip(prepared / "train-00003.bin")
-    expected = shards.Manifest.read(prepared / shards.MANIFEST).train.shards[3].checksum
-    message = re.escape(f"checksum is {came}, and the manifest says {expected}. Copy it")
+    manifest = shards.read_manifest(prepared / shards.MANIFEST)
+    expected = manifest["train"]["shards"][3]["checksum"]
+    message = re.escape(f"checksum is {came}, and was {expected}. Copy it")
     for process, processes in ((0, 1), (1, 2), (3, 5)):
         with pytest.raises(ConfigError, match=f"train-00003.bin is not .* {message}"):
             data.load(prepared, True, process, processes)
@@ -251,9 +238,9 @@ def test_an_object_store_holds_what_a_folder_holds(prepared, bucket):
     with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is not what was"):
         data.load("s3://bucket/data")
     bucket.rm("s3://bucket/data/train-00001.bin")
-    with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is missing"):
+    with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is not .*: .*"):
         data.load("s3://bucket/data")
-    with pytest.raises(ConfigError, match=r"gs://bucket/data: .* install gcsfs"):
+    with pytest.raises(ImportError, match=r"install gcsfs"):
         data.load("gs://bucket/data")
     bucket.rm("s3://bucket/data/manifest.json")
     with pytest.raises(ConfigError, match=r"s3://bucket/data has no manifest.json"):
@@ -265,7 +252,7 @@ def test_a_split_without_one_sequence(tmp_path, shard_tokens):
     corpus = data.load(write(tmp_path / "p", b"a" * 500, b"b" * 20, shard_tokens))
     corpus.check(19)
     name = "train" if shard_tokens == 20 else "validation"
-    with pytest.raises(ConfigError, match=f"`data`: the {name} part of .* needs 21 in one"):
+    with pytest.raises(ConfigError, match=f"`data`: the {name} part of .* needs 21 tokens"):
         corpus.check(20)
 
 
@@ -313,24 +300,16 @@ def test_training_needs_nothing_that_only_preparing_needs(prepared):
     """With imports blocked, as where it is not installed."""
     code = """
 import sys
-for name in ("datasets", "pyarrow", "tiktoken", "tokenizers", "zstandard"):
+for name in ("datasets", "pyarrow", "tokenizers", "zstandard"):
     sys.modules[name] = None
 import examples.gpt.__main__
-from examples.gpt import data, prepare, tokenizer
+from examples.gpt import data, tokenizer
 corpus = data.load(None)
 assert isinstance(corpus.tokenizer, tokenizer.Bytes)
 assert b"def " in corpus.train.arrays[0].tobytes()
 assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.25
 assert len(corpus.train) > 5_000_000
 data.load(sys.argv[1]).check(8)
-prepare.main(prepare.Options((sys.argv[1],), data.Path(sys.argv[1] + "-out"), "bytes"))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, prepared],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.stderr.splitlines()[-1].endswith(
-        '`datasets` is needed for this, and is not installed: pip install -e ".[data]".'
-    )
+    command = [sys.executable, "-c", code, prepared]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)

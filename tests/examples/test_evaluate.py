@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from gpt_runs import tiny_bpe
 
 from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
 from examples.gpt.config import ConfigError, ModelConfig
-from examples.gpt.tokenizer import Tiktoken
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +44,6 @@ def test_the_loss_is_the_mean_over_every_sequence_of_the_validation(params, corp
     loss, tokens, size = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=4)
     np.testing.assert_allclose(loss, -np.mean(each), rtol=1e-6)
     assert tokens == size == 24 * len(starts)
-
-
-def tiny_bpe():
-    """All bytes, and a few merged."""
-    merged = [b" w", b" wo", b"ab", b"qu", b"ck"]
-    tokens = [bytes([i]) for i in range(256)] + merged
-    return Tiktoken("tiny", {token: rank for rank, token in enumerate(tokens)})
 
 
 def test_the_bytes_of_the_text_are_counted(params):

@@ -3,11 +3,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from gpt_runs import tiny_bpe
 
 from examples.gpt import hugging_face, model, sample
 from examples.gpt.config import ConfigError, ModelConfig
 from examples.gpt.sample import generate
-from examples.gpt.tokenizer import Bytes, Tiktoken
+from examples.gpt.tokenizer import Bytes
 
 pytestmark = pytest.mark.slow
 
@@ -91,11 +92,7 @@ def test_on_a_mesh_the_text_is_that_of_one_device(out, capsys):
     assert len(set(texts)) == 1
 
 
-@pytest.mark.parametrize(
-    "made",
-    [Bytes(), Tiktoken("ab", {bytes([i]): i for i in range(256)})],
-    ids=["bytes", "bpe"],
-)
+@pytest.mark.parametrize("made", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
 def test_the_tokenizer_is_kept_in_the_folder_of_the_run(out, tmp_path, capsys, made):
     """The data may go. That of `data`, where it is given, goes before it."""
     config = dataclasses.replace(CONFIG, vocabulary=384)
