@@ -141,15 +141,15 @@ def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
 
     def by_cache(i, carry):
         cache, window_T, drawn = carry
-        x_1xD, cache = model.hidden_at(window_T[None], size + i - 1, cache)
-        return cache, *draw(i, x_1xD[0], window_T, drawn)
+        x_1x1xD, cache = model.read(window_T[None], size + i - 1, cache)
+        return cache, *draw(i, x_1x1xD[0, 0], window_T, drawn)
 
     def by_window(i, carry):
         window_T, drawn = carry
         return draw(i, model.hidden(window_T[None])[0, last], window_T, drawn)
 
     cached = jnp.minimum(len(keys), last - size + 2)
-    carry = model.cache(window_T[None]), window_T, jnp.zeros(len(keys), jnp.int32)
+    carry = model.read(window_T[None])[1], window_T, jnp.zeros(len(keys), jnp.int32)
     _, *carry = jax.lax.fori_loop(0, cached, by_cache, carry)
     _, drawn = jax.lax.fori_loop(cached, len(keys), by_window, tuple(carry))
     return whole(drawn)
