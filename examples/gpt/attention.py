@@ -5,7 +5,6 @@ hold none of them, and have a derivative backwards only.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,29 +17,23 @@ from examples.gpt.config import Config, ConfigError
 
 
 def causal(
-    config: Config,
-    q_BxQxHxK: jax.Array,
-    k_BxTxHxK: jax.Array,
-    v_BxTxHxK: jax.Array,
-    positions_Q: jax.Array,
-    documents_BxT: jax.Array | None,
+    config: Config, qkv: tuple[jax.Array, ...], positions_Q: jax.Array, documents_BxT: Any
 ) -> jax.Array:
-    """The mean of the values up to each query's position, shape (B, Q, H, K).
+    """The mean of values, (B, T, H, K), up to the position of each query, (B, Q, H, K).
 
-    Where the number of each token's document is given, it is of values within it.
+    Given the number of each token's document, or None, it is of values in the query's own.
     """
-    q, k, v, T = q_BxQxHxK, k_BxTxHxK, v_BxTxHxK, k_BxTxHxK.shape[1]
+    q, k, v = qkv
+    T = k.shape[1]
     chosen = choose(config, T) if q.shape == k.shape else "xla"
     if chosen == "splash":
-        return _splash(documents_BxT, q * q.shape[-1] ** -0.5, k, v)
+        return _splash(documents_BxT, q * q.shape[-1] ** -0.5, k, v)  # pyright: ignore
     if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=chosen)
-    seen_BxQxT = (positions_Q[:, None] >= jnp.arange(T))[None]
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    seen = (positions_Q[:, None] >= jnp.arange(T))[None]  # (B or 1, Q, T)
     if documents_BxT is not None:
-        documents_BxQ = documents_BxT[:, positions_Q]
-        seen_BxQxT &= documents_BxQ[:, :, None] == documents_BxT[:, None]
-    mask = seen_BxQxT[:, None]  # for all heads
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        seen &= documents_BxT[:, positions_Q, None] == documents_BxT[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="xla")
 
 
 def choose(config: Config, length: int) -> str:
@@ -62,37 +55,36 @@ def choose(config: Config, length: int) -> str:
     return "cudnn" if on_gpu and not config.within_documents else "xla"
 
 
-def _kernel(documents_BxT: jax.Array | None, *qkv_BxTxHxK: jax.Array) -> jax.Array:
-    _, T, H, _ = qkv_BxTxHxK[0].shape
+def _kernel(documents, *qkv):
+    _, T, H, _ = qkv[0].shape
+    sizes: Any = [math.gcd(T, 512)] * 8  # of all blocks, there and back
     kernel: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
-        block_sizes=splash.BlockSizes(*[math.gcd(T, 512)] * 8),  # all, there and back
+        block_sizes=splash.BlockSizes(*sizes),
         interpret=jax.default_backend() != "tpu",
     )
-    ids = None
-    if documents_BxT is not None:
-        ids = splash.SegmentIds(documents_BxT, documents_BxT)
-    q, k, v = (x.swapaxes(1, 2) for x in qkv_BxTxHxK)
+    ids = None if documents is None else splash.SegmentIds(documents, documents)
+    q, k, v = (x.swapaxes(1, 2) for x in qkv)
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 
 
-def _on_each_device(fn: Callable[..., Any]) -> Any:
+def _on_each_device(fn):
     """`fn` of each device's sequences and heads: XLA can't cut a kernel in parts.
 
     Under `vmap` the mapped axis joins the batch, and may be spread over devices as it is.
     """
 
     @jax.custom_batching.custom_vmap
-    def apply(documents_BxT, *arrays_BxTxHxK):
+    def apply(documents, *arrays):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return fn(documents_BxT, *arrays_BxTxHxK)
-        is_even = len(arrays_BxTxHxK[0]) % layout.batch_devices(mesh) == 0
-        batch = layout.BATCH if is_even else None
-        heads = P(batch, None, "tensor")
-        specs = (P(batch), *[heads] * len(arrays_BxTxHxK))
+            return fn(documents, *arrays)
+        is_even = len(arrays[0]) % layout.batch_devices(mesh) == 0
+        batch = P(layout.BATCH if is_even else None)
+        heads = P(*batch, None, "tensor")
+        specs = (batch, *[heads] * len(arrays))
         each = jax.shard_map(fn, in_specs=specs, out_specs=heads, check_vma=False)
-        return each(documents_BxT, *arrays_BxTxHxK)
+        return each(documents, *arrays)
 
     @apply.def_vmap
     def rule(size, is_mapped, *args):

@@ -1,5 +1,6 @@
 """The head of a model in 16 bits, whose logits are float32 and cost no more memory."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,21 +11,23 @@ from sophia_optax import Categorical
 
 SLOPES = "slopes"  # of the loss, by the logits
 
+_in_float32 = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
 
 @jax.custom_gradient
 def product(x: jax.Array, w_DxV: jax.Array) -> Any:
     """Of a product in 16 bits the float32 result; `w` is float32, and so its gradient.
 
     Softmax sees no logit rounded, and the gradients of all positions add up in float32.
-    On the way back the products are in 16 bits too.
     """
 
     def pull(gradient):
         g = gradient.astype(x.dtype)
-        g_w = jnp.einsum("...d,...v->dv", x, g, preferred_element_type=jnp.float32)
-        return g @ w_DxV.astype(x.dtype).T, g_w
+        # Of matrices: XLA on CPU has no other product with a result in float32.
+        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        return g @ w_DxV.astype(x.dtype).T, _in_float32(flat_x.T, flat_g)
 
-    return jnp.matmul(x, w_DxV.astype(x.dtype), preferred_element_type=jnp.float32), pull
+    return _in_float32(x, w_DxV.astype(x.dtype)), pull
 
 
 @jax.custom_gradient

@@ -46,10 +46,8 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     rest = max(count // math.prod(given.values()), 1)
     sizes = {"data": rest, "fsdp": 1, "tensor": 1} | given
     if math.prod(sizes.values()) != count:
-        shape = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"`mesh` must fit the devices, got {shape} for {count} device(s)."
-        )
+        got = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -63,10 +61,7 @@ def _name(path: Any) -> str:
 
 
 def specs(tree: Any, over: tuple[str, ...] = AXES, first: str | None = None) -> Any:
-    """The PartitionSpec of each parameter, over these of the mesh's axes.
-
-    `first` is for a leading axis that parameters don't have.
-    """
+    """The PartitionSpec of each parameter; `first` is for one more axis in front."""
 
     def spec(path, x):
         rule = next((axes for part, axes in RULES.items() if part in _name(path)), ())
@@ -87,9 +82,12 @@ def check(params: Any, mesh: jax.sharding.Mesh) -> None:
 
     def check_one(path, p, spec):
         for size, axis in zip(p.shape, spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                text = f"`mesh`: {axis}={mesh.shape[axis]} must divide the {size} of "
-                raise ConfigError(text + _name(path))
+            n = mesh.shape.get(axis, 1)
+            if size % n:
+                got = f"the shape {p.shape} for {_name(path)}"
+                raise ConfigError(
+                    f"`mesh`: {axis}={n} must divide what it spreads, got {got}."
+                )
 
     jax.tree.map_with_path(check_one, params, specs(params))
 
@@ -113,8 +111,7 @@ def gather(params: Any, dtype: str) -> Any:
     gradients over the batch's devices, and a refresh sums their squares: neither holds
     one whole for long.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return whole(params)
 
     @jax.custom_gradient
@@ -146,10 +143,9 @@ def rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:
 
 def put(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
     """The whole batch, of which this process has these rows."""
+    sharding = NamedSharding(mesh, P(BATCH))
     shape = (batch, *rows.shape[1:])
-    return jax.make_array_from_process_local_data(
-        NamedSharding(mesh, P(BATCH)), rows, shape
-    )
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
 
 
 def spread_batch(x: jax.Array) -> jax.Array:

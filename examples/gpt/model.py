@@ -4,12 +4,11 @@ Pre-norm, GELU. GPT-2 has learned positions and a head tied to the embedding; GP
 rotates a quarter of each head by its position, computes attention and MLP side by side,
 and has a head of its own.
 
-Unless `init_std` is given, weights start at a size of 1 / √fan-in. With the normal(0.02)
-of the large GPT-2 a model as narrow as the default starts near zero, where optimizers
-that take steps like a sign, Sophia and Lion, stay at the loss of the bigrams.
+Unless `init_std` is given, weights start at a size of 1 / √fan-in. At the normal(0.02) of
+the large GPT-2 a model as narrow as the default starts near zero, where Sophia and Lion,
+whose steps are like a sign, stay at the loss of the bigrams.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,13 +19,6 @@ from examples.gpt import attention, head
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.layout import gather
 from sophia_optax import Categorical
-
-_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-Cache = tuple[jax.Array, jax.Array]  # keys and values, each (layers, B, T, H, K)
 
 
 class Block(nnx.Module):
@@ -45,36 +37,26 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self,
-        x_BxQxD: jax.Array,
-        positions_Q: jax.Array,
-        documents_BxT: jax.Array | None,
-        cached: Cache | None,
-    ) -> tuple[jax.Array, Cache]:
+        self, x_BxQxD: jax.Array, cached: Any, positions_Q: jax.Array, documents_BxT: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What goes to the next block, and the keys and values, each (B, T, H, K).
 
-        Those at other positions are `cached`; without a cache, Q = T.
+        Those of other positions are `cached`; without a cache, Q = T.
         """
+        is_neox = self.config.architecture == "neox"
         q, k, v = jnp.moveaxis(self.qkv(self.norm_1(x_BxQxD)), -3, 0)
-        if self.config.architecture == "neox":
+        if is_neox:
             q, k = rotate(q, positions_Q), rotate(k, positions_Q)
         if cached is not None:
             k, v = cached[0].at[:, positions_Q].set(k), cached[1].at[:, positions_Q].set(v)
-        mixed = attention.causal(self.config, q, k, v, positions_Q, documents_BxT)
+        mixed = attention.causal(self.config, (q, k, v), positions_Q, documents_BxT)
         attended_BxQxD = x_BxQxD + self.project(mixed)
-        if self.config.architecture == "neox":
-            return attended_BxQxD + self.mlp(self.norm_2(x_BxQxD)), (k, v)
-        return attended_BxQxD + self.mlp(self.norm_2(attended_BxQxD)), (k, v)
-
-    def mlp(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x)))
+        up = self.up(self.norm_2(x_BxQxD if is_neox else attended_BxQxD))
+        return attended_BxQxD + self.down(jax.nn.gelu(up)), (k, v)
 
 
 class GPT(nnx.Module):
-    """The model of a config, whose parameters are float32.
-
-    The blocks are one `Block`, each of whose parameters has a leading axis of layers.
-    """
+    """The model of a config. Its blocks are one, with a leading axis of layers."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         assert config.vocabulary is not None
@@ -103,14 +85,10 @@ class GPT(nnx.Module):
         return self._map_logits(neg_log_prob, tokens_BxS).mean()
 
     def judge(self, tokens_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of each token but the first its loss, float32, and whether it is the likeliest.
-
-        Both have the shape (B, T), S = T + 1.
-        """
+        """Of each token but the first the loss, and whether it is the likeliest: (B, T)."""
 
         def judge(logits, targets):
-            losses = Categorical().neg_log_prob(logits, targets)
-            return losses, logits.argmax(-1) == targets
+            return Categorical().neg_log_prob(logits, targets), logits.argmax(-1) == targets
 
         return self._map_logits(judge, tokens_BxS)
 
@@ -140,31 +118,29 @@ class GPT(nnx.Module):
         return self.read(tokens_BxT)[0]
 
     def read(
-        self,
-        tokens_BxT: jax.Array,
-        position: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """What the head sees, (B, T, D), and the cache of these tokens.
+        self, tokens_BxT: jax.Array, position: jax.Array | None = None, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """What the head sees, (B, T, D), and keys and values, each (layers, B, T, H, K).
 
-        With a cache of the tokens before a position, it is at that position: (B, 1, D).
+        With those of the tokens before a position, only what it sees there: (B, 1, D).
         """
         T = tokens_BxT.shape[1]
         at: Any = slice(T) if position is None else position[None]
+        seen = jnp.arange(T)[at], self._documents(tokens_BxT)
         # Looked up in float32: in 16 bits the gradient of a frequent token would stall.
         x_BxQxD = self.tokens.embedding[...][tokens_BxT[:, at]]
         if self.config.architecture == "gpt2":
             x_BxQxD += self.positions.embedding[...][at]
-        seen = jnp.arange(T)[at], self._documents(tokens_BxT)
         graph, layers = nnx.split(self.blocks)
 
         def apply(x_BxQxD, layer_and_cached):
             layer, cached = layer_and_cached
             block = nnx.merge(graph, gather(layer, self.config.dtype))
-            return block(x_BxQxD, *seen, cached)
+            return block(x_BxQxD, cached, *seen)
 
         if self.config.remat != "none":
-            policy = _POLICIES[self.config.remat]
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = dots if self.config.remat == "dots" else None
             apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
         x_BxQxD = x_BxQxD.astype(self.config.dtype)
         x_BxQxD, cache = jax.lax.scan(apply, x_BxQxD, (layers, cache))
@@ -181,11 +157,11 @@ class GPT(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Of what the head sees, shape (..., D), to (..., vocabulary), float32."""
-        if self.config.architecture == "neox":
-            w_DxV = self.head.kernel[...]
-        else:
-            w_DxV = self.tokens.embedding[...].T
-        return x @ w_DxV if x.dtype == jnp.float32 else head.product(x, w_DxV)
+        is_neox = self.config.architecture == "neox"
+        w_DxV = self.head.kernel[...] if is_neox else self.tokens.embedding[...].T
+        if x.dtype == jnp.float32:
+            return x @ w_DxV
+        return head.product(x, w_DxV)  # pyright: ignore
 
 
 def rotate(x_BxTxHxK: jax.Array, positions_T: jax.Array) -> jax.Array:
@@ -206,13 +182,9 @@ def init(config: Config) -> Any:
 
 def bind(config: Config, params: Any) -> GPT:
     """The config's model with these parameters."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
     outside = {name: params[name] for name in params if name != "blocks"}
-    return nnx.merge(_graph(config), params | gather(outside, config.dtype))
-
-
-@functools.cache
-def _graph(config: Config) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+    return nnx.merge(graph, params | gather(outside, config.dtype))
 
 
 def count(params: Any) -> int:

@@ -51,7 +51,7 @@ def test_splash_is_the_attention_of_xla(in_documents):
 
         def total(*qkv):
             given = documents if in_documents else None
-            return (attention.causal(config, *qkv, jnp.arange(256), given) ** 2).sum()
+            return (attention.causal(config, qkv, jnp.arange(256), given) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
