@@ -6,6 +6,7 @@ at a time; what is spread over `tensor` is never gathered.
 """
 
 import contextlib
+import functools
 import math
 import re
 from typing import Any
@@ -36,6 +37,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "down/kernel": ("tensor", "fsdp"),
 }
 
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
     """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
@@ -54,10 +57,6 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 def one_device() -> jax.sharding.Mesh:
     """A mesh of the first device alone."""
     return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def specs(tree: Any, over: tuple[str, ...] = AXES, first: str | None = None) -> Any:
@@ -79,17 +78,15 @@ def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def check(params: Any, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError where an axis of the mesh does not divide a parameter's."""
-
-    def check_one(path, p, spec):
+    leaves = jax.tree.leaves_with_path(params)
+    for (path, p), spec in zip(leaves, jax.tree.leaves(specs(params)), strict=True):
+        what = f"{p.shape} for {_name(path)}"
         for size, axis in zip(p.shape, spec, strict=True):
             n = mesh.shape.get(axis, 1)
             if size % n:
-                got = f"the shape {p.shape} for {_name(path)}"
                 raise ConfigError(
-                    f"`mesh`: {axis}={n} must divide what it spreads, got {got}."
+                    f"`mesh`: {axis}={n} must divide what it spreads, got {what}."
                 )
-
-    jax.tree.map_with_path(check_one, params, specs(params))
 
 
 def spread(tree: Any, first: str | None = None, over: tuple[str, ...] = AXES) -> Any:
