@@ -4,12 +4,12 @@ XLA's holds the (T, T) weights of every head and has derivatives of any order. T
 hold none of them, and have a derivative backwards only.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from examples.gpt import layout
@@ -18,43 +18,36 @@ from examples.gpt.config import ConfigError, ModelConfig
 
 def causal(
     config: ModelConfig,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    documents_BxT: jax.Array | None,
+    qkv: tuple[jax.Array, ...],
+    positions_Q: jax.Array,
+    documents_BxT: Any,
 ) -> jax.Array:
-    """Each position's mean of the values up to its own, shape (B, T, H, K).
+    """The mean of values, (B, T, H, K), up to the position of each query, (B, Q, H, K).
 
-    Args:
-      config: says by what it is computed.
-      q: queries, (B, T, H, K).
-      k: keys, of the same shape and dtype.
-      v: values, likewise.
-      documents_BxT: the number of each token's document, int32, where a token attends
-        within its document.
+    Given the number of each token's document, or None, it is of values in the query's own.
     """
-    chosen = choose(config, q.shape[1])
+    q, k, v = qkv
+    T = k.shape[1]
+    chosen = choose(config, T) if q.shape == k.shape else "xla"
     if chosen == "splash":
-        return _splash(q, k, v, documents_BxT)
-    mask = None
+        return _splash(documents_BxT, q * q.shape[-1] ** -0.5, k, v)  # pyright: ignore
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    seen = (positions_Q[:, None] >= jnp.arange(T))[None]  # (B or 1, Q, T)
     if documents_BxT is not None:
-        mask = (documents_BxT[:, :, None] == documents_BxT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=True, implementation=chosen
-    )
+        seen &= documents_BxT[:, positions_Q, None] == documents_BxT[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="xla")
 
 
-def choose(config: ModelConfig, length: int) -> Any:
+def choose(config: ModelConfig, length: int) -> str:
     """What computes attention over so many positions: "xla", "cudnn" or "splash"."""
     backend, asked = jax.default_backend(), config.attention
     on_gpu = backend == "gpu" and config.dtype == "bfloat16"
-    if asked == "cudnn" and not on_gpu:
+    if (asked == "cudnn" and not on_gpu) or (asked == "splash" and backend == "gpu"):
         raise ConfigError(
-            f"`attention` cudnn is for bfloat16 on GPUs, got {config.dtype} on {backend}. "
-            "Choose auto or xla."
+            "`attention`: cudnn is for bfloat16 on GPUs and splash for TPUs, got "
+            f"{asked} for {config.dtype} on {backend}. Choose auto."
         )
-    if asked == "splash" and backend == "gpu":
-        raise ConfigError("`attention` splash is for TPUs, got gpu. Choose auto.")
     if asked == "xla":
         return "xla"
     # `check` has seen that splash can do sequences of the context, but samples are shorter.
@@ -64,87 +57,57 @@ def choose(config: ModelConfig, length: int) -> Any:
     return "cudnn" if on_gpu and not config.within_documents else "xla"
 
 
-def _splash(q, k, v, documents) -> jax.Array:
-    """Splash attention, on each device for its part of the batch and of the heads.
+def _kernel(documents, *qkv):
+    _, T, H, _ = qkv[0].shape
+    sizes: Any = [math.gcd(T, 512)] * 8  # of all blocks, there and back
+    kernel: Any = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
+        block_sizes=splash.BlockSizes(*sizes),
+        interpret=jax.default_backend() != "tpu",
+    )
+    ids = None if documents is None else splash.SegmentIds(documents, documents)
+    q, k, v = (x.swapaxes(1, 2) for x in qkv)
+    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+
+
+def _on_each_device(fn):
+    """`fn` of each device's sequences and heads: XLA can't cut a kernel in parts.
 
     Under `vmap` the mapped axis joins the batch, and may be spread over devices as it is.
     """
 
-    @_join_mapped
-    def forward(q, k, v, documents):
-        return _on_each_device(_kernel, q, k, v, documents)
+    @jax.custom_batching.custom_vmap
+    def apply(documents, *arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return fn(documents, *arrays)
+        is_even = len(arrays[0]) % layout.batch_devices(mesh) == 0
+        batch = P(layout.BATCH if is_even else None)
+        heads = P(*batch, None, "tensor")
+        specs = (batch, *[heads] * len(arrays))
+        each = jax.shard_map(fn, in_specs=specs, out_specs=heads, check_vma=False)
+        return each(documents, *arrays)
 
-    @_join_mapped
-    def backward(q, k, v, documents, gradient):
-        # The kernel's forward pass again, for what its backward pass needs of it.
-        def gradients(q, k, v, documents, gradient):
-            _, pull = jax.vjp(lambda q, k, v: _kernel(q, k, v, documents), q, k, v)
-            return pull(gradient)
-
-        return _on_each_device(gradients, q, k, v, documents, gradient)
-
-    attend = jax.custom_vjp(forward)
-    attend.defvjp(
-        lambda *given: (forward(*given), given),
-        lambda given, gradient: (*backward(*given, gradient), None),
-    )
-    return attend(q * q.shape[-1] ** -0.5, k, v, documents)
-
-
-def _kernel(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, documents_BxT) -> jax.Array:
-    _, T, H, _ = q_BxTxHxK.shape
-    size = next(n for n in (512, 256, 128) if T % n == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks: dict[str, Any] = {f"block_{name}": size for name in names}
-    kernel: Any = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * H),
-        block_sizes=splash_attention.BlockSizes(**blocks),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
-    )
-
-    def attend(q_TxHxK, k_TxHxK, v_TxHxK, documents_T):
-        ids = None
-        if documents_T is not None:
-            ids = splash_attention.SegmentIds(documents_T, documents_T)
-        mixed_HxTxK = kernel(*(x.swapaxes(0, 1) for x in (q_TxHxK, k_TxHxK, v_TxHxK)), ids)
-        return mixed_HxTxK.swapaxes(0, 1)
-
-    return jax.vmap(attend)(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, documents_BxT)
-
-
-def _on_each_device(fn: Callable[..., Any], q_BxTxHxK: jax.Array, *rest: Any) -> Any:
-    """`fn` of each device's part: XLA can't cut a kernel in parts."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return fn(q_BxTxHxK, *rest)
-    is_even = len(q_BxTxHxK) % layout.batch_devices(mesh) == 0
-    batch = layout.BATCH if is_even else None
-
-    def spec(x):
-        return P(batch, None, "tensor") if x.ndim == 4 else P(batch)
-
-    specs = jax.tree.map(spec, (q_BxTxHxK, *rest))
-    shape = jax.eval_shape(fn, q_BxTxHxK, *rest)
-    each = jax.shard_map(
-        fn, in_specs=specs, out_specs=jax.tree.map(spec, shape), check_vma=False
-    )
-    return each(q_BxTxHxK, *rest)
-
-
-def _join_mapped(fn: Callable[..., Any]) -> Any:
-    """`fn` of arrays with a batch in front, which a mapped axis joins."""
-    joined = jax.custom_batching.custom_vmap(fn)
-
-    @joined.def_vmap
+    @apply.def_vmap
     def rule(size, is_mapped, *args):
         def join(x, is_mapped):
             x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        results = joined(*jax.tree.map(join, args, tuple(is_mapped)))
+        results = apply(*jax.tree.map(join, args, tuple(is_mapped)))
         parts = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
         return parts, jax.tree.map(lambda _: True, parts)
 
-    return joined
+    return apply
+
+
+@jax.custom_gradient
+def _splash(documents, *qkv):
+    def gradients(documents, gradient, *qkv):
+        # The kernel's forward pass again, for what its backward pass needs of it.
+        return jax.vjp(lambda *qkv: _kernel(documents, *qkv), *qkv)[1](gradient)
+
+    def pull(gradient):
+        return (None, *_on_each_device(gradients)(documents, gradient, *qkv))
+
+    return _on_each_device(_kernel)(documents, *qkv), pull

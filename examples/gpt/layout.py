@@ -5,8 +5,10 @@ The mesh has three axes. Over `data` and `fsdp` the batch is spread; over `fsdp`
 at a time; what is spread over `tensor` is never gathered.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+import re
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 PARTS = "parts"  # a mapped axis: what each device has of a micro-batch
 
-# The end of a parameter's name, and its last axes; what is not here is on each device.
+# A part of a parameter's name, and its last axes; what is not here is on each device.
 RULES: dict[str, tuple[str | None, ...]] = {
     "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
     "positions/embedding": (None, "fsdp"),  # position, width
@@ -35,30 +37,37 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "down/kernel": ("tensor", "fsdp"),
 }
 
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
     """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
+    if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
+        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
+    given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
     count = jax.device_count()
-    sizes = dict.fromkeys(AXES, 1)
-    given = [part.partition("=") for part in text.split(",") if part]
-    for name, _, size in given:
-        if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
-        sizes[name] = int(size)
-    if "data" not in (name for name, _, _ in given):
-        sizes["data"] = max(count // math.prod(sizes.values()), 1)
+    rest = max(count // math.prod(given.values()), 1)
+    sizes = {"data": rest, "fsdp": 1, "tensor": 1} | given
     if math.prod(sizes.values()) != count:
-        shape = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"`mesh` must fit the devices, got {shape} for {count} device(s)."
-        )
+        got = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def one_device() -> jax.sharding.Mesh:
     """A mesh of the first device alone."""
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:1])
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def specs(tree: Any, over: tuple[str, ...] = AXES, first: str | None = None) -> Any:
+    """The PartitionSpec of each parameter; `first` is for one more axis in front."""
+
+    def spec(path, x):
+        rule = next((axes for part, axes in RULES.items() if part in _name(path)), ())
+        axes = [None] * (x.ndim - len(rule)) + [a if a in over else None for a in rule]
+        return P(*axes) if first is None else P(first, *axes[1:])
+
+    return jax.tree.map_with_path(spec, tree)
 
 
 def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -67,92 +76,53 @@ def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params))
 
 
-def specs(params: Any) -> Any:
-    """The PartitionSpec of each parameter."""
-    return jax.tree.map_with_path(lambda path, p: P(*_axes(path, p.ndim)), params)
-
-
 def check(params: Any, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError where an axis of the mesh does not divide a parameter's."""
-
-    def check_one(path, p):
-        for size, axis in zip(p.shape, _axes(path, p.ndim), strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+    leaves = jax.tree.leaves_with_path(params)
+    for (path, p), spec in zip(leaves, jax.tree.leaves(specs(params)), strict=True):
+        what = f"{p.shape} for {_name(path)}"
+        for size, axis in zip(p.shape, spec, strict=True):
+            n = mesh.shape.get(axis, 1)
+            if size % n:
                 raise ConfigError(
-                    f"`mesh`: {axis}={mesh.shape[axis]} must divide what it spreads, and "
-                    f"{_name(path)} has the shape {p.shape}."
+                    f"`mesh`: {axis}={n} must divide what it spreads, got {what}."
                 )
 
-    jax.tree.map_with_path(check_one, params)
+
+def spread(tree: Any, first: str | None = None, over: tuple[str, ...] = AXES) -> Any:
+    """The same tree, laid out as `specs` says; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, specs(tree, over, first))
 
 
-def whole(params: Any, dtype: str | None = None, sum_in_float32: bool = False) -> Any:
-    """Parameters, or some of them, cast and gathered over `fsdp`, for a layer to use.
+def whole(tree: Any) -> Any:
+    """The same tree, gathered: spread over `tensor` alone."""
+    return spread(tree, over=("tensor",))
 
-    On the way back of that gather a step sums gradients over the batch's devices, and a
-    refresh sums their squares: neither holds one whole for long.
 
-    Args:
-      params: the parameters, float32.
-      dtype: what they are cast to before they are sent; as they are by default.
-      sum_in_float32: give them back in float32, so that the gradients of all their uses
-        add up in it. What was sent is rounded to `dtype`.
+def gather(params: Any, dtype: str) -> Any:
+    """Parameters, or some of them, whole and float32, for a layer to use.
+
+    They are sent as `dtype`, but their gradients come back in float32. There a step sums
+    gradients over the batch's devices, and a refresh sums their squares: neither holds
+    one whole for long.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    in_parts = not mesh.empty and mesh.shape["fsdp"] > 1
-    if in_parts:
-        params = jax.tree.map(_sum_gradient_over_parts, each_group(spread(params)))
-    if sum_in_float32:
-        return _sent(params, dtype) if dtype and in_parts else _gathered(params)
-    if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-    return _gathered(params)
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return whole(params)
 
-
-def _gathered(params: Any) -> Any:
-    return _constrain(params, lambda axis: axis if axis == "tensor" else None)
-
-
-def _sent(params: Any, dtype: str) -> Any:
-    """Gathered in another dtype; gradients come back in float32, as if it was not so."""
-
-    def cast(path, p):
-        return p.astype(dtype) if "fsdp" in _axes(path, p.ndim) else p
-
+    @jax.custom_gradient
     def send(params):
-        sent = _gathered(jax.tree.map_with_path(cast, params))
-        return jax.tree.map(lambda p: p.astype(jnp.float32), sent)
+        def sum_over_parts(gradients):
+            gradients = whole(gradients)
+            with contextlib.suppress(NameError):  # only a training step maps over parts
+                gradients = jax.lax.psum(gradients, PARTS)
+            return (gradients,)
 
-    straight = jax.custom_vjp(send)
-    straight.defvjp(lambda params: (send(params), None), lambda _, g: (_gathered(g),))
-    return straight(params)
+        sent = whole(jax.tree.map(lambda p: p.astype(dtype), params))
+        return jax.tree.map(lambda p: p.astype(jnp.float32), sent), sum_over_parts
 
-
-@jax.custom_vjp
-def _sum_on_the_way_back(w):
-    return w
-
-
-_sum_on_the_way_back.defvjp(lambda w: (w, None), lambda _, g: (jax.lax.psum(g, PARTS),))
-
-
-def _sum_gradient_over_parts(w: jax.Array) -> jax.Array:
-    """The same weight; where a step maps over `PARTS`, its gradient is summed over them."""
-    try:
-        jax.lax.axis_size(PARTS)
-    except NameError:
-        return w
-    return _sum_on_the_way_back(w)
-
-
-def spread(params: Any, first: str | None = None) -> Any:
-    """A tree like the parameters as the rules say; as it is without a mesh.
-
-    Args:
-      params: the tree.
-      first: over what a leading axis, which the parameters don't have, is spread.
-    """
-    return _constrain(params, lambda axis: axis, first)
+    return send(each_group(spread(params)))
 
 
 def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
@@ -180,29 +150,3 @@ def spread_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH))
-
-
-def _constrain(
-    tree: Any, keep: Callable[[str | None], str | None], first: str | None = None
-) -> Any:
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-
-    def constrain(path, p):
-        axes = [keep(axis) for axis in _axes(path, p.ndim)]
-        spec = P(*axes) if first is None else P(first, *axes[1:])
-        return jax.lax.with_sharding_constraint(p, spec)
-
-    return jax.tree.map_with_path(constrain, tree)
-
-
-def _axes(path: Any, ndim: int) -> tuple[str | None, ...]:
-    name = _name(path)
-    for end, axes in RULES.items():
-        if name.endswith(end):
-            return (None,) * (ndim - len(axes)) + axes
-    return (None,) * ndim
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")

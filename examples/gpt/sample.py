@@ -106,8 +106,8 @@ def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
         (cache, window_T), (i, key) = carry, i_and_key
 
         def by_cache(cache):
-            x_1xD, cache = model.hidden_at(window_T[None], size + i - 1, cache)
-            return x_1xD[0], cache
+            x_1x1xD, cache = model.read(window_T[None], size + i - 1, cache)
+            return x_1x1xD[0, 0], cache
 
         def by_window(cache):
             return model.hidden(window_T[None])[0, last], cache
@@ -123,7 +123,7 @@ def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
         window_T = window_T.at[jnp.minimum(size + i, last)].set(token)
         return (cache, window_T), token
 
-    carry = model.cache(window_T[None]), window_T
+    carry = model.read(window_T[None])[1], window_T
     _, drawn = jax.lax.scan(step, carry, (jnp.arange(len(keys)), keys))
     return layout.whole(drawn)
 

@@ -204,7 +204,8 @@ def test_rotated_products_depend_on_the_distance_alone():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
     turned_q, turned_k = (
-        model.rotate(jnp.broadcast_to(x, (1, 12, 1, 16)))[0, :, 0] for x in (q, k)
+        model.rotate(jnp.broadcast_to(x, (1, 12, 1, 16)), jnp.arange(12))[0, :, 0]
+        for x in (q, k)
     )
     products = turned_q @ turned_k.T
     for distance in range(-11, 12):
