@@ -1,7 +1,9 @@
 """Train a GPT, from the first parameters to the picture: the whole loop."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from examples.gpt import attention, data, layout, plot, processes, sample
-from examples.gpt.checkpoint import FOLDER, Checkpoints, began, check_unused
+from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row, require_finite
@@ -96,12 +98,10 @@ def train(
     ):
         restored = checkpoints.restore(abstract_state(config, tx, mesh))
         if restored is None:
-            with processes.together():
-                check_unused(folder, config)
             start, state = 0, first_state(config, tx, mesh)
         else:
-            start, state = restored.step, restored.state
-            batches.set_state(restored.position)
+            start, state, position = restored
+            batches.set_state(position)
             if start > config.steps:
                 raise ConfigError(
                     f"`steps` must not be fewer than were done, got {config.steps} after "
@@ -119,11 +119,8 @@ def train(
         with processes.together():
             processes.check_shared(folder / "config.json")
 
-        with (
-            checkpoints.under_way(),
-            Profile(config, folder) as profile,
-            processes.ends_if_one_is_lost(),
-        ):
+        with Profile(config, folder) as profile, processes.ends_if_one_is_lost():
+            step, signal_came = start, None
             for step in range(start + 1, config.steps + 1):
                 profile.step(step - start)
                 tokens = layout.put(mesh, next(batches), config.batch)
@@ -141,18 +138,19 @@ def train(
                 saves = signal_came or is_last or step % config.checkpoint_every == 0
                 if validates or saves:
                     with processes.together():
-                        log.wait()
-                        if validates:
-                            log.add(val_loss=validate(state.params))
-                        log.write()
                         require_finite(row)  # or nothing of it is saved
+                        log.write(partial(validate, state.params) if validates else None)
                     if saves:
                         checkpoints.save(step, state, batches.get_state())
                     log.restart_clock(step)
                 if signal_came:
-                    saved = f"Step {step} is saved in {folder}"
-                    raise processes.Interrupted(saved, signal_came)
+                    break
     log.close()
+    if signal_came:
+        if processes.is_first():
+            print(f"Step {step} is saved in {folder}. The same command goes on from there.")
+        # The signal's code, by which a launcher knows that there is more to do.
+        sys.exit(128 + signal_came)
     return state, log.rows
 
 
