@@ -181,13 +181,14 @@ def _newest(
     """
     # Each process reads for itself: at a barrier one would wait for one that can't.
     me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
-    )
+    alone = ocp.Context()
+    alone.multiprocessing.primary_host = me
+    alone.multiprocessing.active_processes = {me}
+    alone.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
     damages = []
     for path in steps_in(folder):
         try:
-            with ocp.Context(multiprocessing_options=alone):
+            with alone:
                 saved: Any = _read(path, ocp.checkpointables_metadata).custom_metadata
                 if processes.anywhere(not saved):
                     raise Damaged("it has no metadata")
