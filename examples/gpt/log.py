@@ -143,14 +143,12 @@ def _peak_flops(dtype: str) -> float | None:
     if (peak := next(peaks, None)) is None:
         return None
     # A TPU multiplies float32 as bfloat16; NVIDIA's as TensorFloat-32, at half the speed.
-    halves = 2 if dtype == "float32" and "NVIDIA" in kind else 1
-    return peak * 1e12 * jax.device_count() / halves
+    is_halved = dtype == "float32" and "NVIDIA" in kind
+    return (peak / 2 if is_halved else peak) * 1e12 * jax.device_count()
 
 
-def _dashboards(
-    config: Config, folder: Path
-) -> Iterator[tuple[Callable[[Row, int], None], Callable[[], None]]]:
-    """Functions to write the numbers of a step with, and to end with."""
+def _dashboards(config: Config, folder: Path) -> Iterator[tuple[Callable, Callable]]:
+    """Of each, a function that takes the numbers of a step, and one that ends it."""
     if config.tensorboard:
         import tensorboardX
 
