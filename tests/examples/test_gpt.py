@@ -376,7 +376,7 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
             dumps = json.dumps
 
             def of_row(row, **kwargs):
-                if row.get("step") == 6:
+                if isinstance(row, dict) and "loss" in row and row["step"] == 6:
                     raise OSError(28, "No space left on device")
                 return dumps(row, **kwargs)
 
