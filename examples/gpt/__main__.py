@@ -40,10 +40,5 @@ if __name__ == "__main__":
         main(config)
     except ConfigError as error:
         sys.exit(error.text())
-    except processes.Interrupted as interrupted:
-        if processes.is_first():
-            print(f"{interrupted}. The same command goes on from there.")
-        # The signal's code, by which a launcher knows that there is more to do.
-        sys.exit(128 + interrupted.signal)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -16,44 +16,31 @@ from examples.gpt.folder import writing_to
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
-Dashboard = tuple[Callable[[Row], None], Callable[[], None]]  # to write a row, to close
 
-# Of one chip in bfloat16, by the makers' data sheets: 10^12 operations a second.
+# Of one chip in bfloat16, by the makers' data sheets: 10^12 operations a second. The first
+# name that a device's begins with is taken.
 PEAK_TERAFLOPS = {
     "TPU v4": 275,
     "TPU v5 lite": 197,
-    "TPU v5p": 459,
     "TPU v5": 459,
     "TPU v6 lite": 918,
     "NVIDIA A100": 312,
-    "NVIDIA H100": 989,
     "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100": 989,
     "NVIDIA H200": 989,
     "NVIDIA B200": 2250,
 }
 
 
-class NotFinite(ConfigError):
-    """A loss or a gradient that is not finite: most often the learning rate is too high."""
-
-
 class Log:
-    """Writes config.json and metrics.jsonl, and prints a line for each row.
-
-    Args:
-      config: the run.
-      folder: where the files go.
-      step: the step that it goes on from; rows of later ones are forgotten.
-      flops_per_token: operations, from which MFU is counted.
-    """
+    """Writes config.json and metrics.jsonl, whose rows after `step` it forgets."""
 
     def __init__(self, config: Config, folder: Path, step: int, flops_per_token: float):
         self.rows: list[Row] = []
         self._pending: Row | None = None
-        self._before: Any = None  # the loss of the last step
         self._config, self._folder = config, folder
         self._flops_per_token = flops_per_token
-        self._dashboards: list[Dashboard] = []
+        self._dashboards = []
         self._since: tuple[int, float] | None = None  # a step, and when it was done
         if not is_first():
             return
@@ -67,69 +54,48 @@ class Log:
         self._dashboards = [*_dashboards(config, folder)]
 
     def step(self, row: Row, is_logged: bool) -> None:
-        """Takes what a step made, arrays of shape (), while the device is at work on it.
+        """Takes what a step made, and writes the row of the step before meanwhile."""
+        self.write()
+        self._pending = row if is_logged else None
 
-        A row that is to be logged waits for the step before, and the row before is written.
-
-        Raises:
-          NotFinite: if the loss or the gradient's norm of the row before is not finite.
-        """
-        if is_logged:
-            jax.block_until_ready(self._before)
-            self.write()
-            self._pending = row | self._speed(row["step"] - 1)
-        self._before = row["loss"]
-
-    def wait(self) -> None:
-        """Waits for the numbers of the last step."""
-        jax.block_until_ready(self._before)
-        if self._pending is not None:
-            row = jax.device_get(self._pending)
-            step = row.pop("step")
-            self._pending = {k: v if v is None else float(v) for k, v in row.items()}
-            self._pending["step"] = step
-            require_finite(self._pending)
-
-    def write(self) -> None:
-        """Writes the last row, if it is not written yet."""
-        self.wait()
-        row, self._pending = self._pending, None
-        if row is None:
+    def write(self, validate: Callable[[], float] | None = None) -> None:
+        """Waits for the last step, if it is logged, and writes its row."""
+        if self._pending is None:
             return
+        made, self._pending = jax.device_get(self._pending), None
+        row: Row = {k: v if k == "step" else float(v) for k, v in made.items()}
+        row |= self._speed(row["step"])
+        require_finite(row)
+        if validate is not None:
+            row["val_loss"] = validate()
         self.rows.append(row)
         if not is_first():
             return
-        with writing_to(self._folder, " The same command, started again, goes on."):
-            self._write_line(row)
+        with (
+            writing_to(self._folder, " The same command, started again, goes on."),
+            (self._folder / "metrics.jsonl").open("a") as file,
+        ):
+            file.write(json.dumps(row) + "\n")
+        numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
         for write, _ in self._dashboards:
-            write(row)
+            write(numbers, row["step"])
         name, steps = self._config.optimizer, self._config.training.steps
         print(f"{name} step {row['step']} of {steps}: {_text(row)}", flush=True)
-
-    def restart_clock(self, step: int) -> None:
-        """After what is no training step, and after this one: no speed counts it."""
-        self._since = step, time.perf_counter()
-
-    def add(self, **numbers: float) -> None:
-        """Adds numbers to the last row."""
-        assert self._pending is not None
-        self._pending |= numbers
-
-    def _write_line(self, row: Row) -> None:
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         for _, close in self._dashboards:
             close()
 
+    def restart_clock(self, step: int) -> None:
+        """After this step and what else was done: no speed counts it."""
+        self._since = step, time.perf_counter()
+
     def _speed(self, step: int) -> Row:
         """Of the training steps to this one, which is done, since the row before."""
-        now = time.perf_counter()
-        since, self._since = self._since, (step, now)
-        if since is None or step <= since[0]:  # the first steps of a process compile
+        since, self._since = self._since, (step, time.perf_counter())
+        if since is None:  # the first steps of a process compile
             return dict.fromkeys(("tokens_per_second", "mfu", "seconds_to_go"))
-        seconds = (now - since[1]) / (step - since[0])
+        seconds = (self._since[1] - since[1]) / (step - since[0])
         speed = self._config.training.batch * self._config.model.context / seconds
         peak = _peak_flops(self._config.model.dtype)
         return {
@@ -140,10 +106,10 @@ class Log:
 
 
 def require_finite(row: Row) -> None:
-    """Raises NotFinite for a step whose loss or gradient is not finite."""
+    """Raises ConfigError for a step whose loss or gradient is not finite."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(value := float(row[name])):
-            raise NotFinite(
+            raise ConfigError(
                 f"`{name}` of step {row['step']} is {value}: training is stopped. Most "
                 "often a lower --learning-rate, in another --out, cures it."
             )
@@ -165,36 +131,32 @@ def _text(row: Row) -> str:
 
 def read(folder: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl; of one cut short, those that are whole."""
-    metrics, rows = folder / "metrics.jsonl", []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _peak_flops(dtype: str) -> float | None:
     """Of all devices together, in the arithmetic that JAX uses for a dtype."""
     kind = jax.devices()[0].device_kind
-    names = [name for name in PEAK_TERAFLOPS if kind.startswith(name)]
-    if not names:
+    peaks = (peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name))
+    if (peak := next(peaks, None)) is None:
         return None
-    peak = PEAK_TERAFLOPS[max(names, key=len)] * 1e12 * jax.device_count()
     # A TPU multiplies float32 as bfloat16; NVIDIA's as TensorFloat-32, at half the speed.
-    return peak / 2 if dtype == "float32" and "NVIDIA" in kind else peak
+    is_halved = dtype == "float32" and "NVIDIA" in kind
+    return (peak / 2 if is_halved else peak) * 1e12 * jax.device_count()
 
 
-def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
-    """What else each row is written to."""
+def _dashboards(config: Config, folder: Path) -> Iterator[tuple[Callable, Callable]]:
+    """Of each, a function that takes the numbers of a step, and one that ends it."""
     if config.output.tensorboard:
         import tensorboardX
 
         writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
 
-        def write(row):
-            for name, value in _numbers(row).items():
-                writer.add_scalar(name, value, row["step"])
+        def write(numbers, step):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
             writer.flush()
 
         yield write, writer.close
@@ -213,8 +175,4 @@ def _dashboards(config: Config, folder: Path) -> Iterator[Dashboard]:
             dir=folder,
             config=config.as_json(),
         )
-        yield lambda row: run.log(_numbers(row), step=row["step"]), run.finish
-
-
-def _numbers(row: Row) -> Row:
-    return {k: v for k, v in row.items() if v is not None and k != "step"}
+        yield run.log, run.finish

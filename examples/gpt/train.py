@@ -1,7 +1,9 @@
 """Train a GPT, from the first parameters to the picture: the whole loop."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from examples.gpt import attention, data, layout, plot, processes, sample, step
-from examples.gpt.checkpoint import FOLDER, Checkpoints, began, check_unused
+from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config, need
 from examples.gpt.folder import alone
 from examples.gpt.log import Log, Row, require_finite
@@ -86,12 +88,10 @@ def train(
     ):
         restored = checkpoints.restore(abstract_state(config, tx, mesh))
         if restored is None:
-            with processes.together():
-                check_unused(folder, config)
             start, state = 0, first_state(config, tx, mesh)
         else:
-            start, state = restored.step, restored.state
-            batches.set_state(restored.position)
+            start, state, position = restored
+            batches.set_state(position)
             need(
                 start <= steps,
                 f"`steps` must not be fewer than were done, got {steps} after {start}. "
@@ -107,11 +107,8 @@ def train(
         with processes.together():
             processes.check_shared(folder / "config.json")
 
-        with (
-            checkpoints.under_way(),
-            contextlib.ExitStack() as profile,
-            processes.ends_if_one_is_lost(),
-        ):
+        with contextlib.ExitStack() as profile, processes.ends_if_one_is_lost():
+            number, signal_came = start, None
             for number in range(start + 1, steps + 1):
                 if output.profile and number - start == PROFILED:
                     profile.enter_context(jax.profiler.trace(folder / "profile"))
@@ -133,18 +130,21 @@ def train(
                 saves = signal_came or is_last or number % output.checkpoint_every == 0
                 if validates or saves:
                     with processes.together():
-                        log.wait()
-                        if validates:
-                            log.add(val_loss=validate(state.params))
-                        log.write()
                         require_finite(row)  # or nothing of it is saved
+                        log.write(partial(validate, state.params) if validates else None)
                     if saves:
                         checkpoints.save(number, state, batches.get_state())
                     log.restart_clock(number)
                 if signal_came:
-                    saved = f"Step {number} is saved in {folder}"
-                    raise processes.Interrupted(saved, signal_came)
+                    break
     log.close()
+    if signal_came:
+        if processes.is_first():
+            print(
+                f"Step {number} is saved in {folder}. The same command goes on from there."
+            )
+        # The signal's code, by which a launcher knows that there is more to do.
+        sys.exit(128 + signal_came)
     return state, log.rows
 
 

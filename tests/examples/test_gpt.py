@@ -190,7 +190,7 @@ def test_what_comes_in_wrong_is_told_before_anything_is_written(tiny, changes, m
 def test_a_folder_that_holds_a_run_is_left_alone(tiny):
     tiny.folder().mkdir()
     (tiny.folder() / "metrics.jsonl").write_text("precious")
-    with pytest.raises(ConfigError, match="`out` already holds a run"):
+    with pytest.raises(ConfigError, match=r"`out`: .* holds another run"):
         main(tiny)
     assert (tiny.folder() / "metrics.jsonl").read_text() == "precious"
 
@@ -200,14 +200,13 @@ def test_a_run_that_does_not_fit_the_checkpoint_is_refused(tiny):
     main(tiny.replace(steps=5, warmup=1))
     before = (tiny.folder() / "metrics.jsonl").read_text()
     other = {"steps": 5, "warmup": 1, "width": 32, "learning_rate": 1e-3}
-    with pytest.raises(ConfigError, match=r"checkpoints of another run") as info:
+    with pytest.raises(ConfigError, match="holds another run") as info:
         main(tiny.replace(**other))
-    assert "  width: 16 in the checkpoint, 32 now" in str(info.value)
-    assert "  learning_rate: 0.005 in the checkpoint, 0.001 now" in str(info.value)
-    assert len(info.value.text().splitlines()) == 3
+    assert "  width: 16 before, 32 now" in str(info.value)
+    assert len(info.value.text().splitlines()) == 2
     assert (tiny.folder() / "metrics.jsonl").read_text() == before
     tiny.data.write_text(TEXT.upper())
-    with pytest.raises(ConfigError, match=r"data's checksum: \w+ in the checkpoint"):
+    with pytest.raises(ConfigError, match=r"data's checksum: \w+ before"):
         main(tiny.replace(steps=5, warmup=1))
 
 
@@ -228,12 +227,11 @@ def test_an_error_that_comes_late_is_told_beside_the_first(tmp_path, monkeypatch
         raise OSError("no space is left")
 
     monkeypatch.setattr(checkpoints._checkpointer, "close", fail)
-    with pytest.raises(RuntimeError, match="the first") as info, checkpoints.under_way():
+    with pytest.raises(RuntimeError, match="the first") as info, checkpoints:
         raise RuntimeError("the first")
-    late, last = info.value.__notes__
+    [late] = info.value.__notes__
     assert "can't be written" in late
     assert "no space is left" in late
-    assert last == "There is no checkpoint yet."
 
 
 def steps_of(curves):
@@ -246,7 +244,7 @@ def test_a_run_goes_on_for_more_steps_and_with_another_schedule(tiny, capsys):
     longer = short.replace(steps=6, schedule="wsd", decay=2)
     curves = main(longer)
     assert steps_of(curves) == [1, 2, 3, 4, 5, 6]
-    assert "  steps: 4 in the checkpoint, 6 now" in capsys.readouterr().out
+    assert "  steps: 4 before, 6 now" in capsys.readouterr().out
     lr = [row["lr"] for row in curves[0].rows]
     assert lr[4:] == pytest.approx([5e-3, 2.5e-3])
     with pytest.raises(ConfigError, match=r"`steps` must not be fewer .* 5 after 6"):
@@ -267,10 +265,10 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
     assert [row["lr"] for row in other.rows] == pytest.approx(
         [5e-3, 5e-3 * 2 / 3, 5e-3 / 3]
     )
-    with pytest.raises(ConfigError, match="`resume_from`: its seed was 0 and is 1"):
+    with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  seed: 0 before"):
         main(branch.replace(out=tiny.folder().parent / "d", seed=1))
     nothing = tiny.folder().parent / "e"
-    with pytest.raises(ConfigError, match="`resume_from` must be a run's folder"):
+    with pytest.raises(ConfigError, match=r"`resume_from`: .*there is none"):
         main(branch.replace(out=nothing, resume_from=nothing))
 
 
@@ -290,7 +288,7 @@ def test_weights_of_a_run_begin_another(tiny):
 def test_an_error_that_passes_sets_no_checkpoint_aside(tiny, monkeypatch):
     config = tiny.replace(steps=4, warmup=1, checkpoint_every=2)
     main(config)
-    load, errors = checkpoint.ocp.load, [OSError(5, "Input/output error")]
+    load, errors = checkpoint.ocp.load_checkpointables, [OSError(5, "Input/output error")]
 
     def once(*args, **kwargs):
         if errors:
@@ -304,11 +302,11 @@ def test_an_error_that_passes_sets_no_checkpoint_aside(tiny, monkeypatch):
 
     of_metadata = [OSError(5, "Input/output error")]
     monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(checkpoint.ocp, "load", once)
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", once)
     monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", metadata_once)
     [curve] = main(config)
     assert curve.rows[-1]["step"] == 4
-    errors += [OSError(5, "Input/output error")] * 6  # of two parts, three times
+    errors += [OSError(5, "Input/output error")] * 3
     with pytest.raises(
         ConfigError, match=r"4 can't be read, and nothing of it was changed"
     ):
@@ -321,8 +319,8 @@ def test_a_state_of_another_shape_is_not_damaged(tiny, monkeypatch):
     config = tiny.replace(steps=4, warmup=1)
     main(config)
     monkeypatch.setattr(checkpoint, "WAITS", ())
-    monkeypatch.setattr(checkpoint.Checkpoints, "_compare", lambda self, saved: None)
-    with pytest.raises(ConfigError, match="the checkpoint is not of this one"):
+    monkeypatch.setattr(checkpoint.Checkpoints, "_check", lambda *_: None)
+    with pytest.raises(ConfigError, match="the optimizer was programmed anew"):
         main(config.replace(width=32))
 
 
@@ -343,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     """Before it is saved; the checkpoint named is one to go on from."""
     config = tiny.replace(checkpoint_every=2, optimizer="adamw")
     config = config.replace(learning_rate=1e38, warmup=15)
-    with pytest.raises(log.NotFinite, match=r"of step \d+ is (nan|inf)") as info:
+    with pytest.raises(ConfigError, match=r"of step \d+ is (nan|inf)") as info:
         main(config)
     folder = tiny.folder() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir())
@@ -372,14 +370,14 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
 
             patch.setattr(manager, name, save)
         else:
-            write = log.Log._write_line
+            dumps = json.dumps
 
-            def write_line(self, row):
-                if row["step"] == 6:
+            def of_row(row, **kwargs):
+                if isinstance(row, dict) and "loss" in row and row["step"] == 6:
                     raise OSError(28, "No space left on device")
-                write(self, row)
+                return dumps(row, **kwargs)
 
-            patch.setattr(log.Log, "_write_line", write_line)
+            patch.setattr(log.json, "dumps", of_row)
         with pytest.raises(ConfigError, match=r"`out`: .*No space left on device") as info:
             main(config)
     good = tiny.folder() / "checkpoints" / "4"
@@ -437,14 +435,14 @@ def test_what_is_trained_is_read_from_the_checkpoint_before_a_damaged_one(tiny):
 def test_a_damaged_checkpoint_is_never_named_as_good(tiny):
     config = tiny.replace(optimizer="adamw", checkpoint_every=1)
     config = config.replace(learning_rate=1e38, warmup=15)
-    with pytest.raises(log.NotFinite) as first:
+    with pytest.raises(ConfigError) as first:
         main(config)
     newest = max((tiny.folder() / "checkpoints").iterdir(), key=lambda p: int(p.name))
     assert str(newest) in first.value.__notes__[0]
     for file in newest.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(log.NotFinite) as second:
+    with pytest.raises(ConfigError) as second:
         main(config.replace(checkpoint_every=100))
     good = newest.with_name(str(int(newest.name) - 1))
     assert second.value.__notes__ == [f"The last good checkpoint is {good}."]
@@ -494,15 +492,15 @@ def test_a_checkpoint_with_a_wrong_number_is_passed_over_and_stays(
 ):
     config = tiny.replace(steps=4, warmup=1, checkpoint_every=2)
     main(config)
-    read = checkpoint._read
+    load = checkpoint.ocp.load_checkpointables
 
     def changed(path, *args):
-        (trees, saved), damage = read(path, *args)
-        if path.name == "4":
+        trees = load(path, *args)
+        if path.endswith("4"):
             trees["params"]["norm"]["scale"] += 1e-6
-        return (trees, saved), damage
+        return trees
 
-    monkeypatch.setattr(checkpoint, "_read", changed)
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", changed)
     main(config)
     output = capsys.readouterr().out
     assert "4 is damaged, and the checkpoint before is taken" in output
@@ -525,13 +523,11 @@ def test_a_row_is_written_when_the_next_is_under_way(tiny):
     tiny.folder().mkdir()
     written = log.Log(tiny, tiny.folder(), 0, 1.0)
     written.step(made(1), True)
-    written.step(made(2), False)
     assert log.read(tiny.folder()) == []
-    written.step(made(3), True)
+    written.step(made(2), False)
     assert [row["step"] for row in log.read(tiny.folder())] == [1]
-    written.wait()
-    written.add(val_loss=1.5)
-    written.write()
+    written.step(made(3), True)
+    written.write(lambda: 1.5)
     _, row = log.read(tiny.folder())
     assert (row["step"], row["loss"], row["val_loss"]) == (3, 1.0, 1.5)
 
@@ -544,13 +540,19 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
     tiny.folder().mkdir()
     written = log.Log(tiny, tiny.folder(), 0, flops_per_token=5.0)
     now[0] = 100.0
-    written.step(made(11), True)  # compiled
+    written.step(made(10), True)
+    written.step(made(11), False)  # step 10 is done, and compiled
     now[0] = 102.0
-    written.step(made(21), True)
-    now[0] = 150.0  # validated, and saved
-    written.restart_clock(21)
+    written.step(made(20), True)
+
+    def validate():
+        now[0] = 150.0
+        return 1.0
+
+    written.write(validate)
+    written.restart_clock(20)
     now[0] = 153.0
-    written.step(made(28), True)
+    written.step(made(26), True)
     written.write()
     first, second, third = written.rows
     assert first["tokens_per_second"] is None

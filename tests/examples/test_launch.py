@@ -44,7 +44,7 @@ def test_processes_join_where_there_are_others(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.join(Processes())
-    assert initialized == [()] * joins
+    assert len(initialized) == joins
 
 
 def test_processes_join_on_a_cloud_tpu(initialized, monkeypatch):
@@ -54,7 +54,7 @@ def test_processes_join_on_a_cloud_tpu(initialized, monkeypatch):
     assert initialized == []
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
     processes.join(Processes())
-    assert initialized == [()]
+    assert len(initialized) == 1
 
 
 def test_what_is_said_by_hand_goes_first(initialized, monkeypatch):
@@ -64,12 +64,12 @@ def test_what_is_said_by_hand_goes_first(initialized, monkeypatch):
 
 
 def test_processes_that_do_not_find_each_other(initialized, monkeypatch):
-    def fail(**_):
+    def fail(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(ConfigError, match=r"should be defined(.|\n)*jax\[k8s\]"):
+    with pytest.raises(ConfigError, match="coordinator_address should be defined"):
         processes.join(Processes())
 
 
