@@ -41,20 +41,22 @@ def causal(
 
 def choose(config: ModelConfig, length: int) -> str:
     """What computes attention over so many positions: "xla", "cudnn" or "splash"."""
-    backend, asked = jax.default_backend(), config.attention
+    backend, asked, width = jax.default_backend(), config.attention, config.width
     on_gpu = backend == "gpu" and config.dtype == "bfloat16"
-    if (asked == "cudnn" and not on_gpu) or (asked == "splash" and backend == "gpu"):
-        raise ConfigError(
-            "`attention`: cudnn is for bfloat16 on GPUs and splash for TPUs, got "
-            f"{asked} for {config.dtype} on {backend}. Choose auto."
-        )
-    if asked == "xla":
-        return "xla"
-    # `check` has seen that splash can do sequences of the context, but samples are shorter.
-    if asked == "splash" or (asked == "auto" and backend == "tpu"):
-        return "splash" if config.splash_fits(length) else "xla"
     # In cuDNN a mask of documents is as large as the weights that XLA holds.
-    return "cudnn" if on_gpu and not config.within_documents else "xla"
+    cudnn_can = on_gpu and not config.within_documents
+    heads_fit = width // config.heads % 64 == 0
+    splash_can = backend != "gpu" and heads_fit and config.context % 128 == 0
+    if (asked == "cudnn" and not cudnn_can) or (asked == "splash" and not splash_can):
+        raise ConfigError(
+            "`attention`: cudnn is for bfloat16 on GPUs, without `within_documents`; for "
+            "splash, on TPUs, 128 must divide `context`, and 64 the width of a head. Got "
+            f"{asked} for {config.dtype} on {backend}, {config.context} and "
+            f"{width // config.heads}. Choose auto."
+        )
+    if splash_can and (asked == "splash" or (asked == "auto" and backend == "tpu")):
+        return "splash" if length % 128 == 0 else "xla"  # a sample may be shorter
+    return "cudnn" if cudnn_can and asked != "xla" else "xla"
 
 
 def _kernel(documents, *qkv):

@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: the state, where the data is, and the run's choices."""
 
+import inspect
 import json
 import logging
 import re
@@ -265,7 +266,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
 
     def hook(raised):
-        if "Event loop is closed" not in str(raised.exc_value):
+        is_left = inspect.iscoroutine(raised.object)
+        if not is_left and "Event loop is closed" not in str(raised.exc_value):
             sys.__unraisablehook__(raised)
 
     sys.unraisablehook = hook

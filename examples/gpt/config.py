@@ -1,9 +1,15 @@
-"""Every choice of a run, and why the default is what it is.
+"""Every choice of a run: a comment on each is what --help says.
 
 There is one way from a command line to a run. A preset is a whole `Config`. `replace` gives
 it what a flag says, of whatever part; another optimizer brings its own recipe. `check` says
 what can't be, before anything is compiled. `fitted` fills in what follows from the data and
 the devices, and what is trained, saved and compared with a checkpoint is that.
+
+The default is the smallest run that is a fair picture of Sophia. Two million bytes teach
+its model words and indentation in two minutes, and yet curvatures differ over orders of
+magnitude: rare bytes against spaces, norms against matrices. 500 steps are 50 refreshes,
+enough for their average to settle if `debias` corrects it: without, gamma would be several
+times smaller than the one asked for.
 """
 
 import dataclasses
@@ -18,7 +24,6 @@ from examples.gpt.recipes import RECIPES, ConfigError, Optimizer, Preset, Recipe
 
 __all__ = ["Config", "ConfigError", "ModelConfig", "Optimizer", "Preset", "Recipe", "need"]
 
-
 # Numbers; all others must be positive.
 _MAY_BE_0 = ("seed", "separator", "warmup", "decay", "final_fraction", "b1", "b2")
 _MAY_BE_0 += ("weight_decay", "profile", "process_id")
@@ -28,87 +33,46 @@ _MAY_BE_0 += ("weight_decay", "profile", "process_id")
 class ModelConfig:
     """What is trained, and how it is computed."""
 
-    # The default is the smallest that is a fair picture of Sophia: two million bytes teach
-    # it words and indentation in two minutes, and yet its curvatures differ over orders of
-    # magnitude, rare bytes against spaces and norms against matrices.
-
+    # GPT-2, or GPT-NeoX: rotary positions, attention beside the MLP, a head of its own.
     architecture: Literal["gpt2", "neox"] = "gpt2"
-    """GPT-2, or GPT-NeoX: rotary positions, attention beside the MLP, a head of its own."""
-
-    layers: int = 2
-    """Number of transformer blocks."""
-
-    heads: int = 4
-    """Number of attention heads; divides the width."""
-
-    width: int = 64
-    """Width of the residual stream."""
-
-    context: int = 64
-    """Length of a sequence, in tokens."""
-
+    layers: int = 2  # Number of transformer blocks.
+    heads: int = 4  # Number of attention heads; divides the width.
+    width: int = 64  # Width of the residual stream.
+    context: int = 64  # Length of a sequence, in tokens.
+    # Number of tokens; as many as the data has, up to a multiple of 128, by default.
     vocabulary: int | None = None
-    """Number of tokens; as many as the data has, up to a multiple of 128, by default."""
-
+    # Give linear layers and norms a bias, as GPT-2 has; the paper's models have none.
     bias: bool = False
-    """Give linear layers and norms a bias, as GPT-2 has; the paper's models have none."""
-
-    init_std: float | None = None
-    """Standard deviation of the first weights; 1 / √fan-in by default."""
-
+    init_std: float | None = None  # Of the first weights; 1 / √fan-in by default.
+    # Of the arithmetic; parameters and the optimizer's averages are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic; parameters and the optimizer's averages are float32."""
-
+    # What is computed again on the way back, to save memory: nothing, what is no product
+    # of matrices, or all of a block but its input.
     remat: Literal["none", "dots", "full"] = "none"
-    """What is computed again on the way back, to save memory: nothing, what is no product
-    of matrices, or all of a block but its input."""
-
+    # Number of positions of a sequence whose logits are there at once in float32.
     loss_chunk: int = 256
-    """Number of positions of a sequence whose logits are there at once in float32."""
-
+    # What computes attention: XLA, or the kernels of cuDNN on a GPU and of Pallas on a
+    # TPU, which hold no (T, T) weights. The best that there is by default.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """What computes attention: XLA, or the kernels of cuDNN on a GPU and of Pallas on a
-    TPU, which hold no (T, T) weights. The best that there is by default."""
-
+    # Let a token attend to its own document only, which a separator ends.
     within_documents: bool = False
-    """Let a token attend to its own document only, which a separator ends."""
-
+    # The token that ends a document, with `within_documents`; the data's by default.
     separator: int | None = None
-    """The token that ends a document, with `within_documents`; the data's by default."""
-
-    def splash_fits(self, length: int) -> bool:
-        """Whether Pallas' splash kernel takes sequences of this length."""
-        return length % 128 == 0 and self.width // self.heads % 64 == 0
 
     def check_vocabulary(self, size: int) -> None:
         """Raises ConfigError if the model has fewer tokens than the data."""
-        need(
-            self.vocabulary is None or self.vocabulary >= size,
-            f"`vocabulary` must hold the data's, got a model of {self.vocabulary} tokens "
-            f"for data of {size}.",
-        )
+        ours = self.vocabulary or size
+        message = f"`vocabulary` must hold the data's {size}, got a model of {ours} tokens."
+        need(ours >= size, message)
 
     def check(self) -> None:
         """Raises ConfigError if the model can't be."""
-        width = self.width // self.heads
+        got = f"got {self.heads} heads for {self.width}"
+        need(self.width % self.heads == 0, f"`heads` must divide `width`, {got}.")
         need(
-            self.width % self.heads == 0,
-            f"`heads` must divide `width`, got {self.heads} heads for {self.width}.",
-        )
-        need(
-            self.architecture == "gpt2" or width >= 8,
+            self.architecture == "gpt2" or self.width // self.heads >= 8,
             "`heads` of GPT-NeoX must be 8 wide or wider, for a quarter of each turns with "
-            f"its position, got {self.heads} heads of {self.width}.",
-        )
-        need(
-            self.attention != "cudnn" or not self.within_documents,
-            "`attention` must be another for `within_documents`, got cudnn, whose mask is "
-            "as large as the weights that it saves. Choose auto or xla.",
-        )
-        need(
-            self.attention != "splash" or self.splash_fits(self.context),
-            "`attention` splash wants a `context` that is a multiple of 128 and heads that "
-            f"are a multiple of 64 wide, got {self.context} and {width}.",
+            f"its position, {got}.",
         )
 
 
@@ -116,34 +80,22 @@ class ModelConfig:
 class Training:
     """How long it is trained, and in which batches."""
 
-    steps: int = 500
-    """Number of training steps."""
-    # Of 64 sequences: 50 refreshes, enough for their average to settle (with `debias`).
-
-    batch: int = 64
-    """Number of sequences in a batch."""
-
+    steps: int = 500  # Number of training steps.
+    batch: int = 64  # Number of sequences in a batch.
+    # Number of micro-batches that the batch is computed in, one after another.
     accumulate: int = 1
-    """Number of micro-batches that the batch is computed in, one after another."""
-
+    # How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default.
     mesh: str = ""
-    """How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default."""
-
+    # The learning rate after its rise: it falls as a cosine, stays, or stays and then
+    # falls in a line (warm-up, stable, decay).
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """The learning rate after its rise: it falls as a cosine, stays, or stays and then
-    falls in a line (warm-up, stable, decay)."""
-
+    # Number of steps in which the learning rate rises; a tenth of all by default.
     warmup: int | None = None
-    """Number of steps in which the learning rate rises; a tenth of all by default."""
-
+    # Number of steps in which it falls with `wsd`, the last; a tenth of all by default.
     decay: int | None = None
-    """Number of steps in which it falls with `wsd`, the last; a tenth of all by default."""
-
-    final_fraction: float = 0.0
-    """Where the learning rate ends, as a fraction of its peak."""
-
+    final_fraction: float = 0.0  # Where the learning rate ends, over its peak.
+    # The largest global norm of a gradient; a larger one is scaled down to it.
     clip_norm: float = 1.0
-    """The largest global norm of a gradient; a larger one is scaled down to it."""
 
     def warmup_steps(self) -> int:
         return self.steps // 10 if self.warmup is None else self.warmup
@@ -153,15 +105,13 @@ class Training:
 
     def check(self) -> None:
         """Raises ConfigError if it can't be."""
-        warmup, decay = self.warmup_steps(), self.decay_steps()
+        warmup, decay, steps = self.warmup_steps(), self.decay_steps(), self.steps
+        message = f"`warmup` must be less than `steps`, got {warmup} of {steps}."
+        need(warmup < steps, message)
         need(
-            0 <= warmup < self.steps,
-            f"`warmup` must be less than `steps`, got {warmup} of {self.steps}.",
-        )
-        need(
-            0 <= decay <= self.steps - warmup,
+            decay <= steps - warmup,
             f"`decay` must end with the run, after `warmup`, got {decay} and {warmup} of "
-            f"{self.steps} `steps`.",
+            f"{steps} `steps`.",
         )
         need(
             self.batch % self.accumulate == 0,
@@ -174,42 +124,28 @@ class Training:
 class Refresh:
     """When Sophia's Hessian is estimated anew, and from what."""
 
+    # Number of sequences of the batch that a refresh looks at; as many as there are groups,
+    # and 16 or more, by default: see benchmarks/estimate.py.
     refresh_batch: int | None = None
-    """Number of sequences of the batch that a refresh of the Hessian looks at; as many as
-    there are groups, and 16 or more, by default."""
-    # A quarter of the batch, in a group for each sequence: see benchmarks/estimate.py. In
-    # a run this short it is worth little.
-
+    # Number of groups of the refresh; a group for each of its sequences by default, of
+    # which there are 16 or, on more devices, one for each.
     groups: int | None = None
-    """Number of groups of the refresh; a group for each of its sequences by default, of
-    which there are 16 or, on more devices, one for each."""
-
+    # Number of steps from one refresh to the next; the paper's by default.
     update_interval: int = 10
-    """Number of steps from one refresh to the next."""
-    # The paper's.
-
-    debias: bool = True
-    """Correct the bias of the average of the Hessian."""
-    # In 500 steps the average is still far from its value, which without the correction is
-    # a gamma several times smaller than the one asked for.
+    debias: bool = True  # Correct the bias of the average of the Hessian.
 
     def check(self, batch: int) -> None:
         """Raises ConfigError if a batch of this size can't be used so."""
         size = self.refresh_batch or batch
         need(
-            size <= batch,
-            f"`refresh_batch` is a part of the batch and can't be larger, got {size} of "
-            f"{batch} sequences.",
-        )
-        need(
-            self.refresh_batch is None or size % (self.groups or 1) == 0,
-            f"`groups` must divide `refresh_batch`, got {self.groups} groups of {size} "
-            "sequences.",
-        )
-        need(
             batch % size == 0,
             "`refresh_batch` must divide `batch`, so that each device has its share, got "
             f"{size} of {batch} sequences.",
+        )
+        groups = f"{self.groups} groups of {size} sequences"
+        need(
+            self.refresh_batch is None or size % (self.groups or 1) == 0,
+            f"`groups` must divide `refresh_batch`, got {groups}.",
         )
 
 
@@ -217,67 +153,30 @@ class Refresh:
 class Output:
     """What is written while it is trained, and how often."""
 
-    log_every: int = 10
-    """Number of steps from one line of metrics.jsonl to the next."""
-
-    validate_every: int = 50
-    """Number of steps from one validation to the next."""
-
-    validation_batches: int = 8
-    """Number of batches of a validation, always the same ones."""
-
+    log_every: int = 10  # Number of steps from one line of metrics.jsonl to the next.
+    validate_every: int = 50  # Number of steps from one validation to the next.
+    validation_batches: int = 8  # Number of batches of a validation, always the same ones.
+    # Number of steps from one checkpoint to the next; the last step has one too.
     checkpoint_every: int = 100
-    """Number of steps from one checkpoint to the next; the last step has one too."""
-
-    keep: int = 2
-    """Number of checkpoints that are kept, the newest."""
-
-    keep_every: int | None = None
-    """Keep those of these steps, too."""
-
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard, too (needs tensorboardX)."""
-
+    keep: int = 2  # Number of checkpoints that are kept, the newest.
+    keep_every: int | None = None  # Keep those of these steps, too.
+    tensorboard: bool = (
+        False  # Write the metrics for TensorBoard, too (needs tensorboardX).
+    )
+    # Send the metrics to this project of Weights & Biases, too (needs wandb).
     wandb: str | None = None
-    """Send the metrics to this project of Weights & Biases, too (needs wandb)."""
-
+    # Number of steps, from the eleventh, whose profile is written to `out`/profile.
     profile: int = 0
-    """Number of steps, from the eleventh, whose profile is written to `out`/profile."""
-
-    def check(self, steps: int) -> None:
-        """Raises ConfigError if it can't be in a run of so many steps."""
-        need(
-            not self.profile or steps > 11,
-            f"`profile` begins at the eleventh step, got {steps} `steps`.",
-        )
-        for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-            need(
-                not getattr(self, name) or importlib.util.find_spec(package) is not None,
-                f"`{name}` needs {package}, which is not there: pip install {package}.",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """For processes that are started by hand."""
 
+    # HOST:PORT of process 0. On Cloud TPU, Slurm and Kubernetes none is needed.
     coordinator: str | None = None
-    """HOST:PORT of process 0. On Cloud TPU, Slurm and Kubernetes none is needed."""
-
-    num_processes: int | None = None
-    """Number of processes, with `coordinator`."""
-
-    process_id: int | None = None
-    """Number of this process, with `coordinator`."""
-
-    def check(self) -> None:
-        """Raises ConfigError if it can't be."""
-        given = [value is not None for value in dataclasses.astuple(self)]
-        need(
-            all(given) or not any(given),
-            "`coordinator`, `num_processes` and `process_id` belong together: give all "
-            "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes.",
-        )
+    num_processes: int | None = None  # Number of processes, with `coordinator`.
+    process_id: int | None = None  # Number of this process, with `coordinator`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,36 +189,27 @@ class Config:
     from its last checkpoint.
     """
 
+    # A model of the paper and the run it was trained in; other choices override its.
     preset: Preset = "bytes"
-    """A model of the paper and the run it was trained in; every other choice overrides
-    its."""
-
+    # Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion.
     optimizer: Optimizer = "sophia_g"
-    """Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion."""
-
+    # Train again with this one, at its own best: same parameters, same batches.
     compare: Optimizer | None = None
-    """Train again with this one, at its own best: same parameters, same batches."""
-
+    # A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
+    # them. The standard library's source by default.
     data: Path | None = None
-    """A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
-    them. The standard library's source by default."""
-
+    # Compare the checksums of a prepared folder before training.
     verify_data: bool = True
-    """Compare the checksums of a prepared folder before training."""
-
+    # Start from weights alone: those of a run's folder, or of one of its checkpoints, or
+    # GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257.
     init_from: Path | None = None
-    """Start from weights alone: those of a run's folder, or of one of its checkpoints, or
-    GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257."""
-
+    # Go on from another run, in a folder of its own and perhaps with another schedule: its
+    # folder, or one of its checkpoints, as runs/gpt/checkpoints/40000.
     resume_from: Path | None = None
-    """Go on from another run, in a folder of its own and perhaps with another schedule: its
-    folder, or one of its checkpoints, as runs/gpt/checkpoints/40000."""
-
+    # Folder for what comes out; in `runs/`, by the optimizer's name, by default.
     out: Path | None = None
-    """Folder for what comes out; in `runs/`, by the optimizer's name, by default."""
-
+    # Seed of the parameters, the batches, the sampled labels and the sampled text.
     seed: int = 0
-    """Seed of the parameters, the batches, the sampled labels and the sampled text."""
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()
@@ -339,13 +229,11 @@ class Config:
             preset = choices.get("preset", self.preset)
             own = RECIPES[preset][choices.get("optimizer", self.optimizer)]
             base = dataclasses.replace(self, recipe=own)
-        scales = [name for name in ("gamma", "share") if choices.get(name) is not None]
-        need(
-            len(scales) < 2,
-            f"`share` chooses gamma, got `gamma` {choices.get('gamma')} too: leave one.",
-        )
-        if scales:
-            choices = {"gamma": None, "share": None} | choices
+        gamma, share = choices.get("gamma"), choices.get("share")
+        message = f"`share` chooses gamma, got `gamma` {gamma} too: leave one."
+        need(gamma is None or share is None, message)
+        if gamma is not None or share is not None:
+            choices |= {"gamma": gamma, "share": share}
         parts = {}
         for name, part in _parts(base).items():
             own = {k: choices.pop(k) for k in dataclasses.asdict(part) if k in choices}
@@ -377,7 +265,7 @@ class Config:
         }
         if model.within_documents and model.separator is None:
             choices["separator"] = separator
-        if self.optimizer == "sophia_h":  # its second derivative no kernel has
+        if self.optimizer == "sophia_h":  # no kernel has its second derivative
             choices["attention"] = "xla"
         return self.replace(**choices)
 
@@ -414,27 +302,27 @@ class Config:
         self.training.check()
         self.recipe.check(self.optimizer)
         self.refresh.check(self.training.batch)
-        self.output.check(self.training.steps)
-        self.processes.check()
         need(
             "sophia_h" not in (self.optimizer, self.compare)
             or self.model.attention in ("auto", "xla"),
             "`attention` must be xla or auto for sophia_h, whose second derivative "
-            f"{self.model.attention} does not have, got {self.model.attention}.",
+            f"{self.model.attention} does not have.",
         )
         need(
             self.init_from is None or self.resume_from is None,
             "`init_from` begins from weights alone and `resume_from` from all of a "
             "checkpoint: leave one out.",
         )
+        message = f"`compare` is the optimizer itself, {self.optimizer}."
+        need(self.compare != self.optimizer, message)
+        for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+            is_there = not getattr(self.output, name) or importlib.util.find_spec(package)
+            need(bool(is_there), f"`{name}` needs {package}: pip install {package}.")
+        given = [value is not None for value in dataclasses.astuple(self.processes)]
         need(
-            self.compare != self.optimizer,
-            f"`compare` is the optimizer itself, {self.optimizer}.",
-        )
-        out = self.folder()
-        need(
-            out.is_dir() or not out.exists(),
-            f"`out` must be a folder, but {out} is a file.",
+            all(given) or not any(given),
+            "`coordinator`, `num_processes` and `process_id` belong together: give all "
+            "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes.",
         )
 
 

@@ -34,45 +34,29 @@ def need(holds: bool, message: str) -> None:
 class Recipe:
     """The optimizer's settings: by default its own best."""
 
-    learning_rate: float
-    """Peak of the learning rate."""
-
-    b1: float
-    """Decay of the moving average of gradients."""
-
+    learning_rate: float  # Peak of the learning rate.
+    b1: float  # Decay of the moving average of gradients.
+    # Decay of the moving average of the Hessian, or of the squared gradients.
     b2: float
-    """Decay of the moving average of the Hessian, or of the squared gradients."""
-
-    weight_decay: float
-    """Decoupled weight decay, on matrices and embeddings only."""
-
+    weight_decay: float  # Decoupled weight decay, on matrices and embeddings only.
+    # Sophia's scale of the Hessian, in place of `share`; larger clips less.
     gamma: float | None = None
-    """Sophia's scale of the Hessian, in place of `share`; larger clips less."""
-
+    # The share of each parameter's entries that Sophia's gamma leaves unclipped.
     share: float | None = None
-    """The share of each parameter's entries that Sophia's gamma leaves unclipped."""
-
-    nesterov: bool = False
-    """Nesterov's momentum, for Sophia and AdamW."""
+    nesterov: bool = False  # Nesterov's momentum, for Sophia and AdamW.
 
     def check(self, optimizer: Optimizer) -> None:
         """Raises ConfigError if the optimizer can't have these."""
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            need(0 <= value < 1, f"`{name}` must be at least 0 and below 1, got {value}.")
+            need(value < 1, f"`{name}` must be at least 0 and below 1, got {value}.")
         for name in ("gamma", "share"):
-            need(
-                getattr(self, name) is None or "sophia" in optimizer,
-                f"`{name}` is Sophia's, and {optimizer} has none.",
-            )
-        need(
-            self.share is None or 0 < self.share < 1,
-            f"`share` must be between 0 and 1, got {self.share}.",
-        )
-        need(
-            not self.nesterov or optimizer != "lion",
-            "`nesterov` is for Sophia and AdamW, and lion has none.",
-        )
+            has_it = getattr(self, name) is None or "sophia" in optimizer
+            need(has_it, f"`{name}` is Sophia's, and {optimizer} has none.")
+        is_a_share = self.share is None or 0 < self.share < 1
+        need(is_a_share, f"`share` must be between 0 and 1, got {self.share}.")
+        has_it = not self.nesterov or optimizer != "lion"
+        need(has_it, "`nesterov` is for Sophia and AdamW, and lion has none.")
 
 
 # All but sophia_g's: each is within 0.002 of the best that a search by hand found, a

@@ -14,9 +14,9 @@ from examples.gpt.state import TrainState
 def save_run(tmp_path):
     """A function that writes the folder of a run which ended with these parameters."""
 
-    def save(model, params):
+    def save(model, params, data=None):
         folder = tmp_path / "out"
-        config = Config(out=folder, model=model)
+        config = Config(out=folder, model=model, data=data)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config.as_json()))
         with Checkpoints(folder / FOLDER, config, {}) as checkpoints:

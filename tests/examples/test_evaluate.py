@@ -62,7 +62,7 @@ def test_the_bytes_of_the_text_are_counted(params):
 def test_command_prints_the_loss_of_a_run_and_of_its_weights(
     params, corpus, tmp_path, save_run, capsys
 ):
-    out = save_run(dataclasses.replace(CONFIG, data=corpus), params)
+    out = save_run(CONFIG, params, corpus)
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     evaluate.main(out=out)
     printed = capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
 
 def test_on_a_mesh_the_loss_is_that_of_one_device(params, corpus, tmp_path, save_run):
     """Of batches that the devices do not divide, read from a checkpoint in parts."""
-    out = save_run(dataclasses.replace(CONFIG, data=corpus), params)
+    out = save_run(CONFIG, params, corpus)
     split = data.load(corpus)
     expected = evaluate.evaluate(CONFIG, params, split, batch=5)
     for text in ("", "data=2,fsdp=2,tensor=2"):
@@ -85,7 +85,7 @@ def test_on_a_mesh_the_loss_is_that_of_one_device(params, corpus, tmp_path, save
         shares = {p.addressable_shards[0].data.size for p in jax.tree.leaves(spread)}
         assert (max(shares) < 384 * 16) == bool(text)
         with jax.set_mesh(mesh):
-            loss = evaluate.evaluate(config, spread, split, batch=5)
+            loss = evaluate.evaluate(config.model, spread, split, batch=5)
         assert loss[1:] == expected[1:]
         np.testing.assert_allclose(loss[0], expected[0], rtol=1e-6)
 
