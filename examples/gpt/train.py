@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from examples.gpt.state import TrainState, abstract_state, first_state
 from sophia_optax import sophia_metrics
 
 PROFILED = 11  # the steps before compile, and fill what is to be read ahead
+METRICS = ("unclipped_fraction", "refreshes", "refused")  # of Sophia's state
 
 
 def main(config: Config) -> list[plot.Curve]:
@@ -69,23 +69,29 @@ def train(
     Returns:
       The last state, and the rows of metrics.jsonl.
     """
-    mesh, output = jax.sharding.get_mesh(), config.output
-    steps, batch = config.training.steps, config.training.batch
+    mesh, output, steps = jax.sharding.get_mesh(), config.output, config.training.steps
     step.check_layout(config, mesh)
     attention.choose(config.model, config.model.context)  # raises here, not in a compiler
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = step.make_train_step(config, tx, mesh)
-    validate = make_validation(config, corpus, mesh)
-    metrics = jax.jit(_metrics)
-    batches = _batches(config, corpus.train, config.seed, mesh)
+    metrics = jax.jit(lambda s: {name: sophia_metrics(s)[name] for name in METRICS})
+    with _batches(config, corpus.validation, 0, mesh) as batches:
+        validation = [next(batches) for _ in range(output.validation_batches)]
 
-    with (
-        _held(folder),
-        contextlib.closing(batches),
-        processes.Signal() as signal,
-        Checkpoints(folder / FOLDER, config, corpus.identity) as checkpoints,
-    ):
+    def validate(params):
+        put = (layout.put(mesh, tokens, config.training.batch) for tokens in validation)
+        losses = [step.validation_loss(config, params, tokens) for tokens in put]
+        return float(np.mean(jax.device_get(losses)))
+
+    with contextlib.ExitStack() as stack:
+        with processes.together():  # the first process holds the folder for all of them
+            if processes.is_first():
+                stack.enter_context(alone(folder, "training in"))
+        batches = stack.enter_context(_batches(config, corpus.train, config.seed, mesh))
+        signal = stack.enter_context(processes.Signal())
+        checkpoints = Checkpoints(folder / FOLDER, config, corpus.identity)
+        stack.enter_context(checkpoints)
         restored = checkpoints.restore(abstract_state(config, tx, mesh))
         if restored is None:
             start, state = 0, first_state(config, tx, mesh)
@@ -107,88 +113,53 @@ def train(
         with processes.together():
             processes.check_shared(folder / "config.json")
 
-        with contextlib.ExitStack() as profile, processes.ends_if_one_is_lost():
-            number, signal_came = start, None
-            for number in range(start + 1, steps + 1):
-                if output.profile and number - start == PROFILED:
-                    profile.enter_context(jax.profiler.trace(folder / "profile"))
-                if output.profile and number - start == PROFILED + output.profile:
-                    jax.block_until_ready(state)
-                    profile.close()
-                tokens = layout.put(mesh, next(batches), batch)
-                state, row = train_step(state, tokens)
-                row["step"] = number
-                is_last = number == steps
-                validates = number % output.validate_every == 0 or is_last
-                is_logged = validates or number % output.log_every == 0
-                if is_logged:
-                    row["lr"] = schedule(number - 1)
-                    if "sophia" in config.optimizer:
-                        row |= metrics(state.opt_state)
-                log.step(row, is_logged)
-                signal_came = signal.came(number)
-                saves = signal_came or is_last or number % output.checkpoint_every == 0
-                if validates or saves:
-                    with processes.together():
-                        require_finite(row)  # or nothing of it is saved
-                        log.write(partial(validate, state.params) if validates else None)
-                    if saves:
-                        checkpoints.save(number, state, batches.get_state())
-                    log.restart_clock(number)
-                if signal_came:
-                    break
+        stack.enter_context(processes.ends_if_one_is_lost())
+        profile = stack.enter_context(contextlib.ExitStack())
+        number, signal_came = start, None
+        for number in range(start + 1, steps + 1):
+            if output.profile and number - start == PROFILED:
+                profile.enter_context(jax.profiler.trace(folder / "profile"))
+            if output.profile and number - start == PROFILED + output.profile:
+                jax.block_until_ready(state)
+                profile.close()
+            tokens = layout.put(mesh, next(batches), config.training.batch)
+            state, row = train_step(state, tokens)
+            row["step"] = number
+            is_last = number == steps
+            validates = number % output.validate_every == 0 or is_last
+            is_logged = validates or number % output.log_every == 0
+            if is_logged:
+                row["lr"] = schedule(number - 1)
+                if "sophia" in config.optimizer:
+                    row |= metrics(state.opt_state)
+            log.step(row, is_logged)
+            signal_came = signal.came(number)
+            saves = signal_came or is_last or number % output.checkpoint_every == 0
+            if validates or saves:
+                with processes.together():
+                    require_finite(row)  # or nothing of it is saved
+                    log.write(partial(validate, state.params) if validates else None)
+                if saves:
+                    checkpoints.save(number, state, batches.get_state())
+                log.restart_clock(number)
+            if signal_came:
+                break
     log.close()
     if signal_came:
         if processes.is_first():
-            print(
-                f"Step {number} is saved in {folder}. The same command goes on from there."
-            )
+            print(f"Step {number} is saved in {folder}: the same command goes on from it.")
         # The signal's code, by which a launcher knows that there is more to do.
         sys.exit(128 + signal_came)
     return state, log.rows
 
 
-def _metrics(opt_state: Any) -> Row:
-    """What is logged of Sophia's state."""
-    found = sophia_metrics(opt_state)
-    return {name: found[name] for name in ("unclipped_fraction", "refreshes", "refused")}
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder is this run's: its first process holds it for all of them."""
-    with contextlib.ExitStack() as stack:
-        with processes.together():
-            if processes.is_first():
-                stack.enter_context(alone(folder, "training in"))
-        yield
-
-
 def _batches(config: Config, tokens: data.Tokens, seed: int, mesh: Mesh) -> Any:
-    """Of the batches of a split the rows that this process has."""
-    batch = config.training.batch
-    return data.batches(
-        tokens,
-        batch=batch,
-        context=config.model.context,
-        seed=seed,
-        rows=layout.rows(mesh, batch),
+    """Of the batches of a split the rows that this process has, to be closed."""
+    batch, context = config.training.batch, config.model.context
+    rows = layout.rows(mesh, batch)
+    return contextlib.closing(
+        data.batches(tokens, batch=batch, context=context, seed=seed, rows=rows)
     )
-
-
-def make_validation(
-    config: Config, corpus: data.Corpus, mesh: Mesh
-) -> Callable[[Any], float]:
-    """A function from parameters to the mean loss of the same batches, always."""
-    with contextlib.closing(_batches(config, corpus.validation, 0, mesh)) as batches:
-        kept = [next(batches) for _ in range(config.output.validation_batches)]
-
-    def validate(params):
-        put = (layout.put(mesh, tokens, config.training.batch) for tokens in kept)
-        losses = [step.validation_loss(config, params, tokens) for tokens in put]
-        return float(np.mean(jax.device_get(losses)))
-
-    return validate
 
 
 def write_text(config: Config, params: Any, corpus: data.Corpus) -> str:
