@@ -160,9 +160,8 @@ class Output:
     checkpoint_every: int = 100
     keep: int = 2  # Number of checkpoints that are kept, the newest.
     keep_every: int | None = None  # Keep those of these steps, too.
-    tensorboard: bool = (
-        False  # Write the metrics for TensorBoard, too (needs tensorboardX).
-    )
+    # Write the metrics for TensorBoard, too (needs tensorboardX).
+    tensorboard: bool = False
     # Send the metrics to this project of Weights & Biases, too (needs wandb).
     wandb: str | None = None
     # Number of steps, from the eleventh, whose profile is written to `out`/profile.

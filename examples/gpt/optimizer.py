@@ -43,7 +43,7 @@ def make_optimizer(
             "seed": config.seed,
         }
     if config.optimizer != "lion":
-        settings["nesterov"] = nesterov
+        settings["nesterov"] = bool(nesterov)
     makers = {"sophia_g": sophia_g, "sophia_h": sophia_h}
     make = makers.get(config.optimizer) or getattr(optax, config.optimizer)
     clip = optax.clip_by_global_norm(config.training.clip_norm)
