@@ -661,6 +661,7 @@ def test_help_explains_every_option():
     text = command("--help").stdout
     for name in Config().as_json():
         assert "--" + name.replace("_", "-") in text
+    assert not re.search(r"(--\S+|[}\]]|[A-Z])[\s│]*\(default", text)
 
 
 def test_a_preset_is_what_is_not_said_otherwise():
