@@ -59,6 +59,8 @@ class Recipe:
         need(has_it, "`nesterov` is for Sophia and AdamW, and lion has none.")
 
 
+Recipes = dict[Optimizer, Recipe]
+
 # All but sophia_g's: each is within 0.002 of the best that a search by hand found, a
 # setting at a time, with seed 0: `python -m examples.gpt --gamma 0.2` and the like, by the
 # last line printed. Seven trials for adamw, five for lion and four for sophia_h.
@@ -67,7 +69,7 @@ class Recipe:
 # b1 is 0.8 or little more: in 500 steps a longer memory is a slower one, and the paper's
 # 0.965 is for 100,000. Sophia's steps are clipped, so learning_rate is the largest change
 # of a weight, and it wants a third of AdamW's.
-_BYTES: dict[Optimizer, Recipe] = {
+_BYTES: Recipes = {
     # The best of some thirty trials by hand, at seed 0, in the shorter runs of
     # benchmarks/ablations.py: a learning_rate of 4e-3 and 6e-3, a share of 0.6, b1 of 0.8
     # and 0.9 and a weight_decay of 0.1 ended higher there. What the search there found (a
@@ -85,30 +87,23 @@ _BYTES: dict[Optimizer, Recipe] = {
 }
 
 
-def _paper(
-    sophia_g: float,
-    sophia_h: float,
-    adamw: float,
-    lion: float,
-    gamma: float = 0.05,
-    weight_decay: float = 0.2,
-) -> dict[Optimizer, Recipe]:
+def _paper(*peaks: float, gamma: float = 0.05, decay: float = 0.2) -> Recipes:
     """The paper's settings with these peaks of the learning rate; Levanter's for -H."""
     return {
-        "sophia_g": Recipe(sophia_g, 0.965, 0.99, weight_decay, gamma),
-        "sophia_h": Recipe(sophia_h, 0.965, 0.99, weight_decay, 0.01),
-        "adamw": Recipe(adamw, 0.9, 0.95, 0.1),
-        "lion": Recipe(lion, 0.95, 0.98, 0.2),
+        "sophia_g": Recipe(peaks[0], 0.965, 0.99, decay, gamma),
+        "sophia_h": Recipe(peaks[1], 0.965, 0.99, decay, 0.01),
+        "adamw": Recipe(peaks[2], 0.9, 0.95, 0.1),
+        "lion": Recipe(peaks[3], 0.95, 0.98, 0.2),
     }
 
 
 _SMALL = _paper(6e-4, 6e-4, 6e-4, 1e-4)
 _LARGE = _paper(3e-4, 3e-4, 2e-4, 8e-5)
-_XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, weight_decay=0.15)
+_XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, decay=0.15)
 
 # None of these was searched here. gpt2-30m has the settings of 125M, gpt2-1.5b and
 # neox-6.6b those of the 1.5B NeoX, and Lion's peak at 1.5B carries on the others' fall.
-RECIPES: dict[Preset, dict[Optimizer, Recipe]] = {
+RECIPES: dict[Preset, Recipes] = {
     "bytes": _BYTES,
     "gpt2-30m": _SMALL,
     "gpt2-125m": _SMALL,
