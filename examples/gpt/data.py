@@ -19,7 +19,7 @@ from examples.gpt.folder import as_path, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
 
 SPLITS = ("train", "validation")
-FORMAT, MANIFEST = 1, "manifest.json"  # of a prepared folder
+FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder
 AGAIN = "Copy it once more, or prepare the data again in an empty folder."
 
 
@@ -57,9 +57,9 @@ class Corpus:
     def check(self, context: int) -> None:
         """Raises ConfigError if a split has not one sequence and its targets."""
         for split in SPLITS:
-            longest = max(map(len, getattr(self, split).arrays), default=0)
-            what = f"the {split} part of {self.name} is too short for `context` {context}."
-            need(longest > context, f"`data`: {what}")
+            fits = max(map(len, getattr(self, split).arrays), default=0) > context
+            what = f"the {split} part of {self.name} is too short: `context` {context}"
+            need(fits, f"`data`: {what} needs {context + 1} tokens in a shard.")
 
 
 def _cut(tokens: Tokens, context: int) -> Any:
@@ -69,7 +69,7 @@ def _cut(tokens: Tokens, context: int) -> Any:
     a shard is a target once, but its first and what is left at its end.
     """
     arrays = [array for array in tokens.arrays if len(array) > context]
-    cut = [sliding_window_view(array, context + 1)[::context] for array in arrays]
+    cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
     whole = grain.MapDataset.concatenate([grain.MapDataset.source(rows) for rows in cut])
     return whole.map(lambda row: row.astype(np.int32))
 
@@ -120,19 +120,17 @@ def load(
         return _read_text(str(path), path.parent, [path])
     if (path / MANIFEST).exists():
         return _read_prepared(path, verify, process, processes)
-    is_text = isinstance(path, Path) and not any(path.glob("train-*.bin"))
-    need(
-        is_text, f"`data`: {path} has no {MANIFEST}: it is not finished, or copied in part."
-    )
+    is_begun = any((path / name).exists() for name in (PROGRESS, "train-00000.bin"))
+    message = f"`data`: {path} has no {MANIFEST}: it is not finished, or copied in part."
+    need(isinstance(path, Path) and not is_begun, message)
     return _read_text(str(path), path, visible_files(path))
 
 
 def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     """Files as bytes; the first tenth, by a hash of their names, is for validation."""
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
-    texts = [
-        f.read_bytes() for f in files if f.suffix not in (".jsonl", ".json", ".parquet")
-    ]
+    documents = (".jsonl", ".json", ".parquet")
+    texts = [file.read_bytes() for file in files if file.suffix not in documents]
     texts = [text for text in texts if b"\0" not in text]
     advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     need(bool(texts), f"`data` must be text, got {name}: no text files in it. {advice}")
@@ -168,10 +166,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What `examples.gpt.prepare` wrote of a folder's shards."""
     try:
         manifest = json.loads(path.read_text())
-        need(
-            manifest["format"] == FORMAT,
-            f"its format is {manifest['format']}, not {FORMAT}",
-        )
+        version = manifest["format"]
+        need(version == FORMAT, f"its format is {version}, not {FORMAT}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error
     return manifest

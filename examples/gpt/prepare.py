@@ -21,10 +21,10 @@ import tyro
 
 from examples.gpt import folder
 from examples.gpt.config import ConfigError, need
-from examples.gpt.data import FORMAT, MANIFEST, SPLITS, read_manifest
+from examples.gpt.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
 from examples.gpt.tokenizer import Tokenizer, make
 
-PROGRESS, UNFINISHED = "progress.json", ".unfinished"
+UNFINISHED = ".unfinished"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,8 @@ def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
                 write_manifest(out / PROGRESS, manifest)
                 bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
     for name in SPLITS:
-        message = f"`validation`: {share} of the documents leaves none for {name}."
-        need(manifest[name]["documents"] > 0, message)
+        is_there = manifest[name]["documents"] > 0
+        need(is_there, f"`validation`: {share} of the documents leaves none for {name}.")
     manifest["position"] = None
     write_manifest(out / MANIFEST, manifest)
 

@@ -18,8 +18,7 @@ SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 class Tokenizer:
     """What Hugging Face's `tokenizers` saved as JSON.
 
-    There are `vocabulary` tokens. The one after each document is the `separator`, and no
-    text has it: where a document has the separator's text, that is text.
+    The `separator` is the token after each document, and no text has it.
     """
 
     unit = "token"  # what a token is called
