@@ -1,9 +1,8 @@
 """What a model is trained on: a corpus of tokens, cut into sequences, read by Grain."""
 
-import bisect
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import sysconfig
 import zlib
@@ -13,11 +12,15 @@ from typing import Any
 
 import grain
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt import shards
-from examples.gpt.config import ConfigError
+from examples.gpt.config import ConfigError, need
 from examples.gpt.folder import as_path, visible_files
 from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
+
+SPLITS = ("train", "validation")
+FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder
+AGAIN = "Copy it once more, or prepare the data again in an empty folder."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,53 +56,34 @@ class Corpus:
 
     def check(self, context: int) -> None:
         """Raises ConfigError if a split has not one sequence and its targets."""
-        for split in shards.SPLITS:
-            if not len(Sequences(getattr(self, split), context)):
-                raise ConfigError(
-                    f"`data`: the {split} part of {self.name} is too short: a sequence of "
-                    f"`context` {context} needs {context + 1} tokens in one shard."
-                )
+        for split in SPLITS:
+            fits = max(map(len, getattr(self, split).arrays), default=0) > context
+            what = f"the {split} part of {self.name} is too short: `context` {context}"
+            need(fits, f"`data`: {what} needs {context + 1} tokens in a shard.")
 
 
-class Sequences:
-    """A split cut into sequences of `context` tokens and one after: a source for Grain.
+def _cut(tokens: Tokens, context: int) -> Any:
+    """A split cut into sequences of `context` tokens and one after, int32, by Grain.
 
     Neighbours share one token, the last target and the first input, so that every token of
-    a shard is a target once, but its first and what is left at its end. No sequence goes
-    from one shard to the next.
+    a shard is a target once, but its first and what is left at its end.
     """
-
-    def __init__(self, tokens: Tokens, context: int):
-        self._arrays, self._context = tokens.arrays, context
-        sizes = [max(len(array) - 1, 0) // context for array in tokens.arrays]
-        self._firsts = [0, *itertools.accumulate(sizes)]
-
-    def __len__(self) -> int:
-        return self._firsts[-1]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        shard = bisect.bisect_right(self._firsts, index) - 1
-        start = (index - self._firsts[shard]) * self._context
-        return self._arrays[shard][start : start + self._context + 1].astype(np.int32)
+    arrays = [array for array in tokens.arrays if len(array) > context]
+    cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
+    whole = grain.MapDataset.concatenate([grain.MapDataset.source(rows) for rows in cut])
+    return whole.map(lambda row: row.astype(np.int32))
 
 
 def batches(
-    tokens: Tokens,
-    *,
-    batch: int,
-    context: int,
-    seed: int,
-    rows: Sequence[slice] | None = None,
+    tokens: Tokens, batch: int, context: int, seed: int, rows: Sequence[slice] | None = None
 ) -> grain.DatasetIterator[np.ndarray]:
     """Batches of sequences for ever: all of them in one order, then all in another.
 
-    Each is int32 of shape (rows, context + 1): the inputs, and one token after. `rows` are
-    those of each global batch that this process reads; all by default. `get_state()` of the
-    iterator, the number of batches, is the same on every process and for any number of
-    them. `close` it, or its 8 threads stay, and what they have read ahead.
+    Each is int32 of shape (rows, context + 1), of the `rows` that this process reads of the
+    global batch; all by default. `get_state()` of the iterator, the number of batches, is
+    the same on every process. `close` it, or its 8 threads stay, and what they have read.
     """
-    order: Any = grain.MapDataset.source(Sequences(tokens, context))
-    order = order.seed(seed).shuffle().repeat()
+    order = _cut(tokens, context).seed(seed).shuffle().repeat()
     mine = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
 
     def read(step: int) -> np.ndarray:
@@ -112,10 +96,8 @@ def batches(
 
 def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndarray]:
     """Each sequence once, in order: int32 of shape (at most `batch`, context + 1)."""
-    source = Sequences(tokens, context)
-    for start in range(0, len(source), batch):
-        stop = min(start + batch, len(source))
-        yield np.stack([source[index] for index in range(start, stop)])
+    chunks = _cut(tokens, context).batch(batch)
+    return (chunks[i] for i in range(len(chunks)))
 
 
 def load(
@@ -123,69 +105,37 @@ def load(
 ) -> Corpus:
     """The corpus of a prepared folder, of text, or the source of the standard library.
 
-    A folder that `examples.gpt.prepare` made may be on an object store. To `verify` it is
-    to compare checksums, once: each of the processes compares its part. A text file, or a
-    folder of them, is read as bytes, a tenth for validation.
+    To `verify` a prepared one is to compare checksums: each process compares its part.
     """
     if name is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _read_text("the Python standard library", root, _standard_library(root))
+        # Only what every installation has: some leave the tests out, and no packages.
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+        files = sorted(root.rglob("*.py"))
+        files = [f for f in files if not left_out & {*f.relative_to(root).parts}]
+        return _read_text("the Python standard library", root, files)
     path = as_path(name)
-    if not path.exists():
-        raise ConfigError(f"`data` must be a text file or a folder, got {path}: not there.")
+    need(path.exists(), f"`data` must be a text file or a folder, got {path}: not there.")
     if path.is_file():
         return _read_text(str(path), path.parent, [path])
-    if (path / shards.MANIFEST).exists():
-        return _read_shards(path, verify, process, processes)
-    is_begun = (path / shards.PROGRESS).exists() or list(path.glob("train-*.bin"))
-    if is_begun or not isinstance(path, Path):
-        raise ConfigError(
-            f"`data`: {path} has no {shards.MANIFEST}: it is not finished, or copied in "
-            "part. Start the command again that prepares it."
-        )
+    if (path / MANIFEST).exists():
+        return _read_prepared(path, verify, process, processes)
+    is_begun = any((path / name).exists() for name in (PROGRESS, "train-00000.bin"))
+    message = f"`data`: {path} has no {MANIFEST}: it is not finished, or copied in part."
+    need(isinstance(path, Path) and not is_begun, message)
     return _read_text(str(path), path, visible_files(path))
-
-
-def _read_shards(path: Path, verify: bool, process: int, processes: int) -> Corpus:
-    manifest = shards.read_manifest(path / shards.MANIFEST)
-    train, validation = (manifest[name]["shards"] for name in shards.SPLITS)
-    arrays = [
-        shards.read(path, shard, manifest["dtype"], verify and i % processes == process)
-        for i, shard in enumerate(train + validation)
-    ]
-    splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
-    is_file = manifest["tokenizer"] != BYTES
-    tokenizer = make(str(path / manifest["tokenizer"]) if is_file else BYTES)
-    checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
-    return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
-
-
-def _standard_library(root: Path) -> list[Path]:
-    # Only what every installation has: some leave the tests out, and no packages.
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    return [
-        file
-        for file in sorted(root.rglob("*.py"))
-        if not left_out.intersection(file.relative_to(root).parts)
-    ]
 
 
 def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     """Files as bytes; the first tenth, by a hash of their names, is for validation."""
-    texts, left_out = [], []
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
-    for file in files:
-        is_document = file.suffix in (".jsonl", ".json", ".parquet")
-        if is_document or b"\0" in (text := file.read_bytes()):
-            left_out.append(file)
-        else:
-            texts.append(text)
+    documents = (".jsonl", ".json", ".parquet")
+    texts = [file.read_bytes() for file in files if file.suffix not in documents]
+    texts = [text for text in texts if b"\0" not in text]
     advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
-    if not texts:
-        raise ConfigError(f"`data` must be text, got {name}: no text files in it. {advice}")
-    if left_out:
-        what = f"{len(left_out)} file(s) like {min(left_out)} are left out"
-        print(f"{name}: {what}. {advice}")
+    need(bool(texts), f"`data` must be text, got {name}: no text files in it. {advice}")
+    if len(texts) < len(files):
+        print(f"{name}: {len(files) - len(texts)} file(s) are left out. {advice}")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
     if ends[count - 1] >= ends[-1] / 5:  # too few or too large: the last tenth of all
@@ -196,3 +146,56 @@ def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
     train, validation = (Tokens((np.frombuffer(part, np.uint8),)) for part in parts)
     checksum = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return Corpus(name, Bytes(), train, validation, checksum)
+
+
+def _read_prepared(path: Path, verify: bool, process: int, processes: int) -> Corpus:
+    manifest = read_manifest(path / MANIFEST)
+    train, validation = (manifest[name]["shards"] for name in SPLITS)
+    arrays = [
+        _read_shard(path, shard, manifest["dtype"], verify and i % processes == process)
+        for i, shard in enumerate(train + validation)
+    ]
+    splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
+    is_file = manifest["tokenizer"] != BYTES
+    tokenizer = make(str(path / manifest["tokenizer"]) if is_file else BYTES)
+    checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
+    return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What `examples.gpt.prepare` wrote of a folder's shards."""
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+        need(version == FORMAT, f"its format is {version}, not {FORMAT}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error
+    return manifest
+
+
+def _read_shard(folder: Path, shard: dict, dtype: str, verify: bool) -> np.ndarray:
+    """The tokens of a shard: as many as were prepared and, to `verify`, the same.
+
+    A note beside a local file says that its checksum was compared. A copy is another file,
+    whatever its times say: its inode is another, and its change time can't be set.
+    """
+    path, size, checksum = folder / shard["file"], shard["tokens"], shard["checksum"]
+    note, verified = path.with_suffix(".verified"), ""
+    try:
+        if isinstance(path, Path):
+            tokens, file = np.asarray(np.memmap(path, dtype, "r")), path.stat()
+            verified = f"{checksum} {file.st_ino} {file.st_size} {file.st_ctime_ns}"
+        else:  # of an object store
+            tokens = np.frombuffer(path.read_bytes(), dtype)
+        need(len(tokens) == size, f"it has {len(tokens)} tokens, and had {size}")
+        is_noted = verified and note.exists() and note.read_text() == verified
+        if verify and not is_noted:
+            came = hashlib.sha256(tokens).hexdigest()
+            need(came == checksum, f"its checksum is {came}, and was {checksum}")
+            with contextlib.suppress(OSError):  # not our folder: compared again next time
+                if verified:
+                    note.write_text(verified)
+    except (OSError, ValueError) as error:
+        message = f"`data`: {path} is not what was prepared: {error}. {AGAIN}"
+        raise ConfigError(message) from error
+    return tokens

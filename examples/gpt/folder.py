@@ -15,19 +15,15 @@ from examples.gpt.config import ConfigError
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-    """A path on this machine, or of an object store: gs://, s3:// or az://, by fsspec.
-
-    What is returned for an object store is no `Path`, but used like one.
-    """
-    # A `Path` has made one slash of the two.
-    url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))
+    """A path here or, used like a `Path` but none, of an object store: gs, s3 or az."""
+    url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
     return cast(Path, epath.Path(url)) if "://" in url else Path(name)
 
 
 def visible_files(folder: Path) -> list[Path]:
     """All files of a folder, and of those in it, but hidden ones."""
-    paths = [folder / name for name in glob.glob("**", root_dir=folder, recursive=True)]
-    return [path for path in sorted(paths) if path.is_file()]
+    names = glob.glob("**", root_dir=folder, recursive=True)
+    return sorted(folder / name for name in names if (folder / name).is_file())
 
 
 @contextlib.contextmanager
@@ -57,5 +53,6 @@ def writing_to(folder: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"`out`: {folder} can't be written to: {error}.{advice}"
-        raise ConfigError(message) from error
+        raise ConfigError(
+            f"`out`: {folder} can't be written to: {error}.{advice}"
+        ) from error

@@ -1,7 +1,4 @@
-"""Where text comes from: local files, and data sets of the Hugging Face hub.
-
-`datasets` streams both, and says where it is, so that what was read before is skipped.
-"""
+"""Where text comes from: local files, and sets of the hub, both streamed by `datasets`."""
 
 import contextlib
 import io
@@ -16,18 +13,15 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from examples.gpt.config import ConfigError
+from examples.gpt.config import ConfigError, need
 from examples.gpt.folder import visible_files
 
 NAMED = {
     "openwebtext": "hub:Skylion007/openwebtext",
     "pile": "hub:monology/pile-uncopyrighted",
 }
-HUB = "hub:"
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all but the last compressed, too
-# A longer text file is many documents: no program has to hold all of it, and a single
-# file can be split into training and validation.
-TEXT_SIZE = 1 << 16
+TEXT_SIZE = 1 << 16  # of a document; a longer file is many
 BATCH = 256  # documents
 
 
@@ -41,13 +35,10 @@ class Source(NamedTuple):
 
 
 def find(name: str, field: str, found: Any = None) -> Source:
-    """The source of a name: one of NAMED, `hub:NAME`, a file or a folder of them.
-
-    `found` is what a source of this name found before, if it is to be read on.
-    """
+    """The source of a name. `found` is what it found before, if it is to be read on."""
     name = NAMED.get(name, name)
-    if name.startswith(HUB):
-        path, _, revision = name.removeprefix(HUB).partition("@")
+    if name.startswith("hub:"):
+        path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
         with _reading(name):
             # What was begun goes on with the commit that it began with. Asked first, for
@@ -59,17 +50,12 @@ def find(name: str, field: str, found: Any = None) -> Source:
             )
             return Source(name, rows.select_columns([field]), commit, math.inf)
     files = [file for file in visible_files(Path(name)) if _suffix(file) in SUFFIXES]
-    if Path(name).is_file():
-        files = [Path(name)]
-    if not files:
-        kinds = ", ".join(SUFFIXES)
-        raise ConfigError(f"`sources`: {name} is no file, and no folder of {kinds}.")
+    files = [Path(name)] if Path(name).is_file() else files  # of whatever suffix
+    need(bool(files), f"`sources`: {name} is no file or folder of {', '.join(SUFFIXES)}.")
     size = sum(file.stat().st_size for file in files)
     # Not its reader of JSON, which guesses the types of all columns from the first lines.
     rows = datasets.IterableDataset.from_generator(
-        _documents,
-        features=datasets.Features({field: datasets.Value("string")}),
-        gen_kwargs={"files": [str(file) for file in files], "field": field},
+        _documents, gen_kwargs={"files": [str(file) for file in files], "field": field}
     )
     return Source(name, rows, {"files": len(files), "bytes": size}, size)
 
@@ -83,19 +69,15 @@ def _reading(name: str) -> Iterator[None]:
         raise ConfigError(f"`sources`: {name} can't be read: {what}") from error
 
 
-def read(
-    sources: list[Source], field: str, position: Any = None
-) -> Iterator[tuple[list[str], Any]]:
+def read(sources: list[Source], field: str, position: Any) -> Iterator[tuple[Any, Any]]:
     """Batches of documents, of one source after the other.
 
-    With each comes the position after it: JSON, which says where to go on. The last is
-    `(len(sources), None)`.
+    With each comes the position after it, in JSON; the last is `(len(sources), None)`.
     """
     first, state = position or (0, None)
     for number, source in enumerate(sources[first:], first):
-        if state is not None:
+        if state is not None and number == first:
             source.rows.load_state_dict(state)
-            state = None
         with _reading(source.name):
             for batch in source.rows.iter(BATCH):
                 texts = [_text({field: text}, field) for text in batch[field]]
@@ -117,17 +99,16 @@ def _documents(files: list[str], field: str) -> Iterator[dict[str, str]]:
 def _rows(path: Path, field: str) -> Iterator[Any]:
     """What each line of JSON, row of a Parquet file or piece of a text holds."""
     if _suffix(path) == ".parquet":
-        with parquet.ParquetFile(path) as file:
-            columns = [field] if field in file.schema_arrow.names else None
-            for batch in file.iter_batches(1024, columns=columns):
-                yield from batch.to_pylist()
+        table = parquet.ParquetFile(path)
+        columns = [field] if field in table.schema_arrow.names else None
+        for batch in table.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
         return
     stream = pyarrow.input_stream(str(path), compression="detect")
     with io.TextIOWrapper(io.BufferedReader(stream), "utf-8", newline="") as file:
         if _suffix(path) in (".jsonl", ".json"):
             for line in file:
-                # An empty line is left out, as an empty document is.
-                yield json.loads(line) if line.strip() else {field: ""}
+                yield json.loads(line) if line.strip() else {field: ""}  # left out
         else:
             while lines := file.readlines(TEXT_SIZE):
                 yield {field: "".join(lines)}

@@ -1,7 +1,6 @@
 """From text to tokens and back: bytes, GPT-2's BPE, or what a file says.
 
-A tokenizer is made from its name, `make("bytes")`, `make("gpt2")` or `make("my.json")`,
-and is saved beside the tokens it made, so that whoever trains on them needs no network.
+A tokenizer is saved beside the tokens it made, so that training needs no network.
 """
 
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.gpt.config import ConfigError
+from examples.gpt.config import ConfigError, need
 from examples.gpt.folder import as_path
 
 BYTES, GPT2 = "bytes", "gpt2"
@@ -19,8 +18,7 @@ SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 class Tokenizer:
     """What Hugging Face's `tokenizers` saved as JSON.
 
-    There are `vocabulary` tokens. The one after each document is the `separator`, and no
-    text has it: where a document has the separator's text, that is text.
+    The `separator` is the token after each document, and no text has it.
     """
 
     unit = "token"  # what a token is called
@@ -34,11 +32,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the separator's text is text
         tokens = self._tokenizer.get_vocab()
-        self.vocabulary = max(tokens.values(), default=-1) + 1
         found = [tokens[text] for text in SEPARATORS if text in tokens]
-        if not found:
-            raise ValueError(f"it has none of {', '.join(SEPARATORS)} after documents")
-        self.separator = found[0]
+        need(bool(found), f"it has none of {', '.join(SEPARATORS)} after documents")
+        self.vocabulary, self.separator = max(tokens.values()) + 1, found[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens of each text, without a separator."""
@@ -46,7 +42,6 @@ class Tokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in found]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of one text, without a separator."""
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -82,14 +77,12 @@ def make(name: str) -> Tokenizer:
     if name == BYTES:
         return Bytes()
     try:
+        file = as_path(name)
         if name == GPT2:
             from huggingface_hub import hf_hub_download
 
-            file = hf_hub_download("openai-community/gpt2", "tokenizer.json")
-            return Tokenizer(GPT2, Path(file).read_bytes())
-        return Tokenizer(as_path(name).stem, as_path(name).read_bytes())
+            file = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
+        return Tokenizer(as_path(name).stem, file.read_bytes())
     except Exception as error:  # `tokenizers` raises no other kind
-        raise ConfigError(
-            f"`tokenizer` must be {BYTES}, {GPT2} (downloaded once), or a JSON file of "
-            f"Hugging Face's `tokenizers` (in the extra `data`), got {name}: {error}"
-        ) from error
+        kinds = f"{BYTES}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
+        raise ConfigError(f"`tokenizer` must be {kinds}, got {name}: {error}") from error

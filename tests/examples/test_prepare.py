@@ -22,7 +22,7 @@ import tokenizers
 from gpt_runs import tiny_bpe
 from pyarrow import parquet
 
-from examples.gpt import data, prepare, shards, sources, tokenizer
+from examples.gpt import data, prepare, sources, tokenizer
 from examples.gpt.config import ConfigError
 from examples.gpt.prepare import Options, main
 
@@ -97,7 +97,7 @@ def documents_of(folder):
     """What each split holds, document by document."""
     corpus = data.load(folder)
     result = {}
-    for name in shards.SPLITS:
+    for name in data.SPLITS:
         tokens = np.concatenate(getattr(corpus, name).arrays)
         ends = np.flatnonzero(tokens == corpus.tokenizer.separator)
         assert ends[-1] == len(tokens) - 1
@@ -107,10 +107,10 @@ def documents_of(folder):
 
 
 def expected(documents, share=0.2):
-    found = {name: [] for name in shards.SPLITS}
+    found = {name: [] for name in data.SPLITS}
     for text in documents:
-        parts = prepare.encode_batch([text], tokenizer.Bytes(), share)
-        found["validation" if len(parts["validation"]) else "train"].append(text)
+        [(name, _)] = prepare.encode_batch([text], tokenizer.Bytes(), share)
+        found[name].append(text)
     return found
 
 
@@ -235,15 +235,15 @@ class Fault:
     """
 
     def __init__(self, monkeypatch, error):
-        self.left, self._error, self._write = 0, error, shards.write_bytes
-        monkeypatch.setattr(shards, "write_bytes", self.write_bytes)
+        self.left, self._error, self._write = 0, error, prepare.write_bytes
+        monkeypatch.setattr(prepare, "write_bytes", self.write_bytes)
 
     def write_bytes(self, path, content):
         self.left -= 3
         if self.left == -2:
             raise self._error
         if self.left == -1:
-            path.with_name(shards.UNFINISHED).write_bytes(content[: len(content) // 2])
+            path.with_name(prepare.UNFINISHED).write_bytes(content[: len(content) // 2])
             raise self._error
         self._write(path, content)
         if self.left == 0:
@@ -258,7 +258,7 @@ def test_every_source_gives_its_documents_in_order_killed_or_not(
     moments = -fault.left
     reference = content(tmp_path / "reference")
     assert documents_of(tmp_path / "reference") == expected(DOCUMENTS)
-    assert shards.read_manifest(tmp_path / "reference" / shards.MANIFEST) == manifest
+    assert data.read_manifest(tmp_path / "reference" / data.MANIFEST) == manifest
     train, validation = manifest["train"], manifest["validation"]
     assert train["documents"] + validation["documents"] == len(DOCUMENTS)
     assert all(3000 <= shard["tokens"] < 4500 for shard in train["shards"][:-1])
@@ -289,8 +289,8 @@ def test_what_is_finished_is_not_encoded_again(jsonl, tmp_path, monkeypatch):
     fault.left = 40
     with pytest.raises(Killed):
         main(options(tmp_path / "out", jsonl))
-    progress = shards.read_manifest(tmp_path / "out" / shards.PROGRESS)
-    done = sum(progress[name]["documents"] for name in shards.SPLITS)
+    progress = data.read_manifest(tmp_path / "out" / prepare.PROGRESS)
+    done = sum(progress[name]["documents"] for name in data.SPLITS)
     assert 0 < done < len(seen) < len(DOCUMENTS)
     seen.clear()
     main(options(tmp_path / "out", jsonl))
@@ -302,9 +302,9 @@ def test_what_is_finished_is_not_encoded_again(jsonl, tmp_path, monkeypatch):
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from examples.gpt import prepare, shards, sources
+from examples.gpt import prepare, sources
 
-def write_bytes(path, content, left=[int(sys.argv[3])], original=shards.write_bytes):
+def write_bytes(path, content, left=[int(sys.argv[3])], original=prepare.write_bytes):
     left[0] -= 1
     if not left[0] % 3:
         original(path, content)
@@ -314,7 +314,7 @@ def write_bytes(path, content, left=[int(sys.argv[3])], original=shards.write_by
         original(path, content)
 
 sources.BATCH = 7
-shards.write_bytes = write_bytes
+prepare.write_bytes = write_bytes
 prepare.main(
     prepare.Options((sys.argv[1],), Path(sys.argv[2]), "bytes", "text", 0.2, 3000, 2)
 )
@@ -393,11 +393,11 @@ def test_finished_data_is_left_as_it_is(jsonl, tmp_path, capsys):
     main(options(tmp_path / "out", jsonl))
     before = content(tmp_path / "out")
     jsonl.unlink()
-    (tmp_path / "out" / shards.PROGRESS).write_text("killed in its last moment")
+    (tmp_path / "out" / prepare.PROGRESS).write_text("killed in its last moment")
     capsys.readouterr()
     main(options(tmp_path / "out", jsonl))
     assert re.match(r"train: [\d,]+ tokens of \d+ documents in", capsys.readouterr().out)
-    with pytest.raises(ConfigError, match=r"`validation` 0.2, and now it is 0.3. Give"):
+    with pytest.raises(ConfigError, match=r"`validation` 0.2, not 0.3."):
         main(options(tmp_path / "out", jsonl, validation=0.3))
     assert content(tmp_path / "out") == before
 
@@ -405,10 +405,10 @@ def test_finished_data_is_left_as_it_is(jsonl, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": "other.json"}, "`tokenizer` bytes, and now it is other.json"),
-        ({"shard_tokens": 7}, "`shard_tokens` 3000, and now it is 7"),
-        ({"sources": ("elsewhere",)}, r"`sources` .*jsonl'\], and now it is \['elsewhere'"),
-        ({}, "`sources` .*'bytes': .*, and now it is .*'bytes': "),
+        ({"tokenizer": "other.json"}, "`tokenizer` bytes, not other.json"),
+        ({"shard_tokens": 7}, "`shard_tokens` 3000, not 7"),
+        ({"sources": ("elsewhere",)}, r"`sources` .*jsonl'\], not \['elsewhere'"),
+        ({}, "`sources` .*'bytes': .*, not .*'bytes': "),
     ],
 )
 def test_what_was_begun_otherwise_does_not_go_on(
@@ -425,7 +425,7 @@ def test_what_was_begun_otherwise_does_not_go_on(
         main(dataclasses.replace(options(tmp_path / "out", jsonl), **changes))
     assert content(tmp_path / "out") == before
     # Nor does what was begun by a program that noted other things.
-    (tmp_path / "out" / shards.PROGRESS).write_text('{"choices": {}, "splits": {}}')
+    (tmp_path / "out" / prepare.PROGRESS).write_text('{"choices": {}, "splits": {}}')
     with pytest.raises(ConfigError, match=r"progress.json is no manifest.*an empty folder"):
         main(options(tmp_path / "out", jsonl))
 
@@ -433,7 +433,7 @@ def test_what_was_begun_otherwise_does_not_go_on(
 def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-00000.bin").write_text("precious")
-    with pytest.raises(ConfigError, match=r"`out` must be an empty .* has train-00000"):
+    with pytest.raises(ConfigError, match=r"`out` must be empty, .* has train-00000.bin"):
         main(options(tmp_path / "out", jsonl))
     assert (tmp_path / "out" / "train-00000.bin").read_text() == "precious"
     with pytest.raises(ConfigError, match=r"can't be written to: .*File exists"):
@@ -475,13 +475,16 @@ def cut_short(path):
             lines('{"text": 7}'),
             "file.jsonl, line 1: `field` is text, .* in {'text': 7}",
         ),
-        (lines('{"text": "a"}'), "`validation`: no document came to validation with 0.2"),
+        (
+            lines('{"text": "a"}'),
+            "`validation`: 0.2 of the documents leaves none for validation",
+        ),
         (garbage(".jsonl"), "file.jsonl, line 1: 'utf-8' codec"),
         (garbage(".jsonl.zst"), "file.jsonl.zst, line 1: .*ZSTD"),
         (garbage(".txt.gz"), "file.txt.gz, line 1: .*zlib"),
         (garbage(".txt"), "file.txt, line 1: 'utf-8' codec"),
         (garbage(".parquet"), "file.parquet, line 1: .*magic bytes"),
-        (garbage(".png"), "source is no file, and no folder of .txt, "),
+        (garbage(".png"), "source is no file or folder of .txt, "),
         (table(text=["a", None]), "file.parquet, line 2: .* in {'text': None}"),
         (table(body=["a"]), "file.parquet, line 1: .* in {'body': 'a'}"),
         (cut_short, "file.jsonl.gz, line .*: Truncated"),
@@ -492,13 +495,13 @@ def test_an_error_names_the_place_of_what_is_wrong_in_a_file(write, message, tmp
     write(tmp_path / "source" / "file")
     with pytest.raises(ConfigError, match=message):
         main(options(tmp_path / "out", tmp_path / "source"))
-    assert not (tmp_path / "out" / shards.MANIFEST).exists()
+    assert not (tmp_path / "out" / data.MANIFEST).exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": ("nowhere.txt",)}, "`sources`: nowhere.txt is no file, and no folder"),
+        ({"sources": ("nowhere.txt",)}, "`sources`: nowhere.txt is no file or folder"),
         ({"sources": ()}, "`sources`: give at least one"),
         ({"validation": 0.0}, r"`validation` must be in \(0, 1\), got 0.0"),
         (
@@ -566,6 +569,20 @@ def test_without_a_network_the_command_says_so_at_once(
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert time.time() - start < 30
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path):
+    code = """
+import runpy, sys
+sys.modules["datasets"] = None
+runpy.run_module("examples.gpt.prepare", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, __file__, "--out", tmp_path / "out"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r'error: .*datasets.*: pip install -e "\.\[data\]"\n', result.stderr
+    )
 
 
 def test_the_hub_is_asked_for_what_was_named(monkeypatch):
