@@ -696,7 +696,9 @@ def test_picture_has_both_runs_and_labels(tmp_path, monkeypatch):
         for s in (10, 20)
     ]
     figures = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(
+        plot.Figure, "savefig", lambda figure, *_, **__: figures.append(figure)
+    )
     without = [row | {"unclipped_fraction": None} for row in rows]
     curves = [plot.Curve("sophia_g", rows), plot.Curve("adamw", without)]
     plot.losses(curves, tmp_path / "a.png", "bytes", "byte")
