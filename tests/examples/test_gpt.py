@@ -123,11 +123,11 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     assert curve.val_loss < 4.2
     capsys.readouterr()
     assert (tiny.folder() / "tokenizer" / "bytes").exists()
-    sample.main("line 1", out=tiny.folder(), length=20)
+    sample.main(sample.Options("line 1", out=tiny.folder(), length=20))
     written = capsys.readouterr().out
     assert written.startswith("line 1")
     assert len("line 1") < len(written) <= len("line 1") + 20 + 1  # some bytes are one sign
-    evaluate.main(out=tiny.folder())
+    evaluate.main(evaluate.Options(out=tiny.folder()))
     printed = capsys.readouterr().out
     [loss] = re.findall(r"loss (\d\.\d+)", printed)
     assert float(loss) == pytest.approx(curve.val_loss, abs=0.1)

@@ -165,10 +165,10 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, save_run, capsys):
     out = save_run(CONFIG, params)
     (out / "tokenizer").mkdir()
     (out / "tokenizer" / "bytes").touch()
-    export.main(out, to)
+    export.main(export.Options(out, to))
     assert capsys.readouterr().out == f"{to}: config.json, model.safetensors\n"
     (out / "tokenizer" / "tokenizer.json").write_text("{}")
-    export.main(out, to)
+    export.main(export.Options(out, to))
     assert capsys.readouterr().out.endswith("model.safetensors, tokenizer.json\n")
     assert (to / "tokenizer.json").read_text() == "{}"
     jax.tree.map(np.testing.assert_array_equal, params, hugging_face.load(to, CONFIG))
