@@ -47,8 +47,7 @@ def main(options: Options) -> None:
             tokenizer = open_tokenizer(config, out, options.data)
             harness.run(harness.Harness(config.model, params, tokenizer, batch), options)
             return
-        is_given = weights is None or options.data is not None
-        need(is_given, "`data` must be given for a loss of `weights`, or `tasks`.")
+        need(bool(out or options.data), "`data` must be given for a loss of `weights`.")
         corpus = data.load(options.data or config.data)
         config.model.check_vocabulary(corpus.tokenizer.vocabulary)
         corpus.check(config.model.context)

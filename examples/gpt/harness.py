@@ -94,8 +94,7 @@ def run(lm: Harness, options: Options) -> Any:
     os.environ["DISABLE_MULTIPROC"] = "1"
     manager, specs, folder = TaskManager(), [], options.task_data
     for name in options.tasks.split(","):
-        is_known = name in manager.all_subtasks
-        need(is_known, f"`tasks` must be ones that lm-eval has, got {name}.")
+        need(name in manager.all_subtasks, f"`tasks`: lm-eval has no task {name}.")
         spec = {"task": ALIASES.get(name, name), "num_fewshot": options.shots}
         if folder is not None:
             files = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}

@@ -122,10 +122,7 @@ def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray
         module, _, leaf = name.rpartition("/")
         theirs = MODULES[module] + (".bias" if leaf == "bias" else ".weight")
         inputs = 4 * config.width if module == "blocks/down" else config.width
-        if module.startswith("blocks/"):
-            for layer, part in enumerate(p):
-                shape = (inputs, -1) if leaf == "kernel" else -1
-                views[theirs.format(layer)] = part.reshape(shape)
-        else:
-            views[theirs] = p
+        shape = {"kernel": (inputs, -1), "embedding": p.shape}.get(leaf, -1)
+        for layer, part in enumerate(p if module.startswith("blocks/") else [p]):
+            views[theirs.format(layer)] = part.reshape(shape)
     return params, views
