@@ -30,7 +30,8 @@ def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
         label = f"{name}, validation: {curve.val_loss:.3f} at the end"
         top.plot(*curve.points("loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
         top.plot(*curve.points("val_loss"), f"{color}o-", ms=4, label=label)
-        bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
+        if curve.points("unclipped_fraction")[0]:  # Sophia's alone
+            bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
     low = top.dataLim.ymin
     top.set(ylabel=f"loss (nats per {unit})", ylim=(low - 0.1, low + 2.0))
     top.set_title(f"{' and '.join(curve.name for curve in curves)} on {data}")
