@@ -1,5 +1,6 @@
 """Write a run's weights for transformers: `python -m examples.gpt.export --help`."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,19 +9,21 @@ from examples.gpt.checkpoint import load_params
 from examples.gpt.sample import TOKENIZER, command
 
 
-def main(out: Path, to: Path) -> None:
-    """Write the newest parameters of a run in Hugging Face's format.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write the newest parameters of a run in Hugging Face's format."""
 
-    Args:
-      out: The folder of the run.
-      to: The folder to write, which transformers' GPT2LMHeadModel.from_pretrained takes.
-    """
-    config, params = load_params(out)
-    hugging_face.save(to, config.model, params)
-    for file in (out / TOKENIZER).glob("*.*"):  # that of bytes has no suffix
-        shutil.copy(file, to)
-    print(f"{to}: {', '.join(sorted(file.name for file in to.iterdir()))}")
+    out: Path  # The folder of the run.
+    to: Path  # The folder to write, for transformers' GPT2LMHeadModel.from_pretrained.
+
+
+def main(options: Options) -> None:
+    config, params = load_params(options.out)
+    hugging_face.save(options.to, config.model, params)
+    for file in (options.out / TOKENIZER).glob("*.*"):  # that of bytes has no suffix
+        shutil.copy(file, options.to)
+    print(f"{options.to}: {', '.join(sorted(f.name for f in options.to.iterdir()))}")
 
 
 if __name__ == "__main__":
-    command(main, "export")
+    command(main, Options, "export")

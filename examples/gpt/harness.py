@@ -1,11 +1,6 @@
-"""A model of ours as lm-eval sees it, and lm-eval's tasks, with data from files if asked.
-
-Everything that decides a score, the prompts, how text is cut in two and which windows a
-long one is read in, is lm-eval's own; here tokens become logits.
-"""
+"""A model of ours as lm-eval sees it. All that decides a score is lm-eval's own."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +13,8 @@ from lm_eval.models import utils
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from examples.gpt.config import ConfigError, ModelConfig
-from examples.gpt.evaluate import judge
+from examples.gpt.config import ConfigError, ModelConfig, need
+from examples.gpt.evaluate import Options, judge
 from examples.gpt.sample import generate, padded
 from examples.gpt.tokenizer import Tokenizer
 
@@ -27,11 +22,7 @@ ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; what lm-eval calls rte is GLUE's
 
 
 class Harness(TemplateLM):
-    """A model of ours in lm-eval's interface; texts begin with the separator."""
-
-    def __init__(
-        self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int = 16
-    ):
+    def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int):
         super().__init__()
         self._config, self._params = config, params
         self._tokenizer, self._batch = tokenizer, batch
@@ -50,9 +41,9 @@ class Harness(TemplateLM):
         """
         context, rows = self._config.context, []
         for _, before, after in requests:
-            if len(after) > context:
-                raise ConfigError(f"`context` is {context}, a text {len(after)} tokens.")
-            rows.append(((before + after)[-(context + 1) :], len(after)))
+            size = len(after)
+            need(size <= context, f"`context` is {context}, a text {size} tokens.")
+            rows.append(((before + after)[-(context + 1) :], size))
         sorted_rows = utils.Collator(rows, sort_fn=lambda row: -len(row[0]))
         results = []
         for batch in sorted_rows.get_batched(n=self._batch):
@@ -97,36 +88,27 @@ class Harness(TemplateLM):
         return texts
 
 
-def run(
-    lm: Harness,
-    names: list[str],
-    shots: int = 0,
-    limit: int | None = None,
-    folder: Path | None = None,
-) -> dict[str, Any]:
+def run(lm: Harness, options: Options) -> Any:
     """Prints the results of tasks as a table, and returns them as lm-eval has them."""
     # Or lm-eval forks, to resample some metrics, and a fork leaves JAX's threads behind.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    manager, specs = TaskManager(), []
-    for name in names:
-        if name not in manager.all_subtasks:
-            raise ConfigError(f"`tasks` must be ones that lm-eval has, got {name}.")
-        spec: dict[str, Any] = {"task": ALIASES.get(name, name), "num_fewshot": shots}
+    manager, specs, folder = TaskManager(), [], options.task_data
+    for name in options.tasks.split(","):
+        need(name in manager.all_subtasks, f"`tasks`: lm-eval has no task {name}.")
+        spec = {"task": ALIASES.get(name, name), "num_fewshot": options.shots}
         if folder is not None:
-            paths = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
-            files = {"data_files": paths}
-            spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+            files = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
+            source = {"data_files": files}
+            spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
         specs.append(spec)
     # As a group: its members may be other in this than lm-eval's tasks of the name are.
     try:
         tasks = manager.load({"group": "chosen", "task": specs})["tasks"]
     except (OSError, DatasetsError) as error:
-        raise ConfigError(
-            f"`tasks`: the data of {', '.join(names)} can't be read: {error}. Where "
-            "there is no network, give the folder of a copy with --task-data."
-        ) from error
+        what = f"`tasks`: the data of {options.tasks} can't be read (see --task-data)"
+        raise ConfigError(f"{what}: {error}.") from error
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    results = dict(evaluate(lm, {"tasks": tasks}, limit=limit, log_samples=False) or {})
+    results = evaluate(lm, {"tasks": tasks}, limit=options.limit, log_samples=False)
     print(make_table(results))
     return results

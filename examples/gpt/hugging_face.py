@@ -17,7 +17,6 @@ from flax import traverse_util
 from examples.gpt import model
 from examples.gpt.config import ConfigError, ModelConfig, need
 
-WEIGHTS = "model.safetensors"
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 
 # Our modules, and theirs; the number of a layer stands for the braces.
@@ -69,43 +68,40 @@ def config_of(folder: Path) -> ModelConfig:
     return ModelConfig(architecture="gpt2", bias=True, **shape)
 
 
-def load(folder: Path, config: ModelConfig) -> Any:
-    """The parameters in a folder, float32, a tree like that of `model.init`.
+def check_shape(ours: ModelConfig, saved: ModelConfig, folder: Path) -> None:
+    """Raises ConfigError unless our parameters have the shapes of the saved ones."""
+    for name in ("architecture", "bias", *SHAPE):
+        given, theirs = getattr(ours, name), getattr(saved, name)
+        need(given == theirs, f"`{name}` must be {theirs}, as in {folder}, got {given}.")
 
-    For a model without `bias`, all biases must be 0.
-    """
-    theirs = config_of(folder)
-    for name in ("architecture", *SHAPE):
-        given, saved = getattr(config, name), getattr(theirs, name)
-        message = (
-            f"`{name}` must be {saved}, as in {folder}, got {given}: --{name} {saved}."
-        )
-        need(given == saved, message)
-    tensors, params = {}, _zeros(config)
+
+def load(folder: Path, config: ModelConfig) -> Any:
+    """The parameters in a folder, float32, a tree like that of `model.init`."""
+    check_shape(config, dataclasses.replace(config_of(folder), bias=config.bias), folder)
+    tensors, (params, views) = {}, _allocate(config)
     for file in folder.glob("*.safetensors"):
         try:
             read = safetensors.numpy.load_file(file)
         except safetensors.SafetensorError as error:
             raise ConfigError(f"`{file}` can't be read: {error}.") from error
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
-    for key, view in _as_theirs(params, config).items():
+    for key, view in views.items():
         found = tensors[key].shape if key in tensors else None
-        message = f"`{key}` must have the shape {view.shape}, got {found}."
-        need(found == view.shape, message)
-        view[...] = tensors.pop(key)  # bfloat16 too, which JAX teaches to NumPy
+        need(found == view.shape, f"`{key}` must have shape {view.shape}, got {found}.")
+        view[...] = tensors[key]  # bfloat16 too, which JAX teaches to NumPy
     for name in [name for name in params if name.endswith("/bias") and not config.bias]:
-        no_bias = not params.pop(name).any()
-        need(no_bias, f"`bias` is off, but {name} is not 0. Give --bias.")
+        is_zero = not params.pop(name).any()
+        need(is_zero, f"`bias` is off, but {name} is not 0: give --bias.")
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def save(folder: Path, config: ModelConfig, params: Any) -> None:
     """Writes a folder that transformers' `GPT2LMHeadModel.from_pretrained` takes."""
-    is_gpt2 = config.architecture == "gpt2"
-    need(is_gpt2, f"`architecture` must be gpt2, got {config.architecture}.")
-    ours = traverse_util.flatten_dict(params, sep="/")
-    ours = _zeros(config) | {name: np.ascontiguousarray(p) for name, p in ours.items()}
-    tensors = {PREFIX + key: view for key, view in _as_theirs(ours, config).items()}
+    need(config.architecture == "gpt2", "`architecture` must be gpt2, to be exported.")
+    ours, views = _allocate(config)
+    for name, p in traverse_util.flatten_dict(params, sep="/").items():
+        ours[name][...] = p
+    tensors = {PREFIX + key: view for key, view in views.items()}
     fields = FIXED | {theirs: getattr(config, name) for name, theirs in SHAPE.items()}
     fields |= {"architectures": ["GPT2LMHeadModel"]}
     fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -113,27 +109,20 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+    content = safetensors.numpy.save(tensors, {"format": "pt"})
+    (folder / "model.safetensors").write_bytes(content)
 
 
-def _zeros(config: ModelConfig) -> dict[str, Any]:
-    """Parameters of 0, biases included, by names like blocks/qkv/kernel."""
-    abstract = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
-    zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), abstract)
-    return dict(traverse_util.flatten_dict(zeros, sep="/"))
-
-
-def _as_theirs(params: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """The same memory by their names, in their shapes."""
-    views = {}
+def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Parameters of 0, biases included: by our names, and the same memory by theirs."""
+    shapes = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
+    params, views = dict[str, Any](traverse_util.flatten_dict(shapes, sep="/")), {}
     for name, p in params.items():
+        params[name] = p = np.zeros(p.shape, p.dtype)
         module, _, leaf = name.rpartition("/")
         theirs = MODULES[module] + (".bias" if leaf == "bias" else ".weight")
         inputs = 4 * config.width if module == "blocks/down" else config.width
-        shape = (inputs, -1) if leaf == "kernel" else -1
-        if module.startswith("blocks/"):
-            for layer, part in enumerate(p):
-                views[theirs.format(layer)] = part.reshape(shape)
-        else:
-            views[theirs] = p
-    return views
+        shape = {"kernel": (inputs, -1), "embedding": p.shape}.get(leaf, -1)
+        for layer, part in enumerate(p if module.startswith("blocks/") else [p]):
+            views[theirs.format(layer)] = part.reshape(shape)
+    return params, views

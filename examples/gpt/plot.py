@@ -3,17 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from examples.gpt.log import Row
 
 
 class Curve(NamedTuple):
-    """What one run's picture is made of."""
-
     name: str
     rows: list[Row]
 
@@ -28,15 +23,14 @@ class Curve(NamedTuple):
 
 def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
     """Draws training and validation loss, and the unclipped fraction, over the steps."""
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(8, 6.5), height_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure((8, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, curve in enumerate(curves):
         name, color = curve.name, f"C{i}"
         label = f"{name}, validation: {curve.val_loss:.3f} at the end"
         top.plot(*curve.points("loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
         top.plot(*curve.points("val_loss"), f"{color}o-", ms=4, label=label)
-        if curve.points("unclipped_fraction")[0]:
+        if curve.points("unclipped_fraction")[0]:  # Sophia's alone
             bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
     low = top.dataLim.ymin
     top.set(ylabel=f"loss (nats per {unit})", ylim=(low - 0.1, low + 2.0))
@@ -47,4 +41,3 @@ def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

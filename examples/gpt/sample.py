@@ -1,5 +1,6 @@
 """Text from a model: `python -m examples.gpt.sample --help`."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -19,47 +20,43 @@ from examples.gpt.tokenizer import BYTES, GPT2, Tokenizer, make
 TOKENIZER = "tokenizer"  # a folder within a run's
 
 
-def main(
-    prompt: str = "",
-    out: Path | None = None,
-    weights: Path | None = None,
-    data: Path | None = None,
-    length: int = 400,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    count: int = 1,
-    seed: int = 0,
-    mesh: str = "",
-) -> None:
-    """Write text with a trained GPT.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write text with a trained GPT."""
 
-    Args:
-      prompt: What the text begins with; the start of a document by default.
-      out: The folder of a run, whose newest checkpoint writes.
-      weights: Or a folder of GPT-2's weights in Hugging Face's format.
-      data: Data whose tokenizer to use; by default the run's, or GPT-2's for weights.
-      length: Number of tokens to write.
-      temperature: What logits are divided by; 0 takes the likeliest token.
-      top_k: Draw among so many of the likeliest tokens only; among all by default.
-      count: Number of texts.
-      seed: Of what is drawn.
-      mesh: How parameters are laid out over devices, as tensor=4; on one by default.
-    """
-    for name, value in {"length": length, "top_k": top_k, "count": count}.items():
+    prompt: str = ""  # What the text begins with; the start of a document by default.
+    out: Path | None = None  # The folder of a run, whose newest checkpoint writes.
+    weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
+    # Data whose tokenizer to use; by default the run's, or GPT-2's for weights.
+    data: Path | None = None
+    length: int = 400  # Number of tokens to write.
+    temperature: float = 0.8  # What logits are divided by; 0 takes the likeliest token.
+    top_k: int | None = None  # Draw among so many of the likeliest tokens; all by default.
+    count: int = 1  # Number of texts.
+    seed: int = 0  # Of what is drawn.
+    mesh: str = ""  # How parameters lie on devices, as tensor=4; on one by default.
+
+
+def main(options: Options) -> None:
+    """Prints the texts."""
+    for name in ("length", "top_k", "count"):
+        value = getattr(options, name)
         need(value is None or value > 0, f"`{name}` must be positive, got {value}.")
+    temperature, prompt = options.temperature, options.prompt
     need(temperature >= 0, f"`temperature` must not be negative, got {temperature}.")
-    with jax.set_mesh(layout.make_mesh(mesh) if mesh else layout.one_device()):
-        config, params = open_model(out, weights)
-        tokenizer = open_tokenizer(config, out, weights, data)
-        for i in range(count):
+    mesh = layout.make_mesh(options.mesh) if options.mesh else layout.one_device()
+    with jax.set_mesh(mesh):
+        config, params = open_model(options.out, options.weights)
+        tokenizer = open_tokenizer(config, options.out, options.data)
+        for i in range(options.count):
             written = generate(
                 config.model,
                 params,
                 tokenizer.encode(prompt) or [tokenizer.separator],
-                length,
-                key=jax.random.fold_in(jax.random.key(seed), i),
+                options.length,
+                key=jax.random.fold_in(jax.random.key(options.seed), i),
                 temperature=temperature,
-                top_k=top_k,
+                top_k=options.top_k,
                 vocabulary=tokenizer.vocabulary,
             )
             text = prompt + printable(tokenizer.decode(written))
@@ -95,36 +92,32 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
-    """A token for each key; the first `size` of the window are there, the rest to come.
+    """A token for each key, after the first `size` of the window.
 
-    Until the window is full, keys and values of the tokens before the newest are kept. Then
-    it moves on, and with it the positions of all its tokens: each draw is a whole pass.
+    Keys and values are kept until the window is full. Then it moves on, and with it the
+    positions of all its tokens: each draw is a whole pass.
     """
     model, last = bind(config, params), len(window_T) - 1
 
-    def step(carry, i_and_key):
-        (cache, window_T), (i, key) = carry, i_and_key
-
-        def by_cache(cache):
-            x_1x1xD, cache = model.read(window_T[None], size + i - 1, cache)
-            return x_1x1xD[0, 0], cache
-
-        def by_window(cache):
-            return model.hidden(window_T[None])[0, last], cache
-
-        x_D, cache = jax.lax.cond(size + i - 1 <= last, by_cache, by_window, cache)
-        logits_V = model.logits(x_D)[:vocabulary]
+    def step(carry, position_and_key):
+        (cache, window_T), (position, key) = carry, position_and_key
+        x_1x1xD, cache = jax.lax.cond(
+            position <= len(window_T),
+            lambda: model.read(window_T[None], position - 1, cache),
+            lambda: (model.hidden(window_T[None])[:, -1:], cache),
+        )
+        logits_V = model.logits(x_1x1xD[0, 0])[:vocabulary]
         if top_k is None:
             token = jax.random.categorical(key, logits_V / temperature)
         else:
             logits_K, tokens_K = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))
             token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
-        window_T = jnp.where(size + i > last, jnp.roll(window_T, -1), window_T)
-        window_T = window_T.at[jnp.minimum(size + i, last)].set(token)
+        window_T = jnp.where(position > last, jnp.roll(window_T, -1), window_T)
+        window_T = window_T.at[jnp.minimum(position, last)].set(token)
         return (cache, window_T), token
 
     carry = model.read(window_T[None])[1], window_T
-    _, drawn = jax.lax.scan(step, carry, (jnp.arange(len(keys)), keys))
+    _, drawn = jax.lax.scan(step, carry, (size + jnp.arange(len(keys)), keys))
     return layout.whole(drawn)
 
 
@@ -138,10 +131,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def command(main: Callable[..., None], name: str) -> None:
-    """Runs a `main` with the flags of the command line; an error is one line."""
+def command(main: Callable[[Any], None], options: type, name: str) -> None:
+    """Runs a `main` with the options of the command line; an error is one line."""
     try:
-        tyro.cli(main, prog=f"python -m examples.gpt.{name}")
+        main(tyro.cli(options, prog=f"python -m examples.gpt.{name}"))
     except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -149,8 +142,7 @@ def command(main: Callable[..., None], name: str) -> None:
 def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
     """The model of a run's folder, or of a folder of GPT-2's weights, on the mesh set."""
     mesh = jax.sharding.get_mesh()
-    one_is_given = (out is None) != (weights is None)
-    need(one_is_given, "Give one of `out`, a run's folder, and `weights`, GPT-2's.")
+    need((out is None) != (weights is None), "Give one of `out` and `weights`.")
     if weights is None:
         assert out is not None
         return checkpoint.load_params(out, mesh)
@@ -166,12 +158,10 @@ def keep_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
     (out / TOKENIZER / name).write_bytes(content)
 
 
-def open_tokenizer(
-    config: Config, out: Path | None, weights: Path | None, path: Path | None
-) -> Tokenizer:
-    """The tokenizer of the data at a path, of a run, or of GPT-2's weights."""
+def open_tokenizer(config: Config, out: Path | None, path: Path | None) -> Tokenizer:
+    """The tokenizer of the data at a path, of a run, or of GPT-2 where there is no run."""
     kept = list((out / TOKENIZER).glob("*")) if out is not None else []
-    if path is None and weights is not None:
+    if path is None and out is None:
         found = make(GPT2)
     elif path is None and kept:
         found = make(BYTES if kept[0].name == BYTES else str(kept[0]))
@@ -182,4 +172,4 @@ def open_tokenizer(
 
 
 if __name__ == "__main__":
-    command(main, "sample")
+    command(main, Options, "sample")

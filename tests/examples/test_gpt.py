@@ -123,11 +123,11 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     assert curve.val_loss < 4.2
     capsys.readouterr()
     assert (tiny.folder() / "tokenizer" / "bytes").exists()
-    sample.main("line 1", out=tiny.folder(), length=20)
+    sample.main(sample.Options("line 1", out=tiny.folder(), length=20))
     written = capsys.readouterr().out
     assert written.startswith("line 1")
     assert len("line 1") < len(written) <= len("line 1") + 20 + 1  # some bytes are one sign
-    evaluate.main(out=tiny.folder())
+    evaluate.main(evaluate.Options(out=tiny.folder()))
     printed = capsys.readouterr().out
     [loss] = re.findall(r"loss (\d\.\d+)", printed)
     assert float(loss) == pytest.approx(curve.val_loss, abs=0.1)
@@ -280,7 +280,7 @@ def test_weights_of_a_run_begin_another(tiny):
     fitted = new.fitted(256)
     tx = make_optimizer(fitted, make_schedule(fitted))
     chex.assert_trees_all_equal(first_state(fitted, tx, mesh).params, trained)
-    with pytest.raises(ConfigError, match="`width` must be that of the weights, got 32"):
+    with pytest.raises(ConfigError, match=r"`width` must be 16, .* got 32"):
         main(new.replace(width=32))
 
 
@@ -697,7 +697,9 @@ def test_picture_has_both_runs_and_labels(tmp_path, monkeypatch):
         for s in (10, 20)
     ]
     figures = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(
+        plot.Figure, "savefig", lambda figure, *_, **__: figures.append(figure)
+    )
     without = [row | {"unclipped_fraction": None} for row in rows]
     curves = [plot.Curve("sophia_g", rows), plot.Curve("adamw", without)]
     plot.losses(curves, tmp_path / "a.png", "bytes", "byte")

@@ -8,6 +8,7 @@ from gpt_runs import tiny_bpe
 
 from examples.gpt import evaluate, hugging_face, model
 from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.evaluate import Options
 from examples.gpt.tokenizer import Bytes
 
 pytest.importorskip("lm_eval")
@@ -73,7 +74,7 @@ def test_continuations_of_all_lengths_in_the_order_they_came(params):
 
 def test_the_likeliest_continuation_and_one_that_is_not_at_its_end(params, bpe):
     """Neither what is before a continuation counts, nor the padding after it."""
-    lm = harness.Harness(CONFIG, params, bpe)
+    lm = harness.Harness(CONFIG, params, bpe, 16)
     likeliest = []
     for _ in range(3):
         logits = model.bind(CONFIG, params)(np.array([[120, *likeliest]]))
@@ -99,7 +100,7 @@ def test_text_is_cut_in_two_after_it_is_made_tokens(
     ranks = {bpe.decode([i]).encode(): i for i in range(261)}
     ranks["separator"] = bpe.separator
     before, after = ([ranks[token] for token in part] for part in tokens)
-    lm = harness.Harness(CONFIG, params, bpe)
+    lm = harness.Harness(CONFIG, params, bpe, 16)
     [(log_prob, _)] = ask(lm.loglikelihood, (context, continuation))
     np.testing.assert_allclose(
         log_prob, by_hand(CONFIG, params, before, after)[0], rtol=1e-5
@@ -125,13 +126,13 @@ def test_every_token_of_a_long_text_is_judged_once(params, size):
 
 
 def test_a_continuation_that_the_window_does_not_hold(params):
-    lm = harness.Harness(CONFIG, params, Bytes())
+    lm = harness.Harness(CONFIG, params, Bytes(), 16)
     with pytest.raises(ConfigError, match="`context` is 96, a text 97 tokens"):
         ask(lm.loglikelihood, ("x", "y" * 97))
 
 
 def test_text_is_generated_up_to_what_ends_it(params, monkeypatch):
-    lm = harness.Harness(CONFIG, params, Bytes())
+    lm = harness.Harness(CONFIG, params, Bytes(), 16)
     settings = {"until": ["\n\n", "stop"], "max_gen_toks": 30}
     for written, expected in [
         (b"one stop two", "one "),
@@ -152,7 +153,7 @@ def test_text_is_generated_up_to_what_ends_it(params, monkeypatch):
 
 
 def test_generation_takes_the_likeliest_unless_asked_to_draw(params):
-    lm = harness.Harness(CONFIG, params, Bytes())
+    lm = harness.Harness(CONFIG, params, Bytes(), 16)
     greedy = {"until": [], "max_gen_toks": 12}
     drawn = greedy | {"do_sample": True, "temperature": 3.0}
     texts = ask(lm.generate_until, *[("Say", greedy)] * 2, *[("Say", drawn)] * 2)
@@ -213,8 +214,8 @@ def prompts_and_answers(name, row):
 
 def test_accuracy_is_what_it_is_by_hand(folder):
     params = random_params(ROOMY)
-    lm = harness.Harness(ROOMY, params, Bytes())
-    results = harness.run(lm, NAMES, folder=folder)["results"]
+    lm = harness.Harness(ROOMY, params, Bytes(), 16)
+    results = harness.run(lm, Options(tasks=",".join(NAMES), task_data=folder))["results"]
     assert results.keys() == {"boolq", "cb", "copa", "sglue_rte"}
     for name in NAMES:
         right = []
@@ -230,7 +231,7 @@ def test_accuracy_is_what_it_is_by_hand(folder):
 
 
 def test_prompts_begin_with_examples_from_the_training_split(folder, monkeypatch):
-    lm = harness.Harness(ROOMY, random_params(ROOMY), Bytes())
+    lm = harness.Harness(ROOMY, random_params(ROOMY), Bytes(), 16)
     prompts = []
 
     def spy(requests, **_):
@@ -238,7 +239,7 @@ def test_prompts_begin_with_examples_from_the_training_split(folder, monkeypatch
         return [(0.0, False)] * len(requests)
 
     monkeypatch.setattr(lm, "loglikelihood", spy)
-    results = harness.run(lm, ["rte"], shots=2, limit=3, folder=folder)
+    results = harness.run(lm, Options(tasks="rte", shots=2, limit=3, task_data=folder))
     assert results["n-samples"]["sglue_rte"]["effective"] == 3
     assert len(prompts) == 3 * 2  # two answers
     train = [row["premise"] for row in questions("rte", 5, 0)]
@@ -251,11 +252,13 @@ def test_command_prints_a_table(folder, tmp_path, capsys):
     hugging_face.save(tmp_path / "gpt2", ROOMY, random_params(ROOMY))
     (tmp_path / "corpus.txt").write_text("text\n" * 1000)
     evaluate.main(
-        weights=tmp_path / "gpt2",
-        data=tmp_path / "corpus.txt",
-        tasks="boolq,cb",
-        shots=2,
-        task_data=folder,
+        Options(
+            weights=tmp_path / "gpt2",
+            data=tmp_path / "corpus.txt",
+            tasks="boolq,cb",
+            shots=2,
+            task_data=folder,
+        )
     )
     printed = capsys.readouterr().out
     for words in ("boolq", "cb", "acc", "f1"):
@@ -263,15 +266,15 @@ def test_command_prints_a_table(folder, tmp_path, capsys):
 
 
 def test_data_that_cannot_be_had(folder, params, monkeypatch):
-    lm = harness.Harness(CONFIG, params, Bytes())
-    with pytest.raises(ConfigError, match=r"`tasks` must be ones .* has, got bool"):
-        harness.run(lm, ["bool"])
+    lm = harness.Harness(CONFIG, params, Bytes(), 16)
+    with pytest.raises(ConfigError, match="`tasks`: lm-eval has no task bool"):
+        harness.run(lm, Options(tasks="bool"))
     (folder / "copa" / "train.jsonl").write_text('{"premise"')
     with pytest.raises(ConfigError, match=r"`tasks`: the data of copa can't be read"):
-        harness.run(lm, ["copa"], folder=folder)
+        harness.run(lm, Options(tasks="copa", task_data=folder))
     (folder / "cb" / "train.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"`tasks`: .* can't be read: .*cb/train\.jsonl"):
-        harness.run(lm, ["boolq", "cb"], folder=folder)
+    with pytest.raises(ConfigError, match=r"`tasks`: .* can't be read .*cb/train\.jsonl"):
+        harness.run(lm, Options(tasks="boolq,cb", task_data=folder))
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"`tasks`: the data of boolq .*--task-data"):
-        harness.run(lm, ["boolq"])
+        harness.run(lm, Options(tasks="boolq"))

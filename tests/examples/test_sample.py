@@ -7,7 +7,7 @@ from gpt_runs import tiny_bpe
 
 from examples.gpt import hugging_face, model, sample
 from examples.gpt.config import Config, ConfigError, ModelConfig
-from examples.gpt.sample import generate
+from examples.gpt.sample import Options, generate
 from examples.gpt.tokenizer import Bytes
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_what_is_drawn_is_what_whole_passes_draw(architecture, within_documents,
 def test_on_a_mesh_the_text_is_that_of_one_device(out, capsys):
     texts = []
     for mesh in ("", "tensor=2", "data=2,fsdp=4"):
-        sample.main("The quick", out=out, length=90, mesh=mesh)
+        sample.main(Options("The quick", out=out, length=90, mesh=mesh))
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
 
@@ -98,12 +98,12 @@ def test_the_tokenizer_is_kept_in_the_folder_of_the_run(out, tmp_path, capsys, m
     config = Config().replace(vocabulary=384)
     sample.keep_tokenizer(out, made)
     (tmp_path / "corpus.txt").unlink()
-    found = sample.open_tokenizer(config, out, None, None)
+    found = sample.open_tokenizer(config, out, None)
     assert type(found) is type(made)
     assert found.encode("être") == made.encode("être")
     assert found.separator == made.separator
     (tmp_path / "other.txt").write_text("other")
-    other = sample.open_tokenizer(config, out, None, tmp_path / "other.txt")
+    other = sample.open_tokenizer(config, out, tmp_path / "other.txt")
     assert isinstance(other, Bytes)
 
 
@@ -158,31 +158,31 @@ def likeliest(params, prompt):
 
 
 def test_command_prints_the_prompt_and_what_follows(out, params, capsys):
-    sample.main("The quick", out=out, length=6, temperature=0)
+    sample.main(Options("The quick", out=out, length=6, temperature=0))
     assert capsys.readouterr().out == f"The quick{likeliest(params, b'The quick')}\n"
 
 
 def test_an_empty_prompt_is_the_start_of_a_document(out, params, capsys):
-    sample.main(out=out, length=6, temperature=0)
+    sample.main(Options(out=out, length=6, temperature=0))
     assert capsys.readouterr().out == f"{likeliest(params, [0])}\n"  # bytes' separator
 
 
 def test_several_texts_differ_and_are_the_same_again(out, capsys):
-    sample.main("The", out=out, length=30, count=3)
+    sample.main(Options("The", out=out, length=30, count=3))
     printed = capsys.readouterr().out
     assert len(set(printed.split("---\n"))) == 3
-    sample.main("The", out=out, length=30, count=3)
+    sample.main(Options("The", out=out, length=30, count=3))
     assert capsys.readouterr().out == printed
 
 
 def test_weights_of_gpt2_write_with_the_tokenizer_of_the_data(
     out, params, tmp_path, capsys
 ):
-    sample.main("The", out=out, length=6)
+    sample.main(Options("The", out=out, length=6))
     printed = capsys.readouterr().out
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     corpus = tmp_path / "corpus.txt"
-    sample.main("The", weights=tmp_path / "gpt2", data=corpus, length=6)
+    sample.main(Options("The", weights=tmp_path / "gpt2", data=corpus, length=6))
     assert capsys.readouterr().out == printed
 
 
@@ -202,9 +202,9 @@ def test_a_file_that_is_not_there_is_told_in_a_line(monkeypatch):
     with pytest.raises(
         SystemExit, match=r"^error: `nowhere/config\.json` must be that of a GPT-2"
     ):
-        sample.command(sample.main, "sample")
+        sample.command(sample.main, Options, "sample")
 
 
 def test_a_run_or_weights_must_be_given():
-    with pytest.raises(ConfigError, match=r"Give one of `out`, .* and `weights`"):
-        sample.main()
+    with pytest.raises(ConfigError, match="Give one of `out` and `weights`"):
+        sample.main(Options())
