@@ -39,7 +39,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports all it does
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and each part that fails
         self._folder, self._resume_from = folder.absolute(), config.resume_from
+        self._good: list[Path] = []  # read or written by this process
         self._data = {f"data's {name}": value for name, value in corpus.items()}
         self._choices = self._data | config.as_json()
         policies = ocp.training.preservation_policies
@@ -62,6 +64,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 return None
             run = self._resume_from
         path, trees, saved = _newest(run, abstract._asdict(), self._check)
+        self._good.append(path)
         return int(path.name), abstract._replace(**trees), saved["position"]
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
@@ -75,6 +78,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         except Exception as error:
             raise self._unwritten(error) from error
+        self._good.append(self._folder / str(step))
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
         """Waits until all is written; an error is told what is saved."""
@@ -84,16 +88,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             if error is None:
                 raise self._unwritten(late) from late
             error.add_note(str(self._unwritten(late)))
-        if error is not None and (paths := steps_in(self._folder.parent)):
-            error.add_note(f"The last checkpoint is {paths[0]}.")
+        if error is not None and (good := [p for p in self._good if p.exists()]):
+            error.add_note(f"The last good checkpoint is {good[-1]}.")
 
     def _check(self, path: Path, saved: dict[str, Any]) -> None:
         """Raises ConfigError if the run can't go on from a checkpoint of these choices."""
-        ours = self._choices
         others = {
-            name: f"\n  {name}: {saved.get(name)} before, {ours.get(name)} now"
-            for name in sorted((saved.keys() | ours.keys()) - FREE)
-            if saved.get(name) != ours.get(name)
+            name: f"\n  {name}: {saved.get(name)} before, {self._choices.get(name)} now"
+            for name in sorted((saved.keys() | self._choices.keys()) - FREE)
+            if saved.get(name) != self._choices.get(name)
         }
         if path.parent == self._folder:
             flag, refused = "out", others.keys() - SCHEDULE
@@ -185,8 +188,7 @@ def _read(path: Path, reader: Any, *args: Any) -> Any:
         if not processes.anywhere(error is not None and not _DAMAGE.search(reason)):
             raise Damaged(reason) from error
     raise ConfigError(
-        f"`out`: {path} can't be read, and nothing of it was changed: {reason}. Try again "
-        "later, or if the model or the optimizer was programmed anew, in another folder."
+        f"`out`: {path} can't be read, and nothing of it was changed: {reason}."
     )
 
 

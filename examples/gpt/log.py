@@ -137,8 +137,6 @@ def _text(row: Row) -> str:
     if row["tokens_per_second"] is not None:
         to_go = datetime.timedelta(seconds=round(row["seconds_to_go"]))
         text += f", {row['tokens_per_second']:,.0f} tokens/s, {to_go} to go"
-    if row["mfu"] is not None:
-        text += f", MFU {row['mfu']:.0%}"
     if "val_loss" in row:
         text += f", val loss {row['val_loss']:.3f}"
     return text

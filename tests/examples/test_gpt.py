@@ -321,7 +321,7 @@ def test_a_state_of_another_shape_is_not_damaged(tiny, monkeypatch):
     main(config)
     monkeypatch.setattr(checkpoint, "WAITS", ())
     monkeypatch.setattr(checkpoint.Checkpoints, "_check", lambda *_: None)
-    with pytest.raises(ConfigError, match="the optimizer was programmed anew"):
+    with pytest.raises(ConfigError, match="nothing of it was changed"):
         main(config.replace(width=32))
 
 
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     folder = tiny.folder() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir())
     [note] = info.value.__notes__
-    assert note == f"The last checkpoint is {folder / str(steps[-1])}."
+    assert note == f"The last good checkpoint is {folder / str(steps[-1])}."
     _, params = checkpoint.load_params(tiny.folder())
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
 
@@ -383,7 +383,7 @@ def test_a_disk_that_is_full(tiny, monkeypatch, file):
             main(config)
     good = tiny.folder() / "checkpoints" / "4"
     assert good.is_dir()
-    assert info.value.__notes__ == [f"The last checkpoint is {good}."]
+    assert info.value.__notes__ == [f"The last good checkpoint is {good}."]
     [curve] = main(config)
     assert [row["step"] for row in curve.rows] == list(range(1, 9))
 
@@ -446,6 +446,23 @@ def test_what_is_trained_is_read_from_the_checkpoint_before_a_damaged_one(tiny):
             file.write_bytes(b"")
     _, before = checkpoint.load_params(tiny.folder())
     assert not np.array_equal(*(p["tokens"]["embedding"] for p in (newest, before)))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_never_named_as_good(tiny):
+    config = tiny.replace(optimizer="adamw", checkpoint_every=1)
+    config = config.replace(learning_rate=1e38, warmup=15)
+    with pytest.raises(ConfigError) as first:
+        main(config)
+    newest = max((tiny.folder() / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert str(newest) in first.value.__notes__[0]
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ConfigError) as second:
+        main(config.replace(checkpoint_every=100))
+    good = newest.with_name(str(int(newest.name) - 1))
+    assert second.value.__notes__ == [f"The last good checkpoint is {good}."]
 
 
 @pytest.mark.parametrize(
