@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from examples.gpt import processes
+from examples.gpt import checkpoint, processes
 from examples.gpt.config import Config, ConfigError
 from examples.gpt.presets import PRESETS
 from examples.gpt.recipes import RECIPES
@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
+    checkpoint.quiet()
     try:
         config = parse()
         config.check()

@@ -4,8 +4,10 @@ import contextlib
 import json
 import logging
 import re
+import sys
 import time
 from dataclasses import asdict
+from inspect import iscoroutine
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports all it does
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and each part that fails
         self._folder, self._resume_from = folder.absolute(), config.resume_from
         self._good: list[Path] = []  # read or written by this process
         self._data = {f"data's {name}": value for name, value in corpus.items()}
@@ -204,3 +205,15 @@ def _checksum(tree: Any) -> Any:
     """Of the bits: the same, however the tree is spread over devices."""
     bits = [x.view(f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(tree)]
     return sum(x.sum(dtype="uint32") for x in bits)
+
+
+def quiet() -> None:
+    """Hides what a read that failed leaves behind: coroutines that nobody waits for."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def hook(raised):
+        is_left = iscoroutine(raised.object)
+        if not is_left and "Event loop is closed" not in str(raised.exc_value):
+            sys.__unraisablehook__(raised)
+
+    sys.unraisablehook = hook
