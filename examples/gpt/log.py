@@ -5,20 +5,19 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config, need
 from examples.gpt.folder import writing_to
 from examples.gpt.processes import is_first
 
 Row = dict[str, Any]  # the keys of metrics.jsonl
 
-# Of one chip in bfloat16, by the makers' data sheets: 10^12 operations a second. The first
-# name that a device's begins with is taken.
+# Of one chip in bfloat16, by the makers' data sheets; the first name that fits is taken.
 PEAK_TERAFLOPS = {
     "TPU v4": 275,
     "TPU v5 lite": 197,
@@ -38,20 +37,36 @@ class Log:
     def __init__(self, config: Config, folder: Path, step: int, flops_per_token: float):
         self.rows: list[Row] = []
         self._pending: Row | None = None
-        self._config, self._folder = config, folder
-        self._flops_per_token = flops_per_token
-        self._dashboards = []
+        self._config, self._folder, self._flops = config, folder, flops_per_token
         self._since: tuple[int, float] | None = None  # a step, and when it was done
+        self._tensorboard = self._wandb = None
         if not is_first():
             return
         with writing_to(folder):
-            text = json.dumps(config.as_json(), indent=2) + "\n"
-            (folder / "config.json").write_text(text)
+            choices = json.dumps(config.as_json(), indent=2)
+            (folder / "config.json").write_text(choices + "\n")
             self.rows = [row for row in read(folder) if row["step"] <= step]
             kept = folder / "metrics.jsonl.kept"  # a full disk loses no row
             kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             kept.replace(folder / "metrics.jsonl")
-        self._dashboards = [*_dashboards(config, folder)]
+        if config.output.tensorboard:
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        if config.output.wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            # The same folder is the same run: a resumed one goes on in its curves.
+            name = folder / "wandb_id"
+            if not name.exists():
+                name.write_text(uuid.uuid4().hex)
+            self._wandb = wandb.init(
+                project=config.output.wandb,
+                id=name.read_text(),
+                resume="allow",
+                dir=folder,
+                config=config.as_json(),
+            )
 
     def step(self, row: Row, is_logged: bool) -> None:
         """Takes what a step made, and writes the row of the step before meanwhile."""
@@ -71,20 +86,23 @@ class Log:
         self.rows.append(row)
         if not is_first():
             return
-        with (
-            writing_to(self._folder, " The same command, started again, goes on."),
-            (self._folder / "metrics.jsonl").open("a") as file,
-        ):
+        with writing_to(self._folder), (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        step, steps = row["step"], self._config.training.steps
+        print(f"{self._config.optimizer} step {step} of {steps}: {_text(row)}", flush=True)
         numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
-        for write, _ in self._dashboards:
-            write(numbers, row["step"])
-        name, steps = self._config.optimizer, self._config.training.steps
-        print(f"{name} step {row['step']} of {steps}: {_text(row)}", flush=True)
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(numbers, step)
 
     def close(self) -> None:
-        for _, close in self._dashboards:
-            close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def restart_clock(self, step: int) -> None:
         """After this step and what else was done: no speed counts it."""
@@ -97,10 +115,10 @@ class Log:
             return dict.fromkeys(("tokens_per_second", "mfu", "seconds_to_go"))
         seconds = (self._since[1] - since[1]) / (step - since[0])
         speed = self._config.training.batch * self._config.model.context / seconds
-        peak = _peak_flops(self._config.model.dtype)
+        peak = _peak_flops()
         return {
             "tokens_per_second": speed,
-            "mfu": None if peak is None else speed * self._flops_per_token / peak,
+            "mfu": None if peak is None else speed * self._flops / peak,
             "seconds_to_go": seconds * (self._config.training.steps - step),
         }
 
@@ -108,22 +126,17 @@ class Log:
 def require_finite(row: Row) -> None:
     """Raises ConfigError for a step whose loss or gradient is not finite."""
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(value := float(row[name])):
-            raise ConfigError(
-                f"`{name}` of step {row['step']} is {value}: training is stopped. Most "
-                "often a lower --learning-rate, in another --out, cures it."
-            )
+        text = f"`{name}` of step {row['step']} is {float(row[name])}: training is stopped."
+        need(math.isfinite(row[name]), f"{text} Try a lower --learning-rate.")
 
 
 def _text(row: Row) -> str:
     text = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}"
-    if row.get("unclipped_fraction") is not None:
+    if "unclipped_fraction" in row:
         text += f", unclipped {row['unclipped_fraction']:.0%}"
     if row["tokens_per_second"] is not None:
         to_go = datetime.timedelta(seconds=round(row["seconds_to_go"]))
         text += f", {row['tokens_per_second']:,.0f} tokens/s, {to_go} to go"
-    if row["mfu"] is not None:
-        text += f", MFU {row['mfu']:.0%}"
     if "val_loss" in row:
         text += f", val loss {row['val_loss']:.3f}"
     return text
@@ -136,43 +149,8 @@ def read(folder: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _peak_flops(dtype: str) -> float | None:
-    """Of all devices together, in the arithmetic that JAX uses for a dtype."""
+def _peak_flops() -> float | None:
+    """Of all devices together, if the chip is known."""
     kind = jax.devices()[0].device_kind
-    peaks = (peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name))
-    if (peak := next(peaks, None)) is None:
-        return None
-    # A TPU multiplies float32 as bfloat16; NVIDIA's as TensorFloat-32, at half the speed.
-    is_halved = dtype == "float32" and "NVIDIA" in kind
-    return (peak / 2 if is_halved else peak) * 1e12 * jax.device_count()
-
-
-def _dashboards(config: Config, folder: Path) -> Iterator[tuple[Callable, Callable]]:
-    """Of each, a function that takes the numbers of a step, and one that ends it."""
-    if config.output.tensorboard:
-        import tensorboardX
-
-        writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
-
-        def write(numbers, step):
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        yield write, writer.close
-    if config.output.wandb is not None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        # The same folder is the same run: a resumed one goes on in its curves.
-        name = folder / "wandb_id"
-        if not name.exists():
-            name.write_text(uuid.uuid4().hex)
-        run = wandb.init(
-            project=config.output.wandb,
-            id=name.read_text(),
-            resume="allow",
-            reinit="create_new",
-            dir=folder,
-            config=config.as_json(),
-        )
-        yield run.log, run.finish
+    peaks = [peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name)]
+    return peaks[0] * 1e12 * jax.device_count() if peaks else None

@@ -1,6 +1,7 @@
 """Several processes as one run, and the signal to leave it."""
 
 import contextlib
+import dataclasses
 import glob
 import importlib.util
 import os
@@ -10,42 +11,33 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.gpt.config import ConfigError, Processes
+from examples.gpt.config import ConfigError, Processes, need
 
 LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
 
 
 def join(config: Processes) -> None:
     """Joins the other processes, if there are any, before anything is computed."""
-    given: Any = (config.coordinator, config.num_processes, config.process_id)
-    if None not in given:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    elif not _are_started_together():
+    given = dataclasses.astuple(config)
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")
+    has_others = (
+        None not in given
+        or (chips and importlib.util.find_spec("libtpu"))  # on Cloud TPU
+        or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+    )
+    if not has_others:
         return
     try:
         # Where collectives do not fail themselves, a lost process is known by its silence.
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"The processes did not find each other: {error}\nGive `coordinator`, "
-            "`num_processes` and `process_id` by hand."
-        ) from error
-
-
-def _are_started_together() -> bool:
-    """On Cloud TPU, in a step of Slurm with several tasks, or in a Kubernetes job."""
-    has_chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
-    return (
-        (bool(has_chips) and importlib.util.find_spec("libtpu") is not None)
-        or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
-    )
+        raise ConfigError(f"The processes did not find each other: {error}") from error
 
 
 def is_first() -> bool:
@@ -72,10 +64,7 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_if_one_is_lost() -> Iterator[None]:
-    """A part of the run that ends at once, with one line, where another process was lost.
-
-    Whatever else Python and JAX do at their end would wait for that process.
-    """
+    """Where another process was lost, this one ends at once: JAX would wait for it."""
     lost = "unavailable|heartbeat|preempt|connection (closed|reset)|socket closed"
     try:
         yield
@@ -83,25 +72,17 @@ def ends_if_one_is_lost() -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         if jax.process_count() == 1 or not re.search(lost, reason, re.IGNORECASE):
             raise
-        print(
-            f"error: Another process of the run was lost ({reason}). Start all of them "
-            "again with the same command: they go on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"error: Another process of the run was lost ({reason}). Start all again."
+        print(message, file=sys.stderr, flush=True)
         os._exit(LOST)
 
 
 def check_shared(path: Path) -> None:
     """Raises ConfigError if this process does not see what the first has written."""
-    for _ in range(300):  # file systems of clusters may take a while
-        if path.exists():
-            return
+    end = time.monotonic() + 30  # file systems of clusters may take a while
+    while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
-    raise ConfigError(
-        f"`out` must be a folder that all processes see, and {path}, which the first has "
-        "written, is not there."
-    )
+    need(path.exists(), f"`out` must be a folder that all processes see: no {path} here.")
 
 
 class Signal:
@@ -124,15 +105,14 @@ class Signal:
 
     def came(self, step: int) -> int | None:
         """The signal to end after this step, if there is one: the same in all processes."""
-        if not self._is_shared:
-            return self._came
-        reached = multihost_utils.reached_preemption_sync_point(step)
-        return signal.SIGTERM if reached else None
+        if self._is_shared and multihost_utils.reached_preemption_sync_point(step):
+            self._came = signal.SIGTERM
+        return self._came
 
     def _note(self, number: int, _) -> None:
-        self._came = number
         self.__exit__()
         if self._is_shared:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
+            self._came = number
             print("\nThe run ends after this step, and is saved.", file=sys.stderr)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -21,6 +22,7 @@ from examples.gpt.config import Config, ConfigError
 from examples.gpt.folder import alone
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
+from examples.gpt.processes import Signal
 from examples.gpt.recipes import RECIPES, Optimizer
 from examples.gpt.state import first_state
 from examples.gpt.step import flops_per_token
@@ -267,7 +269,7 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
     with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  seed: 0 before"):
         main(branch.replace(out=tiny.folder().parent / "d", seed=1))
     nothing = tiny.folder().parent / "e"
-    with pytest.raises(ConfigError, match=r"`resume_from`: .*there is none"):
+    with pytest.raises(ConfigError, match=r"`resume_from`: there is no whole"):
         main(branch.replace(out=nothing, resume_from=nothing))
 
 
@@ -319,7 +321,7 @@ def test_a_state_of_another_shape_is_not_damaged(tiny, monkeypatch):
     main(config)
     monkeypatch.setattr(checkpoint, "WAITS", ())
     monkeypatch.setattr(checkpoint.Checkpoints, "_check", lambda *_: None)
-    with pytest.raises(ConfigError, match="the optimizer was programmed anew"):
+    with pytest.raises(ConfigError, match="nothing of it was changed"):
         main(config.replace(width=32))
 
 
@@ -420,6 +422,22 @@ def test_a_checkpoint_that_fails_in_the_background(tiny, monkeypatch):
             main(config)
 
 
+def test_a_last_save_that_fails_after_a_signal_is_not_told_as_saved(
+    tiny, monkeypatch, capsys
+):
+    close = checkpoint.ocp.training.Checkpointer.close
+
+    def fail(self):
+        close(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "close", fail)
+    monkeypatch.setattr(Signal, "came", lambda *_: signal.SIGTERM)
+    with pytest.raises(ConfigError, match="a checkpoint can't be written"):
+        main(tiny)
+    assert "is saved" not in capsys.readouterr().out
+
+
 def test_what_is_trained_is_read_from_the_checkpoint_before_a_damaged_one(tiny):
     main(tiny.replace(steps=4, warmup=1, checkpoint_every=2))
     _, newest = checkpoint.load_params(tiny.folder())
@@ -482,7 +500,7 @@ def test_every_checkpoint_damaged_is_an_error_not_a_new_run(tiny):
     for file in (tiny.folder() / "checkpoints").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* can be read"):
+    with pytest.raises(ConfigError, match="there is no whole checkpoint in"):
         main(config)
 
 
@@ -495,7 +513,7 @@ def test_a_checkpoint_with_a_wrong_number_is_passed_over_and_stays(
 
     def changed(path, *args):
         trees = load(path, *args)
-        if path.endswith("4"):
+        if path.endswith("4") and "params" in trees:
             trees["params"]["norm"]["scale"] += 1e-6
         return trees
 
@@ -535,7 +553,7 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
     """To compile, to validate and to save takes time that is not counted."""
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "_peak_flops", lambda dtype: 1000.0)
+    monkeypatch.setattr(log, "_peak_flops", lambda: 1000.0)
     tiny.folder().mkdir()
     written = log.Log(tiny, tiny.folder(), 0, flops_per_token=5.0)
     now[0] = 100.0
@@ -564,19 +582,18 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "teraflops"),
     [
-        ("TPU v5 lite", (197, 197)),
-        ("TPU v5", (459, 459)),
-        ("TPU v5p", (459, 459)),
-        ("NVIDIA H100 80GB HBM3", (989, 494.5)),
-        ("cpu", (None, None)),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("cpu", None),
     ],
 )
-def test_peaks_are_of_the_chip_and_the_dtype(monkeypatch, kind, teraflops):
+def test_peaks_are_of_the_chip(monkeypatch, kind, teraflops):
     chip = types.SimpleNamespace(device_kind=kind)
     monkeypatch.setattr(jax, "devices", lambda: [chip] * 4)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    peaks = [log._peak_flops(dtype) for dtype in ("bfloat16", "float32")]
-    assert peaks == [None if one is None else one * 4e12 for one in teraflops]
+    assert log._peak_flops() == (None if teraflops is None else teraflops * 4e12)
 
 
 def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):
