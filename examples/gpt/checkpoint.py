@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from examples.gpt import layout, model, processes
 from examples.gpt.config import Config, ConfigError, Output, Processes, need
+from examples.gpt.folder import writing_to
 
 FOLDER = "checkpoints"  # within a run's
 
@@ -50,9 +51,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         if config.output.keep_every is not None:
             kept.append(policies.EveryNSteps(config.output.keep_every))
         policy: Any = policies.AnyPreservationPolicy(kept)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        with writing_to(folder):
+            self._checkpointer = ocp.training.Checkpointer(
+                str(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
+            )
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The step, the state and where the data is; None where the run begins."""

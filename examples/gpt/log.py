@@ -115,7 +115,7 @@ class Log:
             return dict.fromkeys(("tokens_per_second", "mfu", "seconds_to_go"))
         seconds = (self._since[1] - since[1]) / (step - since[0])
         speed = self._config.training.batch * self._config.model.context / seconds
-        peak = _peak_flops()
+        peak = _peak_flops(self._config.model.dtype)
         return {
             "tokens_per_second": speed,
             "mfu": None if peak is None else speed * self._flops / peak,
@@ -137,6 +137,8 @@ def _text(row: Row) -> str:
     if row["tokens_per_second"] is not None:
         to_go = datetime.timedelta(seconds=round(row["seconds_to_go"]))
         text += f", {row['tokens_per_second']:,.0f} tokens/s, {to_go} to go"
+    if row["mfu"] is not None:
+        text += f", MFU {row['mfu']:.0%}"
     if "val_loss" in row:
         text += f", val loss {row['val_loss']:.3f}"
     return text
@@ -149,8 +151,10 @@ def read(folder: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _peak_flops() -> float | None:
-    """Of all devices together, if the chip is known."""
+def _peak_flops(dtype: str) -> float | None:
+    """Of all devices together in this arithmetic, if the chip is known."""
     kind = jax.devices()[0].device_kind
     peaks = [peak for name, peak in PEAK_TERAFLOPS.items() if kind.startswith(name)]
-    return peaks[0] * 1e12 * jax.device_count() if peaks else None
+    # A TPU multiplies float32 as bfloat16; NVIDIA's as TensorFloat-32, at half the speed.
+    part = 0.5 if dtype == "float32" and "NVIDIA" in kind else 1.0
+    return part * peaks[0] * 1e12 * jax.device_count() if peaks else None

@@ -553,7 +553,7 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
     """To compile, to validate and to save takes time that is not counted."""
     now = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(log, "_peak_flops", lambda: 1000.0)
+    monkeypatch.setattr(log, "_peak_flops", lambda _: 1000.0)
     tiny.folder().mkdir()
     written = log.Log(tiny, tiny.folder(), 0, flops_per_token=5.0)
     now[0] = 100.0
@@ -582,18 +582,19 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "teraflops"),
     [
-        ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v5p", 459),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("cpu", None),
+        ("TPU v5 lite", (197, 197)),
+        ("TPU v5", (459, 459)),
+        ("TPU v5p", (459, 459)),
+        ("NVIDIA H100 80GB HBM3", (989, 494.5)),
+        ("cpu", (None, None)),
     ],
 )
-def test_peaks_are_of_the_chip(monkeypatch, kind, teraflops):
+def test_peaks_are_of_the_chip_and_the_dtype(monkeypatch, kind, teraflops):
     chip = types.SimpleNamespace(device_kind=kind)
     monkeypatch.setattr(jax, "devices", lambda: [chip] * 4)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert log._peak_flops() == (None if teraflops is None else teraflops * 4e12)
+    peaks = [log._peak_flops(dtype) for dtype in ("bfloat16", "float32")]
+    assert peaks == [None if one is None else one * 4e12 for one in teraflops]
 
 
 def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):
