@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.gpt.config import ConfigError
+from examples.gpt.config import need
 from sophia_optax import each_group
 
 AXES = ("data", "fsdp", "tensor")
@@ -42,15 +42,15 @@ _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
     """The mesh of all devices that `data=8,fsdp=4,tensor=2` describes."""
-    if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
-        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
+    is_mesh = re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text) is not None
+    need(is_mesh, f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
     given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
     count = jax.device_count()
     rest = max(count // math.prod(given.values()), 1)
     sizes = {"data": rest, "fsdp": 1, "tensor": 1} | given
-    if math.prod(sizes.values()) != count:
-        got = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
+    got = ",".join(f"{name}={size}" for name, size in sizes.items())
+    fits = math.prod(sizes.values()) == count
+    need(fits, f"`mesh` must fit the devices, got {got} for {count} device(s).")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -83,10 +83,8 @@ def check(params: Any, mesh: jax.sharding.Mesh) -> None:
         what = f"{p.shape} for {_name(path)}"
         for size, axis in zip(p.shape, spec, strict=True):
             n = mesh.shape.get(axis, 1)
-            if size % n:
-                raise ConfigError(
-                    f"`mesh`: {axis}={n} must divide what it spreads, got {what}."
-                )
+            message = f"`mesh`: {axis}={n} must divide what it spreads, got {what}."
+            need(size % n == 0, message)
 
 
 def spread(tree: Any, first: str | None = None, over: tuple[str, ...] = AXES) -> Any:
