@@ -16,19 +16,20 @@ from examples.gpt.train import main
 def parse(arguments: list[str] | None = None) -> Config:
     """The config of a command line: what it says, on top of its preset and optimizer."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="bytes")
-    parser.add_argument("--optimizer", choices=RECIPES["bytes"], default="sophia_g")
+    for name in ("preset", "optimizer", "gamma", "share"):
+        parser.add_argument(f"--{name}")
     begin = parser.parse_known_args(arguments)[0]
-    start = PRESETS[begin.preset].replace(optimizer=begin.optimizer)
+    start = PRESETS.get(begin.preset, Config())  # tyro says what is none
+    if begin.optimizer in RECIPES["bytes"]:
+        start = start.replace(optimizer=begin.optimizer)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[Config],
         prog="python -m examples.gpt",
         args=arguments,
         default=start,
     )
-    scales = {name: getattr(config.recipe, name) for name in ("gamma", "share")}
-    changed = {k: v for k, v in scales.items() if v != getattr(start.recipe, k)}
-    return config.replace(**changed)
+    given = [name for name in ("gamma", "share") if getattr(begin, name) is not None]
+    return config.replace(**{name: getattr(config.recipe, name) for name in given})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from examples.gpt import layout, model, processes
 from examples.gpt.config import Config, ConfigError, Output, Processes, need
 from examples.gpt.folder import writing_to
+from examples.gpt.hugging_face import SHAPE
 
 FOLDER = "checkpoints"  # within a run's
 
@@ -29,7 +30,8 @@ SCHEDULE = {"steps", "learning_rate", "schedule", "warmup", "decay", "final_frac
 WAITS = (0.5, 2.0)  # seconds, before a checkpoint that can't be read is tried again
 # What Orbax and TensorStore call a file that is missing, cut short or changed.
 _DAMAGE = re.compile(
-    "DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|(FileNotFound|Decode|EOF|InvalidLayout)Error"
+    "DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|(FileNotFound|Decode|EOF|InvalidLayout)Error|"
+    "Requested checkpointables"
 )
 
 
@@ -41,7 +43,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a run, each in a folder of its step; saved by other threads."""
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports all it does
         self._folder, self._resume_from = folder.absolute(), config.resume_from
         self._good: list[Path] = []  # read or written by this process
         self._data = {f"data's {name}": value for name, value in corpus.items()}
@@ -62,7 +63,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not steps_in(run):
             with processes.together():
                 if (run / "metrics.jsonl").exists():  # it ended before its first checkpoint
-                    self._check(self._folder / "0", self._data | began(run))
+                    self._check(self._folder / "none", self._data | began(run))
             if self._resume_from is None:
                 return None
             run = self._resume_from
@@ -103,9 +104,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         }
         if path.parent == self._folder:
             flag, refused = "out", others.keys() - SCHEDULE
-        else:  # it goes on in the same batches, and all else may be another
-            batches = self._data.keys() | {"batch", "context", "seed"}
-            flag, refused = "resume_from", others.keys() & batches
+        else:  # it goes on with the same state in the same batches
+            kept = {*SHAPE, "architecture", "bias", "optimizer", "batch", "seed"}
+            flag, refused = "resume_from", others.keys() & (self._data.keys() | kept)
         lines = "".join(others[name] for name in sorted(refused))
         advice = f"Name another folder, or choose as it did:{lines}"
         need(not refused, f"`{flag}`: {path.parent} holds another run. {advice}")
@@ -120,6 +121,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder, or the one that is named: newest first."""
+    folder = folder.parent if folder.name == FOLDER else folder
     is_one = folder.name.isdecimal() and folder.parent.name == FOLDER
     paths = [folder] if is_one else (folder / FOLDER).glob("*")
     steps = [path.absolute() for path in paths if path.name.isdecimal() and path.is_dir()]
@@ -172,7 +174,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
             return path, trees, saved
         except Damaged as damage:
             if processes.is_first():
-                print(f"{path} is damaged, and the checkpoint before is taken: {damage}.")
+                print(f"{path} is damaged, and is passed over: {damage}.")
     raise ConfigError(f"`out`, `resume_from`: there is no whole checkpoint in {folder}.")
 
 
@@ -210,7 +212,8 @@ def _checksum(tree: Any) -> Any:
 
 
 def quiet() -> None:
-    """Hides what a read that failed leaves behind: coroutines that nobody waits for."""
+    """Hides all that Orbax reports, and what a read that failed leaves behind."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     def hook(raised):

@@ -24,7 +24,7 @@ from examples.gpt.recipes import RECIPES, ConfigError, Optimizer, Preset, Recipe
 
 __all__ = ["Config", "ConfigError", "ModelConfig", "Optimizer", "Preset", "Recipe", "need"]
 
-# Numbers; all others must be positive.
+# Numbers that may be 0; every other must be positive.
 _MAY_BE_0 = ("seed", "separator", "warmup", "decay", "final_fraction", "b1", "b2")
 _MAY_BE_0 += ("weight_decay", "profile", "process_id")
 
@@ -109,7 +109,7 @@ class Training:
         message = f"`warmup` must be less than `steps`, got {warmup} of {steps}."
         need(warmup < steps, message)
         need(
-            decay <= steps - warmup,
+            self.schedule != "wsd" or decay <= steps - warmup,
             f"`decay` must end with the run, after `warmup`, got {decay} and {warmup} of "
             f"{steps} `steps`.",
         )
@@ -159,7 +159,7 @@ class Output:
     # Number of steps from one checkpoint to the next; the last step has one too.
     checkpoint_every: int = 100
     keep: int = 2  # Number of checkpoints that are kept, the newest.
-    keep_every: int | None = None  # Keep those of these steps, too.
+    keep_every: int | None = None  # Keep one of every so many steps, too.
     # Write the metrics for TensorBoard, too (needs tensorboardX).
     tensorboard: bool = False
     # Send the metrics to this project of Weights & Biases, too (needs wandb).
@@ -297,6 +297,7 @@ class Config:
                 need(value >= 0, f"`{name}` must not be negative, got {value}.")
             elif type(value) in (int, float):
                 need(value > 0, f"`{name}` must be positive, got {value}.")
+        steps = self.training.steps
         self.model.check()
         self.training.check()
         self.recipe.check(self.optimizer)
@@ -314,6 +315,8 @@ class Config:
         )
         message = f"`compare` is the optimizer itself, {self.optimizer}."
         need(self.compare != self.optimizer, message)
+        message = f"`profile` begins at the eleventh step, got {steps} `steps`."
+        need(not self.output.profile or steps > 11, message)
         for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
             is_there = not getattr(self.output, name) or importlib.util.find_spec(package)
             need(bool(is_there), f"`{name}` needs {package}: pip install {package}.")

@@ -54,8 +54,11 @@ class Corpus:
             "checksum": self.checksum,
         }
 
-    def check(self, context: int) -> None:
-        """Raises ConfigError if a split has not one sequence and its targets."""
+    def check(self, context: int, separator: int | None = None) -> None:
+        """Raises ConfigError if a split has no sequence and its targets, or separator."""
+        ends = [(array == separator).any() for array in self.validation.arrays]
+        what = f"{self.name} has no token {separator} at a document's end"
+        need(separator is None or any(ends), f"`separator`, `within_documents`: {what}.")
         for split in SPLITS:
             fits = max(map(len, getattr(self, split).arrays), default=0) > context
             what = f"the {split} part of {self.name} is too short: `context` {context}"
@@ -123,18 +126,18 @@ def load(
     is_begun = any((path / name).exists() for name in (PROGRESS, "train-00000.bin"))
     message = f"`data`: {path} has no {MANIFEST}: it is not finished, or copied in part."
     need(isinstance(path, Path) and not is_begun, message)
-    return _read_text(str(path), path, visible_files(path))
+    return _read_text(str(path), path, visible_files(path), says=process == 0)
 
 
-def _read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+def _read_text(name: str, root: Path, files: list[Path], says: bool = True) -> Corpus:
     """Files as bytes; the first tenth, by a hash of their names, is for validation."""
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
     documents = (".jsonl", ".json", ".parquet")
-    texts = [file.read_bytes() for file in files if file.suffix not in documents]
+    texts = [file.read_bytes() for file in files if file.suffix.lower() not in documents]
     texts = [text for text in texts if b"\0" not in text]
     advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
     need(bool(texts), f"`data` must be text, got {name}: no text files in it. {advice}")
-    if len(texts) < len(files):
+    if says and len(texts) < len(files):
         print(f"{name}: {len(files) - len(texts)} file(s) are left out. {advice}")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
@@ -166,7 +169,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What `examples.gpt.prepare` wrote of a folder's shards."""
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["format"]
+        version, *_ = (manifest[name] for name in ("format", *SPLITS))
         need(version == FORMAT, f"its format is {version}, not {FORMAT}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import glob
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import fsspec
 from etils import epath
 
 from examples.gpt.config import ConfigError
@@ -17,13 +17,20 @@ from examples.gpt.config import ConfigError
 def as_path(name: str | os.PathLike[str]) -> Path:
     """A path here or, used like a `Path` but none, of an object store: gs, s3 or az."""
     url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
-    return cast(Path, epath.Path(url)) if "://" in url else Path(name)
+    if "://" not in url:
+        return Path(name)
+    try:
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    except ImportError as error:  # it names the package
+        raise ConfigError(f"`data`, `out`: {url}: {error}.") from error
+    return cast(Path, epath.Path(url))
 
 
 def visible_files(folder: Path) -> list[Path]:
     """All files of a folder, and of those in it, but hidden ones."""
-    names = glob.glob("**", root_dir=folder, recursive=True)
-    return sorted(folder / name for name in names if (folder / name).is_file())
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hidden = re.compile(r"(^|/)\.")
+    return [f for f in files if not hidden.search(f.relative_to(folder).as_posix())]
 
 
 @contextlib.contextmanager

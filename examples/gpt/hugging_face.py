@@ -57,8 +57,10 @@ def config_of(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
         theirs = {"model_type": None} | json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`{path}` must be that of a GPT-2: {error}.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"`init_from`, `weights`: {path} is no GPT-2's: {error}."
+        ) from error
     for name, ours in FIXED.items():
         found = theirs.get(name, ours)
         need(found == ours, f"`{name}` must be {ours}, as GPT-2's, got {found} in {path}.")
@@ -79,12 +81,17 @@ def load(folder: Path, config: ModelConfig) -> Any:
     """The parameters in a folder, float32, a tree like that of `model.init`."""
     check_shape(config, dataclasses.replace(config_of(folder), bias=config.bias), folder)
     tensors, (params, views) = {}, _allocate(config)
-    for file in folder.glob("*.safetensors"):
+    whole = folder / "model.safetensors"
+    for file in [whole] if whole.exists() else folder.glob("model-*.safetensors"):
         try:
             read = safetensors.numpy.load_file(file)
         except safetensors.SafetensorError as error:
             raise ConfigError(f"`{file}` can't be read: {error}.") from error
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
+    need(bool(tensors), f"`init_from`, `weights`: no model.safetensors is in {folder}.")
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight", np.nan)
+    is_tied = head is None or (head == embedding).all()
+    need(bool(is_tied), f"`lm_head.weight` must be the embedding, in {folder}.")
     for key, view in views.items():
         found = tensors[key].shape if key in tensors else None
         need(found == view.shape, f"`{key}` must have shape {view.shape}, got {found}.")

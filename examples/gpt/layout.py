@@ -102,9 +102,9 @@ def whole(tree: Any) -> Any:
 def gather(params: Any, dtype: str) -> Any:
     """Parameters, or some of them, whole and float32, for a layer to use.
 
-    They are sent as `dtype`, but their gradients come back in float32. There a step sums
-    gradients over the batch's devices, and a refresh sums their squares: neither holds
-    one whole for long.
+    Over `fsdp` they are sent as `dtype`, and their gradients come back in float32. There a
+    step sums gradients over the batch's devices, and a refresh sums their squares: neither
+    holds one whole for long.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return whole(params)

@@ -1,5 +1,6 @@
 """Where a run's figures go: files, lines, and dashboards if asked."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -145,10 +146,12 @@ def _text(row: Row) -> str:
 
 
 def read(folder: Path) -> list[Row]:
-    """The rows of a run's metrics.jsonl; of one cut short, those that are whole."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a run's metrics.jsonl, up to the first that is not whole."""
+    metrics, rows = folder / "metrics.jsonl", []
+    with contextlib.suppress(ValueError):
+        for line in metrics.read_text().splitlines() if metrics.exists() else []:
+            rows.append(json.loads(line))
+    return rows
 
 
 def _peak_flops(dtype: str) -> float | None:

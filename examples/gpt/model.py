@@ -95,8 +95,8 @@ class GPT(nnx.Module):
     def _map_logits(self, fn: Any, tokens_BxS: jax.Array) -> Any:
         """`fn` of logits and next tokens, `loss_chunk` positions at a time.
 
-        What the way back needs of the logits is kept in 16 bits, in bfloat16 and unless
-        `remat` is "full"; else they are computed again.
+        Chunks are computed again on the way back, but for the slopes that `head` keeps in
+        16 bits, unless `remat` is "full".
         """
 
         def apply(x_and_targets):
@@ -122,7 +122,8 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """What the head sees, (B, T, D), and keys and values, each (layers, B, T, H, K).
 
-        With those of the tokens before a position, only what it sees there: (B, 1, D).
+        Given the `cache` of the tokens before a `position`, only the token there is read:
+        what the head sees is (B, 1, D), and the cache comes back with its keys and values.
         """
         T = tokens_BxT.shape[1]
         at: Any = slice(T) if position is None else position[None]

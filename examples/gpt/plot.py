@@ -1,5 +1,6 @@
 """The picture of a run: the loss, and below it how much of each update is unclipped."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ class Curve(NamedTuple):
     rows: list[Row]
 
     def points(self, key: str) -> tuple[list, list]:
-        rows = [row for row in self.rows if row.get(key) is not None]
+        rows = [row for row in self.rows if math.isfinite(row.get(key) or math.nan)]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     @property

@@ -57,6 +57,9 @@ def main(options: Options) -> dict[str, Any]:
     out, share = folder.as_path(options.out), options.validation
     need(len(options.sources) > 0, "`sources`: give at least one.")
     need(share is None or 0 < share < 1, f"`validation` must be in (0, 1), got {share}.")
+    for name in ("shard_tokens", "threads"):
+        value = getattr(options, name)
+        need(value > 0, f"`{name}` must be positive, got {value}.")
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
     del choices["out"], choices["threads"]  # all others decide what comes out
     advice = " What was finished is kept: the same command, started again, goes on."
@@ -69,8 +72,10 @@ def main(options: Options) -> dict[str, Any]:
         manifest = {"format": FORMAT, "choices": choices, "found": {}, "position": None}
         manifest |= {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
         if name in files:
-            manifest = read_manifest(out / name)
-            _check_same(out, manifest["choices"], choices)
+            before = read_manifest(out / name)
+            if name == MANIFEST or before["position"]:  # something is prepared
+                _check_same(out, before["choices"], choices)
+                manifest = before
         if name == PROGRESS:
             _prepare(options, out, manifest)
         (out / PROGRESS).unlink(missing_ok=True)
@@ -102,7 +107,7 @@ def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
     ]
     found = {  # what the choices led to: revisions, sizes, a checksum
         "sources": [source.found for source in inputs],
-        "tokenizer": hashlib.sha256(content).hexdigest(),
+        "tokenizer": hashlib.sha256(content).hexdigest() if content else None,
     }
     _check_same(out, manifest["found"] or found, found)
     manifest |= {

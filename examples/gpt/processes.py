@@ -9,8 +9,10 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,6 +50,13 @@ def is_first() -> bool:
 def anywhere(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def check_same(choices: dict[str, Any]) -> None:
+    """Raises ConfigError, on all processes, if they were not given the same."""
+    mine = np.uint32(zlib.crc32(repr(sorted(choices.items())).encode()))
+    same = np.all(multihost_utils.process_allgather(mine) == mine)
+    need(bool(same), "All processes need the same flags, but for `process_id`.")
 
 
 @contextlib.contextmanager

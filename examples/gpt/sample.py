@@ -133,6 +133,7 @@ def printable(text: str) -> str:
 
 def command(main: Callable[[Any], None], options: type, name: str) -> None:
     """Runs a `main` with the options of the command line; an error is one line."""
+    checkpoint.quiet()
     try:
         main(tyro.cli(options, prog=f"python -m examples.gpt.{name}"))
     except (ConfigError, OSError, ModuleNotFoundError) as error:

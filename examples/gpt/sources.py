@@ -105,8 +105,10 @@ def _rows(path: Path, field: str) -> Iterator[Any]:
             yield from batch.to_pylist()
         return
     stream = pyarrow.input_stream(str(path), compression="detect")
-    with io.TextIOWrapper(io.BufferedReader(stream), "utf-8", newline="") as file:
-        if _suffix(path) in (".jsonl", ".json"):
+    is_json = _suffix(path) in (".jsonl", ".json")
+    codec, end = ("utf-8-sig", "\n") if is_json else ("utf-8", "")
+    with io.TextIOWrapper(io.BufferedReader(stream), codec, newline=end) as file:
+        if is_json:
             for line in file:
                 yield json.loads(line) if line.strip() else {field: ""}  # left out
         else:

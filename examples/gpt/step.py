@@ -16,7 +16,6 @@ from examples.gpt.state import TrainState, abstract_state
 from sophia_optax import gnb, hutchinson
 
 Estimate = Callable[[Any, jax.Array, jax.Array], Any]  # of parameters, batch and key
-Row = dict[str, Any]  # what is logged of a step
 
 
 def make_train_step(
@@ -34,7 +33,7 @@ def train_step(
     estimate: Estimate | None,
     state: TrainState,
     tokens_BxS: jax.Array,
-) -> tuple[TrainState, Row]:
+) -> tuple[TrainState, dict[str, Any]]:
     """The next state, and what to log: the inputs and one token after, S = T + 1.
 
     `estimate` is of the Hessian's diagonal, for an optimizer that asks for one.

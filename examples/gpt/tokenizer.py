@@ -76,6 +76,8 @@ def make(name: str) -> Tokenizer:
     """The tokenizer of a name: `bytes`, `gpt2`, or a path of a `tokenizers` JSON file."""
     if name == BYTES:
         return Bytes()
+    is_old = name.endswith(".tiktoken")
+    need(not is_old, f"`tokenizer` {name} can't be read any more: prepare the data again.")
     try:
         file = as_path(name)
         if name == GPT2:

@@ -26,11 +26,13 @@ METRICS = ("unclipped_fraction", "refreshes", "refused")  # of Sophia's state
 def main(config: Config) -> list[plot.Curve]:
     """Trains, compares if asked, and writes everything to the config's folder."""
     config.check()
+    elsewhere = ("data", "out", "process_id")  # may be another on each machine
+    choices = config.as_json().items()
+    processes.check_same({k: v for k, v in choices if k not in elsewhere})
     mesh = layout.make_mesh(config.training.mesh)
     process, count = jax.process_index(), jax.process_count()
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
-    corpus.check(config.model.context)
     out, tokenizer = config.folder(), corpus.tokenizer
     if process == 0:
         print(
@@ -47,6 +49,8 @@ def main(config: Config) -> list[plot.Curve]:
         for run, folder in runs:
             parts, before = layout.batch_devices(mesh), began(folder)
             run = run.fitted(tokenizer.vocabulary, parts, tokenizer.separator, before)
+            run.check()  # what was filled in, too
+            corpus.check(run.model.context, run.model.separator)
             state, rows = train(run, corpus, folder)
             curves.append(plot.Curve(run.optimizer, rows))
             text = text or write_text(run, state.params, corpus)

@@ -180,6 +180,10 @@ def test_weight_decay_is_on_matrices_and_embeddings_only(tiny, optimizer):
         ({"coordinator": "here:1"}, "`num_processes` and `process_id` belong together"),
         ({"architecture": "neox", "heads": 8}, "`heads` of GPT-NeoX must be 8 wide"),
         ({"mesh": "data=3"}, "`mesh` must fit the devices"),
+        ({"share": None}, "`gamma` or `share` must be given"),
+        ({"refresh_batch": None, "groups": 5}, "`groups` must divide .* got 5 groups of 8"),
+        ({"profile": 5, "steps": 11}, "`profile` begins at the eleventh step, got 11"),
+        ({"within_documents": True}, "`within_documents`: .* no token 0 at a document's"),
     ],
 )
 def test_what_comes_in_wrong_is_told_before_anything_is_written(tiny, changes, message):
@@ -269,6 +273,9 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
     with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  seed: 0 before"):
         main(branch.replace(out=tiny.folder().parent / "d", seed=1))
     nothing = tiny.folder().parent / "e"
+    larger = branch.replace(out=tiny.folder().parent / "f", width=32)
+    with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  width: 16 before"):
+        main(larger)
     with pytest.raises(ConfigError, match=r"`resume_from`: there is no whole"):
         main(branch.replace(out=nothing, resume_from=nothing))
 
@@ -323,6 +330,11 @@ def test_a_state_of_another_shape_is_not_damaged(tiny, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, "_check", lambda *_: None)
     with pytest.raises(ConfigError, match="nothing of it was changed"):
         main(config.replace(width=32))
+
+
+def test_rows_up_to_one_that_is_not_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    assert log.read(tmp_path) == [{"step": 1}]
 
 
 def test_a_folder_in_which_another_run_is_under_way(tiny):
@@ -520,7 +532,7 @@ def test_a_checkpoint_with_a_wrong_number_is_passed_over_and_stays(
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", changed)
     main(config)
     output = capsys.readouterr().out
-    assert "4 is damaged, and the checkpoint before is taken" in output
+    assert "4 is damaged, and is passed over" in output
     assert "goes on from step 2 of 4" in output
 
 
@@ -697,6 +709,13 @@ def test_a_share_or_a_gamma_takes_the_place_of_the_recipe_s(preset, optimizer):
     for given in ({"share": 0.3, "gamma": None}, {"share": None, "gamma": 0.3}):
         recipe = config.replace(**given).recipe
         assert {name: getattr(recipe, name) for name in given} == given
+
+
+def test_a_share_and_a_gamma_are_not_given_together():
+    """Whatever their values: 0.5 is the recipe's own share."""
+    assert parse(["--share=0.5", "--preset", "gpt2-125m"]).recipe.gamma is None
+    with pytest.raises(ConfigError, match=r"`share` chooses gamma, got `gamma` 0.1 too"):
+        parse(["--gamma", "0.1", "--share", "0.5"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

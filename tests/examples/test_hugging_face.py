@@ -83,6 +83,10 @@ def test_the_forms_that_others_write(folder):
         safetensors.numpy.save_file({k: tensors[k] for k in part}, folder / file)
     (folder / "model.safetensors").unlink()
     jax.tree.map(np.testing.assert_array_equal, hugging_face.load(folder, CONFIG), expected)
+    tensors["lm_head.weight"] = tensors["wte.weight"] + 1
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"`lm_head.weight` must be the embedding"):
+        hugging_face.load(folder, CONFIG)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

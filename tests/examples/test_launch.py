@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -14,6 +15,19 @@ from examples.gpt.config import ConfigError, Processes
 from examples.gpt.step import check_layout
 
 LAUNCH = Path(processes.__file__).with_name("launch")
+
+
+def test_processes_that_are_given_other_flags(monkeypatch):
+    gathered = {"steps": [20, 20]}
+    monkeypatch.setattr(
+        processes.multihost_utils,
+        "process_allgather",
+        lambda mine: mine + np.array(gathered["steps"]) - gathered["steps"][0],
+    )
+    processes.check_same({"steps": 20})
+    gathered["steps"] = [20, 30]
+    with pytest.raises(ConfigError, match="All processes need the same flags"):
+        processes.check_same({"steps": 20})
 
 
 @pytest.fixture

@@ -498,6 +498,13 @@ def test_an_error_names_the_place_of_what_is_wrong_in_a_file(write, message, tmp
     assert not (tmp_path / "out" / data.MANIFEST).exists()
 
 
+def test_a_folder_in_which_nothing_is_prepared_yet_takes_other_choices(tmp_path):
+    source = write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
+    with pytest.raises(ConfigError, match="`field` is body, and no such text"):
+        main(options(tmp_path / "out", source, field="body"))
+    assert main(options(tmp_path / "out", source))["train"]["documents"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -508,6 +515,8 @@ def test_an_error_names_the_place_of_what_is_wrong_in_a_file(write, message, tmp
             {"tokenizer": "gpt3"},
             "`tokenizer` must be bytes, .* got gpt3: .*No such",
         ),
+        ({"tokenizer": "gpt2.tiktoken"}, "can't be read any more: prepare the data again"),
+        ({"shard_tokens": 0}, "`shard_tokens` must be positive, got 0"),
         ({"tokenizer": __file__}, "`tokenizer` must be .*, got .*test_prepare.py: "),
     ],
 )
