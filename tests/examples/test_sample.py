@@ -199,9 +199,8 @@ def test_no_control_character_reaches_a_terminal():
 
 def test_a_file_that_is_not_there_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["sample", "--weights", "nowhere"])
-    with pytest.raises(
-        SystemExit, match=r"^error: `nowhere/config\.json` must be that of a GPT-2"
-    ):
+    message = r"^error: `init_from`, `weights`: nowhere/config\.json is no GPT-2's"
+    with pytest.raises(SystemExit, match=message):
         sample.command(sample.main, Options, "sample")
 
 
