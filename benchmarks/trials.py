@@ -326,9 +326,10 @@ def programs(
         tx = make_optimizer(settings)
 
         def step(state, tokens_BxS):
-            return train_step(size, tx, refresh if estimate else None, state, tokens_BxS)[
-                0
-            ], None
+            state, _ = train_step(
+                size, tx, refresh if estimate else None, state, tokens_BxS
+            )
+            return state, None
 
         state, _ = jax.lax.scan(step, state, tokens)
         of_batch = functools.partial(loss, size, state.params)

@@ -63,7 +63,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not steps_in(run):
             with processes.together():
                 if (run / "metrics.jsonl").exists():  # it ended before its first checkpoint
-                    self._check(self._folder / "none", self._data | began(run))
+                    self._check(self._folder, self._data | began(run))
             if self._resume_from is None:
                 return None
             run = self._resume_from
@@ -95,21 +95,21 @@ class Checkpoints(contextlib.AbstractContextManager):
         if error is not None and (good := [p for p in self._good if p.exists()]):
             error.add_note(f"The last good checkpoint is {good[-1]}.")
 
-    def _check(self, path: Path, saved: dict[str, Any]) -> None:
-        """Raises ConfigError if the run can't go on from a checkpoint of these choices."""
+    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Raises ConfigError if the run can't go on from these choices in a folder."""
         others = {
             name: f"\n  {name}: {saved.get(name)} before, {self._choices.get(name)} now"
             for name in sorted((saved.keys() | self._choices.keys()) - FREE)
             if saved.get(name) != self._choices.get(name)
         }
-        if path.parent == self._folder:
+        if folder == self._folder:
             flag, refused = "out", others.keys() - SCHEDULE
         else:  # it goes on with the same state in the same batches
             kept = {*SHAPE, "architecture", "bias", "optimizer", "batch", "seed"}
             flag, refused = "resume_from", others.keys() & (self._data.keys() | kept)
         lines = "".join(others[name] for name in sorted(refused))
         advice = f"Name another folder, or choose as it did:{lines}"
-        need(not refused, f"`{flag}`: {path.parent} holds another run. {advice}")
+        need(not refused, f"`{flag}`: {folder} holds another run. {advice}")
         if others and processes.is_first():
             print("The steps to come are others:" + "".join(others.values()))
 
@@ -165,7 +165,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
                 if processes.anywhere(not saved):
                     raise Damaged("it has no metadata")
                 if check is not None:
-                    check(path, saved["choices"])
+                    check(path.parent, saved["choices"])
                 # One by one: beside one that fails Orbax would leave others half read.
                 for name, tree in abstract.items():
                     trees |= _read(path, ocp.load_checkpointables, {name: tree})
@@ -180,7 +180,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
 
 def _read(path: Path, reader: Any, *args: Any) -> Any:
     """What a reader returns, on all processes: all try again, or none does."""
-    reason = "another process says why"
+    error, reason = None, "another process says why"
     for wait in (0.0, *WAITS):
         time.sleep(wait)
         found = error = None
@@ -192,9 +192,8 @@ def _read(path: Path, reader: Any, *args: Any) -> Any:
             return found
         if not processes.anywhere(error is not None and not _DAMAGE.search(reason)):
             raise Damaged(reason) from error
-    raise ConfigError(
-        f"`out`: {path} can't be read, and nothing of it was changed: {reason}."
-    )
+    message = f"`out`: {path} can't be read, and nothing of it was changed: {reason}."
+    raise ConfigError(message) from error
 
 
 def _reason(error: BaseException) -> str:

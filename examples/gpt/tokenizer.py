@@ -87,4 +87,5 @@ def make(name: str) -> Tokenizer:
         return Tokenizer(as_path(name).stem, file.read_bytes())
     except Exception as error:  # `tokenizers` raises no other kind
         kinds = f"{BYTES}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
-        raise ConfigError(f"`tokenizer` must be {kinds}, got {name}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"`tokenizer` must be {kinds}, got {name}: {what}") from error

@@ -498,6 +498,18 @@ def test_an_error_names_the_place_of_what_is_wrong_in_a_file(write, message, tmp
     assert not (tmp_path / "out" / data.MANIFEST).exists()
 
 
+@pytest.mark.parametrize("largest", [65_535, 65_536])
+def test_a_token_has_as_many_bytes_as_it_needs(largest, jsonl, tmp_path, monkeypatch):
+    made = tokenizer.Bytes()
+    made.vocabulary = largest + 1
+    made.encode_batch = lambda texts: [np.array([1, largest], np.uint32) for _ in texts]
+    monkeypatch.setattr(prepare, "make", lambda name: made)
+    main(options(tmp_path / "out", jsonl))
+    array = data.load(tmp_path / "out").train.arrays[0]
+    assert array.itemsize == (2 if largest < 1 << 16 else 4)
+    np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
+
+
 def test_a_folder_in_which_nothing_is_prepared_yet_takes_other_choices(tmp_path):
     source = write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
     with pytest.raises(ConfigError, match="`field` is body, and no such text"):
