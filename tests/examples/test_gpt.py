@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from gpt_runs import TEXT
 
-from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample
+from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample, step
 from examples.gpt.__main__ import parse
 from examples.gpt.checkpoint import Checkpoints
 from examples.gpt.config import Config, ConfigError
@@ -25,7 +26,6 @@ from examples.gpt.presets import PRESETS
 from examples.gpt.processes import Signal
 from examples.gpt.recipes import RECIPES, Optimizer
 from examples.gpt.state import first_state
-from examples.gpt.step import flops_per_token
 from examples.gpt.train import main
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -273,9 +273,13 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
     with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  seed: 0 before"):
         main(branch.replace(out=tiny.folder().parent / "d", seed=1))
     nothing = tiny.folder().parent / "e"
-    larger = branch.replace(out=tiny.folder().parent / "f", width=32)
-    with pytest.raises(ConfigError, match=r"`resume_from`: (.|\n)*  width: 16 before"):
-        main(larger)
+    other = {"width": (16, 32), "optimizer": ("sophia_g", "adamw")}
+    for name, (before, now) in other.items():
+        changed = branch.replace(out=tiny.folder().parent / "f", **{name: now})
+        with pytest.raises(
+            ConfigError, match=rf"`resume_from`: (.|\n)*  {name}: {before} "
+        ):
+            main(changed)
     with pytest.raises(ConfigError, match=r"`resume_from`: there is no whole"):
         main(branch.replace(out=nothing, resume_from=nothing))
 
@@ -609,15 +613,47 @@ def test_peaks_are_of_the_chip_and_the_dtype(monkeypatch, kind, teraflops):
     assert peaks == [None if one is None else one * 4e12 for one in teraflops]
 
 
+@pytest.mark.parametrize("optimizer", ["sophia_g", "adamw"])
+def test_nesterov_looks_a_gradient_ahead(tiny, optimizer):
+    """After one that points back, before the average does."""
+    signs = []
+    for nesterov in (False, True):
+        changes = {"b1": 0.85, "weight_decay": 0.0, "nesterov": nesterov}
+        config = tiny.replace(optimizer=optimizer, warmup=0, **changes)
+        tx = make_optimizer(config, make_schedule(config))
+        params = {"blocks": {"kernel": jnp.ones(1)}}
+        state = tx.init(params)
+        for gradient in (1.0, -0.5):
+            grads = jax.tree.map(lambda p, g=gradient: g * p, params)
+            updates, state = tx.update(grads, state, params)
+        signs.append(float(jnp.sign(updates["blocks"]["kernel"][0])))
+    assert signs == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_is_that_of_the_mean_loss_of_the_batch(tiny, accumulate):
+    """However many micro-batches it is computed in."""
+    config = tiny.replace(vocabulary=256, accumulate=accumulate)
+    params = model.init(config.model)
+    tokens = jax.random.randint(jax.random.key(0), (8, 17), 0, 256)
+    loss_fn = partial(step.loss, config)
+    expected = jax.value_and_grad(loss_fn)(params, tokens)
+    found = jax.jit(partial(step.loss_and_grads, config))(params, tokens)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        step.validation_loss(config, params, tokens), expected[0], rtol=1e-6
+    )
+
+
 def test_operations_of_a_token_are_six_for_each_parameter_that_multiplies(tiny):
     config = tiny.replace(vocabulary=256)
     params = model.init(config.model)
     used = model.count(params) - 16 * 16  # of the positions
-    assert flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
+    assert step.flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
     config = config.replace(architecture="neox")
     params = model.init(config.model)
     used = model.count(params) - 256 * 16  # of the embedding, which is no head here
-    assert flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
+    assert step.flops_per_token(config, params) == 6 * used + 12 * 1 * 16 * 16
 
 
 @pytest.mark.slow
