@@ -66,11 +66,12 @@ def _places(shape: tuple[int, ...], count: int) -> tuple[np.ndarray, ...]:
     """Indices of as many entries, an array for each axis.
 
     All entries, or the points of Roberts' sequence, the golden ratio's of more dimensions:
-    every axis is covered evenly, whatever the others are.
+    every axis is covered evenly, whatever the others are. int32, the same with and without
+    `jax_enable_x64`: jax keeps the dtype that it gave to an array of 64 bits.
     """
     size = math.prod(shape)
     if size <= count:
-        return np.unravel_index(np.arange(size), shape)
+        return tuple(np.indices(shape, np.int32).reshape(len(shape), size))
     ratio = 2.0
     for _ in range(64):  # to the root of x^(axes + 1) = x + 1
         ratio = (1 + ratio) ** (1 / (len(shape) + 1))

@@ -286,6 +286,16 @@ def test_what_has_no_quantile_is_finite(per):
     assert sophia_metrics(state)["unclipped_fraction/empty"] == 0
 
 
+def test_one_optimizer_with_and_without_x64():
+    tx = held(hold_unclipped(0.5))
+    update = jax.jit(tx.update)
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            results.append(update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)[0])
+    assert_trees_all_equal(*results)
+
+
 def test_no_parameters_at_all():
     for per in ("parameter", "all"):
         updates, _ = one_step(held(hold_unclipped(per=per)), {}, {}, {})
