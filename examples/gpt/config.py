@@ -4,12 +4,6 @@ There is one way from a command line to a run. A preset is a whole `Config`. `re
 it what a flag says, of whatever part; another optimizer brings its own recipe. `check` says
 what can't be, before anything is compiled. `fitted` fills in what follows from the data and
 the devices, and what is trained, saved and compared with a checkpoint is that.
-
-The default is the smallest run that is a fair picture of Sophia. Two million bytes teach
-its model words and indentation in two minutes, and yet curvatures differ over orders of
-magnitude: rare bytes against spaces, norms against matrices. 500 steps are 50 refreshes,
-enough for their average to settle if `debias` corrects it: without, gamma would be several
-times smaller than the one asked for.
 """
 
 import dataclasses

@@ -63,28 +63,13 @@ class Recipe:
 
 Recipes = dict[Optimizer, Recipe]
 
-# All but sophia_g's: each is within 0.002 of the best that a search by hand found, a
-# setting at a time, with seed 0: `python -m examples.gpt --gamma 0.2` and the like, by the
-# last line printed. Seven trials for adamw, five for lion and four for sophia_h.
-# (The batches came in another order then, and the first parameters were others.)
-#
-# b1 is 0.8 or little more: in 500 steps a longer memory is a slower one, and the paper's
-# 0.965 is for 100,000. Sophia's steps are clipped, so learning_rate is the largest change
-# of a weight, and it wants a third of AdamW's.
+# Found by hand: docs/results.md says what was tried.
 _BYTES: Recipes = {
-    # The best of some thirty trials by hand, at seed 0, in the shorter runs of
-    # benchmarks/ablations.py: a learning_rate of 4e-3 and 6e-3, a share of 0.6, b1 of 0.8
-    # and 0.9 and a weight_decay of 0.1 ended higher there. What the search there found (a
-    # learning_rate of 6.83e-3, b1 of 0.774, a share of 0.433, a weight_decay of 0.416) ends
-    # 0.017 higher here.
     "sophia_g": Recipe(
         learning_rate=5e-3, b1=0.85, b2=0.99, weight_decay=0.4, share=0.5, nesterov=True
     ),
-    # gamma: 0.01 and 0.03 end alike, 0.1 and 0.3 behind; 0.01 is also the paper's.
     "sophia_h": Recipe(learning_rate=5e-3, b1=0.8, b2=0.99, weight_decay=0.2, gamma=0.01),
-    # learning_rate: 1e-2 and 2.5e-2 are worse. b2: 0.95 is a little worse.
     "adamw": Recipe(learning_rate=1.6e-2, b1=0.8, b2=0.99, weight_decay=0.1),
-    # learning_rate: 1e-3 and 3e-3 are worse at their b1 and b2. b2: shorter is better.
     "lion": Recipe(learning_rate=2e-3, b1=0.8, b2=0.9, weight_decay=0.2),
 }
 
