@@ -11,16 +11,19 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from examples.gpt.recipes import RECIPES, ConfigError, Optimizer, Preset, Recipe, need
 
 __all__ = ["Config", "ConfigError", "ModelConfig", "Optimizer", "Preset", "Recipe", "need"]
 
+_PARTS = ("model", "training", "recipe", "refresh", "output", "processes")
 # Numbers that may be 0; every other must be positive.
 _MAY_BE_0 = ("seed", "separator", "warmup", "decay", "final_fraction", "b1", "b2")
 _MAY_BE_0 += ("weight_decay", "profile", "process_id")
+# What must divide what, so that its parts are alike.
+_DIVIDES = {"heads": "width", "accumulate": "batch", "refresh_batch": "batch"}
+_DIVIDES |= {"groups": "refresh_batch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,10 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises ConfigError if the model can't be."""
-        got = f"got {self.heads} heads for {self.width}"
-        need(self.width % self.heads == 0, f"`heads` must divide `width`, {got}.")
         need(
             self.architecture == "gpt2" or self.width // self.heads >= 8,
             "`heads` of GPT-NeoX must be 8 wide or wider, for a quarter of each turns with "
-            f"its position, {got}.",
+            f"its position, got {self.heads} heads for {self.width}.",
         )
 
 
@@ -107,11 +108,6 @@ class Training:
             f"`decay` must end with the run, after `warmup`, got {decay} and {warmup} of "
             f"{steps} `steps`.",
         )
-        need(
-            self.batch % self.accumulate == 0,
-            f"`accumulate` must divide `batch`, got {self.accumulate} micro-batches of "
-            f"{self.batch} sequences.",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +123,6 @@ class Refresh:
     # Number of steps from one refresh to the next; the paper's by default.
     update_interval: int = 10
     debias: bool = True  # Correct the bias of the average of the Hessian.
-
-    def check(self, batch: int) -> None:
-        """Raises ConfigError if a batch of this size can't be used so."""
-        size = self.refresh_batch or batch
-        need(
-            batch % size == 0,
-            "`refresh_batch` must divide `batch`, so that each device has its share, got "
-            f"{size} of {batch} sequences.",
-        )
-        groups = f"{self.groups} groups of {size} sequences"
-        need(
-            self.refresh_batch is None or size % (self.groups or 1) == 0,
-            f"`groups` must divide `refresh_batch`, got {groups}.",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,18 +209,18 @@ class Config:
         need(gamma is None or share is None, message)
         if gamma is not None or share is not None:
             choices |= {"gamma": gamma, "share": share}
-        parts = {}
-        for name, part in _parts(base).items():
-            own = {k: choices.pop(k) for k in dataclasses.asdict(part) if k in choices}
-            parts[name] = dataclasses.replace(part, **own)
-        return dataclasses.replace(base, **parts, **choices)
+        for name in _PARTS:
+            part = getattr(base, name)
+            own = {k: choices.pop(k) for k in vars(part) if k in choices}
+            choices[name] = dataclasses.replace(part, **own)
+        return dataclasses.replace(base, **choices)
 
     def fitted(
         self,
         vocabulary: int,
         parts: int = 1,
         separator: int | None = None,
-        began: Mapping[str, Any] = MappingProxyType({}),
+        began: Mapping[str, Any] = {},
     ) -> "Config":
         """The same run for data of this vocabulary, in batches spread in so many parts.
 
@@ -248,9 +230,8 @@ class Config:
         model.check_vocabulary(vocabulary)
         fewest = math.lcm(refresh.groups or 1, parts)
         sizes = [n for n in range(fewest, batch, fewest) if batch % n == 0 and n >= 16]
-        size = (
-            refresh.refresh_batch or began.get("refresh_batch") or min(sizes, default=batch)
-        )
+        smallest = min(sizes, default=batch)
+        size = refresh.refresh_batch or began.get("refresh_batch") or smallest
         choices: dict[str, Any] = {
             "vocabulary": model.vocabulary or -(-vocabulary // 128) * 128,
             "refresh_batch": size,
@@ -268,10 +249,9 @@ class Config:
 
     def as_json(self) -> dict[str, Any]:
         """All choices, whatever their part."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, part in _parts(self).items():
-            del fields[name]
-            fields |= dataclasses.asdict(part)
+        fields = dict(vars(self))
+        for name in _PARTS:
+            fields |= vars(fields.pop(name))
         fields["warmup"] = self.training.warmup_steps()
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
@@ -279,23 +259,25 @@ class Config:
     def from_json(cls, fields: Mapping[str, Any]) -> "Config":
         """The run of which this is `as_json`."""
         known = {name: fields[name] for name in cls().as_json() if name in fields}
-        for name in ("data", "out", "init_from", "resume_from"):
-            if known.get(name) is not None:
-                known[name] = Path(known[name])
+        paths = ("data", "out", "init_from", "resume_from")
+        known |= {name: Path(known[name]) for name in paths if known.get(name)}
         return cls().replace(**known)
 
     def check(self) -> None:
         """Raises ConfigError if the run can't be."""
-        for name, value in self.as_json().items():
+        choices = self.as_json()
+        for name, value in choices.items():
             if type(value) in (int, float) and name in _MAY_BE_0:
                 need(value >= 0, f"`{name}` must not be negative, got {value}.")
             elif type(value) in (int, float):
                 need(value > 0, f"`{name}` must be positive, got {value}.")
-        steps = self.training.steps
+        for name, of in _DIVIDES.items():
+            part, whole = choices[name], choices[of]
+            message = f"`{name}` must divide `{of}` evenly, got {part} of {whole}."
+            need(None in (part, whole) or whole % part == 0, message)
         self.model.check()
         self.training.check()
         self.recipe.check(self.optimizer)
-        self.refresh.check(self.training.batch)
         need(
             "sophia_h" not in (self.optimizer, self.compare)
             or self.model.attention in ("auto", "xla"),
@@ -309,8 +291,8 @@ class Config:
         )
         message = f"`compare` is the optimizer itself, {self.optimizer}."
         need(self.compare != self.optimizer, message)
-        message = f"`profile` begins at the eleventh step, got {steps} `steps`."
-        need(not self.output.profile or steps > 11, message)
+        message = f"`profile` begins at the eleventh step, got {choices['steps']} `steps`."
+        need(not self.output.profile or self.training.steps > 11, message)
         for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
             is_there = not getattr(self.output, name) or importlib.util.find_spec(package)
             need(bool(is_there), f"`{name}` needs {package}: pip install {package}.")
@@ -320,10 +302,3 @@ class Config:
             "`coordinator`, `num_processes` and `process_id` belong together: give all "
             "three, or none where Cloud TPU, Slurm or Kubernetes starts the processes.",
         )
-
-
-def _parts(config: Config) -> dict[str, Any]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {
-        name: value for name, value in fields.items() if dataclasses.is_dataclass(value)
-    }
