@@ -38,21 +38,18 @@ class ModelConfig:
     context: int = 64  # Length of a sequence, in tokens.
     # Number of tokens; as many as the data has, up to a multiple of 128, by default.
     vocabulary: int | None = None
-    # Give linear layers and norms a bias, as GPT-2 has; the paper's models have none.
-    bias: bool = False
+    bias: bool = False  # Biases in linear layers and norms, as in GPT-2; not in the paper.
     init_std: float | None = None  # Of the first weights; 1 / √fan-in by default.
     # Of the arithmetic; parameters and the optimizer's averages are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # What is computed again on the way back, to save memory: nothing, what is no product
     # of matrices, or all of a block but its input.
     remat: Literal["none", "dots", "full"] = "none"
-    # Number of positions of a sequence whose logits are there at once in float32.
-    loss_chunk: int = 256
+    loss_chunk: int = 256  # Positions of a sequence whose float32 logits exist at once.
     # What computes attention: XLA, or the kernels of cuDNN on a GPU and of Pallas on a
     # TPU, which hold no (T, T) weights. The best that there is by default.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    # Let a token attend to its own document only, which a separator ends.
-    within_documents: bool = False
+    within_documents: bool = False  # Let a token attend to its own document only.
     # The token that ends a document, with `within_documents`; the data's by default.
     separator: int | None = None
 
@@ -77,20 +74,16 @@ class Training:
 
     steps: int = 500  # Number of training steps.
     batch: int = 64  # Number of sequences in a batch.
-    # Number of micro-batches that the batch is computed in, one after another.
-    accumulate: int = 1
-    # How devices are laid out, as `data=8,fsdp=4,tensor=2`; all data by default.
-    mesh: str = ""
+    accumulate: int = 1  # Number of micro-batches, one after another, that make a batch.
+    mesh: str = ""  # The devices' layout, as `data=8,fsdp=4,tensor=2`; all data by default.
     # The learning rate after its rise: it falls as a cosine, stays, or stays and then
     # falls in a line (warm-up, stable, decay).
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     # Number of steps in which the learning rate rises; a tenth of all by default.
     warmup: int | None = None
-    # Number of steps in which it falls with `wsd`, the last; a tenth of all by default.
-    decay: int | None = None
+    decay: int | None = None  # Last steps, in which `wsd` falls; a tenth of all by default.
     final_fraction: float = 0.0  # Where the learning rate ends, over its peak.
-    # The largest global norm of a gradient; a larger one is scaled down to it.
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # A gradient of a larger global norm is scaled down to it.
 
     def warmup_steps(self) -> int:
         return self.steps // 10 if self.warmup is None else self.warmup
@@ -114,14 +107,12 @@ class Training:
 class Refresh:
     """When Sophia's Hessian is estimated anew, and from what."""
 
-    # Number of sequences of the batch that a refresh looks at; as many as there are groups,
-    # and 16 or more, by default: see benchmarks/estimate.py.
+    # Number of sequences of the batch that a refresh looks at; by default the fewest, from
+    # 16 on, that devices and groups share evenly: see benchmarks/estimate.py.
     refresh_batch: int | None = None
-    # Number of groups of the refresh; a group for each of its sequences by default, of
-    # which there are 16 or, on more devices, one for each.
+    # Number of groups of the refresh; by default a group for each of its sequences.
     groups: int | None = None
-    # Number of steps from one refresh to the next; the paper's by default.
-    update_interval: int = 10
+    update_interval: int = 10  # Steps from one refresh to the next; 10 is the paper's.
     debias: bool = True  # Correct the bias of the average of the Hessian.
 
 
@@ -136,20 +127,17 @@ class Output:
     checkpoint_every: int = 100
     keep: int = 2  # Number of checkpoints that are kept, the newest.
     keep_every: int | None = None  # Keep one of every so many steps, too.
-    # Write the metrics for TensorBoard, too (needs tensorboardX).
-    tensorboard: bool = False
+    tensorboard: bool = False  # Write metrics for TensorBoard, too (needs tensorboardX).
     # Send the metrics to this project of Weights & Biases, too (needs wandb).
     wandb: str | None = None
-    # Number of steps, from the eleventh, whose profile is written to `out`/profile.
-    profile: int = 0
+    profile: int = 0  # Number of steps, from the eleventh, to profile in `out`/profile.
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """For processes that are started by hand."""
+    """For processes started by hand. Cloud TPU, Slurm and Kubernetes need none of these."""
 
-    # HOST:PORT of process 0. On Cloud TPU, Slurm and Kubernetes none is needed.
-    coordinator: str | None = None
+    coordinator: str | None = None  # HOST:PORT of process 0.
     num_processes: int | None = None  # Number of processes, with `coordinator`.
     process_id: int | None = None  # Number of this process, with `coordinator`.
 
@@ -164,8 +152,7 @@ class Config:
     from its last checkpoint.
     """
 
-    # A model of the paper and the run it was trained in; other choices override its.
-    preset: Preset = "bytes"
+    preset: Preset = "bytes"  # A model of the paper and its run; other flags override it.
     # Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, AdamW or Lion.
     optimizer: Optimizer = "sophia_g"
     # Train again with this one, at its own best: same parameters, same batches.
@@ -173,18 +160,15 @@ class Config:
     # A folder that `python -m examples.gpt.prepare` made, a text file, or a folder of
     # them. The standard library's source by default.
     data: Path | None = None
-    # Compare the checksums of a prepared folder before training.
-    verify_data: bool = True
+    verify_data: bool = True  # Compare the checksums of a prepared folder before training.
     # Start from weights alone: those of a run's folder, or of one of its checkpoints, or
     # GPT-2's in Hugging Face's format, which want `bias` and a `vocabulary` of 50257.
     init_from: Path | None = None
     # Go on from another run, in a folder of its own and perhaps with another schedule: its
     # folder, or one of its checkpoints, as runs/gpt/checkpoints/40000.
     resume_from: Path | None = None
-    # Folder for what comes out; in `runs/`, by the optimizer's name, by default.
-    out: Path | None = None
-    # Seed of the parameters, the batches, the sampled labels and the sampled text.
-    seed: int = 0
+    out: Path | None = None  # Folder for what comes out; runs/OPTIMIZER by default.
+    seed: int = 0  # Seed of the parameters, the batches, and the sampled labels and text.
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()

@@ -36,8 +36,7 @@ class Recipe:
 
     learning_rate: float  # Peak of the learning rate.
     b1: float  # Decay of the moving average of gradients.
-    # Decay of the moving average of the Hessian, or of the squared gradients.
-    b2: float
+    b2: float  # Decay of the moving average of the Hessian, or of the squared gradients.
     weight_decay: float  # Decoupled weight decay, on matrices and embeddings only.
     # Sophia's scale of the Hessian, in place of `share`; larger clips less.
     gamma: float | None = None
