@@ -22,12 +22,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     start = PRESETS.get(begin.preset, Config())  # tyro says what is none
     if begin.optimizer in RECIPES["bytes"]:
         start = start.replace(optimizer=begin.optimizer)
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Config],
-        prog="python -m examples.gpt",
-        args=arguments,
-        default=start,
-    )
+    flat = tyro.conf.OmitArgPrefixes[Config]
+    config = tyro.cli(flat, prog="python -m examples.gpt", args=arguments, default=start)
     given = [name for name in ("gamma", "share") if getattr(begin, name) is not None]
     return config.replace(**{name: getattr(config.recipe, name) for name in given})
 

@@ -101,6 +101,8 @@ class Training:
             f"`decay` must end with the run, after `warmup`, got {decay} and {warmup} of "
             f"{steps} `steps`.",
         )
+        message = f"`final_fraction` must be at most 1, got {self.final_fraction}."
+        need(self.final_fraction <= 1, message)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,6 @@ from examples.gpt.recipes import Preset
 # 480 sequences of 1,024 tokens, warm-up, k = 10 and the rest are the paper's; the refresh
 # is ours: 16 sequences in 16 groups, where the paper has 240 in one.
 _GPT2 = Config().replace(
-    preset="gpt2-125m",
-    layers=12,
-    heads=12,
-    width=768,
     context=1024,
     vocabulary=50304,  # of which GPT-2's text uses 50,257: a multiple of 128 is faster
     init_std=0.02,
@@ -34,7 +30,7 @@ def _sized(base: Config, preset: Preset, layers: int, heads: int, width: int) ->
 PRESETS: dict[Preset, Config] = {
     "bytes": Config(),
     "gpt2-30m": _sized(_GPT2, "gpt2-30m", 6, 6, 384),
-    "gpt2-125m": _GPT2,
+    "gpt2-125m": _sized(_GPT2, "gpt2-125m", 12, 12, 768),
     "gpt2-355m": _sized(_GPT2, "gpt2-355m", 24, 16, 1024),
     "gpt2-770m": _sized(_GPT2, "gpt2-770m", 36, 20, 1280),
     "gpt2-1.5b": _sized(_GPT2, "gpt2-1.5b", 48, 25, 1600),

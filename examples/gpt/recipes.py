@@ -46,16 +46,14 @@ class Recipe:
 
     def check(self, optimizer: Optimizer) -> None:
         """Raises ConfigError if the optimizer can't have these."""
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "share"):
             value = getattr(self, name)
-            need(value < 1, f"`{name}` must be at least 0 and below 1, got {value}.")
+            need(value is None or value < 1, f"`{name}` must be below 1, got {value}.")
         for name in ("gamma", "share"):
             has_it = getattr(self, name) is None or "sophia" in optimizer
             need(has_it, f"`{name}` is Sophia's, and {optimizer} has none.")
         has_scale = self.gamma is not None or self.share is not None
         need(has_scale or "sophia" not in optimizer, "`gamma` or `share` must be given.")
-        is_a_share = self.share is None or 0 < self.share < 1
-        need(is_a_share, f"`share` must be between 0 and 1, got {self.share}.")
         has_it = not self.nesterov or optimizer != "lion"
         need(has_it, "`nesterov` is for Sophia and AdamW, and lion has none.")
 
