@@ -109,11 +109,10 @@ class Training:
 class Refresh:
     """When Sophia's Hessian is estimated anew, and from what."""
 
-    # Number of sequences of the batch that a refresh looks at; by default the fewest, from
-    # 16 on, that devices and groups share evenly: see benchmarks/estimate.py.
+    # Number of sequences of the batch that a refresh looks at; by default the fewest, but
+    # at least 16, that devices and groups share evenly: see benchmarks/estimate.py.
     refresh_batch: int | None = None
-    # Number of groups of the refresh; by default a group for each of its sequences.
-    groups: int | None = None
+    groups: int | None = None  # Groups of a refresh; by default one for each sequence.
     update_interval: int = 10  # Steps from one refresh to the next; 10 is the paper's.
     debias: bool = True  # Correct the bias of the average of the Hessian.
 
@@ -125,13 +124,11 @@ class Output:
     log_every: int = 10  # Number of steps from one line of metrics.jsonl to the next.
     validate_every: int = 50  # Number of steps from one validation to the next.
     validation_batches: int = 8  # Number of batches of a validation, always the same ones.
-    # Number of steps from one checkpoint to the next; the last step has one too.
-    checkpoint_every: int = 100
+    checkpoint_every: int = 100  # Steps between checkpoints; the last step has one too.
     keep: int = 2  # Number of checkpoints that are kept, the newest.
     keep_every: int | None = None  # Keep one of every so many steps, too.
     tensorboard: bool = False  # Write metrics for TensorBoard, too (needs tensorboardX).
-    # Send the metrics to this project of Weights & Biases, too (needs wandb).
-    wandb: str | None = None
+    wandb: str | None = None  # Send metrics to this Weights & Biases project (needs wandb).
     profile: int = 0  # Number of steps, from the eleventh, to profile in `out`/profile.
 
 

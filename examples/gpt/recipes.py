@@ -82,7 +82,6 @@ def _paper(*peaks: float, gamma: float = 0.05, decay: float = 0.2) -> Recipes:
 
 
 _SMALL = _paper(6e-4, 6e-4, 6e-4, 1e-4)
-_LARGE = _paper(3e-4, 3e-4, 2e-4, 8e-5)
 _XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, decay=0.15)
 
 # None of these was searched here. gpt2-30m has the settings of 125M, gpt2-1.5b and
@@ -92,7 +91,7 @@ RECIPES: dict[Preset, Recipes] = {
     "gpt2-30m": _SMALL,
     "gpt2-125m": _SMALL,
     "gpt2-355m": _paper(7e-4, 4e-4, 3e-4, 1e-4, gamma=0.08),
-    "gpt2-770m": _LARGE,
+    "gpt2-770m": _paper(3e-4, 3e-4, 2e-4, 8e-5),
     "gpt2-1.5b": _XL,
     "neox-1.5b": _XL,
     "neox-6.6b": _XL,
