@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from examples.gpt import layout, model, processes
 from examples.gpt.config import Config, ConfigError, Output, Processes, need
-from examples.gpt.folder import writing_to
+from examples.gpt.folder import absolute, as_path, writing_to
 from examples.gpt.hugging_face import SHAPE
 
 FOLDER = "checkpoints"  # within a run's
@@ -31,7 +31,7 @@ WAITS = (0.5, 2.0)  # seconds, before a checkpoint that can't be read is tried a
 # What Orbax and TensorStore call a file that is missing, cut short or changed.
 _DAMAGE = re.compile(
     "DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|(FileNotFound|Decode|EOF|InvalidLayout)Error|"
-    "Requested checkpointables"
+    "Requested checkpointables|incomplete checkpoint"
 )
 
 
@@ -43,7 +43,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a run, each in a folder of its step; saved by other threads."""
 
     def __init__(self, folder: Path, config: Config, corpus: dict[str, Any]):
-        self._folder, self._resume_from = folder.absolute(), config.resume_from
+        self._folder, self._resume_from = absolute(folder), config.resume_from
         self._good: list[Path] = []  # read or written by this process
         self._data = {f"data's {name}": value for name, value in corpus.items()}
         self._choices = self._data | config.as_json()
@@ -121,17 +121,18 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder, or the one that is named: newest first."""
+    folder = as_path(folder)
     folder = folder.parent if folder.name == FOLDER else folder
     is_one = folder.name.isdecimal() and folder.parent.name == FOLDER
     paths = [folder] if is_one else (folder / FOLDER).glob("*")
-    steps = [path.absolute() for path in paths if path.name.isdecimal() and path.is_dir()]
+    steps = [absolute(path) for path in paths if path.name.isdecimal() and path.is_dir()]
     return sorted(steps, key=lambda path: -int(path.name))
 
 
 def began(out: Path) -> dict[str, Any]:
     """The choices of the run in a folder; none if it holds no run."""
     try:
-        return json.loads((out / "config.json").read_text())
+        return json.loads((as_path(out) / "config.json").read_text())
     except (OSError, ValueError):
         return {}
 

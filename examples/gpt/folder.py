@@ -13,6 +13,8 @@ from etils import epath
 
 from examples.gpt.config import ConfigError
 
+UNFINISHED = ".unfinished"  # a file that is being written
+
 
 def as_path(name: str | os.PathLike[str]) -> Path:
     """A path here or, used like a `Path` but none, of an object store: gs, s3 or az."""
@@ -26,11 +28,29 @@ def as_path(name: str | os.PathLike[str]) -> Path:
     return cast(Path, epath.Path(url))
 
 
+def absolute(path: Path) -> Path:
+    """The same, wherever this process stands; paths of object stores always are."""
+    return path.absolute() if isinstance(path, Path) else path
+
+
 def visible_files(folder: Path) -> list[Path]:
     """All files of a folder, and of those in it, but hidden ones."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     hidden = re.compile(r"(^|/)\.")
     return [f for f in files if not hidden.search(f.relative_to(folder).as_posix())]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes all of it or, should anything happen, nothing."""
+    if not isinstance(path, Path):  # an object store has an object whole, or not
+        path.write_bytes(content)
+        return
+    unfinished = path.with_name(UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from examples.gpt.config import Config, need
-from examples.gpt.folder import writing_to
+from examples.gpt.folder import write_bytes, writing_to
 from examples.gpt.processes import is_first
 
+METRICS = "metrics.jsonl"
 Row = dict[str, Any]  # the keys of metrics.jsonl
 
 # Of one chip in bfloat16, by the makers' data sheets; the first name that fits is taken.
@@ -39,17 +40,16 @@ class Log:
         self.rows: list[Row] = []
         self._pending: Row | None = None
         self._config, self._folder, self._flops = config, folder, flops_per_token
+        self._metrics = folder / METRICS
         self._since: tuple[int, float] | None = None  # a step, and when it was done
         self._tensorboard = self._wandb = None
         if not is_first():
             return
         with writing_to(folder):
             choices = json.dumps(config.as_json(), indent=2)
-            (folder / "config.json").write_text(choices + "\n")
+            write_bytes(folder / "config.json", choices.encode())
             self.rows = [row for row in read(folder) if row["step"] <= step]
-            kept = folder / "metrics.jsonl.kept"  # a full disk loses no row
-            kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            kept.replace(folder / "metrics.jsonl")
+        self._write_rows()
         if config.output.tensorboard:
             import tensorboardX
 
@@ -65,7 +65,7 @@ class Log:
                 project=config.output.wandb,
                 id=name.read_text(),
                 resume="allow",
-                dir=folder,
+                dir=folder if isinstance(folder, Path) else None,
                 config=config.as_json(),
             )
 
@@ -87,8 +87,9 @@ class Log:
         self.rows.append(row)
         if not is_first():
             return
-        with writing_to(self._folder), (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if isinstance(self._folder, Path):
+            with writing_to(self._folder), self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         step, steps = row["step"], self._config.training.steps
         print(f"{self._config.optimizer} step {step} of {steps}: {_text(row)}", flush=True)
         numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
@@ -105,9 +106,19 @@ class Log:
         if self._wandb:
             self._wandb.finish()
 
-    def restart_clock(self, step: int) -> None:
-        """After this step and what else was done: no speed counts it."""
+    def go_on(self, step: int) -> None:
+        """After a validation or a checkpoint at this step, whose time no speed counts.
+
+        An object store, whose files can't grow, gets all rows now.
+        """
+        if is_first() and not isinstance(self._folder, Path):
+            self._write_rows()
         self._since = step, time.perf_counter()
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        with writing_to(self._folder):
+            write_bytes(self._metrics, lines.encode())
 
     def _speed(self, step: int) -> Row:
         """Of the training steps to this one, which is done, since the row before."""
@@ -147,7 +158,7 @@ def _text(row: Row) -> str:
 
 def read(folder: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, up to the first that is not whole."""
-    metrics, rows = folder / "metrics.jsonl", []
+    metrics, rows = folder / METRICS, []
     with contextlib.suppress(ValueError):
         for line in metrics.read_text().splitlines() if metrics.exists() else []:
             rows.append(json.loads(line))

@@ -41,4 +41,5 @@ def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120)

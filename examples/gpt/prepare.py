@@ -24,8 +24,6 @@ from examples.gpt.config import ConfigError, need
 from examples.gpt.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
 from examples.gpt.tokenizer import Tokenizer, make
 
-UNFINISHED = ".unfinished"
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -65,7 +63,7 @@ def main(options: Options) -> dict[str, Any]:
     advice = " What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
         # Killed in its first moment, it left no more than an unfinished file.
-        files = {path.name for path in out.iterdir()} - {UNFINISHED}
+        files = {path.name for path in out.iterdir()} - {folder.UNFINISHED}
         name = MANIFEST if MANIFEST in files else PROGRESS
         is_ours = name in files or not files
         need(is_ours, f"`out` must be empty, but {out} has {', '.join(sorted(files))}.")
@@ -119,7 +117,7 @@ def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
     }
     write_manifest(out / PROGRESS, manifest)
     if content:
-        write_bytes(out / file, content)
+        folder.write_bytes(out / file, content)
 
     # What is in no shard yet is in memory alone: after a kill it is encoded again.
     held, dtype = {name: bytearray() for name in SPLITS}, np.dtype(manifest["dtype"])
@@ -160,27 +158,14 @@ def append(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -
         split = manifest[name]
         file = f"{name}-{len(split['shards']):05}.bin"
         checksum = hashlib.sha256(tokens).hexdigest()
-        write_bytes(out / file, tokens.tobytes())
+        folder.write_bytes(out / file, tokens.tobytes())
         split["tokens"] += len(tokens)
         split["documents"] += int(np.count_nonzero(tokens == manifest["separator"]))
         split["shards"].append({"file": file, "tokens": len(tokens), "checksum": checksum})
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    write_bytes(path, (json.dumps(manifest, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes all of it or, should anything happen, nothing."""
-    if not isinstance(path, Path):  # an object store has an object whole, or not
-        path.write_bytes(content)
-        return
-    unfinished = path.with_name(UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    folder.write_bytes(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

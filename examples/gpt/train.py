@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config, need
-from examples.gpt.folder import alone
+from examples.gpt.folder import alone, as_path
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.state import TrainState, abstract_state, first_state
@@ -33,7 +33,11 @@ def main(config: Config) -> list[plot.Curve]:
     process, count = jax.process_index(), jax.process_count()
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
-    out, tokenizer = config.folder(), corpus.tokenizer
+    out, tokenizer = as_path(config.folder()), corpus.tokenizer
+    is_here = isinstance(out, Path)
+    message = f"`out` must be a folder or gs://BUCKET/NAME, as Orbax writes, got {out}."
+    need(is_here or str(out).startswith("gs://"), message)
+    need(is_here or not config.output.profile, "`profile` is written to folders alone.")
     if process == 0:
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens to train on, "
@@ -145,7 +149,7 @@ def train(
                     log.write(partial(validate, state.params) if validates else None)
                 if saves:
                     checkpoints.save(number, state, batches.get_state())
-                log.restart_clock(number)
+                log.go_on(number)
             if signal_came:
                 break
     log.close()

@@ -586,7 +586,7 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
         return 1.0
 
     written.write(validate)
-    written.restart_clock(20)
+    written.go_on(20)
     now[0] = 153.0
     written.step(made(26), True)
     written.write()

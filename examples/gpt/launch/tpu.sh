@@ -1,13 +1,9 @@
 #!/usr/bin/env bash
 # GPT-2 on a Cloud TPU pod: makes it, copies this checkout to its hosts, and trains.
 #
-#   ZONE=us-east5-a BUCKET=gs://my-bucket examples/gpt/launch/tpu.sh gpt v5p-64 \
-#     --preset gpt2-125m --data /mnt/bucket/openwebtext --out /mnt/bucket/runs/gpt
+#   ZONE=us-east5-a examples/gpt/launch/tpu.sh gpt v5p-64 \
+#     --preset gpt2-125m --data gs://my-bucket/openwebtext --out gs://my-bucket/runs/gpt
 #
-# The data and the run lie in the bucket, which each host mounts on /mnt/bucket. It must have
-# a hierarchical namespace, in which a checkpoint, a folder, is renamed when it is whole:
-#   gcloud storage buckets create gs://my-bucket --location us-east5 \
-#     --uniform-bucket-level-access --enable-hierarchical-namespace
 # Where the pod was taken away, the same command makes it again, and the run goes on. To
 # delete it:
 #   gcloud compute tpus tpu-vm delete gpt --zone "$ZONE"
@@ -15,7 +11,6 @@ set -euo pipefail
 name=$1 type=$2
 shift 2
 at=("$name" --zone "${ZONE:?a zone}")
-: "${BUCKET:?a bucket, gs://...}"
 
 state=$(gcloud compute tpus tpu-vm describe "${at[@]}" --format 'value(state)' 2>/dev/null || true)
 case "$state" in # one that was taken away is still there by its name
@@ -32,8 +27,6 @@ on_each_host "set -e
   mkdir -p sophia_optax && tar xzf sophia_optax.tar.gz -C sophia_optax
   curl -LsSf https://astral.sh/uv/install.sh | sh
   ~/.local/bin/uv venv -q --allow-existing --python 3.12 env
-  ~/.local/bin/uv pip install -q --python env/bin/python -e 'sophia_optax[examples,data]' 'jax[tpu]'
-  sudo mkdir -p /mnt/bucket && sudo chown \$USER /mnt/bucket
-  mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs ${BUCKET#gs://} /mnt/bucket"
+  ~/.local/bin/uv pip install -q --python env/bin/python -e 'sophia_optax[examples,data,gcs]' 'jax[tpu]'"
 # Every host runs the same command: the processes find each other.
 on_each_host "cd sophia_optax && ../env/bin/python -m examples.gpt $(printf '%q ' "$@")"
