@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ import tqdm
 import tyro
 
 from examples.gpt import folder
-from examples.gpt.config import ConfigError, need
+from examples.gpt.config import need
 from examples.gpt.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
+from examples.gpt.sample import command
 from examples.gpt.tokenizer import Tokenizer, make
 
 
@@ -91,10 +91,8 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
-    try:
-        from examples.gpt import sources
-    except ImportError as error:
-        raise ConfigError(f'{error}: pip install -e ".[data]"') from error
+    from examples.gpt import sources  # needs the extra `data`
+
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)
     file, content = tokenizer.save()
@@ -169,9 +167,4 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python -m examples.gpt.prepare"))
-    except ConfigError as error:
-        sys.exit(error.text())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command, started again, goes on.")
+    command(main, Options, "prepare")

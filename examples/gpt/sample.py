@@ -131,13 +131,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def command(main: Callable[[Any], None], options: type, name: str) -> None:
+def command(main: Callable[[Any], Any], options: type, name: str) -> None:
     """Runs a `main` with the options of the command line; an error is one line."""
     checkpoint.quiet()
     try:
         main(tyro.cli(options, prog=f"python -m examples.gpt.{name}"))
-    except (ConfigError, OSError, ModuleNotFoundError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:  # of an extra
+        sys.exit(f'error: {error}: pip install -e ".[data]", for tasks ".[evaluate]"')
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command can be started again.")
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
