@@ -14,13 +14,14 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt.config import ConfigError, need
+from examples.gpt.config import need
+from examples.gpt.errors import errors_as
 from examples.gpt.folder import as_path, visible_files
-from examples.gpt.tokenizer import BYTES, Bytes, Tokenizer, make
+from examples.gpt.tokenizer import Bytes, Tokenizer, make
 
 SPLITS = ("train", "validation")
 FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder
-AGAIN = "Copy it once more, or prepare the data again in an empty folder."
+AGAIN = " Copy it once more, or prepare the data again in an empty folder."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,20 +160,17 @@ def _read_prepared(path: Path, verify: bool, process: int, processes: int) -> Co
         for i, shard in enumerate(train + validation)
     ]
     splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
-    is_file = manifest["tokenizer"] != BYTES
-    tokenizer = make(str(path / manifest["tokenizer"]) if is_file else BYTES)
+    tokenizer = make(str(path / manifest["tokenizer"]))
     checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
     return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What `examples.gpt.prepare` wrote of a folder's shards."""
-    try:
+    with errors_as(f"`data`: {path} is no manifest", AGAIN):
         manifest = json.loads(path.read_text())
         version, *_ = (manifest[name] for name in ("format", *SPLITS))
         need(version == FORMAT, f"its format is {version}, not {FORMAT}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"`data`: {path} is no manifest: {error!r}. {AGAIN}") from error
     return manifest
 
 
@@ -184,7 +182,7 @@ def _read_shard(folder: Path, shard: dict, dtype: str, verify: bool) -> np.ndarr
     """
     path, size, checksum = folder / shard["file"], shard["tokens"], shard["checksum"]
     note, verified = path.with_suffix(".verified"), ""
-    try:
+    with errors_as(f"`data`: {path} is not what was prepared", AGAIN):
         if isinstance(path, Path):
             tokens, file = np.asarray(np.memmap(path, dtype, "r")), path.stat()
             verified = f"{checksum} {file.st_ino} {file.st_size} {file.st_ctime_ns}"
@@ -198,7 +196,4 @@ def _read_shard(folder: Path, shard: dict, dtype: str, verify: bool) -> np.ndarr
             with contextlib.suppress(OSError):  # not our folder: compared again next time
                 if verified:
                     note.write_text(verified)
-    except (OSError, ValueError) as error:
-        message = f"`data`: {path} is not what was prepared: {error}. {AGAIN}"
-        raise ConfigError(message) from error
     return tokens

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -13,7 +12,8 @@ from lm_eval.models import utils
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from examples.gpt.config import ConfigError, ModelConfig, need
+from examples.gpt.config import ModelConfig, need
+from examples.gpt.errors import errors_as
 from examples.gpt.evaluate import Options, judge
 from examples.gpt.sample import generate, padded
 from examples.gpt.tokenizer import Tokenizer
@@ -102,11 +102,8 @@ def run(lm: Harness, options: Options) -> Any:
             spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
         specs.append(spec)
     # As a group: its members may be other in this than lm-eval's tasks of the name are.
-    try:
+    with errors_as(f"`tasks`, `task_data`: the data of {options.tasks} can't be read"):
         tasks = manager.load({"group": "chosen", "task": specs})["tasks"]
-    except (OSError, DatasetsError) as error:
-        what = f"`tasks`: the data of {options.tasks} can't be read (see --task-data)"
-        raise ConfigError(f"{what}: {error}.") from error
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     results = evaluate(lm, {"tasks": tasks}, limit=options.limit, log_samples=False)

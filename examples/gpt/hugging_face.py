@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt import model
-from examples.gpt.config import ConfigError, ModelConfig, need
+from examples.gpt.config import ModelConfig, need
+from examples.gpt.errors import errors_as
 
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 
@@ -55,18 +55,12 @@ FIXED = {
 def config_of(folder: Path) -> ModelConfig:
     """The model whose weights a folder holds; all else is as in the default run."""
     path = folder / "config.json"
-    try:
+    with errors_as(f"`init_from`, `weights`: {path} is no GPT-2's"):
         theirs = {"model_type": None} | json.loads(path.read_text())
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"`init_from`, `weights`: {path} is no GPT-2's: {error}."
-        ) from error
-    for name, ours in FIXED.items():
-        found = theirs.get(name, ours)
-        need(found == ours, f"`{name}` must be {ours}, as GPT-2's, got {found} in {path}.")
-    for name in SHAPE.values():
-        need(name in theirs, f"`{name}` is missing in {path}: it is no GPT-2's.")
-    shape = {ours: theirs[name] for ours, name in SHAPE.items()}
+        for name, ours in FIXED.items():
+            found = theirs.get(name, ours)
+            need(found == ours, f"`{name}` must be {ours}, got {found}")
+        shape = {ours: theirs[name] for ours, name in SHAPE.items()}
     return ModelConfig(architecture="gpt2", bias=True, **shape)
 
 
@@ -83,10 +77,8 @@ def load(folder: Path, config: ModelConfig) -> Any:
     tensors, (params, views) = {}, _allocate(config)
     whole = folder / "model.safetensors"
     for file in [whole] if whole.exists() else folder.glob("model-*.safetensors"):
-        try:
+        with errors_as(f"`init_from`, `weights`: {file} can't be read"):
             read = safetensors.numpy.load_file(file)
-        except safetensors.SafetensorError as error:
-            raise ConfigError(f"`{file}` can't be read: {error}.") from error
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
     need(bool(tensors), f"`init_from`, `weights`: no model.safetensors is in {folder}.")
     head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight", np.nan)

@@ -15,7 +15,7 @@ import tyro
 from examples.gpt import checkpoint, data, hugging_face, layout
 from examples.gpt.config import Config, ConfigError, ModelConfig, need
 from examples.gpt.model import bind
-from examples.gpt.tokenizer import BYTES, GPT2, Tokenizer, make
+from examples.gpt.tokenizer import GPT2, Tokenizer, make
 
 TOKENIZER = "tokenizer"  # a folder within a run's
 
@@ -169,7 +169,7 @@ def open_tokenizer(config: Config, out: Path | None, path: Path | None) -> Token
     if path is None and out is None:
         found = make(GPT2)
     elif path is None and kept:
-        found = make(BYTES if kept[0].name == BYTES else str(kept[0]))
+        found = make(str(kept[0]))
     else:
         found = data.load(path or config.data, verify=False).tokenizer
     config.model.check_vocabulary(found.vocabulary)

@@ -1,6 +1,5 @@
 """Where text comes from: local files, and sets of the hub, both streamed by `datasets`."""
 
-import contextlib
 import io
 import json
 import math
@@ -13,7 +12,8 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from examples.gpt.config import ConfigError, need
+from examples.gpt.config import need
+from examples.gpt.errors import errors_as
 from examples.gpt.folder import visible_files
 
 NAMED = {
@@ -40,7 +40,7 @@ def find(name: str, field: str, found: Any = None) -> Source:
     if name.startswith("hub:"):
         path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
-        with _reading(name):
+        with errors_as(f"`sources`: {name} can't be read"):
             # What was begun goes on with the commit that it began with. Asked first, for
             # `load_dataset` asks again and again for minutes where there is no network.
             api, revision = huggingface_hub.HfApi(), found or revision or None
@@ -60,25 +60,16 @@ def find(name: str, field: str, found: Any = None) -> Source:
     return Source(name, rows, {"files": len(files), "bytes": size}, size)
 
 
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # each package on the way has errors of its own
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"`sources`: {name} can't be read: {what}") from error
-
-
 def read(sources: list[Source], field: str, position: Any) -> Iterator[tuple[Any, Any]]:
     """Batches of documents, of one source after the other.
 
     With each comes the position after it, in JSON; the last is `(len(sources), None)`.
     """
     first, state = position or (0, None)
+    if state is not None:
+        sources[first].rows.load_state_dict(state)
     for number, source in enumerate(sources[first:], first):
-        if state is not None and number == first:
-            source.rows.load_state_dict(state)
-        with _reading(source.name):
+        with errors_as(f"`sources`: {source.name} can't be read"):
             for batch in source.rows.iter(BATCH):
                 texts = [_text({field: text}, field) for text in batch[field]]
                 yield texts, (number, source.rows.state_dict())

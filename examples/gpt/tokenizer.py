@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.gpt.config import ConfigError, need
+from examples.gpt.config import need
+from examples.gpt.errors import errors_as
 from examples.gpt.folder import as_path
 
 BYTES, GPT2 = "bytes", "gpt2"
@@ -74,18 +75,13 @@ class Bytes(Tokenizer):
 
 def make(name: str) -> Tokenizer:
     """The tokenizer of a name: `bytes`, `gpt2`, or a path of a `tokenizers` JSON file."""
-    if name == BYTES:
+    file = as_path(name)
+    if file.name == BYTES:  # in whatever folder: it needs no file
         return Bytes()
-    is_old = name.endswith(".tiktoken")
-    need(not is_old, f"`tokenizer` {name} can't be read any more: prepare the data again.")
-    try:
-        file = as_path(name)
+    kinds = f"{BYTES}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
+    with errors_as(f"`tokenizer` must be {kinds}, got {name}"):
         if name == GPT2:
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
         return Tokenizer(as_path(name).stem, file.read_bytes())
-    except Exception as error:  # `tokenizers` raises no other kind
-        kinds = f"{BYTES}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"`tokenizer` must be {kinds}, got {name}: {what}") from error

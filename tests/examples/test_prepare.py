@@ -527,7 +527,6 @@ def test_a_folder_in_which_nothing_is_prepared_yet_takes_other_choices(tmp_path)
             {"tokenizer": "gpt3"},
             "`tokenizer` must be bytes, .* got gpt3: .*No such",
         ),
-        ({"tokenizer": "gpt2.tiktoken"}, "can't be read any more: prepare the data again"),
         ({"shard_tokens": 0}, "`shard_tokens` must be positive, got 0"),
         ({"tokenizer": __file__}, "`tokenizer` must be .*, got .*test_prepare.py: "),
     ],
