@@ -106,12 +106,11 @@ def _draw(config, top_k, vocabulary, params, window_T, size, keys, temperature):
             lambda: model.read(window_T[None], position - 1, cache),
             lambda: (model.hidden(window_T[None])[:, -1:], cache),
         )
-        logits_V = model.logits(x_1x1xD[0, 0])[:vocabulary]
-        if top_k is None:
-            token = jax.random.categorical(key, logits_V / temperature)
-        else:
-            logits_K, tokens_K = jax.lax.top_k(logits_V, min(top_k, len(logits_V)))
-            token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
+        logits_K = model.logits(x_1x1xD[0, 0])[:vocabulary]
+        tokens_K = jnp.arange(len(logits_K))
+        if top_k is not None:
+            logits_K, tokens_K = jax.lax.top_k(logits_K, min(top_k, len(logits_K)))
+        token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
         window_T = jnp.where(position > last, jnp.roll(window_T, -1), window_T)
         window_T = window_T.at[jnp.minimum(position, last)].set(token)
         return (cache, window_T), token

@@ -96,14 +96,13 @@ def _rows(path: Path, field: str) -> Iterator[Any]:
             yield from batch.to_pylist()
         return
     stream = pyarrow.input_stream(str(path), compression="detect")
-    is_json = _suffix(path) in (".jsonl", ".json")
-    codec, end = ("utf-8-sig", "\n") if is_json else ("utf-8", "")
-    with io.TextIOWrapper(io.BufferedReader(stream), codec, newline=end) as file:
-        if is_json:
+    with io.BufferedReader(stream) as file:
+        if _suffix(path) in (".jsonl", ".json"):
             for line in file:
                 yield json.loads(line) if line.strip() else {field: ""}  # left out
         else:
-            while lines := file.readlines(TEXT_SIZE):
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            while lines := text.readlines(TEXT_SIZE):
                 yield {field: "".join(lines)}
 
 

@@ -47,8 +47,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens. A model may have more, to be of an even size: left out."""
-        kept = [int(token) for token in tokens if token < self.vocabulary]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def save(self) -> tuple[str, bytes]:
         """Name and content of a file that makes it again; none if its name is enough."""
