@@ -7,6 +7,7 @@ and not on how often it was killed. The manifest is written last of all; until t
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -21,6 +22,7 @@ import tyro
 from examples.gpt import folder
 from examples.gpt.config import need
 from examples.gpt.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
+from examples.gpt.errors import errors_as
 from examples.gpt.sample import command
 from examples.gpt.tokenizer import Tokenizer, make
 
@@ -91,16 +93,13 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
-    from examples.gpt import sources  # needs the extra `data`
-
+    with errors_as("`sources` need a package", ' Install it: pip install -e ".[data]"'):
+        from examples.gpt import sources
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)
     file, content = tokenizer.save()
-    known = manifest["found"].get("sources", [None] * len(options.sources))
-    inputs = [
-        sources.find(name, options.field, found)
-        for name, found in zip(options.sources, known, strict=True)
-    ]
+    known = itertools.zip_longest(options.sources, manifest["found"].get("sources", []))
+    inputs = [sources.find(name, options.field, found) for name, found in known]
     found = {  # what the choices led to: revisions, sizes, a checksum
         "sources": [source.found for source in inputs],
         "tokenizer": hashlib.sha256(content).hexdigest() if content else None,

@@ -135,10 +135,8 @@ def command(main: Callable[[Any], Any], options: type, name: str) -> None:
     checkpoint.quiet()
     try:
         main(tyro.cli(options, prog=f"python -m examples.gpt.{name}"))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
-    except ImportError as error:  # of an extra
-        sys.exit(f'error: {error}: pip install -e ".[data]", for tasks ".[evaluate]"')
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command can be started again.")
 
@@ -164,11 +162,9 @@ def keep_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
 
 def open_tokenizer(config: Config, out: Path | None, path: Path | None) -> Tokenizer:
     """The tokenizer of the data at a path, of a run, or of GPT-2 where there is no run."""
-    kept = list((out / TOKENIZER).glob("*")) if out is not None else []
-    if path is None and out is None:
-        found = make(GPT2)
-    elif path is None and kept:
-        found = make(str(kept[0]))
+    names = [GPT2] if out is None else [str(p) for p in (out / TOKENIZER).glob("*")]
+    if path is None and names:
+        found = make(names[0])
     else:
         found = data.load(path or config.data, verify=False).tokenizer
     config.model.check_vocabulary(found.vocabulary)
