@@ -81,13 +81,13 @@ def load(folder: Path, config: ModelConfig) -> Any:
             read = safetensors.numpy.load_file(file)
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
     need(bool(tensors), f"`init_from`, `weights`: no model.safetensors is in {folder}.")
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight", np.nan)
-    is_tied = head is None or (head == embedding).all()
-    need(bool(is_tied), f"`lm_head.weight` must be the embedding, in {folder}.")
     for key, view in views.items():
         found = tensors[key].shape if key in tensors else None
         need(found == view.shape, f"`{key}` must have shape {view.shape}, got {found}.")
         view[...] = tensors[key]  # bfloat16 too, which JAX teaches to NumPy
+    head = tensors.get("lm_head.weight", tensors["wte.weight"])
+    is_tied = np.array_equal(head, tensors["wte.weight"])
+    need(is_tied, f"`lm_head.weight` must be the embedding, in {folder}.")
     for name in [name for name in params if name.endswith("/bias") and not config.bias]:
         is_zero = not params.pop(name).any()
         need(is_zero, f"`bias` is off, but {name} is not 0: give --bias.")

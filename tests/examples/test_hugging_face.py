@@ -138,6 +138,16 @@ def test_a_config_that_is_not_gpt2(folder, field, message):
         hugging_face.load(folder, CONFIG)
 
 
+def test_a_config_in_which_something_is_missing(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_layer"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"config.json is no GPT-2's: KeyError: 'n_layer'"
+    ):
+        hugging_face.load(folder, CONFIG)
+
+
 def remove_layer_norm(folder):
     tensors = tensors_in(folder)
     del tensors["transformer.h.1.ln_2.weight"]

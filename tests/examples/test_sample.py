@@ -204,6 +204,15 @@ def test_a_file_that_is_not_there_is_told_in_a_line(monkeypatch):
         sample.command(sample.main, Options, "sample")
 
 
+def test_an_interrupt_is_told_in_a_line(monkeypatch):
+    def main(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["sample"])
+    with pytest.raises(SystemExit, match=r"^interrupted: the same command can be started"):
+        sample.command(main, Options, "sample")
+
+
 def test_a_run_or_weights_must_be_given():
     with pytest.raises(ConfigError, match="Give one of `out` and `weights`"):
         sample.main(Options())
