@@ -19,9 +19,10 @@ from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
 from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
-from examples.gpt.config import ModelConfig, Preset
+from examples.gpt.config import ModelConfig
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
+from examples.gpt.recipes import Preset
 from examples.gpt.state import abstract_state
 from examples.gpt.step import make_train_step
 from sophia_optax import gnb

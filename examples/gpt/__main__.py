@@ -7,7 +7,8 @@ import sys
 import tyro
 
 from examples.gpt import checkpoint, processes
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config
+from examples.gpt.errors import ConfigError
 from examples.gpt.presets import PRESETS
 from examples.gpt.recipes import RECIPES
 from examples.gpt.train import main

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from examples.gpt import layout
-from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import ConfigError
 
 
 def causal(

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from examples.gpt import layout, model, processes
-from examples.gpt.config import Config, ConfigError, Output, Processes, need
+from examples.gpt.config import Config, Output, Processes
+from examples.gpt.errors import ConfigError, need, reason
 from examples.gpt.folder import absolute, as_path, writing_to
 from examples.gpt.hugging_face import SHAPE
 
@@ -76,22 +77,21 @@ class Checkpoints(contextlib.AbstractContextManager):
         trees = state._asdict()
         saved: Any = {"choices": self._choices, "position": position}
         saved["checksums"] = {name: int(_checksum(tree)) for name, tree in trees.items()}
-        try:
+        with writing_to(self._folder, kinds=Exception):
             self._checkpointer.save_checkpointables_async(
                 step, trees, custom_metadata=saved, force=True, overwrite=True
             )
-        except Exception as error:
-            raise self._unwritten(error) from error
         self._good.append(self._folder / str(step))
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
         """Waits until all is written; an error is told what is saved."""
         try:
-            self._checkpointer.close()
-        except Exception as late:
+            with writing_to(self._folder, kinds=Exception):
+                self._checkpointer.close()
+        except ConfigError as late:
             if error is None:
-                raise self._unwritten(late) from late
-            error.add_note(str(self._unwritten(late)))
+                raise
+            error.add_note(str(late))
         if error is not None and (good := [p for p in self._good if p.exists()]):
             error.add_note(f"The last good checkpoint is {good[-1]}.")
 
@@ -112,11 +112,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         need(not refused, f"`{flag}`: {folder} holds another run. {advice}")
         if others and processes.is_first():
             print("The steps to come are others:" + "".join(others.values()))
-
-    def _unwritten(self, error: Exception) -> ConfigError:
-        return ConfigError(
-            f"`out`: a checkpoint can't be written to {self._folder}: {_reason(error)}."
-        )
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -181,27 +176,20 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
 
 def _read(path: Path, reader: Any, *args: Any) -> Any:
     """What a reader returns, on all processes: all try again, or none does."""
-    error, reason = None, "another process says why"
+    error, why = None, "another process says it"
     for wait in (0.0, *WAITS):
         time.sleep(wait)
         found = error = None
         try:
             found = jax.block_until_ready(reader(str(path), *args))
         except Exception as raised:  # Orbax and TensorStore raise all kinds
-            error, reason = raised, _reason(raised)
+            error, why = raised, reason(raised)
         if not processes.anywhere(error is not None):
             return found
-        if not processes.anywhere(error is not None and not _DAMAGE.search(reason)):
-            raise Damaged(reason) from error
-    message = f"`out`: {path} can't be read, and nothing of it was changed: {reason}."
+        if not processes.anywhere(error is not None and not _DAMAGE.search(why)):
+            raise Damaged(why) from error
+    message = f"`out`: {path} can't be read, and nothing of it was changed: {why}."
     raise ConfigError(message) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What an error came of, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 @jax.jit

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.gpt.recipes import RECIPES, ConfigError, Optimizer, Preset, Recipe, need
-
-__all__ = ["Config", "ConfigError", "ModelConfig", "Optimizer", "Preset", "Recipe", "need"]
+from examples.gpt.errors import need
+from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
 
 _PARTS = ("model", "training", "recipe", "refresh", "output", "processes")
 # Numbers that may be 0; every other must be positive.

@@ -14,8 +14,7 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt.config import need
-from examples.gpt.errors import errors_as
+from examples.gpt.errors import errors_as, need
 from examples.gpt.folder import as_path, visible_files
 from examples.gpt.tokenizer import Bytes, Tokenizer, make
 

@@ -1,16 +1,43 @@
-"""What other packages raise, told as an error of a choice."""
+"""The error of a choice that can't be, which a command tells in one line."""
 
 import contextlib
 from collections.abc import Iterator
 
-from examples.gpt.config import ConfigError
+
+class ConfigError(ValueError):
+    """A choice that can't be, found before anything is compiled where it can be."""
+
+    def text(self) -> str:
+        """The error and its notes, for a person."""
+        return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
+
+
+def need(holds: bool, message: str) -> None:
+    """Raises ConfigError with the message, unless it holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def need_positive(**values: float | None) -> None:
+    """Raises ConfigError, by its name, for a number that is neither positive nor None."""
+    for name, value in values.items():
+        need(value is None or value > 0, f"`{name}` must be positive, got {value}.")
 
 
 @contextlib.contextmanager
-def errors_as(message: str, advice: str = "") -> Iterator[None]:
-    """Turns any error into a ConfigError: the message, what came, and advice."""
+def errors_as(
+    message: str, advice: str = "", kinds: type[Exception] = Exception
+) -> Iterator[None]:
+    """Turns errors of other packages into a ConfigError: the message, why, and advice."""
     try:
         yield
-    except Exception as error:  # each package has kinds of its own
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{message}: {kind}{error}.{advice}") from error
+    except kinds as error:
+        raise ConfigError(f"{message}: {reason(error)}.{advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error came of, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".partition("\n")[0][:300].rstrip(".")

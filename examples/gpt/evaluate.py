@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.gpt import data, layout
-from examples.gpt.config import ModelConfig, need
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import need, need_positive
 from examples.gpt.model import bind
 from examples.gpt.sample import command, open_model, open_tokenizer
 
@@ -36,8 +37,7 @@ class Options:
 def main(options: Options) -> None:
     """Prints the loss, or the scores."""
     out, weights, batch = options.out, options.weights, options.batch
-    for name, value in {"batch": batch, "limit": options.limit}.items():
-        need(value is None or value > 0, f"`{name}` must be positive, got {value}.")
+    need_positive(batch=batch, limit=options.limit)
     need(options.shots >= 0, f"`shots` must not be negative, got {options.shots}.")
     with jax.set_mesh(layout.make_mesh(options.mesh)):
         config, params = open_model(out, weights)

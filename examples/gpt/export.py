@@ -1,11 +1,11 @@
 """Write a run's weights for transformers: `python -m examples.gpt.export --help`."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from examples.gpt import hugging_face
 from examples.gpt.checkpoint import load_params
+from examples.gpt.folder import as_path
 from examples.gpt.sample import TOKENIZER, command
 
 
@@ -20,8 +20,8 @@ class Options:
 def main(options: Options) -> None:
     config, params = load_params(options.out)
     hugging_face.save(options.to, config.model, params)
-    for file in (options.out / TOKENIZER).glob("*.*"):  # that of bytes has no suffix
-        shutil.copy(file, options.to)
+    for file in (as_path(options.out) / TOKENIZER).glob("*.*"):  # that of bytes has none
+        (options.to / file.name).write_bytes(file.read_bytes())
     print(f"{options.to}: {', '.join(sorted(f.name for f in options.to.iterdir()))}")
 
 

@@ -11,7 +11,7 @@ from typing import cast
 import fsspec
 from etils import epath
 
-from examples.gpt.config import ConfigError
+from examples.gpt.errors import ConfigError, errors_as
 
 UNFINISHED = ".unfinished"  # a file that is being written
 
@@ -21,10 +21,8 @@ def as_path(name: str | os.PathLike[str]) -> Path:
     url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
     if "://" not in url:
         return Path(name)
-    try:
+    with errors_as(f"`data`, `out`: {url} needs a package", " Install it."):
         fsspec.get_filesystem_class(url.partition("://")[0])
-    except ImportError as error:  # it names the package
-        raise ConfigError(f"`data`, `out`: {url}: {error}.") from error
     return cast(Path, epath.Path(url))
 
 
@@ -74,12 +72,8 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
         os.close(held)
 
 
-@contextlib.contextmanager
-def writing_to(folder: Path, advice: str = "") -> Iterator[None]:
+def writing_to(
+    folder: Path, advice: str = "", kinds: type[Exception] = OSError
+) -> contextlib.AbstractContextManager[None]:
     """Turns an error of the file system into one that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"`out`: {folder} can't be written to: {error}.{advice}"
-        ) from error
+    return errors_as(f"`out`: {folder} can't be written to", advice, kinds)

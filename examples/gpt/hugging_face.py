@@ -14,8 +14,8 @@ import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt import model
-from examples.gpt.config import ModelConfig, need
-from examples.gpt.errors import errors_as
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import errors_as, need
 
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.gpt.config import need
+from examples.gpt.errors import need
 from sophia_optax import each_group
 
 AXES = ("data", "fsdp", "tensor")

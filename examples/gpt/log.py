@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from examples.gpt.config import Config, need
+from examples.gpt.config import Config
+from examples.gpt.errors import need
 from examples.gpt.folder import write_bytes, writing_to
 from examples.gpt.processes import is_first
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.gpt import attention, head
-from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import ConfigError
 from examples.gpt.layout import gather
 from sophia_optax import Categorical
 

@@ -20,9 +20,8 @@ import tqdm
 import tyro
 
 from examples.gpt import folder
-from examples.gpt.config import need
 from examples.gpt.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
-from examples.gpt.errors import errors_as
+from examples.gpt.errors import errors_as, need, need_positive
 from examples.gpt.sample import command
 from examples.gpt.tokenizer import Tokenizer, make
 
@@ -57,9 +56,7 @@ def main(options: Options) -> dict[str, Any]:
     out, share = folder.as_path(options.out), options.validation
     need(len(options.sources) > 0, "`sources`: give at least one.")
     need(share is None or 0 < share < 1, f"`validation` must be in (0, 1), got {share}.")
-    for name in ("shard_tokens", "threads"):
-        value = getattr(options, name)
-        need(value > 0, f"`{name}` must be positive, got {value}.")
+    need_positive(shard_tokens=options.shard_tokens, threads=options.threads)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
     del choices["out"], choices["threads"]  # all others decide what comes out
     advice = " What was finished is kept: the same command, started again, goes on."

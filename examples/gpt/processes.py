@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.gpt.config import ConfigError, Processes, need
+from examples.gpt.config import Processes
+from examples.gpt.errors import ConfigError, errors_as, need
 
 LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
 
@@ -35,11 +36,9 @@ def join(config: Processes) -> None:
     )
     if not has_others:
         return
-    try:
+    with errors_as("The processes did not find each other"):
         # Where collectives do not fail themselves, a lost process is known by its silence.
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"The processes did not find each other: {error}") from error
 
 
 def is_first() -> bool:

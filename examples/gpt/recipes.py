@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from examples.gpt.errors import need
+
 Optimizer = Literal["sophia_g", "sophia_h", "adamw", "lion"]
 Preset = Literal[
     "bytes",
@@ -14,20 +16,6 @@ Preset = Literal[
     "neox-1.5b",
     "neox-6.6b",
 ]
-
-
-class ConfigError(ValueError):
-    """A choice that can't be, found before anything is compiled where it can be."""
-
-    def text(self) -> str:
-        """The error and its notes, for a person."""
-        return "\n".join([f"error: {self}", *getattr(self, "__notes__", [])])
-
-
-def need(holds: bool, message: str) -> None:
-    """Raises ConfigError with the message, unless it holds."""
-    if not holds:
-        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True)

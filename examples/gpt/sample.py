@@ -13,7 +13,9 @@ import numpy as np
 import tyro
 
 from examples.gpt import checkpoint, data, hugging_face, layout
-from examples.gpt.config import Config, ConfigError, ModelConfig, need
+from examples.gpt.config import Config, ModelConfig
+from examples.gpt.errors import ConfigError, need, need_positive
+from examples.gpt.folder import as_path
 from examples.gpt.model import bind
 from examples.gpt.tokenizer import GPT2, Tokenizer, make
 
@@ -39,9 +41,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Prints the texts."""
-    for name in ("length", "top_k", "count"):
-        value = getattr(options, name)
-        need(value is None or value > 0, f"`{name}` must be positive, got {value}.")
+    need_positive(length=options.length, top_k=options.top_k, count=options.count)
     temperature, prompt = options.temperature, options.prompt
     need(temperature >= 0, f"`temperature` must not be negative, got {temperature}.")
     mesh = layout.make_mesh(options.mesh) if options.mesh else layout.one_device()
@@ -162,9 +162,9 @@ def keep_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
 
 def open_tokenizer(config: Config, out: Path | None, path: Path | None) -> Tokenizer:
     """The tokenizer of the data at a path, of a run, or of GPT-2 where there is no run."""
-    names = [GPT2] if out is None else [str(p) for p in (out / TOKENIZER).glob("*")]
-    if path is None and names:
-        found = make(names[0])
+    kept = [] if out is None else [*(as_path(out) / TOKENIZER).glob("*")]
+    if path is None and (kept or out is None):
+        found = make(str(kept[0]) if kept else GPT2)
     else:
         found = data.load(path or config.data, verify=False).tokenizer
     config.model.check_vocabulary(found.vocabulary)

@@ -12,8 +12,7 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from examples.gpt.config import need
-from examples.gpt.errors import errors_as
+from examples.gpt.errors import errors_as, need
 from examples.gpt.folder import visible_files
 
 NAMED = {

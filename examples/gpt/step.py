@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from examples.gpt import layout, model
-from examples.gpt.config import Config, need
+from examples.gpt.config import Config
+from examples.gpt.errors import need
 from examples.gpt.state import TrainState, abstract_state
 from sophia_optax import gnb, hutchinson
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.gpt.config import need
-from examples.gpt.errors import errors_as
+from examples.gpt.errors import errors_as, need
 from examples.gpt.folder import as_path
 
 BYTES, GPT2 = "bytes", "gpt2"

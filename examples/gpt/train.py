@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began
-from examples.gpt.config import Config, need
+from examples.gpt.config import Config
+from examples.gpt.errors import need
 from examples.gpt.folder import alone, as_path
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule

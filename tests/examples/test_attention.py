@@ -8,7 +8,8 @@ from jax.sharding import AxisType
 
 from benchmarks.hlo import bytes_of, collectives
 from examples.gpt import attention, layout, model
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config
+from examples.gpt.errors import ConfigError
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.state import abstract_state, first_state
 from examples.gpt.step import make_train_step

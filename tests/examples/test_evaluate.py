@@ -9,7 +9,8 @@ import pytest
 from gpt_runs import tiny_bpe
 
 from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
-from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import ConfigError
 from examples.gpt.evaluate import Options
 
 pytestmark = pytest.mark.slow

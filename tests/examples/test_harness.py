@@ -7,7 +7,8 @@ import pytest
 from gpt_runs import tiny_bpe
 
 from examples.gpt import evaluate, hugging_face, model
-from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import ConfigError
 from examples.gpt.evaluate import Options
 from examples.gpt.tokenizer import Bytes
 

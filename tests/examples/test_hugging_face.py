@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 
 from examples.gpt import export, hugging_face, model
-from examples.gpt.config import ConfigError, ModelConfig
+from examples.gpt.config import ModelConfig
+from examples.gpt.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 

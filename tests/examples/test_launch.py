@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from examples.gpt import layout, processes
 from examples.gpt.__main__ import parse
-from examples.gpt.config import ConfigError, Processes
+from examples.gpt.config import Processes
+from examples.gpt.errors import ConfigError
 from examples.gpt.step import check_layout
 
 LAUNCH = Path(processes.__file__).with_name("launch")

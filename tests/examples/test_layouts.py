@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from benchmarks.hlo import bytes_of, collectives
 from examples.gpt import layout, model, processes
 from examples.gpt.checkpoint import FOLDER
-from examples.gpt.config import Config, ConfigError
+from examples.gpt.config import Config
+from examples.gpt.errors import ConfigError
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
 from examples.gpt.state import abstract_state
@@ -148,7 +149,6 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(corpus, tmp_path,
 
 ONE_FAILS = """
 from examples.gpt import data
-from examples.gpt.config import ConfigError
 
 load = data.load
 

@@ -1,4 +1,4 @@
-"""Runs whose folder is in Google Cloud Storage, for which a server on this machine stands."""
+"""Runs in Google Cloud Storage, for which a server on this machine stands."""
 
 import signal
 import socket

@@ -23,7 +23,7 @@ from gpt_runs import tiny_bpe
 from pyarrow import parquet
 
 from examples.gpt import data, prepare, sources, tokenizer
-from examples.gpt.config import ConfigError
+from examples.gpt.errors import ConfigError
 from examples.gpt.prepare import Options, main
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import pytest
 from gpt_runs import tiny_bpe
 
 from examples.gpt import hugging_face, model, sample
-from examples.gpt.config import Config, ConfigError, ModelConfig
+from examples.gpt.config import Config, ModelConfig
+from examples.gpt.errors import ConfigError
 from examples.gpt.sample import Options, generate
 from examples.gpt.tokenizer import Bytes
 
