@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from examples.gpt import layout, model, processes
+from examples.gpt import layout, model, processes, replicas
 from examples.gpt.config import Config, Output, Processes
 from examples.gpt.errors import ConfigError, need, reason
 from examples.gpt.folder import absolute, as_path, writing_to
@@ -164,7 +164,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
                     check(path.parent, saved["choices"])
                 # One by one: beside one that fails Orbax would leave others half read.
                 for name, tree in abstract.items():
-                    trees |= _read(path, ocp.load_checkpointables, {name: tree})
+                    trees[name] = _load(path, name, tree)
                     if int(_checksum(trees[name])) != saved["checksums"][name]:
                         raise Damaged("its numbers are not those that were saved")
             return path, trees, saved
@@ -172,6 +172,18 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
             if processes.is_first():
                 print(f"{path} is damaged, and is passed over: {damage}.")
     raise ConfigError(f"`out`, `resume_from`: there is no whole checkpoint in {folder}.")
+
+
+def _load(path: Path, name: str, tree: Any) -> Any:
+    """A tree of a checkpoint, by its name; read by the processes of one replica."""
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh
+    replica = replicas.first(mesh)
+    if jax.process_index() in replicas.processes(replica):
+        wanted = replicas.laid_out(tree, replica)
+    else:  # Orbax numbers its calls, by which processes wait for each other: it is called
+        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+    read = _read(path, ocp.load_checkpointables, {name: wanted})[name]
+    return read if replica is mesh else replicas.send(read, tree)
 
 
 def _read(path: Path, reader: Any, *args: Any) -> Any:

@@ -438,7 +438,7 @@ def test_a_checkpoint_that_fails_in_the_background(tiny, monkeypatch):
             raise OSError(28, "No space left on device")
 
         patch.setattr(manager, "close", close)
-        with pytest.raises(ConfigError, match=r"checkpoints can't be written to to .*left"):
+        with pytest.raises(ConfigError, match=r"checkpoints can't be written to: .*left"):
             main(config)
 
 

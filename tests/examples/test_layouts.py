@@ -121,6 +121,39 @@ def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_read_by_the_processes_of_one_replica(
+    corpus, tmp_path, on_one_device
+):
+    """The others get it from them, and check it as they do."""
+    args = arguments(corpus, tmp_path, mesh="data=2,fsdp=2")
+    codes, outputs = run_together(args, 2, devices=2, signalled=(13, signal.SIGTERM))
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    codes, outputs = run_together(args, 2, devices=2, patch=SAYS_WHAT_IS_READ)
+    assert codes == [0, 0], outputs
+    assert "read: params opt_state" in outputs[0]
+    assert "read: nothing" in outputs[1]
+    assert_alike(losses(tmp_path), on_one_device("sophia_g"))
+
+
+SAYS_WHAT_IS_READ = """
+import jax
+from examples.gpt.checkpoint import ocp
+
+load, read = ocp.load_checkpointables, []
+
+
+def count(path, trees):
+    read.extend(n for n, tree in trees.items() if ... not in jax.tree.leaves(tree))
+    if "opt_state" in trees:
+        print("read:", *read or ["nothing"])
+    return load(path, trees)
+
+
+ocp.load_checkpointables = count
+"""
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_is_an_error_of_all(corpus, tmp_path):
     """At once, and not when the other misses its heartbeat."""
     codes, outputs = run_together(
@@ -149,6 +182,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(corpus, tmp_path,
 
 ONE_FAILS = """
 from examples.gpt import data
+from examples.gpt.errors import ConfigError
 
 load = data.load
 
