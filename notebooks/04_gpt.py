@@ -48,7 +48,7 @@ corpus = data.load(None)
 config = Config().replace(steps=STEPS).fitted(corpus.tokenizer.vocabulary)
 params = model.init(config.model)
 print(
-    f"{model.count(params):,} parameters, {len(corpus.train):,} bytes of {corpus.name}; "
+    f"{optax.tree.size(params):,} parameters, {len(corpus.train):,} bytes of {corpus.name}; "
     f"{STEPS} steps of {config.training.batch} sequences of {config.model.context} bytes"
 )
 

@@ -189,11 +189,6 @@ def bind(config: ModelConfig, params: Any) -> GPT:
     return nnx.merge(graph, params | gather(outside, config.dtype))
 
 
-def count(params: Any) -> int:
-    """Number of parameters."""
-    return sum(p.size for p in jax.tree.leaves(params))
-
-
 def _initializer(std: float | None, scale: float = 1.0, **axes: int) -> Any:
     if std is None:
         return nnx.initializers.variance_scaling(scale, "fan_in", "normal", **axes)

@@ -145,5 +145,5 @@ def flops_per_token(config: Config, params: Any) -> float:
     """Six for each parameter that multiplies, and attention (PaLM, appendix B)."""
     gpt = config.model
     looked_up = params["positions" if gpt.architecture == "gpt2" else "tokens"]
-    used = model.count(params) - model.count(looked_up)
+    used = optax.tree.size(params) - optax.tree.size(looked_up)
     return 6 * used + 12 * gpt.layers * gpt.width * gpt.context
