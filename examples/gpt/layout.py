@@ -71,20 +71,15 @@ def specs(tree: Any, over: tuple[str, ...] = AXES, first: str | None = None) -> 
 
 
 def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """How each parameter lies on the mesh."""
-    check(params, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params))
+    """How each parameter lies on the mesh, whose axes must divide what they spread."""
 
-
-def check(params: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where an axis of the mesh does not divide a parameter's."""
-    leaves = jax.tree.leaves_with_path(params)
-    for (path, p), spec in zip(leaves, jax.tree.leaves(specs(params)), strict=True):
-        what = f"{p.shape} for {_name(path)}"
+    def sharding(path, p, spec):
         for size, axis in zip(p.shape, spec, strict=True):
-            n = mesh.shape.get(axis, 1)
-            message = f"`mesh`: {axis}={n} must divide what it spreads, got {what}."
-            need(size % n == 0, message)
+            n, got = mesh.shape.get(axis, 1), f"got {p.shape} for {_name(path)}"
+            need(size % n == 0, f"`mesh`: {axis}={n} must divide what it spreads, {got}.")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(sharding, params, specs(params))
 
 
 def spread(tree: Any, first: str | None = None, over: tuple[str, ...] = AXES) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from examples.gpt import checkpoint, hugging_face, layout, model
@@ -18,18 +18,10 @@ class TrainState(NamedTuple):
 
 def abstract_state(config: Config, tx: GradientTransformation, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings: averages lie as their parameters."""
-    shapes = jax.eval_shape(lambda: model.init(config.model))
+    params = jax.eval_shape(lambda: model.init(config.model))
+    shapes = TrainState(params, jax.eval_shape(tx.init, params))
     shardings = layout.shardings(shapes, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda x, p: x.update(sharding=p.sharding),
-        jax.eval_shape(tx.init, shapes),
-        params,
-        transform_non_params=lambda x: x.update(sharding=replicated),
-    )
-    return TrainState(params, opt_state)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
 
 
 def first_state(config: Config, tx: GradientTransformation, mesh: Mesh) -> TrainState:

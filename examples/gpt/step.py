@@ -123,7 +123,7 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 
 def check_layout(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if the run does not fit the mesh."""
-    layout.check(jax.eval_shape(lambda: model.init(config.model)), mesh)
+    layout.shardings(jax.eval_shape(lambda: model.init(config.model)), mesh)
     batch, accumulate = config.training.batch, config.training.accumulate
     parts = layout.batch_devices(mesh)
     fits = -(-batch // (accumulate * parts)) * accumulate * parts
