@@ -59,13 +59,13 @@ def one_device() -> jax.sharding.Mesh:
     return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def specs(tree: Any, over: tuple[str, ...] = AXES, first: str | None = None) -> Any:
-    """The PartitionSpec of each parameter; `first` is for one more axis in front."""
+def specs(tree: Any, over: tuple[str, ...] = AXES) -> Any:
+    """The PartitionSpec of each parameter, with none but the axes of `over`."""
 
     def spec(path, x):
         rule = next((axes for part, axes in RULES.items() if part in _name(path)), ())
         axes = [None] * (x.ndim - len(rule)) + [a if a in over else None for a in rule]
-        return P(*axes) if first is None else P(first, *axes[1:])
+        return P(*axes)
 
     return jax.tree.map_with_path(spec, tree)
 
@@ -82,11 +82,11 @@ def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map_with_path(sharding, params, specs(params))
 
 
-def spread(tree: Any, first: str | None = None, over: tuple[str, ...] = AXES) -> Any:
+def spread(tree: Any, over: tuple[str, ...] = AXES) -> Any:
     """The same tree, laid out as `specs` says; as it is without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
-    return jax.lax.with_sharding_constraint(tree, specs(tree, over, first))
+    return jax.lax.with_sharding_constraint(tree, specs(tree, over))
 
 
 def whole(tree: Any) -> Any:

@@ -57,30 +57,28 @@ def loss_and_grads(
     where none has room for all of them, in each micro-batch where a layer was gathered.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts, in_parts = layout.batch_devices(mesh), mesh.shape.get("fsdp", 1) > 1
-    axes: Any = layout.BATCH if in_parts else "data"
-    grad_fn = jax.vmap(
-        jax.value_and_grad(functools.partial(loss, config)),
-        (None, 0),
-        (0, None if in_parts else 0),
+    parts, is_exchanged = layout.batch_devices(mesh), mesh.shape.get("fsdp", 1) > 1
+    grad_fn = jax.value_and_grad(functools.partial(loss, config))
+
+    def sum_up(tokens_NxS):
+        def add(total, tokens_MxS):
+            value, grads = grad_fn(params, tokens_MxS)
+            return jax.tree.map(jnp.add, total, (value, layout.spread(grads))), None
+
+        zero = jnp.zeros(()), optax.tree.zeros_like(params)
+        (value, grads), _ = jax.lax.scan(add, zero, micro_batches(config, tokens_NxS))
+        value = jax.lax.psum(value, layout.PARTS)
+        return value, grads if is_exchanged else jax.lax.psum(grads, layout.PARTS)
+
+    of_parts = jax.vmap(
+        sum_up,
+        out_axes=None,
         axis_name=layout.PARTS,
-        spmd_axis_name=axes,
+        spmd_axis_name=layout.BATCH if is_exchanged else "data",
     )
-
-    def add(total, tokens_NxS):
-        tokens_PxMxS = tokens_NxS.reshape(parts, -1, tokens_NxS.shape[-1])
-        return jax.tree.map(jnp.add, total, grad_fn(params, tokens_PxMxS)), None
-
-    def zeros(p):
-        return jnp.zeros(p.shape if in_parts else (parts, *p.shape))
-
-    zero = layout.spread(jax.tree.map(zeros, params), None if in_parts else "data")
-    micro = micro_batches(config, tokens_BxS)
-    (losses, grads), _ = jax.lax.scan(add, (jnp.zeros(parts), zero), micro)
-    if not in_parts:
-        grads = jax.tree.map(lambda g: g.sum(0), grads)
+    value, grads = of_parts(tokens_BxS.reshape(parts, -1, tokens_BxS.shape[-1]))
     count = parts * config.training.accumulate
-    return losses.sum() / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
+    return value / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
 
 
 def estimate(config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array) -> Any:
