@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,8 +112,8 @@ def gather(params: Any, dtype: str) -> Any:
                 gradients = jax.lax.psum(gradients, PARTS)
             return (gradients,)
 
-        sent = whole(jax.tree.map(lambda p: p.astype(dtype), params))
-        return jax.tree.map(lambda p: p.astype(jnp.float32), sent), sum_over_parts
+        sent = whole(optax.tree.cast(params, dtype))
+        return optax.tree.cast(sent, "float32"), sum_over_parts
 
     return send(each_group(spread(params)))
 
@@ -134,8 +134,7 @@ def rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:
 def put(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
     """The whole batch, of which this process has these rows."""
     sharding = NamedSharding(mesh, P(BATCH))
-    shape = (batch, *rows.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, rows, shape)
+    return jax.make_array_from_process_local_data(sharding, rows, (batch, *rows.shape[1:]))
 
 
 def spread_batch(x: jax.Array) -> jax.Array:

@@ -88,16 +88,12 @@ def estimate(config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array)
     assert size is not None
     tokens_BxS = tokens_BxS[:: len(tokens_BxS) // size]
     at_once = math.gcd(groups, layout.batch_devices(jax.sharding.get_abstract_mesh()))
+    parts: Any = {"groups": groups, "parallel_groups": at_once}
     if config.optimizer == "sophia_h":
-        loss_fn = functools.partial(loss, config)
-        estimator = hutchinson(loss_fn, groups=groups, parallel_groups=at_once)
+        estimator = hutchinson(functools.partial(loss, config), **parts)
     else:
         tokens_BxS = tokens_BxS[:, :-1]
-        estimator = gnb(
-            lambda params, tokens: model.bind(config.model, params)(tokens),
-            groups=groups,
-            parallel_groups=at_once,
-        )
+        estimator = gnb(lambda params, x: model.bind(config.model, params)(x), **parts)
     return layout.spread(estimator(params, tokens_BxS, key=key))
 
 
