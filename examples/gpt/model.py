@@ -81,28 +81,21 @@ class GPT(nnx.Module):
 
     def loss(self, tokens_BxS: jax.Array) -> jax.Array:
         """Mean loss of the next token; S = T + 1: the inputs, and one token after."""
-        in_float32 = self.config.dtype == "float32"
-        neg_log_prob = Categorical().neg_log_prob if in_float32 else head.neg_log_prob
-        return self._map_logits(neg_log_prob, tokens_BxS).mean()
+        return self.judge(tokens_BxS)[0].mean()
 
     def judge(self, tokens_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of each token but the first the loss, and whether it is the likeliest: (B, T)."""
+        """Of each token but the first the loss, and whether it is the likeliest: (B, T).
 
-        def judge(logits, targets):
-            return Categorical().neg_log_prob(logits, targets), logits.argmax(-1) == targets
-
-        return self._map_logits(judge, tokens_BxS)
-
-    def _map_logits(self, fn: Any, tokens_BxS: jax.Array) -> Any:
-        """`fn` of logits and next tokens, `loss_chunk` positions at a time.
-
-        Chunks are computed again on the way back, but for the slopes that `head` keeps in
-        16 bits, unless `remat` is "full".
+        `loss_chunk` positions at a time, which are computed again on the way back, but for
+        the slopes that `head` keeps in 16 bits, unless `remat` is "full".
         """
+        in_float32 = self.config.dtype == "float32"
+        neg_log_prob: Any = Categorical().neg_log_prob if in_float32 else head.neg_log_prob
 
         def apply(x_and_targets):
             x, targets = x_and_targets
-            return fn(self.logits(x), targets)
+            logits = self.logits(x)
+            return neg_log_prob(logits, targets), logits.argmax(-1) == targets
 
         inputs = self.hidden(tokens_BxS[:, :-1]), tokens_BxS[:, 1:]
         if self.config.loss_chunk >= inputs[1].shape[1]:
