@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.gpt import layout
 from examples.gpt.config import ModelConfig
-from examples.gpt.errors import ConfigError
+from examples.gpt.errors import need
 
 
 def causal(
@@ -42,19 +42,18 @@ def causal(
 
 def choose(config: ModelConfig, length: int) -> str:
     """What computes attention over so many positions: "xla", "cudnn" or "splash"."""
-    backend, asked, width = jax.default_backend(), config.attention, config.width
+    backend, asked = jax.default_backend(), config.attention
+    width = config.width // config.heads
     on_gpu = backend == "gpu" and config.dtype == "bfloat16"
     # In cuDNN a mask of documents is as large as the weights that XLA holds.
     cudnn_can = on_gpu and not config.within_documents
-    heads_fit = width // config.heads % 64 == 0
-    splash_can = backend != "gpu" and heads_fit and config.context % 128 == 0
-    if (asked == "cudnn" and not cudnn_can) or (asked == "splash" and not splash_can):
-        raise ConfigError(
-            "`attention`: cudnn is for bfloat16 on GPUs, without `within_documents`; for "
-            "splash, on TPUs, 128 must divide `context`, and 64 the width of a head. Got "
-            f"{asked} for {config.dtype} on {backend}, {config.context} and "
-            f"{width // config.heads}. Choose auto."
-        )
+    splash_can = backend != "gpu" and width % 64 == 0 and config.context % 128 == 0
+    need(
+        {"cudnn": cudnn_can, "splash": splash_can}.get(asked, True),
+        "`attention`: cudnn is for bfloat16 on GPUs, without `within_documents`; for "
+        "splash, on TPUs, 128 must divide `context`, and 64 the width of a head. Choose "
+        f"auto. Got {asked} for {config.dtype} on {backend}, {config.context} and {width}.",
+    )
     if splash_can and (asked == "splash" or (asked == "auto" and backend == "tpu")):
         return "splash" if length % 128 == 0 else "xla"  # a sample may be shorter
     return "cudnn" if cudnn_can and asked != "xla" else "xla"
@@ -104,13 +103,14 @@ def _on_each_device(fn):
     return apply
 
 
+def _gradients(documents, gradient, *qkv):
+    """By the forward pass again, for what the kernel's backward pass needs of it."""
+    return jax.vjp(lambda *qkv: _kernel(documents, *qkv), *qkv)[1](gradient)
+
+
 @jax.custom_gradient
 def _splash(documents, *qkv):
-    def gradients(documents, gradient, *qkv):
-        # The kernel's forward pass again, for what its backward pass needs of it.
-        return jax.vjp(lambda *qkv: _kernel(documents, *qkv), *qkv)[1](gradient)
-
     def pull(gradient):
-        return (None, *_on_each_device(gradients)(documents, gradient, *qkv))
+        return (None, *_on_each_device(_gradients)(documents, gradient, *qkv))
 
     return _on_each_device(_kernel)(documents, *qkv), pull
