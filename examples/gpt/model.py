@@ -154,9 +154,8 @@ class GPT(nnx.Module):
         """Of what the head sees, shape (..., D), to (..., vocabulary), float32."""
         is_neox = self.config.architecture == "neox"
         w_DxV = self.head.kernel[...] if is_neox else self.tokens.embedding[...].T
-        if x.dtype == jnp.float32:
-            return x @ w_DxV
-        return head.product(x, w_DxV)  # pyright: ignore
+        product: Any = jnp.matmul if x.dtype == jnp.float32 else head.product
+        return product(x, w_DxV)
 
 
 def rotate(x_BxTxHxK: jax.Array, positions_T: jax.Array) -> jax.Array:
