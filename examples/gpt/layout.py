@@ -98,22 +98,22 @@ def gather(params: Any, dtype: str) -> Any:
     """Parameters, or some of them, whole and float32, for a layer to use.
 
     Over `fsdp` they are sent as `dtype`, and their gradients come back in float32. There a
-    step sums gradients over the batch's devices, and a refresh sums their squares: neither
-    holds one whole for long.
+    step takes gradients' mean over the batch's devices, and a refresh sums their squares:
+    neither holds one whole for long.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return whole(params)
 
     @jax.custom_gradient
     def send(params):
-        def sum_over_parts(gradients):
+        def mean_of_parts(gradients):
             gradients = whole(gradients)
             with contextlib.suppress(NameError):  # only a training step maps over parts
-                gradients = jax.lax.psum(gradients, PARTS)
+                gradients = jax.lax.pmean(gradients, PARTS)
             return (gradients,)
 
         sent = whole(optax.tree.cast(params, dtype))
-        return optax.tree.cast(sent, "float32"), sum_over_parts
+        return optax.tree.cast(sent, "float32"), mean_of_parts
 
     return send(each_group(spread(params)))
 

@@ -56,29 +56,24 @@ def loss_and_grads(
     Each of the batch's devices sums up gradients of its own. They are exchanged once, or,
     where none has room for all of them, in each micro-batch where a layer was gathered.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    parts, is_exchanged = layout.batch_devices(mesh), mesh.shape.get("fsdp", 1) > 1
+    mesh, accumulate = jax.sharding.get_abstract_mesh(), config.training.accumulate
     grad_fn = jax.value_and_grad(functools.partial(loss, config))
+    axes: Any = layout.BATCH if mesh.shape.get("fsdp", 1) > 1 else "data"
 
-    def sum_up(tokens_NxS):
+    @functools.partial(jax.vmap, out_axes=None, axis_name=layout.PARTS, spmd_axis_name=axes)
+    def of_parts(tokens_NxS):
         def add(total, tokens_MxS):
             value, grads = grad_fn(params, tokens_MxS)
             return jax.tree.map(jnp.add, total, (value, layout.spread(grads))), None
 
         zero = jnp.zeros(()), optax.tree.zeros_like(params)
-        (value, grads), _ = jax.lax.scan(add, zero, micro_batches(config, tokens_NxS))
-        value = jax.lax.psum(value, layout.PARTS)
-        return value, grads if is_exchanged else jax.lax.psum(grads, layout.PARTS)
+        total, _ = jax.lax.scan(add, zero, micro_batches(config, tokens_NxS))
+        # A gradient that was exchanged is the same in all parts, and so is its mean.
+        return jax.lax.pmean(jax.tree.map(lambda x: x / accumulate, total), layout.PARTS)
 
-    of_parts = jax.vmap(
-        sum_up,
-        out_axes=None,
-        axis_name=layout.PARTS,
-        spmd_axis_name=layout.BATCH if is_exchanged else "data",
-    )
-    value, grads = of_parts(tokens_BxS.reshape(parts, -1, tokens_BxS.shape[-1]))
-    count = parts * config.training.accumulate
-    return value / count, layout.spread(jax.tree.map(lambda g: g / count, grads))
+    shape = (layout.batch_devices(mesh), -1, tokens_BxS.shape[-1])
+    value, grads = of_parts(tokens_BxS.reshape(shape))
+    return value, layout.spread(grads)
 
 
 def estimate(config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array) -> Any:
