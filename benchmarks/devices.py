@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape, abstract
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
-from examples.gpt import model as gpt
 from examples.gpt.config import Config as RunConfig
 from examples.gpt.config import ModelConfig
 from examples.gpt.optimizer import make_optimizer, make_schedule
@@ -58,7 +58,7 @@ def measure_devices(config: Config) -> dict[str, Any]:
             rows.append(row)
     return {
         "config": dataclasses.asdict(config),
-        "parameter_bytes": 4 * gpt.count(Model(config.shape).abstract_params),
+        "parameter_bytes": 4 * optax.tree.size(Model(config.shape).abstract_params),
         "rows": rows,
         "memory": [
             {"model": name, "mesh": mesh, **_temporary(run, mesh)}

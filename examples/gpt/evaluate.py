@@ -12,7 +12,7 @@ import numpy as np
 
 from examples.gpt import data, layout
 from examples.gpt.config import ModelConfig
-from examples.gpt.errors import need, need_positive
+from examples.gpt.errors import errors_as, need, need_positive
 from examples.gpt.model import bind
 from examples.gpt.sample import command, open_model, open_tokenizer
 
@@ -42,8 +42,8 @@ def main(options: Options) -> None:
     with jax.set_mesh(layout.make_mesh(options.mesh)):
         config, params = open_model(out, weights)
         if options.tasks:
-            from examples.gpt import harness  # needs lm-eval
-
+            with errors_as("`tasks`", ' Install it: pip install -e ".[evaluate]"'):
+                from examples.gpt import harness  # needs lm-eval
             tokenizer = open_tokenizer(config, out, options.data)
             harness.run(harness.Harness(config.model, params, tokenizer, batch), options)
             return

@@ -30,15 +30,19 @@ def main(config: Config) -> list[plot.Curve]:
     elsewhere = ("data", "out", "process_id")  # may be another on each machine
     choices = config.as_json().items()
     processes.check_same({k: v for k, v in choices if k not in elsewhere})
+    out = as_path(config.folder())
+    message = f"`out` must be a folder or gs://BUCKET/NAME, as Orbax writes, got {out}."
+    is_here = isinstance(out, Path)
+    need(is_here or str(out).startswith("gs://"), message)
+    need(is_here or not config.output.profile, "`profile` needs a folder as `out`.")
+    for name in ("init_from", "resume_from"):
+        path = getattr(config, name)
+        need(path is None or as_path(path).exists(), f"`{name}`: {path} is not there.")
     mesh = layout.make_mesh(config.training.mesh)
     process, count = jax.process_index(), jax.process_count()
     with processes.together():
         corpus = data.load(config.data, config.verify_data, process, count)
-    out, tokenizer = as_path(config.folder()), corpus.tokenizer
-    is_here = isinstance(out, Path)
-    message = f"`out` must be a folder or gs://BUCKET/NAME, as Orbax writes, got {out}."
-    need(is_here or str(out).startswith("gs://"), message)
-    need(is_here or not config.output.profile, "`profile` is written to folders alone.")
+    tokenizer = corpus.tokenizer
     if process == 0:
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens to train on, "

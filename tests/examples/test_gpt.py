@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -174,6 +175,8 @@ def test_weight_decay_is_on_matrices_and_embeddings_only(tiny, optimizer):
         ({"schedule": "wsd", "decay": 28}, "`decay` must end with the run.* got 28 and 3"),
         ({"clip_norm": 0.0}, "`clip_norm` must be positive, got 0.0"),
         ({"init_from": Path("a"), "resume_from": Path("b")}, "leave one out"),
+        ({"init_from": Path("nowhere")}, "`init_from`: nowhere is not there"),
+        ({"resume_from": Path("nowhere")}, "`resume_from`: nowhere is not there"),
         (
             {"batch": 9, "mesh": "data=1", "accumulate": 3, "refresh_batch": 9},
             "`groups` must",
@@ -285,8 +288,14 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
             ConfigError, match=rf"`resume_from`: (.|\n)*  {name}: {before} "
         ):
             main(changed)
+    nothing.mkdir()
     with pytest.raises(ConfigError, match=r"`resume_from`: there is no whole"):
         main(branch.replace(out=nothing, resume_from=nothing))
+
+
+def test_a_store_that_orbax_does_not_know(tiny, bucket):
+    with pytest.raises(ConfigError, match=r"`out` must be a folder or gs://.*got s3://"):
+        main(tiny.replace(out=Path("s3://bucket/run")))
 
 
 def test_weights_of_a_run_begin_another(tiny):
@@ -414,15 +423,14 @@ def test_a_disk_that_is_full_when_a_run_goes_on(tiny, monkeypatch):
     config = tiny.replace(steps=4, warmup=1, log_every=1)
     main(config)
     before = log.read(tiny.folder())
-    write = Path.write_text
+    written = []
 
-    def fail(path, text):
-        if path.name.startswith("metrics"):
-            write(path, text[: len(text) // 2])
+    def fail(file):
+        written.append(file)
+        if len(written) == 2:  # config.json is whole, metrics.jsonl not yet
             raise OSError(28, "No space left on device")
-        write(path, text)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(ConfigError, match="No space left on device"):
         main(config)
     assert log.read(tiny.folder()) == before

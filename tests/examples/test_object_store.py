@@ -76,6 +76,11 @@ def test_a_killed_run_goes_on_as_one_in_a_folder(store, corpus, tmp_path, whole)
     assert sampled.stdout
 
 
+def test_a_profile_is_written_to_folders_alone(store, corpus):
+    code, output = run(arguments(corpus, OUT, profile=5))
+    assert (code, output) == (1, "error: `profile` needs a folder as `out`.\n")
+
+
 def test_two_processes(store, corpus, tmp_path, whole):
     args = arguments(corpus, OUT, mesh="fsdp=2")
     codes, outputs = run_together(args, 2, devices=1, signalled=(13, signal.SIGTERM))
