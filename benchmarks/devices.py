@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import measure
-from benchmarks.gpt import Model, Shape, abstract
+from benchmarks.gpt import Model, Shape, abstract, count
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
 from examples.gpt import layout
 from examples.gpt.config import Config as RunConfig
@@ -58,7 +57,7 @@ def measure_devices(config: Config) -> dict[str, Any]:
             rows.append(row)
     return {
         "config": dataclasses.asdict(config),
-        "parameter_bytes": 4 * optax.tree.size(Model(config.shape).abstract_params),
+        "parameter_bytes": 4 * count(Model(config.shape).abstract_params),
         "rows": rows,
         "memory": [
             {"model": name, "mesh": mesh, **_temporary(run, mesh)}

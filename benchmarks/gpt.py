@@ -49,6 +49,11 @@ class Model:
         return jax.random.randint(jax.random.key(1), shape, 0, self.shape.vocabulary)
 
 
+def count(params: Any) -> int:
+    """Number of parameters, of arrays or of shapes."""
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
 def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """Tokens of a shape, for tracing alone."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -15,10 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks import measure, rivals
-from benchmarks.gpt import Model, Shape
+from benchmarks.gpt import Model, Shape, count
 from examples.gpt.config import ModelConfig
 from sophia_optax import gnb
 
@@ -53,11 +52,11 @@ def measure_updates(config: Config) -> dict[str, Any]:
     trees = {}
     for shape in config.trees:
         tree = jax.eval_shape(Model(shape).arrays)
-        name = "GPT-2 small" if shape == Shape() else f"{optax.tree.size(tree) / 1e6:.0f}M"
+        name = "GPT-2 small" if shape == Shape() else f"{count(tree) / 1e6:.0f}M"
         trees[name] = tree
     return {
         "config": dataclasses.asdict(config),
-        "parameters": {name: optax.tree.size(tree) for name, tree in trees.items()},
+        "parameters": {name: count(tree) for name, tree in trees.items()},
         "alone": [
             row
             for name, tree in trees.items()
@@ -81,7 +80,7 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
         params = filled(1.0)
         return measure.Program(step, (params, tx.init(params)), grads)
 
-    grads, words = filled(1e-3), 4 * optax.tree.size(tree)
+    grads, words = filled(1e-3), 4 * count(tree)
     programs = measure.compile_all(
         {n: functools.partial(program, n, tx) for n, tx in rivals.optimizers(dtype).items()}
     )

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from examples.gpt import layout, model, processes, replicas
 from examples.gpt.config import Config, Output, Processes
-from examples.gpt.errors import ConfigError, need, reason
+from examples.gpt.errors import ConfigError, need
 from examples.gpt.folder import absolute, as_path, writing_to
 from examples.gpt.hugging_face import SHAPE
 
@@ -188,20 +188,27 @@ def _load(path: Path, name: str, tree: Any) -> Any:
 
 def _read(path: Path, reader: Any, *args: Any) -> Any:
     """What a reader returns, on all processes: all try again, or none does."""
-    error, why = None, "another process says it"
+    error, reason = None, "another process says why"
     for wait in (0.0, *WAITS):
         time.sleep(wait)
         found = error = None
         try:
             found = jax.block_until_ready(reader(str(path), *args))
         except Exception as raised:  # Orbax and TensorStore raise all kinds
-            error, why = raised, reason(raised)
+            error, reason = raised, _reason(raised)
         if not processes.anywhere(error is not None):
             return found
-        if not processes.anywhere(error is not None and not _DAMAGE.search(why)):
-            raise Damaged(why) from error
-    message = f"`out`: {path} can't be read, and nothing of it was changed: {why}."
+        if not processes.anywhere(error is not None and not _DAMAGE.search(reason)):
+            raise Damaged(reason) from error
+    message = f"`out`: {path} can't be read, and nothing of it was changed: {reason}."
     raise ConfigError(message) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error came of, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300].rstrip(".")
 
 
 @jax.jit

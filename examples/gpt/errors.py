@@ -32,12 +32,6 @@ def errors_as(
     try:
         yield
     except kinds as error:
-        raise ConfigError(f"{message}: {reason(error)}.{advice}") from error
-
-
-def reason(error: BaseException) -> str:
-    """What an error came of, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".partition("\n")[0][:300].rstrip(".")
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        what = f"{kind}{error}".rstrip(".")
+        raise ConfigError(f"{message}: {what}.{advice}") from error

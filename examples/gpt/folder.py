@@ -2,11 +2,12 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import fsspec
 from etils import epath
@@ -21,7 +22,7 @@ def as_path(name: str | os.PathLike[str]) -> Path:
     url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
     if "://" not in url:
         return Path(name)
-    with errors_as(f"`data`, `out`: {url} needs a package", " Install it."):
+    with errors_as(f"`data`, `out`: {url} needs a package"):
         fsspec.get_filesystem_class(url.partition("://")[0])
     return cast(Path, epath.Path(url))
 
@@ -36,6 +37,11 @@ def visible_files(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     hidden = re.compile(r"(^|/)\.")
     return [f for f in files if not hidden.search(f.relative_to(folder).as_posix())]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file for people and programs, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

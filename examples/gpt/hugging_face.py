@@ -16,6 +16,7 @@ from flax import traverse_util
 from examples.gpt import model
 from examples.gpt.config import ModelConfig
 from examples.gpt.errors import errors_as, need
+from examples.gpt.folder import write_json
 
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 
@@ -107,7 +108,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
     # Which tokens begin and end a text is known to the tokenizer alone.
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    write_json(folder / "config.json", fields)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
     (folder / "model.safetensors").write_bytes(content)
 

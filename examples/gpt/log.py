@@ -14,7 +14,7 @@ import jax
 
 from examples.gpt.config import Config
 from examples.gpt.errors import need
-from examples.gpt.folder import write_bytes, writing_to
+from examples.gpt.folder import write_bytes, write_json, writing_to
 from examples.gpt.processes import is_first
 
 METRICS = "metrics.jsonl"
@@ -47,8 +47,7 @@ class Log:
         if not is_first():
             return
         with writing_to(folder):
-            choices = json.dumps(config.as_json(), indent=2)
-            write_bytes(folder / "config.json", choices.encode())
+            write_json(folder / "config.json", config.as_json())
             self.rows = [row for row in read(folder) if row["step"] <= step]
         self._write_rows()
         if config.output.tensorboard:

@@ -8,7 +8,6 @@ and not on how often it was killed. The manifest is written last of all; until t
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -109,7 +108,7 @@ def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
         "separator": tokenizer.separator,
         "dtype": "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32",
     }
-    write_manifest(out / PROGRESS, manifest)
+    folder.write_json(out / PROGRESS, manifest)
     if content:
         folder.write_bytes(out / file, content)
 
@@ -128,13 +127,13 @@ def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
                     append(out, manifest, name, np.frombuffer(held.pop(name), dtype))
                     held[name] = bytearray()
                 manifest["position"] = position
-                write_manifest(out / PROGRESS, manifest)
+                folder.write_json(out / PROGRESS, manifest)
                 bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
     for name in SPLITS:
         is_there = manifest[name]["documents"] > 0
         need(is_there, f"`validation`: {share} of the documents leaves none for {name}.")
     manifest["position"] = None
-    write_manifest(out / MANIFEST, manifest)
+    folder.write_json(out / MANIFEST, manifest)
 
 
 def encode_batch(texts: list[str], tokenizer: Tokenizer, share: float) -> Iterator[Any]:
@@ -156,10 +155,6 @@ def append(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -
         split["tokens"] += len(tokens)
         split["documents"] += int(np.count_nonzero(tokens == manifest["separator"]))
         split["shards"].append({"file": file, "tokens": len(tokens), "checksum": checksum})
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    folder.write_bytes(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def write(folder, train, validation, shard_tokens):
         for start in range(0, len(tokens), shard_tokens):
             part = np.frombuffer(tokens[start : start + shard_tokens], np.uint8)
             prepare.append(folder, manifest, name, part.astype(np.uint16))
-    prepare.write_manifest(folder / data.MANIFEST, manifest)
+    prepare.folder.write_json(folder / data.MANIFEST, manifest)
     return folder
 
 
@@ -249,7 +249,7 @@ def test_an_object_store_holds_what_a_folder_holds(prepared, bucket):
     bucket.rm("s3://bucket/data/train-00001.bin")
     with pytest.raises(ConfigError, match=r"s3://.*/train-00001.bin is not .*: .*"):
         data.load("s3://bucket/data")
-    with pytest.raises(ConfigError, match=r"`data`, .*'adlfs'. Install it"):
+    with pytest.raises(ConfigError, match=r"`data`, .*nstall adlfs"):
         data.load("az://bucket/data")
     bucket.rm("s3://bucket/data/manifest.json")
     with pytest.raises(ConfigError, match=r"s3://bucket/data has no manifest.json"):

@@ -235,15 +235,17 @@ class Fault:
     """
 
     def __init__(self, monkeypatch, error):
-        self.left, self._error, self._write = 0, error, prepare.write_bytes
-        monkeypatch.setattr(prepare, "write_bytes", self.write_bytes)
+        self.left, self._error, self._write = 0, error, prepare.folder.write_bytes
+        monkeypatch.setattr(prepare.folder, "write_bytes", self.write_bytes)
 
     def write_bytes(self, path, content):
         self.left -= 3
         if self.left == -2:
             raise self._error
         if self.left == -1:
-            path.with_name(prepare.UNFINISHED).write_bytes(content[: len(content) // 2])
+            path.with_name(prepare.folder.UNFINISHED).write_bytes(
+                content[: len(content) // 2]
+            )
             raise self._error
         self._write(path, content)
         if self.left == 0:
@@ -302,9 +304,9 @@ def test_what_is_finished_is_not_encoded_again(jsonl, tmp_path, monkeypatch):
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from examples.gpt import prepare, sources
+from examples.gpt import folder, prepare, sources
 
-def write_bytes(path, content, left=[int(sys.argv[3])], original=prepare.write_bytes):
+def write_bytes(path, content, left=[int(sys.argv[3])], original=folder.write_bytes):
     left[0] -= 1
     if not left[0] % 3:
         original(path, content)
@@ -314,7 +316,7 @@ def write_bytes(path, content, left=[int(sys.argv[3])], original=prepare.write_b
         original(path, content)
 
 sources.BATCH = 7
-prepare.write_bytes = write_bytes
+folder.write_bytes = write_bytes
 prepare.main(
     prepare.Options((sys.argv[1],), Path(sys.argv[2]), "bytes", "text", 0.2, 3000, 2)
 )
