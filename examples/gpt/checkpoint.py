@@ -77,7 +77,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         trees = state._asdict()
         saved: Any = {"choices": self._choices, "position": position}
         saved["checksums"] = {name: int(_checksum(tree)) for name, tree in trees.items()}
-        with writing_to(self._folder, kinds=Exception):
+        with writing_to(self._folder, kind=Exception):
             self._checkpointer.save_checkpointables_async(
                 step, trees, custom_metadata=saved, force=True, overwrite=True
             )
@@ -86,7 +86,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __exit__(self, _, error: BaseException | None, __) -> None:
         """Waits until all is written; an error is told what is saved."""
         try:
-            with writing_to(self._folder, kinds=Exception):
+            with writing_to(self._folder, kind=Exception):
                 self._checkpointer.close()
         except ConfigError as late:
             if error is None:
@@ -177,7 +177,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
 def _load(path: Path, name: str, tree: Any) -> Any:
     """A tree of a checkpoint, by its name; read by the processes of one replica."""
     mesh = jax.tree.leaves(tree)[0].sharding.mesh
-    replica = replicas.first(mesh)
+    replica = replicas.one(mesh)
     if jax.process_index() in replicas.processes(replica):
         wanted = replicas.laid_out(tree, replica)
     else:  # Orbax numbers its calls, by which processes wait for each other: it is called

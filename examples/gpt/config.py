@@ -165,7 +165,8 @@ class Config:
     # Go on from another run, in a folder of its own and perhaps with another schedule: its
     # folder, or one of its checkpoints, as runs/gpt/checkpoints/40000.
     resume_from: Path | None = None
-    out: Path | None = None  # Folder for what comes out; runs/OPTIMIZER by default.
+    # Folder for what comes out, here or as gs://BUCKET/NAME; runs/OPTIMIZER by default.
+    out: Path | None = None
     seed: int = 0  # Seed of the parameters, the batches, and the sampled labels and text.
 
     model: ModelConfig = ModelConfig()

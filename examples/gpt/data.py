@@ -16,11 +16,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from examples.gpt.errors import errors_as, need
 from examples.gpt.folder import as_path, visible_files
-from examples.gpt.tokenizer import Bytes, Tokenizer, make
+from examples.gpt.tokenizer import Bytes, Tokenizer, kept_name, make
 
 SPLITS = ("train", "validation")
 FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder
-AGAIN = " Copy it once more, or prepare the data again in an empty folder."
+AGAIN = "Copy it once more, or prepare the data again in an empty folder."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +159,15 @@ def _read_prepared(path: Path, verify: bool, process: int, processes: int) -> Co
         for i, shard in enumerate(train + validation)
     ]
     splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
-    tokenizer = make(str(path / manifest["tokenizer"]))
+    tokenizer = make(kept_name(path / manifest["tokenizer"]))
     checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
     return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What `examples.gpt.prepare` wrote of a folder's shards."""
-    with errors_as(f"`data`: {path} is no manifest", AGAIN):
+    kinds = (OSError, ValueError, TypeError, KeyError)
+    with errors_as(f"`data`: {path} is no manifest", *kinds, advice=AGAIN):
         manifest = json.loads(path.read_text())
         version, *_ = (manifest[name] for name in ("format", *SPLITS))
         need(version == FORMAT, f"its format is {version}, not {FORMAT}")
@@ -181,7 +182,8 @@ def _read_shard(folder: Path, shard: dict, dtype: str, verify: bool) -> np.ndarr
     """
     path, size, checksum = folder / shard["file"], shard["tokens"], shard["checksum"]
     note, verified = path.with_suffix(".verified"), ""
-    with errors_as(f"`data`: {path} is not what was prepared", AGAIN):
+    what = f"`data`: {path} is not what was prepared"
+    with errors_as(what, OSError, ValueError, advice=AGAIN):
         if isinstance(path, Path):
             tokens, file = np.asarray(np.memmap(path, dtype, "r")), path.stat()
             verified = f"{checksum} {file.st_ino} {file.st_size} {file.st_ctime_ns}"

@@ -25,13 +25,11 @@ def need_positive(**values: float | None) -> None:
 
 
 @contextlib.contextmanager
-def errors_as(
-    message: str, advice: str = "", kinds: type[Exception] = Exception
-) -> Iterator[None]:
-    """Turns errors of other packages into a ConfigError: the message, why, and advice."""
+def errors_as(message: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Turns errors of these kinds into a ConfigError: message, what came, advice."""
     try:
         yield
     except kinds as error:
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        what = f"{kind}{error}".rstrip(".")
-        raise ConfigError(f"{message}: {what}.{advice}") from error
+        kind = "" if isinstance(error, ConfigError) else type(error).__name__
+        what = ": ".join(filter(None, [kind, str(error).strip().rstrip(".")]))
+        raise ConfigError(f"{message}: {what}. {advice}".strip()) from error

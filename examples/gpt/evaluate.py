@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     with jax.set_mesh(layout.make_mesh(options.mesh)):
         config, params = open_model(out, weights)
         if options.tasks:
-            with errors_as("`tasks`", ' Install it: pip install -e ".[evaluate]"'):
+            with errors_as("`tasks`", ImportError, advice='pip install -e ".[evaluate]"'):
                 from examples.gpt import harness  # needs lm-eval
             tokenizer = open_tokenizer(config, out, options.data)
             harness.run(harness.Harness(config.model, params, tokenizer, batch), options)

@@ -19,10 +19,11 @@ class Options:
 
 def main(options: Options) -> None:
     config, params = load_params(options.out)
-    hugging_face.save(options.to, config.model, params)
+    to = as_path(options.to)
+    hugging_face.save(to, config.model, params)
     for file in (as_path(options.out) / TOKENIZER).glob("*.*"):  # that of bytes has none
-        (options.to / file.name).write_bytes(file.read_bytes())
-    print(f"{options.to}: {', '.join(sorted(f.name for f in options.to.iterdir()))}")
+        (to / file.name).write_bytes(file.read_bytes())
+    print(f"{to}: {', '.join(sorted(f.name for f in to.iterdir()))}")
 
 
 if __name__ == "__main__":

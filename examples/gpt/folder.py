@@ -22,7 +22,7 @@ def as_path(name: str | os.PathLike[str]) -> Path:
     url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
     if "://" not in url:
         return Path(name)
-    with errors_as(f"`data`, `out`: {url} needs a package"):
+    with errors_as(f"{url} needs a package", ImportError):
         fsspec.get_filesystem_class(url.partition("://")[0])
     return cast(Path, epath.Path(url))
 
@@ -47,7 +47,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes all of it or, should anything happen, nothing."""
     if not isinstance(path, Path):  # an object store has an object whole, or not
-        path.write_bytes(content)
+        with writing_to(path, kind=Exception):  # and errors of its own
+            path.write_bytes(content)
         return
     unfinished = path.with_name(UNFINISHED)
     with unfinished.open("wb") as file:
@@ -79,7 +80,7 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
 
 
 def writing_to(
-    folder: Path, advice: str = "", kinds: type[Exception] = OSError
+    folder: Path, advice: str = "", kind: type[Exception] = OSError
 ) -> contextlib.AbstractContextManager[None]:
     """Turns an error of the file system into one that names the folder."""
-    return errors_as(f"`out`: {folder} can't be written to", advice, kinds)
+    return errors_as(f"`out`: {folder} can't be written to", kind, advice=advice)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -102,7 +103,8 @@ def run(lm: Harness, options: Options) -> Any:
             spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
         specs.append(spec)
     # As a group: its members may be other in this than lm-eval's tasks of the name are.
-    with errors_as(f"`tasks`, `task_data`: the data of {options.tasks} can't be read"):
+    what = f"`tasks`, `task_data`: the data of {options.tasks} can't be read"
+    with errors_as(what, OSError, DatasetsError):
         tasks = manager.load({"group": "chosen", "task": specs})["tasks"]
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)

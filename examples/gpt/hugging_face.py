@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt import model
 from examples.gpt.config import ModelConfig
 from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import write_json
+from examples.gpt.folder import as_path, write_json
 
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 
@@ -55,8 +56,11 @@ FIXED = {
 
 def config_of(folder: Path) -> ModelConfig:
     """The model whose weights a folder holds; all else is as in the default run."""
-    path = folder / "config.json"
-    with errors_as(f"`init_from`, `weights`: {path} is no GPT-2's"):
+    path = as_path(folder) / "config.json"
+    message = f"`init_from`, `weights`: GPT-2's must be in a folder here, got {path}."
+    need(isinstance(path, Path), message)
+    kinds = (OSError, ValueError, TypeError, KeyError)
+    with errors_as(f"`init_from`, `weights`: {path} is no GPT-2's", *kinds):
         theirs = {"model_type": None} | json.loads(path.read_text())
         for name, ours in FIXED.items():
             found = theirs.get(name, ours)
@@ -78,7 +82,8 @@ def load(folder: Path, config: ModelConfig) -> Any:
     tensors, (params, views) = {}, _allocate(config)
     whole = folder / "model.safetensors"
     for file in [whole] if whole.exists() else folder.glob("model-*.safetensors"):
-        with errors_as(f"`init_from`, `weights`: {file} can't be read"):
+        what = f"`init_from`, `weights`: {file} can't be read"
+        with errors_as(what, OSError, safetensors.SafetensorError):
             read = safetensors.numpy.load_file(file)
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
     need(bool(tensors), f"`init_from`, `weights`: no model.safetensors is in {folder}.")
@@ -86,8 +91,8 @@ def load(folder: Path, config: ModelConfig) -> Any:
         found = tensors[key].shape if key in tensors else None
         need(found == view.shape, f"`{key}` must have shape {view.shape}, got {found}.")
         view[...] = tensors[key]  # bfloat16 too, which JAX teaches to NumPy
-    head = tensors.get("lm_head.weight", tensors["wte.weight"])
-    is_tied = np.array_equal(head, tensors["wte.weight"])
+    head = tensors.get("lm_head.weight")
+    is_tied = head is None or np.array_equal(head, tensors["wte.weight"])
     need(is_tied, f"`lm_head.weight` must be the embedding, in {folder}.")
     for name in [name for name in params if name.endswith("/bias") and not config.bias]:
         is_zero = not params.pop(name).any()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from examples.gpt.config import Config
-from examples.gpt.errors import need
+from examples.gpt.errors import ConfigError, need
 from examples.gpt.folder import write_bytes, write_json, writing_to
 from examples.gpt.processes import is_first
 
@@ -101,24 +101,27 @@ class Log:
             self._wandb.log(numbers, step)
 
     def close(self) -> None:
+        """However the run ended, its rows are kept."""
+        with contextlib.suppress(ConfigError):  # beside another error, perhaps the same
+            self.flush()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
-    def go_on(self, step: int) -> None:
-        """After a validation or a checkpoint at this step, whose time no speed counts.
-
-        An object store, whose files can't grow, gets all rows now.
-        """
+    def flush(self) -> None:
+        """Writes all rows to an object store, whose files can't grow by a row."""
         if is_first() and not isinstance(self._folder, Path):
             self._write_rows()
-        self._since = step, time.perf_counter()
 
     def _write_rows(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         with writing_to(self._folder):
             write_bytes(self._metrics, lines.encode())
+
+    def restart_clock(self, step: int) -> None:
+        """After this step and what else was done: no speed counts it."""
+        self._since = step, time.perf_counter()
 
     def _speed(self, step: int) -> Row:
         """Of the training steps to this one, which is done, since the row before."""

@@ -58,7 +58,7 @@ def main(options: Options) -> dict[str, Any]:
     need_positive(shard_tokens=options.shard_tokens, threads=options.threads)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
     del choices["out"], choices["threads"]  # all others decide what comes out
-    advice = " What was finished is kept: the same command, started again, goes on."
+    advice = "What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
         # Killed in its first moment, it left no more than an unfinished file.
         files = {path.name for path in out.iterdir()} - {folder.UNFINISHED}
@@ -89,7 +89,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
-    with errors_as("`sources` need a package", ' Install it: pip install -e ".[data]"'):
+    with errors_as("`sources`", ImportError, advice='pip install -e ".[data]"'):
         from examples.gpt import sources
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
     tokenizer = make(options.tokenizer)

@@ -36,7 +36,7 @@ def join(config: Processes) -> None:
     )
     if not has_others:
         return
-    with errors_as("The processes did not find each other"):
+    with errors_as("The processes did not find each other", RuntimeError, ValueError):
         # Where collectives do not fail themselves, a lost process is known by its silence.
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
 

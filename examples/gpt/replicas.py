@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def first(mesh: Mesh) -> Mesh:
+def one(mesh: Mesh) -> Mesh:
     """The devices of one replica; all devices where each process has some of it."""
-    one = Mesh(mesh.devices[:1], mesh.axis_names)
-    return mesh if processes(one) == processes(mesh) else one
+    replica = Mesh(mesh.devices[:1], mesh.axis_names)
+    return mesh if processes(replica) == processes(mesh) else replica
 
 
 def processes(mesh: Mesh) -> set[int]:
@@ -48,7 +48,9 @@ def _send(shape: Any, read: Any) -> jax.Array:
             for device in stacked.addressable_devices
         ],
     )
-    return jax.jit(_sum_of_bits, out_shardings=shape.sharding)(rows)
+    if read is not ...:
+        read.delete()  # or all of a state would be there twice
+    return jax.jit(_sum_of_bits, donate_argnums=0, out_shardings=shape.sharding)(rows)
 
 
 def _sum_of_bits(rows: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from examples.gpt.config import Config, ModelConfig
 from examples.gpt.errors import ConfigError, need, need_positive
 from examples.gpt.folder import as_path
 from examples.gpt.model import bind
-from examples.gpt.tokenizer import GPT2, Tokenizer, make
+from examples.gpt.tokenizer import GPT2, Tokenizer, kept_name, make
 
 TOKENIZER = "tokenizer"  # a folder within a run's
 
@@ -138,7 +139,8 @@ def command(main: Callable[[Any], Any], options: type, name: str) -> None:
     except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command can be started again.")
+        print("interrupted: start the same command again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[Config, Any]:
@@ -164,7 +166,7 @@ def open_tokenizer(config: Config, out: Path | None, path: Path | None) -> Token
     """The tokenizer of the data at a path, of a run, or of GPT-2 where there is no run."""
     kept = [] if out is None else [*(as_path(out) / TOKENIZER).glob("*")]
     if path is None and (kept or out is None):
-        found = make(str(kept[0]) if kept else GPT2)
+        found = make(kept_name(kept[0]) if kept else GPT2)
     else:
         found = data.load(path or config.data, verify=False).tokenizer
     config.model.check_vocabulary(found.vocabulary)

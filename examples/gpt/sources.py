@@ -39,7 +39,7 @@ def find(name: str, field: str, found: Any = None) -> Source:
     if name.startswith("hub:"):
         path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
-        with errors_as(f"`sources`: {name} can't be read"):
+        with errors_as(f"`sources`: {name} can't be read", Exception):  # of all kinds
             # What was begun goes on with the commit that it began with. Asked first, for
             # `load_dataset` asks again and again for minutes where there is no network.
             api, revision = huggingface_hub.HfApi(), found or revision or None
@@ -68,7 +68,7 @@ def read(sources: list[Source], field: str, position: Any) -> Iterator[tuple[Any
     if state is not None:
         sources[first].rows.load_state_dict(state)
     for number, source in enumerate(sources[first:], first):
-        with errors_as(f"`sources`: {source.name} can't be read"):
+        with errors_as(f"`sources`: {source.name} can't be read", Exception):
             for batch in source.rows.iter(BATCH):
                 texts = [_text({field: text}, field) for text in batch[field]]
                 yield texts, (number, source.rows.state_dict())

@@ -71,13 +71,19 @@ class Bytes(Tokenizer):
         return BYTES, b""
 
 
+def kept_name(file: Path) -> str:
+    """The name by which one is made again that was kept as this file, or needs none."""
+    return BYTES if file.name == BYTES else str(file)
+
+
 def make(name: str) -> Tokenizer:
     """The tokenizer of a name: `bytes`, `gpt2`, or a path of a `tokenizers` JSON file."""
-    file = as_path(name)
-    if file.name == BYTES:  # in whatever folder: it needs no file
+    if name == BYTES:
         return Bytes()
     kinds = f"{BYTES}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
-    with errors_as(f"`tokenizer` must be {kinds}, got {name}"):
+    # The hub has errors of its own, and `tokenizers` raises no other kind.
+    with errors_as(f"`tokenizer` must be {kinds}, got {name}", Exception):
+        file = as_path(name)
         if name == GPT2:
             from huggingface_hub import hf_hub_download
 

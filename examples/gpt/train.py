@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config
-from examples.gpt.errors import need
+from examples.gpt.errors import errors_as, need
 from examples.gpt.folder import alone, as_path
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
@@ -35,9 +35,11 @@ def main(config: Config) -> list[plot.Curve]:
     is_here = isinstance(out, Path)
     need(is_here or str(out).startswith("gs://"), message)
     need(is_here or not config.output.profile, "`profile` needs a folder as `out`.")
-    for name in ("init_from", "resume_from"):
-        path = getattr(config, name)
-        need(path is None or as_path(path).exists(), f"`{name}`: {path} is not there.")
+    with processes.together():
+        for name in ("init_from", "resume_from"):
+            path = as_path(getattr(config, name) or ".")
+            with errors_as(f"`{name}`: {path} can't be read", Exception):
+                need(path.exists(), "it is not there")
     mesh = layout.make_mesh(config.training.mesh)
     process, count = jax.process_index(), jax.process_count()
     with processes.together():
@@ -121,6 +123,7 @@ def train(
                 print(f"{config.optimizer} {what} step {start} of {steps}.")
         with processes.together():
             log = Log(config, folder, start, step.flops_per_token(config, state.params))
+            stack.callback(log.close)
             if processes.is_first():
                 sample.keep_tokenizer(folder, corpus.tokenizer)
         with processes.together():
@@ -152,12 +155,12 @@ def train(
                 with processes.together():
                     require_finite(row)  # or nothing of it is saved
                     log.write(partial(validate, state.params) if validates else None)
+                    log.flush()
                 if saves:
                     checkpoints.save(number, state, batches.get_state())
-                log.go_on(number)
+                log.restart_clock(number)
             if signal_came:
                 break
-    log.close()
     if signal_came:
         if processes.is_first():
             print(f"Step {number} is saved in {folder}: the same command goes on from it.")

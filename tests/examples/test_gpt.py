@@ -175,8 +175,14 @@ def test_weight_decay_is_on_matrices_and_embeddings_only(tiny, optimizer):
         ({"schedule": "wsd", "decay": 28}, "`decay` must end with the run.* got 28 and 3"),
         ({"clip_norm": 0.0}, "`clip_norm` must be positive, got 0.0"),
         ({"init_from": Path("a"), "resume_from": Path("b")}, "leave one out"),
-        ({"init_from": Path("nowhere")}, "`init_from`: nowhere is not there"),
-        ({"resume_from": Path("nowhere")}, "`resume_from`: nowhere is not there"),
+        (
+            {"init_from": Path("nowhere")},
+            "`init_from`: nowhere .* it is not there",
+        ),
+        (
+            {"resume_from": Path("nowhere")},
+            "`resume_from`: nowhere .* it is not there",
+        ),
         (
             {"batch": 9, "mesh": "data=1", "accumulate": 3, "refresh_batch": 9},
             "`groups` must",
@@ -596,7 +602,7 @@ def test_the_speed_is_that_of_training_steps_alone(tiny, monkeypatch):
         return 1.0
 
     written.write(validate)
-    written.go_on(20)
+    written.restart_clock(20)
     now[0] = 153.0
     written.step(made(26), True)
     written.write()

@@ -603,7 +603,7 @@ runpy.run_module("examples.gpt.prepare", run_name="__main__")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert re.fullmatch(
-        r'error: .*datasets.*: pip install -e "\.\[data\]"\n', result.stderr
+        r'error: .*datasets.*\. pip install -e "\.\[data\]"\n', result.stderr
     )
 
 
