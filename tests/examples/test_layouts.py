@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpt_runs import TEXT, arguments, losses, run, run_together
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt import layout, model, processes
+from examples.gpt import layout, model, processes, replicas
 from examples.gpt.checkpoint import FOLDER
 from examples.gpt.config import Config
 from examples.gpt.errors import ConfigError
@@ -133,6 +133,27 @@ def test_a_checkpoint_is_read_by_the_processes_of_one_replica(
     assert "read: params opt_state" in outputs[0]
     assert "read: nothing" in outputs[1]
     assert_alike(losses(tmp_path), on_one_device("sophia_g"))
+
+
+def test_what_one_replica_has_read_is_sent_bit_for_bit():
+    mesh = jax.make_mesh((2, 2, 2), layout.AXES, axis_types=(AxisType.Auto,) * 3)
+    values = {"w": np.array([0.0, -0.0, np.nan, 1e-45], "float32"), "count": np.int32(-7)}
+    specs = {"w": PartitionSpec("fsdp"), "count": PartitionSpec()}
+    tree = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for (name, x), spec in zip(values.items(), specs.values(), strict=True)
+    }
+    replica = Mesh(mesh.devices[:1], mesh.axis_names)
+    read = {
+        name: jax.device_put(x, NamedSharding(replica, specs[name]))
+        for name, x in values.items()
+    }
+    sent = replicas.send(read, tree)
+    for name, x in values.items():
+        assert sent[name].sharding == tree[name].sharding
+        for part in sent[name].addressable_shards:
+            assert part.data.tobytes() == x[part.index].tobytes()
+        assert read[name].is_deleted()
 
 
 SAYS_WHAT_IS_READ = """
