@@ -170,7 +170,7 @@ def _newest(folder: Path, abstract: Any, check: Any = None) -> tuple[Path, Any, 
             return path, trees, saved
         except Damaged as damage:
             if processes.is_first():
-                print(f"{path} is damaged, and is passed over: {damage}.")
+                print(f"{path} is damaged or unfinished, and is passed over: {damage}.")
     raise ConfigError(f"`out`, `resume_from`: there is no whole checkpoint in {folder}.")
 
 
@@ -219,9 +219,9 @@ def _checksum(tree: Any) -> Any:
 
 
 def quiet() -> None:
-    """Hides all that Orbax reports, and what a read that failed leaves behind."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    """Hides all that Orbax and gcsfs report, and what a read that failed leaves behind."""
+    for name in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def hook(raised):
         is_left = iscoroutine(raised.object)

@@ -35,16 +35,17 @@ class ModelConfig:
     heads: int = 4  # Number of attention heads; divides the width.
     width: int = 64  # Width of the residual stream.
     context: int = 64  # Length of a sequence, in tokens.
-    # Number of tokens; as many as the data has, up to a multiple of 128, by default.
+    # Number of tokens; by default as the data has, rounded up to 128s.
     vocabulary: int | None = None
     bias: bool = False  # Biases in linear layers and norms, as in GPT-2; not in the paper.
-    init_std: float | None = None  # Of the first weights; 1 / √fan-in by default.
-    # Of the arithmetic; parameters and the optimizer's averages are float32.
+    init_std: float | None = None  # Spread of the first weights; 1/√fan-in by default.
+    # The arithmetic; parameters and the optimizer's averages are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # What is computed again on the way back, to save memory: nothing, what is no product
     # of matrices, or all of a block but its input.
     remat: Literal["none", "dots", "full"] = "none"
-    loss_chunk: int = 256  # Positions of a sequence whose float32 logits exist at once.
+    # Positions of a sequence whose float32 logits exist at once; fewer take less memory.
+    loss_chunk: int = 256
     # What computes attention: XLA, or the kernels of cuDNN on a GPU and of Pallas on a
     # TPU, which hold no (T, T) weights. The best that there is by default.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -111,7 +112,7 @@ class Refresh:
     # Number of sequences of the batch that a refresh looks at; by default the fewest, but
     # at least 16, that devices and groups share evenly: see benchmarks/estimate.py.
     refresh_batch: int | None = None
-    groups: int | None = None  # Groups of a refresh; by default one for each sequence.
+    groups: int | None = None  # Groups a refresh averages; by default one a sequence.
     update_interval: int = 10  # Steps from one refresh to the next; 10 is the paper's.
     debias: bool = True  # Correct the bias of the average of the Hessian.
 

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from examples.gpt import hugging_face
-from examples.gpt.checkpoint import load_params
+from examples.gpt.checkpoint import FOLDER, load_params
+from examples.gpt.errors import need
 from examples.gpt.folder import as_path
 from examples.gpt.sample import TOKENIZER, command
 
@@ -20,6 +21,8 @@ class Options:
 def main(options: Options) -> None:
     config, params = load_params(options.out)
     to = as_path(options.to)
+    message = f"`to`: {to} holds a run, whose config.json would be lost: name another."
+    need(not (to / FOLDER).exists(), message)
     hugging_face.save(to, config.model, params)
     for file in (as_path(options.out) / TOKENIZER).glob("*.*"):  # that of bytes has none
         (to / file.name).write_bytes(file.read_bytes())

@@ -12,16 +12,17 @@ from typing import Any, cast
 import fsspec
 from etils import epath
 
-from examples.gpt.errors import ConfigError, errors_as
+from examples.gpt.errors import ConfigError, errors_as, need
 
 UNFINISHED = ".unfinished"  # a file that is being written
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
     """A path here or, used like a `Path` but none, of an object store: gs, s3 or az."""
-    url = re.sub(r"^(gs|s3|az):/+", r"\1://", os.fspath(name))  # a `Path` has one slash
+    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # a `Path` has one slash
     if "://" not in url:
         return Path(name)
+    need(not url.endswith("://"), f"{url} names no bucket.")
     with errors_as(f"{url} needs a package", ImportError):
         fsspec.get_filesystem_class(url.partition("://")[0])
     return cast(Path, epath.Path(url))

@@ -61,7 +61,8 @@ def main(options: Options) -> dict[str, Any]:
     advice = "What was finished is kept: the same command, started again, goes on."
     with folder.alone(out, "preparing"), folder.writing_to(out, advice):
         # Killed in its first moment, it left no more than an unfinished file.
-        files = {path.name for path in out.iterdir()} - {folder.UNFINISHED}
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+        files = names - {folder.UNFINISHED}
         name = MANIFEST if MANIFEST in files else PROGRESS
         is_ours = name in files or not files
         need(is_ours, f"`out` must be empty, but {out} has {', '.join(sorted(files))}.")

@@ -30,7 +30,7 @@ class Recipe:
     gamma: float | None = None
     # The share of each parameter's entries that Sophia's gamma leaves unclipped.
     share: float | None = None
-    nesterov: bool | None = None  # Nesterov's momentum, for Sophia and AdamW.
+    nesterov: bool | None = None  # Nesterov's momentum, for Sophia and AdamW; None is off.
 
     def check(self, optimizer: Optimizer) -> None:
         """Raises ConfigError if the optimizer can't have these."""

@@ -14,7 +14,7 @@ from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config
 from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import alone, as_path
+from examples.gpt.folder import absolute, alone, as_path
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.state import TrainState, abstract_state, first_state
@@ -30,11 +30,16 @@ def main(config: Config) -> list[plot.Curve]:
     elsewhere = ("data", "out", "process_id")  # may be another on each machine
     choices = config.as_json().items()
     processes.check_same({k: v for k, v in choices if k not in elsewhere})
-    out = as_path(config.folder())
-    message = f"`out` must be a folder or gs://BUCKET/NAME, as Orbax writes, got {out}."
-    is_here = isinstance(out, Path)
-    need(is_here or str(out).startswith("gs://"), message)
-    need(is_here or not config.output.profile, "`profile` needs a folder as `out`.")
+    name = str(config.folder())
+    message = f"`out` must be a folder or gs://BUCKET/NAME, as Orbax writes, got {name}."
+    need(not name.startswith(("s3:", "az:")), message)
+    out = as_path(name)
+    message = f"`profile` needs a folder of this machine as `out`, got {out}."
+    need(isinstance(out, Path) or not config.output.profile, message)
+    text = Path(config.data or "").absolute()
+    is_text = config.data is not None and not (text / data.MANIFEST).exists()
+    message = f"`out` must not lie in the text of `data`, got {out} in {text}."
+    need(not is_text or not absolute(out).is_relative_to(text), message)
     with processes.together():
         for name in ("init_from", "resume_from"):
             path = as_path(getattr(config, name) or ".")

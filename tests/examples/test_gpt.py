@@ -300,8 +300,16 @@ def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
 
 
 def test_a_store_that_orbax_does_not_know(tiny, bucket):
-    with pytest.raises(ConfigError, match=r"`out` must be a folder or gs://.*got s3://"):
+    with pytest.raises(ConfigError, match=r"`out` must be a folder or gs://.*got s3:/"):
         main(tiny.replace(out=Path("s3://bucket/run")))
+    with pytest.raises(ConfigError, match="gs:// names no bucket"):
+        main(tiny.replace(out=Path("gs://")))
+
+
+def test_a_run_does_not_become_its_own_text(tiny):
+    folder = tiny.data.parent
+    with pytest.raises(ConfigError, match="`out` must not lie in the text of `data`"):
+        main(tiny.replace(data=folder, out=folder / "runs"))
 
 
 def test_weights_of_a_run_begin_another(tiny):
@@ -555,7 +563,7 @@ def test_a_checkpoint_with_a_wrong_number_is_passed_over_and_stays(
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", changed)
     main(config)
     output = capsys.readouterr().out
-    assert "4 is damaged, and is passed over" in output
+    assert "4 is damaged or unfinished, and is passed over" in output
     assert "goes on from step 2 of 4" in output
 
 
