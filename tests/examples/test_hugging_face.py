@@ -186,7 +186,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, save_run, capsys):
     export.main(export.Options(out, to))
     assert capsys.readouterr().out.endswith("model.safetensors, tokenizer.json\n")
     assert (to / "tokenizer.json").read_text() == "{}"
-    with pytest.raises(ConfigError, match="`to`: .* holds a run"):
+    with pytest.raises(ConfigError, match=r"`to`: .* holds a run"):
         export.main(export.Options(out, out))
     jax.tree.map(np.testing.assert_array_equal, params, hugging_face.load(to, CONFIG))
 
