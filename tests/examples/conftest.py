@@ -4,10 +4,29 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from gpt_runs import TEXT, arguments, losses, run
 
 from examples.gpt.checkpoint import FOLDER, Checkpoints
 from examples.gpt.config import Config
 from examples.gpt.state import TrainState
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A file of text for the runs of `gpt_runs`."""
+    file = tmp_path_factory.mktemp("data") / "corpus.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The losses of the run in a folder that nothing ends."""
+    out = tmp_path_factory.mktemp("whole")
+    code, output = run(arguments(corpus, out))
+    assert code == 0, output
+    assert len(losses(out)) == 22
+    return losses(out)
 
 
 @pytest.fixture

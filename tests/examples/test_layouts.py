@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpt_runs import TEXT, arguments, losses, run, run_together
+from gpt_runs import arguments, losses, run, run_together
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives
@@ -19,13 +19,6 @@ from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
 from examples.gpt.state import abstract_state
 from examples.gpt.step import check_layout, make_train_step
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "corpus.txt"
-    file.write_text(TEXT)
-    return file
 
 
 @pytest.fixture(scope="module")

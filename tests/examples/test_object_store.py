@@ -30,22 +30,6 @@ def store(monkeypatch):
         yield fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "corpus.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The losses of the run in a folder that nothing ends."""
-    out = tmp_path_factory.mktemp("whole")
-    code, output = run(arguments(corpus, out))
-    assert code == 0, output
-    return losses(out)
-
-
 def kept(store, tmp_path):
     """The losses in the bucket, and the steps whose checkpoints are there."""
     store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")

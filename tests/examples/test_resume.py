@@ -5,26 +5,9 @@ import shutil
 import signal
 
 import pytest
-from gpt_runs import TEXT, arguments, losses, run
+from gpt_runs import arguments, losses, run
 
 from examples.gpt.checkpoint import FOLDER
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "corpus.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The losses of the run that nothing ends."""
-    out = tmp_path_factory.mktemp("whole")
-    code, output = run(arguments(corpus, out))
-    assert code == 0, output
-    assert len(losses(out)) == 22
-    return losses(out)
 
 
 def ended(corpus, out, step, number):
