@@ -24,7 +24,8 @@ def main(options: Options) -> None:
     message = f"`to`: {to} holds a run, whose config.json would be lost: name another."
     need(not (to / FOLDER).exists(), message)
     hugging_face.save(to, config.model, params)
-    for file in (as_path(options.out) / TOKENIZER).glob("*.*"):  # that of bytes has none
+    # A tokenizer of bytes is kept by a name without a suffix, and is nothing to export.
+    for file in (as_path(options.out) / TOKENIZER).glob("*.*"):
         (to / file.name).write_bytes(file.read_bytes())
     print(f"{to}: {', '.join(sorted(f.name for f in to.iterdir()))}")
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import pytest
 
-from examples.gpt import data, prepare
+from examples.gpt import data, folder, prepare
 from examples.gpt.errors import ConfigError
 
 CONTEXT = 8
@@ -234,6 +234,23 @@ def test_checksums_are_compared_once_for_each_file(prepared, monkeypatch):
         note.unlink()
         note.symlink_to("/nowhere/note")
     assert [hashes(copy), hashes(copy)] == [5, 5]
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    folder.write_bytes(file, b"old")
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            folder.write_bytes(file, b"new and longer")
+    assert file.read_bytes() == b"old"
+    folder.write_bytes(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_an_object_store_holds_what_a_folder_holds(prepared, bucket):

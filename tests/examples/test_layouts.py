@@ -3,6 +3,7 @@
 import functools
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from examples.gpt.errors import ConfigError
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import PRESETS
 from examples.gpt.state import abstract_state
-from examples.gpt.step import check_layout, make_train_step
+from examples.gpt.step import check_layout, loss_and_grads, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,22 @@ def test_a_checkpoint_is_read_by_the_processes_of_one_replica(
     assert "read: params opt_state" in outputs[0]
     assert "read: nothing" in outputs[1]
     assert_alike(losses(tmp_path), on_one_device("sophia_g"))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)])
+def test_on_each_mesh_the_gradient_is_that_of_one_device(shape):
+    """Neither its scale nor the loss's knows how many parts or micro-batches there are."""
+    sizes = {"layers": 1, "heads": 2, "width": 16, "context": 8, "vocabulary": 64}
+    config = Config().replace(**sizes, batch=16, accumulate=2)
+    params = model.init(config.model)
+    tokens = jax.random.randint(jax.random.key(0), (16, 9), 0, 64)
+    expected = jax.jit(functools.partial(loss_and_grads, config))(params, tokens)
+    devices = jax.devices()[:4]
+    with jax.set_mesh(
+        jax.make_mesh(shape, layout.AXES, (AxisType.Auto,) * 3, devices=devices)
+    ):
+        found = jax.jit(functools.partial(loss_and_grads, config))(params, tokens)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_one_replica_has_read_is_sent_bit_for_bit():
