@@ -28,7 +28,7 @@ def optimizers(
     """Transformations whose moments can be kept in `dtype`, by name.
 
     "no refresh" is a step like most of them, "not due" one that might have refreshed,
-    "refresh" one that does. "share held" is sophia_g with `hold_unclipped`.
+    "refresh" one that does. "share held" is `sophia_g` with `hold_unclipped`.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
     held: dict[str, Any] = both | {"gamma": hold_unclipped()}

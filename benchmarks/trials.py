@@ -40,7 +40,7 @@ class Settings:
     b1: float
     b2: float = 0.99
     gamma: float = 1.0
-    fraction: float = 0.2  # unclipped, where it is held
+    fraction: float = 0.2  # target fraction of unclipped entries, of `hold_unclipped`
     eps: float = 1e-12
     clip_threshold: float = 1.0
     update_interval: int = 10
@@ -58,11 +58,10 @@ class Trial:
     groups: int = 16
     debias: bool = True
     dtype: str = "float32"  # of Sophia-G's averages
-    per: str = "parameter"  # what has a gamma of its own, where the share is held
 
-    def program(self) -> tuple[str, int, bool, str, str]:
-        """Trials for which this is the same share a compiled program."""
-        return self.optimizer, self.groups, self.debias, self.dtype, self.per
+    def program(self) -> tuple[str, int, bool, str]:
+        """Return the arguments of `programs`, which compiles once for each value."""
+        return self.optimizer, self.groups, self.debias, self.dtype
 
 
 MEMORY_OF_GRADIENTS = (0.05, 0.4)  # of 1 - b1, for all
@@ -102,7 +101,7 @@ class Space:
         """Settings around the best.
 
         The learning rate, 1 - b1, and gamma or 1 - b2, in a range of a factor of 2; the
-        share and the weight decay in this part of their whole range.
+        target fraction and the weight decay in this part of their whole range.
         """
         rate, memory, factor = (2 ** (x - 0.5) for x in point[:3])
 
@@ -129,9 +128,9 @@ class Space:
 def _with(make: Callable[..., Any], *names: str) -> Make:
     """An optimizer whose settings of these names are taken from the trial."""
 
-    def made(schedule, settings, debias, per="parameter", **chosen):
+    def made(schedule, settings, debias, **chosen):
         if "fraction" in names:
-            chosen["gamma"] = _rule(settings["fraction"], per)
+            chosen["gamma"] = hold_unclipped(settings["fraction"])
         chosen |= {name: settings[name] for name in (*names, "b1", "weight_decay")}
         chosen.pop("fraction", None)
         if "update_interval" in names:
@@ -147,19 +146,6 @@ def _matrices(params: Any) -> Any:
     """Where weight decay applies, and AdaHessian's spatial averaging: no norm's scale."""
     return jax.tree.map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
-
-
-def _rule(fraction: Any, per: str) -> Any:
-    """The share held for all, each stack of layers, each parameter or each row too."""
-    if per == "all":
-        return hold_unclipped(fraction, per="all")
-    stacks = {"stack": (), "parameter": ("blocks",), "row": ("blocks", "tokens")}[per]
-    return hold_unclipped(
-        fraction,
-        stacked=lambda params: jax.tree.map_with_path(
-            lambda path, _: path[0].key in stacks, params
-        ),
     )
 
 
@@ -190,7 +176,7 @@ def _root(schedule, *, b1, b2, gamma, weight_decay, mask, update_interval, seed,
 _REFRESHED = ("b2", "gamma", "eps", "update_interval")
 _SOPHIA = (*_REFRESHED, "clip_threshold")
 _HELD = ("fraction", *(name for name in _SOPHIA if name != "gamma"))
-_SHARES, _GAMMAS = (0.1, 0.9), (0.01, 0.3)
+_FRACTIONS, _GAMMAS = (0.1, 0.9), (0.01, 0.3)
 _SIGN, _CLIP = (5e-4, 8e-3), (1.25e-3, 2e-2)
 
 SPACES: dict[str, Space] = {
@@ -205,7 +191,7 @@ SPACES: dict[str, Space] = {
             _with(functools.partial(make, nesterov=kind == "nesterov"), *_HELD),
             _CLIP,
             estimator,
-            fraction=_SHARES,
+            fraction=_FRACTIONS,
         )
         for name, make, estimator in (
             ("sophia_g", sophia_g, "gnb"),
@@ -220,10 +206,10 @@ SPACES: dict[str, Space] = {
         _with(functools.partial(sophia_g, nesterov=True), *_HELD),
         _CLIP,
         "empirical_fisher",
-        fraction=_SHARES,
+        fraction=_FRACTIONS,
     ),
-    "sophia_g_tanh": Space(_with(_tanh, *_HELD), _CLIP, "gnb", fraction=_SHARES),
-    "sophia_g_root": Space(_with(_root, *_HELD), _CLIP, "gnb root", fraction=_SHARES),
+    "sophia_g_tanh": Space(_with(_tanh, *_HELD), _CLIP, "gnb", fraction=_FRACTIONS),
+    "sophia_g_root": Space(_with(_root, *_HELD), _CLIP, "gnb root", fraction=_FRACTIONS),
     "lion": Space(_with(optax.lion, "b2"), _SIGN, memory=(0.01, 0.3)),
     "adahessian": Space(
         _with(variants.adahessian, "b2", "update_interval"),
@@ -294,7 +280,7 @@ def run(trial: Trial, size: RunConfig) -> Outcome:
 
 @functools.cache
 def programs(
-    size: RunConfig, optimizer: str, groups: int, debias: bool, dtype: str, per: str
+    size: RunConfig, optimizer: str, groups: int, debias: bool, dtype: str
 ) -> tuple[Any, Any]:
     """The optimizer of traced settings, and training from one validation to the next."""
     space = SPACES[optimizer]
@@ -309,7 +295,7 @@ def programs(
             return settings["learning_rate"] * jnp.where(rise < 1, rise, fall)
 
         narrow = {"mu_dtype": dtype, "hessian_dtype": dtype} if dtype != "float32" else {}
-        made = space.make(schedule, settings, debias, per, **narrow)
+        made = space.make(schedule, settings, debias, **narrow)
         clip = optax.clip_by_global_norm(1.0)
         return optax.with_extra_args_support(optax.chain(clip, made))
 

@@ -35,6 +35,13 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _clear_jax_caches():
+    """Free the programs that a module compiled: a worker would grow to several GB."""
+    yield
+    jax.clear_caches()
+
+
 _left_out = {0}  # slow tests that were not selected, as each process counted them
 
 

@@ -1,4 +1,4 @@
-"""Small problems whose curvature is known densely, for the estimators to meet."""
+"""Small problems with dense curvature matrices, to compare the estimators with."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 
 def network(params, x):
-    """Outputs, shape (..., 3), of a network that bends: its Hessian is not its GN."""
+    """Return outputs of a nonlinear network, shape (..., outputs)."""
     return jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"]
 
 
@@ -23,7 +23,7 @@ def network_params(outputs=3, dtype=None):
 
 
 def scalar_network(params, x):
-    """One output for each prediction: shape (...)."""
+    """Return one output for each prediction, shape (...)."""
     return network(params, x)[..., 0]
 
 
@@ -33,9 +33,9 @@ def hessian_diagonal(loss, params):
 
 
 def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=None):
-    """diag Σ_b w_b J_bᵀ H_b J_b / W, from dense Jacobians J and Hessians H.
+    """Return diag Σ_b w_b J_bᵀ H_b J_b / W, from dense Jacobians J and Hessians H.
 
-    `targets` are any labels: for these likelihoods H does not depend on them.
+    `targets` may be any labels: for these likelihoods H does not depend on them.
     """
     flat, unravel = ravel_pytree(params)
     predictions = np.shape(targets)
@@ -63,9 +63,9 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
 
 
 class Given:
-    """A likelihood that "samples" the labels that the outputs carry: (outputs, labels).
+    """A likelihood that "samples" given labels: its outputs are (outputs, labels).
 
-    It makes an estimator's mean over labellings a sum that can be written out.
+    With it the mean of an estimator over all labellings is an explicit sum.
     """
 
     def __init__(self, likelihood):
@@ -80,11 +80,11 @@ class Given:
 
 
 def labellings(values, log_probs):
-    """Every assignment of `values` to predictions, and its probability.
+    """Return every assignment of `values` to predictions, and its probability.
 
     Args:
       values: shape (V,), the labels.
-      log_probs: shape (*predictions, V), of each value for each prediction.
+      log_probs: shape (*predictions, V), log-probability of each value.
 
     Returns:
       Labels, shape (V ** size, *predictions), and probabilities, shape (V ** size,).

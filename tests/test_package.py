@@ -1,3 +1,5 @@
+"""The imports and the docstrings of the package."""
+
 import inspect
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sophia_optax
 from sophia_optax import variants
 
 
-def test_importing_it_imports_jax_and_optax_alone():
+def test_import_of_sophia_optax_imports_only_jax_and_optax():
     code = """
 import sys, jax, optax
 before = set(sys.modules)
@@ -23,5 +25,5 @@ print(sorted({m.split(".")[0] for m in set(sys.modules) - before} - {"jax", "opt
     ("module", "name"),
     [(module, name) for module in (sophia_optax, variants) for name in module.__all__],
 )
-def test_every_public_name_has_an_example(module, name):
+def test_public_name_has_an_example_in_its_docstring(module, name):
     assert ">>> " in inspect.getdoc(getattr(module, name))

@@ -1,4 +1,4 @@
-"""What a release says of itself: its addresses, its page on PyPI, its changelog."""
+"""Releases: addresses, the README on PyPI, and the changelog."""
 
 import fnmatch
 import os
@@ -16,8 +16,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 URLS = PYPROJECT["project"]["urls"]
 OWNER, NAME = URLS["Repository"].removeprefix("https://github.com/").split("/")
 
-# Owner and name, wherever an address has them.
-PLACES = [
+# Addresses that contain the owner and the name of a repository.
+PATTERNS = [
     r"github\.com[/:]([\w.-]+)/([\w.-]+)",
     r"raw\.githubusercontent\.com/([\w.-]+)/([\w.-]+)",
     r"colab\.research\.google\.com/github/([\w.-]+)/([\w.-]+)",
@@ -25,39 +25,38 @@ PLACES = [
 ]
 
 
-def mentioned(text):
-    """(owner, name) of each address in the text that is meant to be this project's."""
-    for place in PLACES:
-        for owner, name in re.findall(place, text):
+def repositories(text):
+    """Yield (owner, name) of each address that refers to this project."""
+    for pattern in PATTERNS:
+        for owner, name in re.findall(pattern, text):
             if re.search("sophia[-_.]?optax", f"{owner}/{name}", re.IGNORECASE):
                 yield owner, name.removesuffix(".git").rstrip(".")
 
 
-def texts():
-    """Path and text of each file that git does not ignore; git itself may be absent."""
+def text_files():
+    """Yield path and text of each file that git does not ignore, without calling git."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     for folder, folders, files in os.walk(ROOT):
-        inside = Path(folder).relative_to(ROOT)
+        relative = Path(folder).relative_to(ROOT)
         folders[:] = [
             name
             for name in folders
             if name != ".git"
-            and not any(fnmatch.fnmatch(name, each) for each in ignored)
-            and (inside / name).as_posix() not in ignored
+            and not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+            and (relative / name).as_posix() not in ignored
         ]
         for path in (Path(folder) / name for name in files):
             try:
                 yield path.relative_to(ROOT).as_posix(), path.read_text()
             except UnicodeDecodeError:
-                continue  # a picture
+                continue  # an image
 
 
-def test_every_address_is_that_of_pyproject():
-    found = {path: set(mentioned(text)) for path, text in texts()}
-    del found["tests/test_release.py"]  # wrong ones, below
+def test_addresses_in_all_files_are_those_of_pyproject():
+    found = {path: set(repositories(text)) for path, text in text_files()}
+    del found["tests/test_release.py"]  # contains wrong addresses, below
     assert {path: pairs for path, pairs in found.items() if pairs - {(OWNER, NAME)}} == {}
-    named = {path for path, pairs in found.items() if pairs}
-    assert named >= {
+    assert {path for path, pairs in found.items() if pairs} >= {
         ".github/ISSUE_TEMPLATE/config.yml",
         "CHANGELOG.md",
         "CITATION.cff",
@@ -78,26 +77,25 @@ def test_every_address_is_that_of_pyproject():
         "https://colab.research.google.com/github/somebody/sophia_optax/blob/main/a.ipynb",
     ],
 )
-def test_a_wrong_address_is_seen(text):
-    [found] = mentioned(text)
+def test_repositories_finds_a_wrong_address(text):
+    [found] = repositories(text)
     assert found != (OWNER, NAME)
 
 
-def test_the_addresses_of_pyproject_belong_together():
-    expected = {
+def test_urls_of_pyproject_have_the_same_owner_and_name():
+    assert {
         "Documentation": f"https://{OWNER}.github.io/{NAME}/",
         "Repository": f"https://github.com/{OWNER}/{NAME}",
         "Changelog": f"https://github.com/{OWNER}/{NAME}/blob/main/CHANGELOG.md",
         "Issues": f"https://github.com/{OWNER}/{NAME}/issues",
-    }
-    assert expected == URLS
+    } == URLS
 
 
-def on_pypi(readme):
-    """The README with pyproject's substitutions, as it is in the metadata."""
+def for_pypi(readme):
+    """Apply pyproject's substitutions, as the build of the metadata does."""
     hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
-    for each in hook["substitutions"]:
-        readme = re.sub(each["pattern"], each["replacement"], readme)
+    for substitution in hook["substitutions"]:
+        readme = re.sub(substitution["pattern"], substitution["replacement"], readme)
     return readme
 
 
@@ -106,21 +104,21 @@ LINKS = re.compile(
 )
 
 
-def test_pypi_shows_no_relative_link():
-    text = on_pypi((ROOT / "README.md").read_text())
+def test_pypi_readme_has_only_absolute_links():
+    text = for_pypi((ROOT / "README.md").read_text())
     links = ["".join(link) for link in LINKS.findall(text)]
     assert links
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_the_code_of_the_readme_is_as_it_was():
+def test_pypi_readme_has_unchanged_code_blocks():
     fence = re.compile(r"^```.*?^```$", re.M | re.S)
     readme = (ROOT / "README.md").read_text()
-    assert fence.findall(on_pypi(readme)) == fence.findall(readme)
+    assert fence.findall(for_pypi(readme)) == fence.findall(readme)
 
 
 @pytest.mark.parametrize(
-    ("written", "shown"),
+    ("text", "expected"),
     [
         ("[a](docs/a.md#b)", "[a]({repository}/blob/main/docs/a.md#b)"),
         ("[a](#b)", "[a]({repository}#b)"),
@@ -135,18 +133,18 @@ def test_the_code_of_the_readme_is_as_it_was():
         ),
     ],
 )
-def test_a_relative_link_is_made_whole(written, shown):
+def test_pypi_readme_substitutions_make_links_absolute(text, expected):
     raw = f"https://raw.githubusercontent.com/{OWNER}/{NAME}"
-    assert on_pypi(written) == shown.format(repository=URLS["Repository"], raw=raw)
+    assert for_pypi(text) == expected.format(repository=URLS["Repository"], raw=raw)
 
 
-def test_the_version_has_a_section_in_the_changelog():
+def test_changelog_has_a_section_for_the_version():
     release_notes = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))["release_notes"]
     version = sophia_optax.__version__
     notes = release_notes(f"v{version}")
     assert "\n- " in notes
     assert "[Unreleased]" not in notes
-    with pytest.raises(SystemExit, match="The tag is"):
+    with pytest.raises(SystemExit, match=r"v0\.0\.0"):
         release_notes("v0.0.0")
     changelog = (ROOT / "CHANGELOG.md").read_text()
     address = URLS["Repository"]

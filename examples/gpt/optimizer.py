@@ -37,7 +37,7 @@ def make_optimizer(
     )
     if "sophia" in config.optimizer:
         settings |= {
-            "gamma": gamma or hold_unclipped(share, stacked=_are_layers),
+            "gamma": gamma or hold_unclipped(share),
             "update_interval": config.refresh.update_interval,
             "debias": config.refresh.debias,
             "seed": config.seed,
@@ -48,8 +48,3 @@ def make_optimizer(
     make = makers.get(config.optimizer) or getattr(optax, config.optimizer)
     clip = optax.clip_by_global_norm(config.training.clip_norm)
     return optax.with_extra_args_support(optax.chain(clip, make(schedule, **settings)))
-
-
-def _are_layers(params):
-    """Which parameters are stacks of layers, each of which has a gamma of its own."""
-    return jax.tree.map_with_path(lambda path, _: path[0].key == "blocks", params)

@@ -28,7 +28,7 @@ class Recipe:
     weight_decay: float  # Decoupled weight decay, on matrices and embeddings only.
     # Sophia's scale of the Hessian, in place of `share`; larger clips less.
     gamma: float | None = None
-    # The share of each parameter's entries that Sophia's gamma leaves unclipped.
+    # Target fraction of unclipped entries, from which Sophia chooses gamma.
     share: float | None = None
     nesterov: bool | None = None  # Nesterov's momentum, for Sophia and AdamW; None is off.
 

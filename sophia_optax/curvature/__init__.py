@@ -1,17 +1,19 @@
-"""Estimates of the Hessian's diagonal: pure functions that know no optimizer.
+"""Estimates of the Hessian diagonal: pure functions, independent of the optimizer.
 
-gauss_newton   `gnb` and `empirical_fisher`, squares of gradients
-hutchinson     products of the Hessian with random signs
-accumulate     the estimate of a batch that comes in micro-batches
-likelihoods    what labels are drawn from; `inverse_cdf` draws the classes
-each_group     the place in a model where gradients are squared; `marks` checks it
-groups         a batch split into groups, and the sum over them
-meshes         what `jit` knows of sharded arrays
-mapped_axes    what `pmap` and `shard_map` need
+estimator            the protocol, and checks of the arguments that all estimators take
+gauss_newton         `gnb` and `empirical_fisher`: squared gradients
+hutchinson           `hutchinson`: Hessian-vector products with random signs
+accumulate           the estimate of a batch that arrives in micro-batches
+likelihoods          distributions of labels; `categorical_sampler` samples classes
+groups               splitting a batch into groups, and the sum over groups
+each_group           the annotation of gathered weights; `check_annotations` checks it
+meshes               Explicit and Auto axes under `jit`
+mapped_axes          devices under `pmap` and `shard_map`
 """
 
 from sophia_optax.curvature.accumulate import accumulate
 from sophia_optax.curvature.each_group import each_group
+from sophia_optax.curvature.estimator import Estimator
 from sophia_optax.curvature.gauss_newton import empirical_fisher, gnb
 from sophia_optax.curvature.hutchinson import hutchinson
 from sophia_optax.curvature.likelihoods import Bernoulli, Categorical, Normal, Poisson
@@ -19,6 +21,7 @@ from sophia_optax.curvature.likelihoods import Bernoulli, Categorical, Normal, P
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Estimator",
     "Normal",
     "Poisson",
     "accumulate",

@@ -1,10 +1,10 @@
-"""The estimate of a batch that arrives in parts.
+"""The estimate of a batch that arrives in micro-batches.
 
-A mean over parts weighs each by what it holds: with weights W_i and estimates ĥ_i,
+With weights W_i and estimates ĥ_i of the micro-batches,
 
     ĥ = Σ_i W_i ĥ_i / Σ_i W_i
 
-is the estimate of the whole batch in all the groups of its parts.
+is the estimate of the batch, with the groups of all micro-batches.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature.groups import Estimator, accumulator_dtype
+from sophia_optax.curvature.estimator import Estimator, accumulator_dtype
 
 
 class AccumulatorState(NamedTuple):
-    """What was added so far."""
+    """The mean over the micro-batches that were added."""
 
     num_batches: jax.Array  # shape=(), dtype=int32
-    weight: jax.Array  # shape=(), dtype=float32, of all that was added
-    hessian: Any  # like the parameters, the mean of the estimates added
+    weight: jax.Array  # shape=(), dtype=float32, the sum of the weights
+    hessian: Any  # like the parameters, the mean of the estimates
 
 
 class Accumulator(NamedTuple):
@@ -33,34 +33,35 @@ class Accumulator(NamedTuple):
 
 
 def accumulate(estimate: Estimator) -> Accumulator:
-    r"""Estimate the curvature of a batch that arrives in micro-batches.
+    r"""Estimate the Hessian diagonal of a batch that arrives in micro-batches.
 
     .. math::
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
-    The result is the estimate of the whole batch in `groups` groups for each micro-batch,
-    whatever their number and sizes. If all are of one size and follow one another in the
-    batch, it is what `estimate` gives on the whole batch with the same key.
+    The result is the estimate of the whole batch, with `groups` groups for each
+    micro-batch, whatever their number and sizes. If all micro-batches have the same size
+    and are consecutive parts of the batch, it equals `estimate` on the whole batch.
 
     Args:
-      estimate: what `gnb`, `hutchinson` or `empirical_fisher` returned.
+      estimate: the result of `gnb`, `hutchinson` or `empirical_fisher`, or any other
+        `Estimator`.
 
     Returns:
-      Three functions, pure and fit for `jax.lax.scan`:
+      Three pure functions, which work inside `jax.lax.scan`:
 
       - `init(params)`: the empty state;
-      - `add(state, params, *batch, key, ...)`: the state with a micro-batch in it. It
-        takes what `estimate` takes. The key may be the same for all the micro-batches of
-        a refresh: their labels and probes differ by their number in the state.
-        W_i is the number of predictions, or the sum of their weights; a micro-batch of
-        weight 0 counts nowhere. For `hutchinson` it is the number of examples, the
-        leading axis of the batch, unless `weight` is given, such as the number of
-        unmasked predictions that the micro-batch's loss is a mean of;
-      - `mean(state)`: the estimate, as `hessian` or from `hessian_fn`. NaN, which the
-        optimizer refuses, if nothing was added.
+      - `add(state, params, *batch, **kwargs)`: the state with one more micro-batch. The
+        arguments are those of `estimate`. The key may be the same for all micro-batches:
+        their labels and probes depend on the number of the micro-batch.
+        W_i is `estimate.weight(params, *batch, **kwargs)`: the number of predictions, or
+        the sum of their weights. A micro-batch of weight 0 is ignored. For `hutchinson` it
+        is the number of examples, unless you pass `weight`, such as the number of unmasked
+        predictions in the mean loss of the micro-batch;
+      - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. It is
+        NaN, which the optimizer rejects, if nothing was added.
 
     Raises:
-      TypeError: if `estimate` is not an estimator of this library.
+      TypeError: if `estimate` is not an `Estimator`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,33 +78,33 @@ def accumulate(estimate: Estimator) -> Accumulator:
       >>> print(bool(jnp.allclose(micro.mean(state), whole)))
       True
     """
-    if not isinstance(estimate, Estimator):
+    if isinstance(estimate, type) or not isinstance(estimate, Estimator):
         raise TypeError(
-            "`estimate` must be what `gnb`, `hutchinson` or `empirical_fisher` returned, "
-            f"got a `{type(estimate).__name__}`: the weight of a batch is not known "
-            "without it. Pass the estimator itself, not a function that calls it."
+            "`estimate` must be an `Estimator`, such as the result of `gnb`, got a "
+            f"`{type(estimate).__name__}`, which has no `weight` for a batch. Pass the "
+            "estimator itself, not a function that calls it."
         )
 
-    def init(params):
-        def zeros(p):
-            return jnp.zeros_like(p, dtype=accumulator_dtype(p))
-
+    def init(params: Any) -> AccumulatorState:
         return AccumulatorState(
             num_batches=jnp.zeros([], jnp.int32),
             weight=jnp.zeros([], jnp.float32),
-            hessian=jax.tree.map(zeros, params),
+            hessian=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params
+            ),
         )
 
-    def add(state, params, *batch, **kwargs):
+    def add(
+        state: AccumulatorState, params: Any, *batch: Any, **kwargs: Any
+    ) -> AccumulatorState:
         weight = jnp.asarray(estimate.weight(params, *batch, **kwargs), jnp.float32)
-        kwargs.pop("weight", None)
         first_group = state.num_batches * estimate.groups
-        new = estimate.estimate(first_group, params, *batch, **kwargs)
-        share = weight / (state.weight + weight)
+        new = estimate(params, *batch, first_group=first_group, **kwargs)
+        fraction = weight / (state.weight + weight)
 
-        def blend(mean, e):
-            blended = mean + share.astype(mean.dtype) * (e - mean)
-            return jnp.where(weight == 0, mean, blended)  # without a weight e is NaN
+        def blend(mean: jax.Array, e: jax.Array) -> jax.Array:
+            blended = mean + fraction.astype(mean.dtype) * (e - mean)
+            return jnp.where(weight == 0, mean, blended)  # e is NaN if the weight is 0
 
         return AccumulatorState(
             num_batches=state.num_batches + 1,
@@ -111,7 +112,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
             hessian=jax.tree.map(blend, state.hessian, new),
         )
 
-    def mean(state):
+    def mean(state: AccumulatorState) -> Any:
         return jax.tree.map(
             lambda h: jnp.where(state.weight == 0, jnp.nan, h), state.hessian
         )

@@ -1,61 +1,61 @@
-"""The place in a model where each group's gradient is squared.
+"""The annotation at which each group's gradient is squared.
 
-The gradient of a weight is summed over devices where the weight was gathered. An estimate
-needs each group's own gradient, squared, before that sum. `each_group` marks the place: on
-the way back through it, in an estimate, a gradient is squared and summed over the groups
-that are computed at once. What follows on the way back, to where the weight is held in
-parts, does for squares what it does for gradients: no device ever holds more of an
+The gradient of a sharded weight is summed over devices where the weight was gathered. An
+estimate needs each group's own gradient, squared before that sum. `each_group` annotates
+the place: in an estimate, the backward pass squares the gradient there and sums the squares
+over the groups that are computed in parallel. The rest of the backward pass, to the shards
+of the weight, then treats squares as it treats gradients, so no device holds more of an
 estimate than of a gradient.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sophia_optax.curvature.mapped_axes import varying
+from sophia_optax.arrays import varying_axes
 from sophia_optax.curvature.meshes import on_auto_axes
 
-# Names of mapped axes, which are part of what `jit` caches a trace by: a function that was
+# Names of mapped axes that are bound while an estimate is traced. A mapped axis, unlike a
+# global variable, is part of the key by which `jit` caches traces: a function that was
 # traced for a training step is traced again for an estimate.
-GROUPS = "sophia_optax.groups"  # the groups that are computed at once, under `jit`
-DEVICE = "sophia_optax.device"  # of size 1: a device's group, under `pmap` and `shard_map`
+GROUPS = "sophia_optax.groups"  # the parallel groups, under `jit`
+DEVICE = "sophia_optax.device"  # of size 1, under `pmap` and `shard_map`
 
-SQUARES = "sophia_optax.squares"  # what a mark gives back has this name in a jaxpr
+SQUARES = "sophia_optax.squares"  # the name of the squares in a jaxpr
 
 
 def each_group(tree: Any) -> Any:
-    """Marks weights where they are gathered, so that a refresh is as sharded as a gradient.
+    """Annotate gathered weights, so that a refresh is as sharded as a gradient.
 
-    The identity, but in an estimate of `gnb` and `empirical_fisher` in several groups:
-    there each group's gradient is squared at this place of the way back. Without it each
-    device holds parameters, a group's gradient and the estimate whole. In `hutchinson`
-    it is the identity too: there, under `jit`, `groups=1` with several `num_probes` holds
-    nothing whole.
+    This is the identity, except in an estimate of `gnb` or `empirical_fisher` with several
+    groups or devices: there the backward pass squares each group's gradient. Without it,
+    each device holds gathered parameters, one group's gradient and the estimate.
+    `hutchinson` ignores it: under `jit`, `groups=1` with several `num_probes` gathers
+    nothing there.
 
-    Mark each weight once, before its uses and before it is cast; in the body of a scan over
-    layers, the weights of a layer. Mark it after it is gathered, by `jax.reshard` or
-    `jax.lax.all_gather`. On Auto axes the mark may also come before, with a cast between
-    mark and gather, so that 16 bits are sent; on Explicit axes JAX refuses that (duplicate
-    entries in a spec). A weight that is used twice, as a tied embedding, is marked once and
-    used twice. Under `jit` one that is not marked is held whole. Each estimate follows the
-    way back, and refuses a mark that does not see all the gradient of a parameter, as it
-    is, once.
+    Annotate each weight once, before its uses and any cast; in the body of a scan over
+    layers, the weights of one layer. Annotate it after it is gathered by `jax.reshard` or
+    `jax.lax.all_gather`. On Auto axes the annotation may also come before the gather, with
+    a cast between them, so that devices exchange 16 bits; on Explicit axes JAX rejects that
+    (duplicate entries in a spec). If a weight is used twice, such as a tied embedding, use
+    the result of one annotation twice.
+
+    Each estimate checks the backward pass and rejects an annotation that would make it
+    wrong. The documentation on many devices has a table of the causes and remedies.
 
     Args:
-      tree: weights, a tree of arrays of float32 or float64. Other leaves are left alone.
+      tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
 
     Returns:
       The same tree.
 
     Raises:
       TypeError: in an estimate, for weights in 16 bits, in which squares would be summed.
-      ValueError: from the estimate, for a mark that would make it wrong, or in a
-        `shard_map` a gathered parameter without a mark.
-      NotImplementedError: in an estimate without `axis_name`, inside a `shard_map` with
-        `check_vma=True`.
+      ValueError: from the estimate, for an annotation that would make it wrong, and inside
+        `shard_map` for a gathered parameter without an annotation.
+      NotImplementedError: in an estimate without `axis_name` in a checked `shard_map`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,59 +71,51 @@ def each_group(tree: Any) -> Any:
     """
     if not (_is_bound(GROUPS) or _is_bound(DEVICE)):
         return tree
-    if _is_bound(GROUPS) and _in_a_checked_shard_map():
+    if _is_bound(GROUPS) and _is_in_checked_shard_map():
         raise NotImplementedError(
-            "`each_group` is in a `shard_map` with `check_vma=True`, in which JAX can't "
-            "sum over groups that are computed at once. Where devices have groups of their "
-            "own, estimate with `axis_name`; else let it have `check_vma=False`, or mark "
-            "outside of it."
+            "`each_group` is inside a `shard_map` with `check_vma=True`, where JAX does "
+            "not support sums over parallel groups. If devices have groups of their own, "
+            "pass `axis_name` to the estimator. Otherwise use `check_vma=False`."
         )
-    return jax.tree.map_with_path(_checked, tree)
-
-
-def bind(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` inside a mapped axis of size 1, along which nothing differs."""
-    mapped = jax.vmap(fn, None, axis_name=name, axis_size=1)
-    return lambda *args: jax.tree.map(lambda x: x[0], mapped(*args))
+    return jax.tree.map_with_path(_annotate_leaf, tree)
 
 
 def square(gradient: jax.Array) -> jax.Array:
-    """In float32, or float64 where the gradient is."""
+    """Return the square in float32, or in float64 if the gradient is float64."""
     return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) ** 2
 
 
-def _checked(path: Any, w: Any) -> Any:
+def _annotate_leaf(path: Any, w: Any) -> Any:
     if not (isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating)):
         return w
     if jnp.promote_types(w.dtype, jnp.float32) != w.dtype:
         raise TypeError(
             f"`each_group` got `tree{jax.tree_util.keystr(path)}` of dtype {w.dtype}, in "
-            "which squares would be summed. Mark weights in float32 and cast them after."
+            "which squares would be summed. Annotate it in float32 and cast it after that."
         )
-    return _mark(w)
+    return _annotate(w)
 
 
 @jax.custom_vjp
-def _mark(w: jax.Array) -> jax.Array:
+def _annotate(w: jax.Array) -> jax.Array:
     return w
 
 
-def _way_back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _square_cotangent(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     squares = square(gradient)
     if _is_bound(GROUPS):
-        # JAX's psum does not know arrays that are spread over Explicit axes.
+        # JAX's psum does not support arrays that are sharded over Explicit axes.
         spec = jax.typeof(squares).sharding.spec
-        total = on_auto_axes(lambda s: jax.lax.psum(s, GROUPS), spec)
-        squares = total(squares)
+        squares = on_auto_axes(lambda s: jax.lax.psum(s, GROUPS), spec)(squares)
     return (checkpoint_name(squares, SQUARES),)
 
 
-_mark.defvjp(lambda w: (w, None), _way_back)
+_annotate.defvjp(lambda w: (w, None), _square_cotangent)
 
 
-def _in_a_checked_shard_map() -> bool:
+def _is_in_checked_shard_map() -> bool:
     axes = jax.sharding.get_abstract_mesh().manual_axes
-    return any(varying(jax.lax.axis_index(name)) for name in axes)
+    return any(varying_axes(jax.lax.axis_index(name)) for name in axes)
 
 
 def _is_bound(name: str) -> bool:

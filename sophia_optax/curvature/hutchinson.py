@@ -1,12 +1,13 @@
-"""The diagonal of the Hessian, from its products with random signs.
+"""The diagonal of the Hessian, from Hessian-vector products with random signs.
 
-For a probe z of independent signs, E z_i z_j is 1 if i = j and else 0. So
+For a probe z of independent random signs, E z_i z_j is 1 if i = j and 0 otherwise. So
 
     E [z ⊙ Hz]_i  =  Σ_j H_ij E z_i z_j  =  H_ii
 
-exactly, for any H: positive or not, with entries off the diagonal as the only error.
+exactly and for any H, positive or not. The off-diagonal entries are the only error.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,23 +15,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.curvature.groups import (
-    Estimator,
-    accumulator_dtype,
-    as_parameters,
-    check_counts,
-    sum_over_groups,
+from sophia_optax.arrays import AxisName, as_varying, at_least_float32, axis_names
+from sophia_optax.curvature.check_annotations import (
+    communicates,
+    find_annotations,
+    trace_gradient,
 )
+from sophia_optax.curvature.estimator import check_counts, check_key, check_params
+from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
 from sophia_optax.curvature.mapped_axes import (
-    AxisName,
-    as_varying,
-    axis_names,
     check_axes,
     key_of_device,
     number_of_devices,
     sum_over_devices,
 )
-from sophia_optax.curvature.marks import Kind, begin, marks_of
+
+Gradient = Callable[[Any, Any], Any]  # of the parameters and a group's batch
 
 
 def hutchinson(
@@ -40,43 +40,42 @@ def hutchinson(
     num_probes: int = 1,
     parallel_groups: int | None = None,
     axis_name: AxisName = None,
-) -> Estimator:
+) -> "Hutchinson":
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
     .. math::
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
-    The products are forward-over-reverse: a jvp of the gradient, two to three
-    times its cost.
+    The products are forward-over-reverse: a jvp of the gradient, at two to three times the
+    cost of the gradient.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
-        groups or devices the mean over the batch must be the mean of theirs: a mean
-        over unmasked predictions is not where their number differs (use one group), nor
-        is a loss that mixes examples, as batch normalisation does. Under `pmap` and
-        `shard_map` it is this device's mean, without a `pmean` in it.
-      groups: number of groups, blocks of consecutive examples, each with probes of its
-        own. Must divide the leading axis of every array in the batch.
-      num_probes: number of probes for each group, one after another.
-      parallel_groups: how many groups are computed at once, each with a product of its
-        own in memory; the others wait their turn. Must divide `groups`. As for `gnb`.
-      axis_name: name or names of the mapped axes under `pmap` or `shard_map`: `groups`
-        are then a device's, `params` are whole and the same on every device (gather them
-        before the estimate, not in `loss_fn`), and so is the estimate. Under `jit`
-        with sharded arrays leave it None: the estimate is that of one device.
+        groups or devices, the mean of their losses must be the loss of the batch. This is
+        not so for a mean over unmasked predictions if their number differs between groups
+        (use one group), nor for a loss that mixes examples, as batch normalization does.
+        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`.
+      groups: number of groups, blocks of consecutive examples, each with its own probes.
+        Must divide the leading axis of every array in the batch.
+      num_probes: number of probes for each group, computed sequentially.
+      parallel_groups: number of groups that are computed in parallel, as for `gnb`.
+      axis_name: name or names of the mapped axes under `pmap` or `shard_map`, as for `gnb`.
+        `params` must be replicated, and so is the estimate: if they are sharded, gather
+        them before the estimate, not in `loss_fn`.
 
     Returns:
-      A function `estimate(params, *batch, key)`, `key` a PRNG key. The result is a tree
-      like `params` of the shapes of `params`, in float32 (float64 where `params` are).
+      A function `estimate(params, *batch, key)`, an `Estimator`. `key` is a PRNG key. The
+      result is a tree like `params`, in float32 (float64 where `params` are). `accumulate`
+      also takes `weight`, shape (), by default the number of examples.
 
     Raises:
-      ValueError: for counts below 1; from the estimate, if `groups` does not divide
-        the batch or can't be shared out to the devices that it is spread over, or
-        `loss_fn` does not return a scalar.
+      ValueError: for counts below 1; from the estimate, if `groups` does not divide the
+        batch or cannot be distributed over its devices, or if `loss_fn` does not return a
+        scalar.
       TypeError: from the estimate, if `key` is not a PRNG key.
-      NotImplementedError: from the estimate, if `loss_fn` uses a kernel that can't be
-        differentiated twice, such as cuDNN's attention.
+      NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
+        derivative, such as cuDNN's attention.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,94 +89,138 @@ def hutchinson(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 1
     """
-    check_counts(groups=groups, num_probes=num_probes, parallel_groups=parallel_groups)
+    return Hutchinson(loss_fn, groups, num_probes, parallel_groups, axis_name)
 
-    def estimate(first_group, params, *batch, key, weights=None):
-        if weights is not None:
-            raise TypeError(
-                "`hutchinson` takes no `weights`, which are `gnb`'s: its `loss_fn` is the "
-                "mean loss, and masks inside."
-            )
-        if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
-            raise ValueError("`batch` has no examples, whose mean loss is not a number.")
-        check_axes(params, batch, axis_name)
-        params = as_varying(as_parameters(params), axis_name)
-        own_key = key_of_device(key, axis_name)
 
-        def product_of_group(params, group, number):
-            group_key = jax.random.fold_in(own_key, number)
+@dataclasses.dataclass(frozen=True)
+class Hutchinson:
+    """The estimator that `hutchinson` returns."""
 
-            def loss(params):
-                return _scalar(loss_fn(params, *group["batch"]))
+    loss_fn: Callable[..., jax.Array]
+    groups: int
+    num_probes: int
+    parallel_groups: int | None
+    axis_name: AxisName
 
-            _check_whole(loss, params, axis_names(axis_name))
+    def __post_init__(self) -> None:
+        check_counts(
+            groups=self.groups,
+            num_probes=self.num_probes,
+            parallel_groups=self.parallel_groups,
+        )
 
-            def product(params, _, probe_number):
+    def __call__(
+        self,
+        params: Any,
+        *batch: Any,
+        key: jax.Array,
+        weight: jax.typing.ArrayLike | None = None,
+        weights: None = None,
+        first_group: jax.typing.ArrayLike = 0,
+    ) -> Any:
+        """Return the estimate, as described in `hutchinson` and `Estimator`."""
+        del weight  # for `accumulate`
+        _check_batch(batch, self.groups, weights)
+        names = axis_names(self.axis_name)
+        check_axes(params, batch, names)
+        params = as_varying(check_params(params), names)
+        key = key_of_device(check_key(key), names)
+        grouped = split_into_groups(
+            {"batch": batch},
+            groups=self.groups,
+            parallel_groups=self.parallel_groups,
+            first_group=first_group,
+        )
+        probes = split_into_groups({}, groups=self.num_probes)
+
+        def loss(params: Any, group: Any) -> jax.Array:
+            return _check_loss(self.loss_fn(params, *group["batch"]))
+
+        gradient = jax.grad(loss)
+        if names:
+            gradient = _check_replicated(loss, params, grouped.first[0], names)
+
+        def sum_over_probes(params: Any, group: Any, number: jax.Array) -> Any:
+            group_key = jax.random.fold_in(key, number)
+
+            def product(params: Any, _: Any, probe_number: jax.Array) -> Any:
                 probe_key = jax.random.fold_in(group_key, probe_number)
                 probe = optax.tree.random_like(probe_key, params, jax.random.rademacher)
-                return _times_hessian(loss, params, probe)
+                return _hessian_product(gradient, params, group, probe)
 
-            return sum_over_groups(product, params, {}, groups=num_probes)
+            return sum_over_groups(product, params, probes)
 
-        total = sum_over_groups(
-            product_of_group,
-            params,
-            {"batch": batch},
-            groups=groups,
-            parallel_groups=parallel_groups,
-            first=first_group,
-        )
-        count = groups * num_probes * number_of_devices(axis_name)
-        return jax.tree.map(lambda t: t / count, sum_over_devices(total, axis_name))
+        total = sum_over_groups(sum_over_probes, params, grouped)
+        count = self.groups * self.num_probes * number_of_devices(names)
+        return jax.tree.map(lambda t: t / count, sum_over_devices(total, names))
 
-    def weight(params, *batch, weight=None, **kwargs):
-        del params, kwargs
+    def weight(
+        self,
+        params: Any,
+        *batch: Any,
+        key: jax.Array | None = None,
+        weight: jax.typing.ArrayLike | None = None,
+        weights: None = None,
+    ) -> jax.typing.ArrayLike:
+        """Return the given weight, or by default the number of examples."""
+        del params, key, weights
+        names = axis_names(self.axis_name)
         if weight is not None:
-            return sum_over_devices(jnp.asarray(weight), axis_name)
+            return sum_over_devices(jnp.asarray(weight), names)
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(
-                "`weight`, how much a micro-batch counts, can't be read from the leading "
-                f"axes of its arrays, {sorted(sizes)}: pass it, as `weight=mask.sum()`."
+                "The weight of a micro-batch is the leading axis of its arrays, which is "
+                f"ambiguous here, got {sorted(sizes)}: pass `weight`, such as "
+                "`weight=mask.sum()`."
             )
-        return sizes.pop() * number_of_devices(axis_name)
-
-    return Estimator(estimate, weight, groups)
+        return sizes.pop() * number_of_devices(names)
 
 
-def _check_whole(
-    loss: Callable[[Any], jax.Array], params: Any, axes: tuple[str, ...]
-) -> None:
-    """Raises ValueError for parameters that `loss` gathers over the devices' groups."""
-    if not axes:
-        return
-    seen = marks_of(jax.grad(lambda p: begin(loss(p))), params, axes=axes)
-    if any(of_one.kind == Kind.SUMMED for of_one in jax.tree.leaves(seen)):
-        raise ValueError(
-            "`hutchinson` takes `params` that are whole on each device, and their gradient "
-            f"is summed over the mapped axes {list(axes)}: gather them before the "
-            "estimate, not in `loss_fn`."
-        )
-
-
-def _times_hessian(loss: Callable[[Any], jax.Array], params: Any, probe: Any) -> Any:
-    """probe ⊙ ∇²loss(params) probe."""
+def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) -> Any:
+    """Return probe ⊙ ∇²loss(params) probe."""
     try:
-        _, product = jax.jvp(jax.grad(loss), (params,), (probe,))
+        _, product = jax.jvp(lambda p: gradient(p, group), (params,), (probe,))
     except (NotImplementedError, TypeError, ValueError) as error:
-        # Where the gradient itself fails, this raises what is wrong with it.
-        jax.eval_shape(jax.grad(loss), params)
+        # If the gradient itself fails, this raises its own error.
+        jax.eval_shape(gradient, params, group)
         raise NotImplementedError(
-            "`hutchinson` differentiates the gradient of `loss_fn` once more, which a "
-            "part of it does not allow, such as cuDNN's attention or another kernel "
-            "with a `custom_vjp` and no JVP. Estimate with `gnb`, which needs gradients "
-            "alone, or use a kernel that XLA makes, as "
+            "`hutchinson` needs the second derivative of `loss_fn`, but a part of it has "
+            "none, such as cuDNN's attention or another kernel with a `custom_vjp` and no "
+            "JVP. Use `gnb`, which needs gradients alone, or a kernel from XLA: "
             "`jax.nn.dot_product_attention(..., implementation='xla')`."
         ) from error
-    return jax.tree.map(lambda z, hz: z.astype(accumulator_dtype(hz)) * hz, probe, product)
+    probe, product = at_least_float32((probe, product))
+    return jax.tree.map(jnp.multiply, probe, product)
 
 
-def _scalar(loss: jax.Array) -> jax.Array:
+def _check_replicated(
+    loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
+) -> Gradient:
+    """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
+    gradient, jaxpr = trace_gradient(loss, params, group)
+    if communicates(jaxpr, names):
+        values = find_annotations(jaxpr, params, names)
+        if any(value.axes for value in jax.tree.leaves(values)):
+            raise ValueError(
+                "`hutchinson` needs replicated `params`, but their gradient is summed over "
+                f"the mapped axes {list(names)}: gather them before the estimate, not in "
+                "`loss_fn`."
+            )
+    return gradient
+
+
+def _check_batch(batch: Any, groups: int, weights: Any) -> None:
+    if weights is not None:
+        raise TypeError(
+            "`weights` is an argument of `gnb`, not of `hutchinson`: its `loss_fn` returns "
+            "the mean loss. Apply a mask there."
+        )
+    if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
+        raise ValueError("`batch` has no examples, so their mean loss is undefined.")
+
+
+def _check_loss(loss: jax.Array) -> jax.Array:
     got = f"shape {loss.shape}" if hasattr(loss, "shape") else type(loss).__name__
     if got != "shape ()":
         raise ValueError(

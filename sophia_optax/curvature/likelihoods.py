@@ -1,7 +1,7 @@
-"""Distributions of a label given a model's outputs, whose -log p is the loss.
+"""Distributions of a label given a model's outputs. The loss is -log p.
 
-Any object with the two methods of `Likelihood` will do. For a distribution of distrax or
-TensorFlow Probability, `D(outputs)`, that is one line:
+A likelihood is any object with the two methods of `Likelihood`. For a distribution
+`D(outputs)` of distrax or TensorFlow Probability this is one line:
 
     types.SimpleNamespace(sample=lambda key, f: D(f).sample(seed=key),
                           neg_log_prob=lambda f, y: -D(f).log_prob(y))
@@ -14,31 +14,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_optax.curvature.inverse_cdf import sample_categorical
+from sophia_optax.curvature.categorical_sampler import sample_categorical
 from sophia_optax.curvature.meshes import on_auto_axes
 
 
 class Likelihood(Protocol):
-    """The distribution of labels given outputs: independent, one for a prediction."""
+    """The distribution of labels given outputs: independent, one for each prediction."""
 
     def sample(self, key: jax.Array, outputs: Any, /) -> Any:
-        """Labels drawn given the outputs, one for each prediction."""
+        """Return labels sampled given the outputs, one for each prediction."""
         ...
 
     def neg_log_prob(self, outputs: Any, targets: Any, /) -> jax.Array:
-        """-log p(targets | outputs), an entry for each prediction."""
+        """Return -log p(targets | outputs), an entry for each prediction."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """A label out of `classes`; the outputs are logits. The loss is cross entropy.
+    """A label out of `classes`. The outputs are logits, and the loss is cross entropy.
 
-    The labels are drawn with one uniform number for a prediction rather than one for
-    each logit, which for the vocabulary of a language model is most of the cost.
-
-    Outputs: logits, shape (..., classes), -inf for a class that can't be. Labels:
-    shape (...), int32. Losses: shape (...), in nats, at least float32.
+    Outputs: logits, shape (..., classes), -inf for an impossible class. Labels: shape
+    (...), int32. Losses: shape (...), in nats, at least float32. Sampling takes one uniform
+    number for each prediction rather than one for each logit.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,11 +56,11 @@ class Categorical:
         _check_shape(targets, logits.shape[:-1])
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(
-                f"`targets` of `Categorical` are classes, got dtype {targets.dtype}: "
-                "pass integers."
+                "`targets` of `Categorical` must be classes, integers, got dtype "
+                f"{targets.dtype}."
             )
-        # A sum, not an index: it is fused with the others, its gradient takes no scatter,
-        # and it needs no gather where the classes are spread over devices.
+        # A sum instead of an index: XLA fuses it with the others, its gradient needs no
+        # scatter, and it needs no gather where the classes are sharded over devices.
         shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.where(is_target, shifted, 0).sum(-1)
@@ -72,7 +70,7 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """A label in {0, 1}; the outputs are its logit. The loss is binary cross entropy.
+    """A label in {0, 1}. The outputs are logits, and the loss is binary cross entropy.
 
     Outputs: logits, any shape. Labels: the same shape, 0 or 1. Losses: the same shape,
     in nats, at least float32.
@@ -96,14 +94,14 @@ class Bernoulli:
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """A real label; the outputs are its mean. The loss is half the squared error.
+    """A real label. The outputs are its mean, and the loss is half the squared error.
 
-    Outputs: means, any shape. Labels: the same shape. Losses: the same shape, in nats,
-    at least float32: `((targets - outputs) / scale)² / 2` and a constant. Each entry is
-    a prediction of its own, so the mean loss divides by the number of entries.
+    Outputs: means, any shape. Labels: the same shape. Losses: the same shape, in nats, at
+    least float32: `((targets - outputs) / scale)² / 2` plus a constant. Each entry is one
+    prediction, so the mean loss divides by the number of entries.
 
     Attributes:
-      scale: the standard deviation, fixed, in the unit of the labels.
+      scale: the standard deviation, a constant, in the unit of the labels.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,12 +124,11 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class Poisson:
-    """A count; the outputs are the log of its rate.
+    """A count. The outputs are the log of its rate.
 
-    Outputs: log rates, any shape, at most 21 (a count of 2**31 is JAX's largest). Labels:
-    the same shape, integers. Losses: the same shape, in nats, at least float32:
-    `exp(outputs) - targets * outputs + log targets!`.
-    Keys must be of JAX's default kind, threefry: `jax.random.poisson` takes no other.
+    Outputs: log rates, any shape, at most 21 (counts in JAX are below 2**31). Labels: the
+    same shape, integers. Losses: the same shape, in nats, at least float32:
+    `exp(outputs) - targets * outputs + log targets!`. Keys must be threefry, JAX's default.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,16 +150,16 @@ class Poisson:
 
 
 def _float(outputs: Any) -> jax.Array:
-    """The outputs of a model in float32 or float64."""
+    """Return the outputs of a model in float32 or float64."""
     if not hasattr(outputs, "dtype"):
         raise ValueError(
-            f"The outputs must be one array, got {type(outputs).__name__}. If the model "
-            "returns more than that, keep only them in `logits_fn`."
+            "`logits_fn` must return one array, the outputs for the likelihood, got "
+            f"{type(outputs).__name__}."
         )
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise TypeError(
             "`logits_fn` must return floating point outputs, which have a gradient, got "
-            f"dtype {outputs.dtype}: leave out what rounds them."
+            f"dtype {outputs.dtype}: remove the cast or rounding."
         )
     return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
@@ -170,14 +167,14 @@ def _float(outputs: Any) -> jax.Array:
 def _check_logits(outputs: Any) -> jax.Array:
     if not hasattr(outputs, "ndim") or outputs.ndim == 0:
         raise ValueError(
-            "`Categorical` takes logits of shape (..., classes), got "
-            f"{getattr(outputs, 'shape', type(outputs).__name__)}. If the model returns "
-            "more than its logits, keep only them in `logits_fn`."
+            "`Categorical` requires logits of shape (..., classes), got "
+            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Return nothing but the "
+            "logits in `logits_fn`."
         )
     if outputs.shape[-1] < 2:
         raise ValueError(
-            "`Categorical` needs two classes or more, got logits of shape "
-            f"{outputs.shape}, whose curvature is 0. For one logit of a yes or no use "
+            "`Categorical` requires two classes or more, got logits of shape "
+            f"{outputs.shape}, whose curvature is 0. For binary labels with one logit use "
             "`Bernoulli()`."
         )
     return outputs
@@ -187,6 +184,6 @@ def _check_shape(targets: jax.Array, shape: tuple[int, ...]) -> None:
     got = getattr(targets, "shape", type(targets).__name__)
     if got != shape:
         raise ValueError(
-            "`targets` must have one entry for each prediction, in an array of shape "
+            "`targets` must be an array with one entry for each prediction, shape "
             f"{shape}, got {got}."
         )

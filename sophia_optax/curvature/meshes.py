@@ -1,7 +1,7 @@
-"""What tracing knows about a mesh, under `jit` and without mapped axes.
+"""Meshes and shardings as tracing sees them, under `jit` and without mapped axes.
 
-Along an Explicit axis of the mesh an array's type says how the array is spread over
-devices. Along an Auto axis it does not: only the mesh itself is known.
+The type of an array records how it is sharded along Explicit axes of a mesh, but not along
+Auto axes.
 """
 
 import math
@@ -16,7 +16,7 @@ Mesh = jax.sharding.AbstractMesh
 
 
 def mesh_of(tree: Any) -> Mesh:
-    """The mesh that arrays of `tree` lie on: empty, if `jit` has no axis of any."""
+    """Return the mesh of the arrays in `tree`, empty if `jit` has no axis of any mesh."""
     for x in jax.tree.leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if set(mesh.axis_types) - {AxisType.Manual}:
@@ -25,27 +25,27 @@ def mesh_of(tree: Any) -> Mesh:
 
 
 def leading_axes(x: jax.Array) -> Axes:
-    """The Explicit axes that the leading dimension of `x` is spread over."""
+    """Return the Explicit axes that the leading dimension of `x` is sharded over."""
     return _names(jax.typeof(x).sharding.spec[0])
 
 
-def number_of_parts(mesh: Mesh, axes: Axes) -> int:
+def number_of_shards(mesh: Mesh, axes: Axes) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
-def auto_axes_of(mesh: Mesh) -> Axes:
+def auto_axes(mesh: Mesh) -> Axes:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Auto)
+    return tuple(name for name, axis_type in types if axis_type == AxisType.Auto)
 
 
-def spread_leading(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
-    """`x` with its leading dimension spread over the Explicit axes."""
-    spec = axes, *jax.typeof(x).sharding.spec[1:]
+def reshard_leading(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
+    """Return `x` with its leading dimension sharded over Explicit axes."""
+    spec = axes or None, *jax.typeof(x).sharding.spec[1:]
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
-    """`x` with no dimension spread over the Explicit axes."""
+    """Return `x` with no dimension sharded over the Explicit axes."""
     spec = [
         tuple(name for name in _names(entry) if name not in axes)
         for entry in jax.typeof(x).sharding.spec
@@ -53,8 +53,8 @@ def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def spread_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x` spread over Explicit axes as `other`, an array of its shape, is."""
+def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Return `x` sharded over Explicit axes like `other`, an array of the same shape."""
     spec = jax.typeof(other).sharding.spec
     if spec == jax.typeof(x).sharding.spec:
         return x
@@ -62,12 +62,12 @@ def spread_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def on_auto_axes(fn: Callable[..., jax.Array], spec: Sequence[Any]) -> Callable[..., Any]:
-    """`fn` with Explicit axes taken for Auto inside, and a result spread as `spec` says."""
+    """Return `fn` with Explicit axes as Auto axes, and a result sharded by `spec`."""
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         mesh = mesh_of(args)
-        kinds = set(mesh.axis_types)
-        if AxisType.Explicit not in kinds or AxisType.Manual in kinds:
+        types = set(mesh.axis_types)
+        if AxisType.Explicit not in types or AxisType.Manual in types:
             return fn(*args)
         auto = jax.sharding.auto_axes(
             fn, out_sharding=NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,13 +1,13 @@
-"""State and updates: from gradients, and estimates of the curvature as they come, to steps.
+"""State and updates: the chain of transformations that turns gradients into updates.
 
-diag_hessian      the average of estimates, and the division by it
-hold_unclipped    the rule by which gamma finds itself
-quantile          of |u| / h, from a sample: what that rule reads
-scale_by_sophia   the average of gradients, that division, the clip
-sophia            with weight decay and learning rate: what a user calls
-received          what `update` receives as an estimate, checked
-rounding          averages in 16 bits
-metrics           figures computed from the state
+momentum          the moving average of gradients
+diag_hessian      the moving average of estimates, and the division by it
+hold_unclipped    the rule for gamma
+scale_by_sophia   the chain of these stages and the clip
+sophia            the chain with weight decay and learning rate, and its aliases
+estimate_checks   checks of the estimate that `update` receives
+rounding          stochastic rounding for averages in 16 bits
+metrics           metrics computed from the state
 """
 
 from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian

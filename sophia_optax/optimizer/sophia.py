@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import optax
 
+from sophia_optax.arrays import AxisName
 from sophia_optax.curvature import hutchinson
+from sophia_optax.optimizer.estimate_checks import HessianFn, is_masked
 from sophia_optax.optimizer.hold_unclipped import HoldUnclipped
 from sophia_optax.optimizer.scale_by_sophia import scale_by_sophia
 
@@ -29,39 +31,44 @@ def sophia(
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sophia, for any estimate of the Hessian's diagonal.
+    r"""Sophia, for any estimate of the Hessian diagonal.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
         m_t / \max(\gamma h_t, \epsilon), \pm\rho) + \lambda \theta_{t-1})
 
-    `scale_by_sophia`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`.
-    Without an estimate in any update this is momentum with a sign: pass `hessian_fn`
-    (or `hessian`) to `update`, as `scale_by_diag_hessian` says. Compile the step with
-    `jax.jit`: outside it, JAX compiles a new `hessian_fn` at every step.
+    A chain of `scale_by_sophia`, `optax.add_decayed_weights` and
+    `optax.scale_by_learning_rate`. Pass `hessian_fn` (or `hessian`) to `update`, as
+    `scale_by_diag_hessian` explains: if no update gets an estimate, this reduces to sign
+    momentum (Signum). Compile the step with `jax.jit`: outside it, JAX compiles a new
+    `hessian_fn` at every step.
 
     Args:
-      learning_rate: η, or a schedule of it. Times `clip_threshold` it is the largest
-        change of an entry in a step, but for weight decay.
+      learning_rate: η, or a schedule of it. Without weight decay, no entry changes by more
+        than η `clip_threshold` in a step.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: the rule `hold_unclipped`; or the scale of the Hessian, a number or a
-        schedule, so chosen that `unclipped_fraction` is between 0.1 and 0.5.
+      gamma: the rule `hold_unclipped`; or the scale of the Hessian, a number or a schedule,
+        chosen so that `unclipped_fraction` is between 0.1 and 0.5.
       eps: the smallest divisor.
       weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
-      mask: where weight decay applies: a tree of booleans, a prefix of the
-        parameters', or a function from parameters to one.
-      clip_threshold: ρ, the largest size of an entry before the learning rate.
+      mask: where weight decay applies: a tree of booleans, a prefix of the tree of
+        parameters, or a function from the parameters to such a tree.
+      clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
       update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian; nothing to `hold_unclipped`.
-      nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t: Nesterov's momentum.
-      mu_dtype: dtype of the average of gradients; the parameters' by default. In bfloat16,
-        which is rounded to stochastically, it takes half the memory.
-        Under `optax.inject_hyperparams` write its name, as "bfloat16", here and below.
-      hessian_dtype: dtype of the average of the Hessian; float32 by default. In bfloat16
-        as `mu_dtype`.
-      seed: seed of the keys that `hessian_fn` is called with, and of the rounding.
+      debias: correct the bias of the average of the Hessian. It has no effect with
+        `hold_unclipped`.
+      nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
+      mu_dtype: dtype of the average of gradients, by default that of the parameters. In
+        bfloat16 it takes half the memory and is rounded stochastically. Under
+        `optax.inject_hyperparams` write the name, such as "bfloat16", here and below.
+      hessian_dtype: dtype of the average of the Hessian, by default float32. In bfloat16 it
+        is rounded stochastically too.
+      seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
+      axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
+        parameters are sharded, as for `scale_by_diag_hessian`.
 
     Returns:
       A transformation whose updates have the dtype of the parameters.
@@ -87,21 +94,13 @@ def sophia(
     """
     return optax.chain(
         scale_by_sophia(
-            b1,
-            b2,
-            gamma,
-            eps,
-            clip_threshold=clip_threshold,
-            update_interval=update_interval,
-            debias=debias,
-            nesterov=nesterov,
-            mu_dtype=mu_dtype,
-            hessian_dtype=hessian_dtype,
-            seed=seed,
+            b1, b2, gamma, eps, clip_threshold=clip_threshold,
+            update_interval=update_interval, debias=debias, nesterov=nesterov,
+            mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed, axis_name=axis_name,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
-    )
+    )  # fmt: skip
 
 
 def sophia_g(
@@ -120,16 +119,9 @@ def sophia_g(
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sophia-G: `sophia` with the paper's settings for the estimates of `gnb`.
-
-    The arguments are those of `sophia`.
-
-    Returns:
-      A transformation whose updates have the dtype of the parameters.
-
-    Raises:
-      ValueError: as `scale_by_diag_hessian`.
+    """Sophia-G: `sophia` with the paper's settings for `gnb`, and the same arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -160,21 +152,11 @@ def sophia_g(
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 2, 3
     """
     return sophia(
-        learning_rate,
-        b1,
-        b2,
-        gamma,
-        eps,
-        weight_decay,
-        mask,
-        clip_threshold=clip_threshold,
-        update_interval=update_interval,
-        debias=debias,
-        nesterov=nesterov,
-        mu_dtype=mu_dtype,
-        hessian_dtype=hessian_dtype,
-        seed=seed,
-    )
+        learning_rate, b1, b2, gamma, eps, weight_decay, mask,
+        clip_threshold=clip_threshold, update_interval=update_interval, debias=debias,
+        nesterov=nesterov, mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed,
+        axis_name=axis_name,
+    )  # fmt: skip
 
 
 def sophia_h(
@@ -193,21 +175,18 @@ def sophia_h(
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
     seed: jax.typing.ArrayLike = 0,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sophia-H: `sophia` with the paper's settings for the estimates of `hutchinson`.
+    """Sophia-H: `sophia` with the paper's settings for `hutchinson`.
 
     Its `update` also takes `obj_fn`, a function from the parameters to the loss, as
-    `optax.contrib.sophia` does: the same as
-    `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
-
-    The arguments are those of `sophia`.
-
-    Returns:
-      A transformation whose updates have the dtype of the parameters.
+    `optax.contrib.sophia` does. This is short for
+    `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`. The arguments are the same
+    as for `sophia`.
 
     Raises:
-      ValueError: as `scale_by_diag_hessian`; and if `obj_fn` comes together with an
-        estimate, without `params`, or where `optax.masked` hides part of `params`.
+      ValueError: as `scale_by_diag_hessian`; and if `update` gets `obj_fn` together with
+        an estimate, without `params`, or where `optax.masked` hides some of `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -231,21 +210,11 @@ def sophia_h(
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 1, 3
     """
     tx = sophia(
-        learning_rate,
-        b1,
-        b2,
-        gamma,
-        eps,
-        weight_decay,
-        mask,
-        clip_threshold=clip_threshold,
-        update_interval=update_interval,
-        debias=debias,
-        nesterov=nesterov,
-        mu_dtype=mu_dtype,
-        hessian_dtype=hessian_dtype,
-        seed=seed,
-    )
+        learning_rate, b1, b2, gamma, eps, weight_decay, mask,
+        clip_threshold=clip_threshold, update_interval=update_interval, debias=debias,
+        nesterov=nesterov, mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed,
+        axis_name=axis_name,
+    )  # fmt: skip
 
     def update(updates, state, params=None, *, obj_fn=None, **extra_args):
         if obj_fn is not None:
@@ -255,8 +224,12 @@ def sophia_h(
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _hessian_fn_of(obj_fn, params, extra_args):
-    """The `hessian_fn` that estimates `obj_fn`'s curvature at `params`."""
+def _hessian_fn_of(
+    obj_fn: Callable[[optax.Params], jax.Array],
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> HessianFn:
+    """Return the `hessian_fn` that estimates the Hessian of `obj_fn` at `params`."""
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
             raise ValueError(
@@ -268,12 +241,11 @@ def _hessian_fn_of(obj_fn, params, extra_args):
             "`obj_fn` needs the parameters, got `params=None`: call "
             "`update(grads, state, params, obj_fn=obj_fn)`."
         )
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
-            "`obj_fn` takes all the parameters, but `optax.masked` or "
-            "`optax.partition` hides some of them here. Pass "
-            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)` instead, "
-            "with all the parameters: the estimate is cut down to the mask."
+            "`obj_fn` is a function of all parameters, but `optax.masked` or "
+            "`optax.partition` hides some of them. Pass "
+            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)` with all "
+            "parameters instead: the estimate is reduced to the mask."
         )
     return lambda key: hutchinson(obj_fn)(params, key=key)

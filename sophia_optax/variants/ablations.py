@@ -1,4 +1,4 @@
-"""What is left of Sophia when a part is taken out or exchanged."""
+"""Ablations: Sophia with a part removed or replaced."""
 
 from typing import Any
 
@@ -16,14 +16,12 @@ def adahessian_clip(
     eps: jax.typing.ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Any = None,
-    *,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """AH+clip: Sophia that divides by the root mean square of Hutchinson's estimates.
 
-    The arguments are those of `sophia`.
+    The arguments are the same as for `sophia`; `settings` are `update_interval`, `debias`,
+    `hessian_dtype` and `seed`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,65 +34,15 @@ def adahessian_clip(
     """
     return optax.chain(
         optax.ema(b1, debias=False),
-        scale_by_diag_hessian(
-            b2,
-            gamma,
-            eps,
-            update_interval=update_interval,
-            debias=debias,
-            rms=True,
-            seed=seed,
-        ),
+        scale_by_diag_hessian(b2, gamma, eps, rms=True, **settings),
         optax.clip(1.0),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def empirical_fisher_clip(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Any = None,
-    *,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    seed: jax.typing.ArrayLike = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """E-F+clip: Sophia itself; what differs is the estimate, of `empirical_fisher`.
-
-    The arguments are those of `sophia`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from sophia_optax import empirical_fisher
-      >>> from sophia_optax.variants import empirical_fisher_clip
-      >>> def logits_fn(params, x):
-      ...     return x @ params
-      >>> x, y = jnp.eye(2), jnp.array([0, 1])
-      >>> params, estimate = jnp.zeros((2, 2)), empirical_fisher(logits_fn, groups=2)
-      >>> tx = empirical_fisher_clip(0.1, weight_decay=0.0)
-      >>> hessian = estimate(params, x, targets=y)
-      >>> grads = jnp.array([[-0.25, 0.25], [0.25, -0.25]])
-      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0])
-      [[ 0.1 -0.1]
-       [-0.1  0.1]]
-    """
-    return sophia(
-        learning_rate,
-        b1,
-        b2,
-        gamma,
-        eps,
-        weight_decay,
-        mask,
-        update_interval=update_interval,
-        debias=debias,
-        seed=seed,
-    )
+empirical_fisher_clip = sophia
+"""E-F+clip: Sophia itself, to be used with estimates of `empirical_fisher`."""
 
 
 def clip_only(
@@ -104,7 +52,7 @@ def clip_only(
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The clip without a Hessian: what Sophia is where it is one.
+    """The clip without a Hessian: Sophia with a Hessian of one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,9 +76,9 @@ def normalize_only(
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The average of gradients scaled to length one: neither clip nor Hessian.
+    """The average of gradients scaled to norm one, without clip and Hessian.
 
-    The learning rate is the Euclidean length of a step, of all parameters together.
+    The learning rate is the Euclidean norm of a step, over all parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,7 +102,7 @@ def signum(
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SignGD with momentum: what Sophia is where its Hessian is zero or below.
+    """SignGD with momentum: Sophia with a Hessian of zero or less.
 
     Example:
       >>> import jax.numpy as jnp

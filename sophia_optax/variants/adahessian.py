@@ -20,15 +20,15 @@ def adahessian(
     update_interval: jax.typing.ArrayLike = 1,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaHessian: Adam, with estimates of the Hessian's diagonal in place of gradients.
+    r"""AdaHessian: Adam with estimates of the Hessian diagonal in its second moment.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta \left(\frac{m_t / (1 - b_1^t)}
         {\sqrt{v_t / (1 - b_2^t)}} + \lambda \theta_{t-1}\right), \qquad
       v_t = b_2 v_{t-1} + (1 - b_2) \hat h_t^2
 
-    `optax.ema` and `scale_by_diag_hessian`, both with bias correction, the second of the
-    root mean square. Of the paper's options the power of the Hessian is left at one.
+    A chain of `optax.ema` and `scale_by_diag_hessian` with the root mean square, both with
+    bias correction. The paper's Hessian power is fixed at one.
 
     Args:
       learning_rate: η, or a schedule of it.
@@ -38,10 +38,11 @@ def adahessian(
       weight_decay: λ, decoupled, multiplied by the learning rate.
       mask: where weight decay applies, as for `sophia`.
       update_interval: number of updates from one refresh to the next.
-      seed: seed of the keys that `hessian_fn` is called with.
+      seed: seed of the keys for `hessian_fn`.
 
     Returns:
-      A transformation that takes `hessian` or `hessian_fn`, of `spatial_average` or not.
+      A transformation whose `update` takes `hessian` or `hessian_fn`, with or without
+      `spatial_average`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -66,13 +67,7 @@ def adahessian(
     return optax.chain(
         optax.ema(b1, debias=True),
         scale_by_diag_hessian(
-            b2,
-            1.0,
-            eps,
-            update_interval=update_interval,
-            debias=True,
-            rms=True,
-            seed=seed,
+            b2, 1.0, eps, update_interval=update_interval, debias=True, rms=True, seed=seed
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -80,11 +75,11 @@ def adahessian(
 
 
 def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
-    """AdaHessian's spatial averaging: each block of neighbours gets its mean.
+    """AdaHessian's spatial averaging: replace each block of entries by its mean.
 
     Args:
-      hessian: an estimate, a tree of arrays. Those of one axis or none stay as they are.
-      block_size: number of neighbours on the last axis, which it divides.
+      hessian: an estimate, a tree of arrays. Arrays of less than two axes do not change.
+      block_size: number of consecutive entries of the last axis. Must divide it.
 
     Returns:
       A tree of the same shapes.

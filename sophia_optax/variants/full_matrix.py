@@ -1,4 +1,4 @@
-"""Sophia with the whole Hessian, and the clip in its eigenbasis: for theory."""
+"""Sophia with the full Hessian and the clip in its eigenbasis, for theory."""
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,16 @@ def full_matrix_sophia(
       \theta_t = \theta_{t-1} - \eta V^\top \mathrm{clip}(
         V (\nabla^2 L)^{-1} \nabla L, \pm\rho), \qquad \nabla^2 L = V^\top \Lambda V
 
-    The number of its steps does not grow with the condition number of the Hessian. Where
-    an eigenvalue is not positive, the step along its eigenvector is a sign.
+    The number of steps does not grow with the condition number of the Hessian. If an
+    eigenvalue is not positive, the step along its eigenvector is a sign.
 
     Args:
       learning_rate: η, or a schedule of it.
-      clip_threshold: ρ, the largest size of an entry in the eigenbasis.
+      clip_threshold: ρ, the largest magnitude of an entry in the eigenbasis.
 
     Returns:
-      A transformation of one vector, shape (n,), whose `update` wants `hessian`, the whole
-      matrix, shape (n, n).
+      A transformation of one vector, shape (n,), whose `update` requires `hessian`, the
+      full matrix, shape (n, n).
 
     Raises:
       ValueError: from `update`, for other shapes.
@@ -51,8 +51,8 @@ def full_matrix_sophia(
         del params, extra_args
         if jnp.ndim(updates) != 1 or jnp.shape(hessian) != 2 * jnp.shape(updates):
             raise ValueError(
-                "`hessian` must be a matrix of shape (n, n) for a gradient of shape (n,), "
-                f"got {jnp.shape(hessian)} for {jnp.shape(updates)}. Ravel the parameters."
+                "`hessian` must have shape (n, n) for a gradient of shape (n,), got "
+                f"{jnp.shape(hessian)} for {jnp.shape(updates)}. Flatten the parameters."
             )
         eigenvalues, basis = jnp.linalg.eigh(hessian)
         bound = jnp.asarray(clip_threshold)

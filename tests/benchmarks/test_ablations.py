@@ -29,7 +29,7 @@ def test_every_search_is_as_wide():
         assert high.learning_rate / low.learning_rate == pytest.approx(16, rel=0.01), name
         assert (low.b1, high.b1) == (0.95, 0.6)
         assert (space.gamma is None) or (space.memory is None)
-        if space.fraction:  # a finer search is of any share
+        if space.fraction:  # a finer search covers the whole range of fractions
             near = [space.near(low, np.full(4, x), 1.0) for x in (0, 1)]
             assert [s.fraction for s in near] == [low.fraction, high.fraction]
             assert [s.weight_decay for s in near] == [0.05, 0.8]
@@ -60,7 +60,7 @@ def test_settings_reach_the_optimizer():
     def made(name, **changes):
         settings = dataclasses.asdict(SPACES[name].settings(MIDDLE))
         settings |= {"seed": 0, "steps": 32} | changes
-        make_optimizer, _ = trials.programs(SIZE, name, 4, True, "float32", "parameter")
+        make_optimizer, _ = trials.programs(SIZE, name, 4, True, "float32")
         tx = make_optimizer(jax.tree.map(jnp.asarray, settings))
         state = tx.init(params)
         for n in range(6):
@@ -120,7 +120,7 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
     finer = [name for name, made in results["search"].items() if len(made) == 6]
     assert sorted(finer) == sorted(ablations.FINER)
     held = {(c["part"], c["value"]) for c in results["changes"]["sophia_g_nesterov"]}
-    assert {("a gamma for each", "row"), ("share", "0.6"), ("without Nesterov", "")} <= held
+    assert {("share", "0.6"), ("groups", "1"), ("without Nesterov", "")} <= held
     changes = {(c["part"], c["value"]) for c in results["changes"]["sophia_g"]}
     assert {("k", "1"), ("k", "100"), ("groups", "1"), ("debias", "False")} <= changes
     assert sum(part == "gamma × b2" for part, _ in changes) == 9

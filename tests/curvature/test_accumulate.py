@@ -1,4 +1,4 @@
-"""A batch that arrives in parts, against the whole of it at once."""
+"""Tests of `accumulate`: micro-batches against one call with the complete batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,7 @@ import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
 from problems import network, network_params
 
-from sophia_optax import (
-    accumulate,
-    empirical_fisher,
-    gnb,
-    hold_unclipped,
-    hutchinson,
-    sophia_g,
-)
+from sophia_optax import accumulate, empirical_fisher, gnb, hutchinson, sophia_g
 
 KEY = jax.random.key(3)
 PARAMS = network_params()
@@ -27,45 +20,37 @@ def loss(params, x):
     return jnp.mean(jnp.sum(network(params, x) ** 3, -1))
 
 
-def added(micro, parts):
-    """What `micro` makes of micro-batches: pairs of arguments and keyword arguments."""
+def add_all(micro, batches):
+    """Return the state after micro-batches, pairs of an array and keyword arguments."""
     state, add = micro.init(PARAMS), jax.jit(micro.add)
-    for batch, kwargs in parts:
-        state = add(state, PARAMS, *batch, **kwargs)
+    for x, kwargs in batches:
+        state = add(state, PARAMS, x, **kwargs)
     return state
 
 
-def micro_batches(make, size, *, weights):
-    """X in parts of `size`, as the estimator that `make` returns takes them."""
-    for i in range(0, 12, size):
-        part = slice(i, i + size)
-        kwargs = {} if make is empirical_fisher else {"key": KEY}
-        if make is empirical_fisher:
-            kwargs["targets"] = Y[part]
-        if weights:
-            kwargs["weights"] = WEIGHTS[part]
-        yield (X[part],), kwargs
+def split(sizes, **arrays):
+    """Return X and named arrays in micro-batches of these sizes."""
+    ends = jnp.cumsum(jnp.array(sizes)).tolist()
+    slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return [(X[s], {name: a[s] for name, a in arrays.items()}) for s in slices]
 
 
-@pytest.mark.parametrize("size", [2, 4, 12])
 @pytest.mark.parametrize(
-    ("make", "fn", "weights"),
+    ("make", "fn", "arrays", "kwargs"),
     [
-        (gnb, network, False),
-        (gnb, network, True),
-        (empirical_fisher, network, True),
-        (hutchinson, loss, False),
+        (gnb, network, {"weights": WEIGHTS}, {"key": KEY}),
+        (empirical_fisher, network, {"weights": WEIGHTS, "targets": Y}, {}),
+        (hutchinson, loss, {}, {"key": KEY}),
     ],
-    ids=["gnb", "gnb, weighted", "empirical_fisher", "hutchinson"],
 )
-def test_micro_batches_of_one_size_equal_the_whole_batch(make, fn, weights, size):
-    """With the same key: the labels and probes of the groups too."""
+def test_accumulate_of_equal_micro_batches_is_the_estimate_of_all(make, fn, arrays, kwargs):
+    """Labels and probes of the groups are equal too, with the same key."""
     micro = accumulate(make(fn, groups=2))
-    state = added(micro, micro_batches(make, size, weights=weights))
-    [(batch, kwargs)] = micro_batches(make, 12, weights=weights)
-    whole = jax.jit(make(fn, groups=2 * 12 // size))(PARAMS, *batch, **kwargs)
-    assert state.num_batches == 12 // size
-    assert_trees_all_close(micro.mean(state), whole, rtol=1e-5, atol=1e-5)
+    batches = [(x, named | kwargs) for x, named in split((4, 4, 4), **arrays)]
+    state = add_all(micro, batches)
+    expected = jax.jit(make(fn, groups=6))(PARAMS, X, **arrays, **kwargs)
+    assert state.num_batches == 3
+    assert_trees_all_close(micro.mean(state), expected, rtol=1e-5, atol=1e-5)
 
 
 @jax.jit
@@ -75,91 +60,64 @@ def gradient_of_sum(params, x, y, w):
     return jnp.sum(jnp.sqrt(w) * losses)
 
 
-@pytest.mark.parametrize("sizes", [(1, 11), (5, 3, 4), (2, 2, 8)])
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "weights"])
-def test_micro_batches_of_any_sizes_have_the_right_scale(sizes, weights):
-    """With labels that are given, ĥ is (1 / W) Σ_i S_i² of the sums S_i over parts."""
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [((1, 11), None), ((5, 3, 4), WEIGHTS), ((2, 2, 8), WEIGHTS)]
+)
+def test_accumulate_of_unequal_micro_batches_has_the_right_scale(sizes, weights):
+    """With given labels, ĥ is (1 / W) Σ_i S_i² of the sums S_i over micro-batches."""
     w = jnp.ones(12) if weights is None else weights
+    sums = [
+        gradient_of_sum(PARAMS, x, named["y"], named["w"])
+        for x, named in split(sizes, y=Y, w=w)
+    ]
+    expected = jax.tree.map(lambda *s: sum(each**2 for each in s) / w.sum(), *sums)
+    arrays = {"targets": Y} | ({} if weights is None else {"weights": w})
     micro = accumulate(empirical_fisher(network))
-    expected, parts, start = None, [], 0
-    for size in sizes:
-        part = slice(start, start := start + size)
-        kwargs = {"targets": Y[part]} | ({} if weights is None else {"weights": w[part]})
-        parts.append(((X[part],), kwargs))
-
-        gradient = gradient_of_sum(PARAMS, X[part], Y[part], w[part])
-        squares = jax.tree.map(lambda g: g**2 / w.sum(), gradient)
-        expected = optax.tree.add(expected, squares) if expected else squares
-    got = micro.mean(added(micro, parts))
-    assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
+    state = add_all(micro, split(sizes, **arrays))
+    assert_trees_all_close(micro.mean(state), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_sequences_of_different_lengths_count_by_their_predictions():
+def test_accumulate_weighs_sequences_by_their_number_of_predictions():
     micro = accumulate(gnb(network))
     long, short = X[:8].reshape(2, 4, 2), X[8:10].reshape(2, 1, 2)
-    state = added(micro, [((long,), {"key": KEY}), ((short,), {"key": KEY})])
-    assert state.weight == 8 + 2
+    assert add_all(micro, [(long, {"key": KEY}), (short, {"key": KEY})]).weight == 8 + 2
 
 
-def test_a_micro_batch_without_weight_counts_nowhere():
+def test_accumulate_ignores_a_micro_batch_of_weight_zero():
     micro = accumulate(gnb(network))
-    some = ((X,), {"key": KEY, "weights": WEIGHTS})
-    none = ((X,), {"key": KEY, "weights": jnp.zeros(12)})
-    alone, after = added(micro, [some]), added(micro, [some, none])
-    assert_trees_all_equal(micro.mean(after), micro.mean(alone))
-    for nothing in (added(micro, []), added(micro, [none])):
-        nans = jax.tree.map(lambda h: jnp.isnan(h).all(), micro.mean(nothing))
-        assert all(jax.tree.leaves(nans))
+    some = (X, {"key": KEY, "weights": WEIGHTS})
+    zero = (X, {"key": KEY, "weights": jnp.zeros(12)})
+    one, both = add_all(micro, [some]), add_all(micro, [some, zero])
+    assert_trees_all_equal(micro.mean(both), micro.mean(one))
+    for empty in (add_all(micro, []), add_all(micro, [zero])):
+        assert all(jnp.isnan(h).all() for h in jax.tree.leaves(micro.mean(empty)))
 
 
-def test_a_loss_that_is_masked_weighs_by_its_mask():
-    """Which one call of `hutchinson` with several groups can't."""
+def test_accumulate_weighs_hutchinson_by_the_given_weight():
+    """The loss is a masked mean, which one `hutchinson` in several groups rules out."""
     mask = jnp.array([1.0] * 5 + [0] * 7)
 
-    def masked(params, x, m):
-        return jnp.sum(m * jnp.sum(network(params, x) ** 2, -1)) / m.sum()
-
-    # The loss is quadratic in the last layer, and its Hessian there is the same for
-    # every class: all probes give what one gives.
+    # The loss is quadratic in the bias, and its Hessian there is diagonal: every probe
+    # gives the same product.
     def of_bias(bias, x, m):
-        return masked(PARAMS | {"bias": bias}, x, m)
+        logits = network(PARAMS | {"bias": bias}, x)
+        return jnp.sum(m * jnp.sum(logits**2, -1) * (x[:, 0] + 2)) / m.sum()
 
     micro = accumulate(hutchinson(of_bias))
     state = micro.init(PARAMS["bias"])
     for part in (slice(0, 4), slice(4, 12)):
         x, m = X[part], mask[part]
-        state = micro.add(state, PARAMS["bias"], x, m, key=KEY, weight=m.sum())
+        state = jax.jit(micro.add)(state, PARAMS["bias"], x, m, key=KEY, weight=m.sum())
     exact = jax.hessian(of_bias)(PARAMS["bias"], X, mask).diagonal()
     assert_trees_all_close(micro.mean(state), exact, rtol=1e-5)
 
 
-def test_in_a_scan_and_across_calls():
-    micro = accumulate(gnb(network, groups=2))
-    parts = X.reshape(3, 4, 2)
-
-    def body(state, x):
-        return micro.add(state, PARAMS, x, key=KEY), None
-
-    scanned, _ = jax.jit(lambda: jax.lax.scan(body, micro.init(PARAMS), parts))()
-    add = jax.jit(micro.add)
-    state = micro.init(PARAMS)
-    for x in parts:
-        state = add(state, PARAMS, x, key=KEY)
-    assert add._cache_size() == 1
-    assert_trees_all_close(scanned, state, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("gamma", "atol"), [(0.05, 0), (hold_unclipped(0.4), 1e-6)])
-def test_under_multi_steps_every_micro_batch_is_seen_once(gamma, atol):
-    """As `docs/large_batches.md` has it: add on each micro-step, `mean` in `hessian_fn`."""
-    steps, interval = 3, 2
-    calls = []
+def test_accumulate_under_multi_steps_sees_each_micro_batch_once():
+    """As in `docs/large_batches.md`: `add` on micro-steps, `mean` in `hessian_fn`."""
+    steps, interval, calls = 3, 2, []
     micro = accumulate(gnb(network))
-    tx = sophia_g(0.1, gamma=gamma, update_interval=interval)
+    tx = sophia_g(0.1, update_interval=interval)
     multi = optax.MultiSteps(tx, steps)
-
-    def grads_of(params, x):
-        return jax.grad(loss)(params, x)
 
     @jax.jit
     def micro_step(params, state, total, x):
@@ -170,42 +128,46 @@ def test_under_multi_steps_every_micro_batch_is_seen_once(gamma, atol):
 
         due = state.gradient_step % interval == 0
         total = jax.lax.cond(due, add, lambda total: total, total)
+        grads = jax.grad(loss)(params, x)
         updates, state = multi.update(
-            grads_of(params, x), state, params, hessian_fn=lambda key: micro.mean(total)
+            grads, state, params, hessian_fn=lambda key: micro.mean(total)
         )
         total = jax.lax.cond(
             multi.has_updated(state), lambda t: micro.init(params), lambda t: t, total
         )
         return optax.apply_updates(params, updates), state, total
 
+    @jax.jit
+    def step(params, state, key):
+        def estimate(_):
+            return gnb(network, groups=steps)(params, X, key=key)
+
+        grads = jax.grad(loss)(params, X)
+        updates, state = tx.update(grads, state, params, hessian_fn=estimate)
+        return optax.apply_updates(params, updates), state
+
     params, state, total = PARAMS, multi.init(PARAMS), micro.init(PARAMS)
-    whole, whole_state = PARAMS, tx.init(PARAMS)
-    for step in range(4):
-        key = jax.random.fold_in(KEY, step)
-        hessian = gnb(network, groups=steps)(whole, X, key=key) if step % 2 == 0 else None
-        updates, whole_state = tx.update(
-            grads_of(whole, X), whole_state, whole, hessian=hessian
-        )
-        whole = optax.apply_updates(whole, updates)
+    expected_params, expected = PARAMS, tx.init(PARAMS)
+    for i in range(4):
+        key = jax.random.fold_in(KEY, i)
+        expected_params, expected = step(expected_params, expected, key)
         for x in X.reshape(steps, 4, 2):
             params, state, total = micro_step(params, state, total, x)
     jax.effects_barrier()
-    assert_trees_all_close(params, whole, rtol=1e-5, atol=atol)
-    inner = state.inner_opt_state
-    assert_trees_all_close(inner[0][1].hessian, whole_state[0][1].hessian, rtol=1e-4)
-    assert inner[0][1].num_refreshes == 2
+    assert_trees_all_close(params, expected_params, rtol=1e-5)
+    for name, rtol in {"hessian": 1e-4, "num_refreshes": 0}.items():
+        got, want = (optax.tree.get(s, name) for s in (state, expected))
+        assert_trees_all_close(got, want, rtol=rtol)
+    assert optax.tree.get(state, "num_refreshes") == 2
     assert len(calls) == 2 * steps  # on the micro-steps of the steps with a refresh
 
 
-def test_what_is_no_estimator_is_refused():
-    with pytest.raises(TypeError, match="`estimate` must be what `gnb`"):
+def test_accumulate_rejects_invalid_arguments():
+    with pytest.raises(TypeError, match="`estimate`"):
         accumulate(lambda params, key: params)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"`weight`, how much .* \[\]: pass it"):
-        added(accumulate(hutchinson(lambda p: loss(p, X))), [((), {"key": KEY})])
-
-
-@pytest.mark.parametrize("make", [gnb, empirical_fisher])
-def test_an_axis_that_is_not_mapped_is_told(make):
-    [part] = micro_batches(make, 12, weights=True)
-    with pytest.raises(ValueError, match="`axis_name='d'` is no mapped axis here"):
-        added(accumulate(make(network, axis_name="d")), [part])
+    micro = accumulate(hutchinson(lambda p: loss(p, X)))
+    with pytest.raises(ValueError, match="`weight`"):
+        micro.add(micro.init(PARAMS), PARAMS, key=KEY)
+    micro = accumulate(gnb(network, axis_name="d"))
+    with pytest.raises(ValueError, match="`axis_name='d'`"):
+        micro.add(micro.init(PARAMS), PARAMS, X, key=KEY, weights=WEIGHTS)

@@ -1,6 +1,7 @@
-"""What a refresh costs between devices, read from the compiled HLO."""
+"""Communication and work of a refresh on several devices, read from the compiled HLO."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,77 +12,72 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from benchmarks.hlo import bytes_of, collectives
 from sophia_optax import Categorical, empirical_fisher, gnb, hutchinson, sophia_g
 
-P, DEVICES, BATCH, KEY = PartitionSpec, 8, 64, jax.random.key(0)
+P, BATCH, KEY = PartitionSpec, 64, jax.random.key(0)
 PARAMS = {"up": jnp.ones((16, 128)), "out": jnp.ones((128, 256))}
 GRADIENT = 4 * optax.tree.size(PARAMS)  # bytes
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
+def make_mesh(kind, shape):
+    settings = {"axis_types": (kind, kind), "devices": jax.devices()[: math.prod(shape)]}
+    return jax.make_mesh(shape, ("data", "tensor"), **settings)
+
+
+def abstract(mesh, shape, spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+
 def network(params, x):
-    up, out = (gathered(params[k]) for k in ("up", "out"))
+    up, out = params["up"], params["out"]
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        up, out = jax.reshard(up, P()), jax.reshard(out, P())
     return jnp.tanh(x @ up) @ out
-
-
-def gathered(p):
-    return jax.reshard(p, P()) if is_explicit(jax.sharding.get_abstract_mesh()) else p
 
 
 def loss(params, x):
     return jnp.mean(network(params, x) ** 2)
 
 
-def is_explicit(mesh):
-    return AxisType.Explicit in mesh.axis_types
-
-
-REPLICATED = P()
-
-
-def compiled(fn, kind, *, params_spec=REPLICATED, devices=DEVICES):
-    """fn(params, x) compiled for data parallelism, with a gradient's layout as output."""
-    mesh = jax.make_mesh(
-        (devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices]
-    )
-
-    def like(x, spec):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    params = jax.tree.map(lambda p: like(p, params_spec), PARAMS)
-    x = like(jnp.ones((BATCH, 16)), P("data"))
+def compiled(fn, kind, *, params_spec=None, devices=8):
+    """Return fn(params, x), compiled for data parallelism, sharded as the parameters."""
+    mesh = make_mesh(kind, (devices, 1))
+    params = jax.tree.map(lambda p: abstract(mesh, p.shape, params_spec or P()), PARAMS)
+    x = abstract(mesh, (BATCH, 16), P("data"))
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda p: p.sharding, params)
         return jax.jit(fn, out_shardings=shardings).lower(params, x).compile()
 
 
-def estimates(name, **counts):
+def estimate_fn(name, **counts):
     estimate = gnb(network, **counts) if name == "gnb" else hutchinson(loss, **counts)
-    return lambda params, x: estimate(params, x, key=KEY)
+    return functools.partial(estimate, key=KEY)
 
 
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
-@pytest.mark.parametrize("groups", [1, 8, 32])
-def test_a_refresh_moves_one_gradient(kind, name, groups):
-    """Under data parallelism: one all-reduce of each parameter, and nothing in a loop."""
-    found = collectives(compiled(estimates(name, groups=groups), kind))
-    expected = {"all-reduce": GRADIENT}
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (32, 1), (8, 8)])
+def test_gnb_and_hutchinson_all_reduce_one_gradient(kind, name, groups, stride):
+    """Nothing else is communicated, also for every 8th example, and nothing in a loop."""
+    estimate = estimate_fn(name, groups=groups)
+    found = collectives(compiled(lambda params, x: estimate(params, x[::stride]), kind))
+    expected = GRADIENT
     if name == "hutchinson" and groups == 1:
-        # The product with "out" has two terms, and XLA's CPU compiler sums each over
-        # devices before it adds them. With groups they are added first.
-        expected["all-reduce"] += 4 * PARAMS["out"].size
-    assert bytes_of(found) == expected
+        # The product with "out" has two terms. XLA's CPU compiler sums each over devices
+        # before it adds them. With several groups it adds them first.
+        expected += 4 * PARAMS["out"].size
+    assert bytes_of(found) == {"all-reduce": expected}
     assert {c.times for c in found} == {1}
 
 
 @KINDS
 @pytest.mark.parametrize("groups", [1, 8, 32])
-def test_fully_sharded_a_refresh_gathers_the_parameters_once(kind, groups):
-    """And it sums squares as a gradient is summed, as the CPU does it: whole."""
+def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
+    """The CPU compiler sums squares, as it sums a gradient, with an all-reduce."""
 
     def estimate(params, x):
-        if kind == AxisType.Auto:  # says what XLA would have to guess
+        if kind == AxisType.Auto:  # fix what XLA would have to guess
             params = jax.lax.with_sharding_constraint(params, P())
-        return estimates("gnb", groups=groups)(params, x)
+        return estimate_fn("gnb", groups=groups)(params, x)
 
     found = collectives(compiled(estimate, kind, params_spec=P("data")))
     assert bytes_of(found) == {"all-gather": GRADIENT, "all-reduce": GRADIENT}
@@ -90,45 +86,35 @@ def test_fully_sharded_a_refresh_gathers_the_parameters_once(kind, groups):
 
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
-def test_no_device_does_another_s_work(kind, name):
+def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
     def flops(devices):
-        # All groups in one step: the analysis counts the body of a loop once.
-        estimate = estimates(name, groups=8, parallel_groups=8)
+        # All groups are in one step: the analysis counts the body of a loop once.
+        estimate = estimate_fn(name, groups=8, parallel_groups=8)
         return compiled(estimate, kind, devices=devices).cost_analysis()["flops"]
 
-    assert flops(DEVICES) < 1.1 * flops(1) / DEVICES
+    assert flops(8) < 1.1 * flops(1) / 8
 
 
 @KINDS
-def test_a_spread_vocabulary_is_not_gathered(kind):
-    """Labels are drawn, and their loss differentiated, where the logits lie."""
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
-    sharding = NamedSharding(mesh, P("data", "tensor"))
-    logits = jax.ShapeDtypeStruct((BATCH, 1024), jnp.float32, sharding=sharding)
+def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
+    """Labels are drawn, and their loss is differentiated, from sharded logits."""
+    mesh = make_mesh(kind, (2, 4))
+    logits = abstract(mesh, (BATCH, 1024), P("data", "tensor"))
 
     def gradient(logits):
         labels = Categorical().sample(KEY, logits)
         return jax.grad(lambda f: Categorical().neg_log_prob(f, labels).mean())(logits)
 
     with jax.set_mesh(mesh):
-        found = collectives(
-            jax.jit(gradient, out_shardings=sharding).lower(logits).compile()
-        )
-    blocks = 4 * 128 * BATCH // 2  # bytes: 128 weights for each of a device's predictions
+        jitted = jax.jit(gradient, out_shardings=logits.sharding)
+        found = collectives(jitted.lower(logits).compile())
+    blocks = 4 * 128 * BATCH // 2  # bytes: 128 weights for each prediction of a device
     assert max(c.bytes for c in found) == blocks
 
 
 @KINDS
-def test_a_part_of_every_device_s_batch_is_taken_in_place(kind):
-    def estimate(params, x):
-        return estimates("gnb", groups=8)(params, x[:: BATCH // 8])
-
-    assert bytes_of(collectives(compiled(estimate, kind))) == {"all-reduce": GRADIENT}
-
-
-@KINDS
 @pytest.mark.parametrize("params_spec", [P(), P("data")], ids=["replicated", "sharded"])
-def test_without_a_refresh_a_step_moves_what_adamw_moves(kind, params_spec):
+def test_sophia_g_step_without_refresh_communicates_as_adamw(kind, params_spec):
     def step(tx, params, x):
         grads = jax.grad(loss)(params, x)
         updates, _ = tx.update(grads, tx.init(params), params)
@@ -142,24 +128,17 @@ def test_without_a_refresh_a_step_moves_what_adamw_moves(kind, params_spec):
     assert len(sophia) == len(adamw)
 
 
-def compiled_fisher(shape, params_spec, groups):
-    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-
-    def like(shape, spec):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-
-    params, x = like((16, 256), params_spec), like((64, 16), PartitionSpec("data"))
+@pytest.mark.parametrize(
+    ("shape", "spec", "groups"), [((4, 2), P(None, "tensor"), 4), ((8, 1), P(), 32)]
+)
+def test_empirical_fisher_on_explicit_axes_gathers_nothing(shape, spec, groups):
+    """Along "tensor" parameters stay sharded. Groups of a device are sequential."""
+    mesh = make_mesh(AxisType.Explicit, shape)
+    params, x = abstract(mesh, (16, 256), spec), abstract(mesh, (64, 16), P("data"))
+    estimate = empirical_fisher(lambda p, x: x @ p, groups=groups)
     with jax.set_mesh(mesh):
-        estimate = empirical_fisher(lambda p, x: x @ p, groups=groups)
         y = jnp.zeros(64, jnp.int32)
-        return jax.jit(lambda p, x: estimate(p, x, targets=y)).lower(params, x).compile()
-
-
-def test_tensor_parallel_parameters_are_not_gathered():
-    """Explicit: along "tensor" each device goes on with its part of the classes."""
-    text = compiled_fisher((4, 2), PartitionSpec(None, "tensor"), 4).as_text()
-    assert "[16,256]" not in text
-
-
-def test_on_explicit_axes_each_device_computes_one_group_at_a_time():
-    assert " while(" in compiled_fisher((8, 1), PartitionSpec(), 32).as_text()
+        jitted = jax.jit(lambda p, x: estimate(p, x, targets=y))
+        text = jitted.lower(params, x).compile().as_text()
+    assert ("[16,256]" not in text) == (shape == (4, 2))
+    assert (" while(" in text) == (groups == 32)

@@ -1,4 +1,4 @@
-"""The optimizer's state lies where the parameters do, and stays of one type."""
+"""The state of the optimizer is sharded as the parameters, and keeps its types."""
 
 import math
 import re
@@ -11,67 +11,63 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from sophia_optax import gnb, hold_unclipped, sophia_g, sophia_metrics
+from sophia_optax import hold_unclipped, sophia_g, sophia_metrics
 
 P = PartitionSpec
 SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
 VALUES = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8), "b": jnp.zeros(8)}
-X = jax.random.normal(jax.random.key(0), (16, 8))
-PLACES = range(0, 64, 4)  # of entries of "w", two in each device's part
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
-def mesh_of(kind, shape=(4, 2)):
+def make_mesh(kind, shape=(4, 2)):
     return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
 
 
-def spread(mesh):
-    return {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in VALUES.items()}
+def shard(mesh, values=VALUES, specs=SPECS):
+    return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in values.items()}
 
 
-def shardings(tx, state, mesh):
-    """A state's shardings, made of the parameters' specs."""
+def with_specs(tx, state, specs):
+    """Return a tree like the state: the specs of the parameters, and P() for scalars."""
     return optax.tree.map_params(
-        tx,
-        lambda _, spec: NamedSharding(mesh, spec),
-        state,
-        SPECS,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
     )
 
 
+def shardings(tx, state, mesh):
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), with_specs(tx, state, SPECS))
+
+
 def describe(tree):
-    """What must not change from one step to the next."""
+    """Return what must not change between steps."""
 
     def of(x):
-        spread = any(x.sharding.spec)  # P() and P(None) are the same
-        return x.shape, x.dtype, x.weak_type, x.sharding.spec if spread else P()
+        sharded = any(x.sharding.spec)  # P() and P(None) are equivalent
+        return x.shape, x.dtype, x.weak_type, x.sharding.spec if sharded else P()
 
     return jax.tree.map(of, tree)
 
 
 @KINDS
-@pytest.mark.parametrize(
-    "compiled",
-    [pytest.param(False, id="eager", marks=pytest.mark.slow), pytest.param(True, id="jit")],
-)
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "settings", [{"debias": True}, {"gamma": hold_unclipped(), "nesterov": True}]
 )
-def test_the_state_has_the_parameters_shardings_and_keeps_its_types(
-    kind, compiled, settings
-):
-    mesh = mesh_of(kind)
-    params = spread(mesh)
+def test_sophia_g_state_has_the_shardings_of_the_parameters(kind, jit, settings):
+    mesh = make_mesh(kind)
+    params = shard(mesh)
     tx = sophia_g(optax.constant_schedule(0.1), mu_dtype="bfloat16", **settings)
-    expected = shardings(tx, jax.eval_shape(tx.init, params), mesh)
-    init, update = tx.init, tx.update
-    if compiled:
-        # On Auto axes a jitted `init` has to be told: its zeros depend on no parameter.
-        init = jax.jit(init, out_shardings=None if kind == AxisType.Explicit else expected)
-        update = jax.jit(update)
+    shapes = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
+    )
+    expected = shardings(tx, jax.eval_shape(tx.init, shapes), mesh)
+    wrap = jax.jit if jit else lambda fn, **_: fn
+    # On Auto axes a jitted `init` needs shardings: its zeros depend on no parameter.
+    init = wrap(tx.init, out_shardings=None if kind == AxisType.Explicit else expected)
+    update = wrap(tx.update)
     with jax.set_mesh(mesh):
         state = first = init(params)
+        assert describe(tx.init(shapes)) == describe(first)
         for hessian in (params, None, params):
             updates, state = update(params, state, params, hessian=hessian)
     assert describe(state) == describe(first)
@@ -80,108 +76,45 @@ def test_the_state_has_the_parameters_shardings_and_keeps_its_types(
     assert 0 <= sophia_metrics(state)["unclipped_fraction"] <= 1  # without `set_mesh` too
 
 
-@KINDS
-def test_init_of_shapes(kind):
-    mesh = mesh_of(kind)
-    tx = sophia_g(0.1)
-    params = spread(mesh)
-    shapes = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
-    )
-    with jax.set_mesh(mesh):
-        assert describe(tx.init(shapes)) == describe(tx.init(params))
-        abstract = jax.eval_shape(tx.init, shapes)
-    concrete = tx.init(params)
-    assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
-    dtypes = jax.tree.map(lambda x: (x.shape, x.dtype), (abstract, concrete))
-    assert dtypes[0] == dtypes[1]
-
-
-def test_orbax_restores_on_another_layout_bit_for_bit(tmp_path):
-    """Saved between refreshes on a mesh of 8, restored on one of 4 x 2."""
-    tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2)
-    estimate = gnb(lambda params, x: x @ params["w"] + params["b"], groups=8)
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(lambda p: jnp.mean((X @ p["w"] + p["b"]) ** 2))(params)
-        updates, state = tx.update(
-            grads, state, params, hessian_fn=lambda key: estimate(params, X, key=key)
-        )
-        return optax.apply_updates(params, updates), state
-
-    params = spread(mesh_of(AxisType.Auto, (8, 1)))
-    state = tx.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
-    ocp.save(tmp_path / "checkpoint", {"params": params, "state": state})
-
-    mesh = mesh_of(AxisType.Auto)
-    shapes = {"params": params, "state": state}
-    places = {
-        "params": {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()},
-        "state": shardings(tx, state, mesh),
-    }
+def test_sophia_g_state_is_restored_by_orbax_on_a_different_layout(tmp_path):
+    """It is saved on an 8 x 1 mesh and restored on a 4 x 2 mesh."""
+    tx = sophia_g(0.1, gamma=hold_unclipped())
+    params = shard(make_mesh(AxisType.Auto, (8, 1)))
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, hessian=params)
+    ocp.save(tmp_path / "checkpoint", state)
+    expected = shardings(tx, state, make_mesh(AxisType.Auto))
     abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, expected
     )
     restored = ocp.load(tmp_path / "checkpoint", abstract)
-    assert_trees_all_equal(jax.device_get(restored), jax.device_get(shapes))
-    found = jax.tree.map(lambda x: x.sharding, restored)
-    assert found == places
-
-    # On the layout that it had, what follows is what would have been, labels included.
-    again = jax.tree.map(
-        jax.device_put, restored, jax.tree.map(lambda x: x.sharding, shapes)
-    )
-    resumed = again["params"], again["state"]
-    for _ in range(3):
-        params, state = step(params, state)
-        resumed = step(*resumed)
-        assert_trees_all_equal(resumed, (params, state))
-    assert state[0][1].num_refreshes == 3
+    assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+    assert jax.tree.map(lambda x: x.sharding, restored) == expected
 
 
 @KINDS
-@pytest.mark.parametrize("way", ["hessian", "hessian_fn"])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_one_device_s_estimate_that_is_not_finite_is_refused_on_all(kind, way, bad):
-    tx, mesh = sophia_g(0.1, update_interval=1), mesh_of(kind)
-
-    @jax.jit
-    def update(grads, state, params, estimate):
-        given = estimate if way == "hessian" else lambda key: estimate
-        return tx.update(grads, state, params, **{way: given})[1]
-
+def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
+    tx, mesh = sophia_g(0.1), make_mesh(kind)
+    update = jax.jit(lambda p, s, h: tx.update(p, s, p, hessian=h)[1])
     with jax.set_mesh(mesh):
-        params = spread(mesh)
+        params = shard(mesh)
         state = tx.init(params)
-        for place in PLACES:
-            broken = VALUES["w"].at[place // 8, place % 8].set(bad)
-            estimate = params | {"w": jax.device_put(broken, params["w"].sharding)}
-            state = update(params, state, params, estimate)
-    metrics = sophia_metrics(state)
-    assert metrics["refused"] == len(PLACES)
-    assert metrics["refreshes"] == 0
-    assert metrics["hessian_norm"] == 0
+        for i in range(8):  # one entry of "w" on each device
+            w = VALUES["w"].at[i, 4 * (i % 2)].set((jnp.nan, jnp.inf, -jnp.inf)[i % 3])
+            state = update(params, state, shard(mesh, VALUES | {"w": w}))
+    assert optax.tree.get(state, "num_refused") == 8
+    assert not any(h.any() for h in jax.tree.leaves(optax.tree.get(state, "hessian")))
 
 
 @KINDS
-@pytest.mark.parametrize(
-    "stacked", [None, {"w": True, "v": True, "scales": True}], ids=["", "stacked"]
-)
-def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
-    """The sample is of the whole parameter, whatever part of it a device holds."""
-    mesh = mesh_of(kind)
-    specs = {"w": P("data", "tensor", None), "v": P(None, ("data", "tensor"))}
-    specs["scales"] = P("data")
-    keys = jax.random.split(jax.random.key(0), 3)
+def test_hold_unclipped_gives_the_same_gamma_on_any_layout(kind):
+    """The sample is of the complete parameter, and only the sample is communicated."""
+    mesh, tx = make_mesh(kind), sophia_g(0.1, b2=0.0, gamma=hold_unclipped())
+    specs = {"w": P("data", "tensor"), "v": P(None, ("data", "tensor")), "b": P("data")}
+    shapes = {"w": (4, 512, 40), "v": (16, 4096), "b": (16,)}
     grads = {
-        "w": jax.random.normal(keys[0], (4, 512, 40)),
-        "v": jax.random.normal(keys[1], (16, 4096)),
-        "scales": jax.random.normal(keys[2], (16,)),
+        name: jax.random.normal(jax.random.key(i), shape)
+        for i, (name, shape) in enumerate(shapes.items())
     }
-    tx = sophia_g(0.1, b2=0.0, gamma=hold_unclipped(stacked=stacked))
 
     def step(grads):
         estimate = jax.tree.map(lambda g: jnp.cos(9 * g) ** 2, grads)
@@ -189,66 +122,62 @@ def test_gamma_finds_itself_alike_on_any_layout(kind, stacked):
 
     expected = jax.jit(step)(grads)
     with jax.set_mesh(mesh):
-        parts = {k: jax.device_put(grads[k], NamedSharding(mesh, specs[k])) for k in grads}
-        compiled = jax.jit(step).lower(parts).compile()
-        assert_trees_all_equal(jax.device_get(compiled(parts)), jax.device_get(expected))
+        sharded = shard(mesh, grads, specs)
+        compiled = jax.jit(step).lower(sharded).compile()
+        got = compiled(sharded)
+    assert_trees_all_equal(jax.device_get(got), jax.device_get(expected))
     collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
-    assert max(sizes) <= 16 * 2048  # of the samples, and nothing as large as a parameter
-    assert expected[1][0][1].divisor_gamma.shape == (3, 16 if stacked else 1)
+    assert max(sizes) <= 4096  # entries: a sample, and no parameter
 
 
-@pytest.mark.parametrize("per", ["parameter", "all"])
-def test_inside_shard_map_parts_are_sampled_together(per):
-    """Small parameters equal one device; a large one holds the share over all parts."""
+@pytest.mark.parametrize("large", [False, True])
+def test_inside_shard_map_hold_unclipped_samples_all_shards_together(large):
+    """Small parameters equal one device. A large one meets the fraction over all shards."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 3)
     grads = {
-        "parts": jax.random.normal(keys[0], (64, 24)),
-        "whole": jax.random.normal(keys[1], (30,)),
+        "sharded": jax.random.normal(keys[0], (64, 24)),
+        "replicated": jax.random.normal(keys[1], (30,)),
     }
-    if per == "parameter":
+    if large:
         grads["large"] = jax.random.normal(keys[2], (64, 1000))
-        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # so that parts differ by decades
-    rule = hold_unclipped(0.3, per=per)
-    tx = sophia_g(1.0, b2=0.0, gamma=rule, weight_decay=0.0, nesterov=True)
+        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # decades apart between shards
+    settings = {"gamma": hold_unclipped(0.3), "nesterov": True, "weight_decay": 0.0}
+    tx = sophia_g(1.0, b2=0.0, axis_name="data", **settings)
+    one_device_tx = sophia_g(1.0, b2=0.0, **settings)
 
-    def step(grads):
+    def step(grads, tx):
         def estimate(key):
             return jax.tree.map(lambda g: jnp.cos(9 * g) ** 2, grads)
 
         return tx.update(grads, tx.init(grads), grads, hessian_fn=estimate)
 
-    specs = {"parts": P("data"), "whole": P(), "large": P("data")}
-    specs = {name: specs[name] for name in grads}
-    state_specs = optax.tree.map_params(
-        tx,
-        lambda _, spec: spec,
-        jax.eval_shape(tx.init, grads),
-        specs,
-        transform_non_params=lambda _: P(),
-    )
+    specs = {name: P() if name == "replicated" else P("data") for name in grads}
+    out_specs = specs, with_specs(tx, jax.eval_shape(tx.init, grads), specs)
     mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(specs,), out_specs=(specs, state_specs)
+        lambda grads: step(grads, tx), mesh=mesh, in_specs=(specs,), out_specs=out_specs
     )
-    (updates, _), (expected, _) = jax.jit(mapped)(grads), jax.jit(step)(grads)
-    for name in ("parts", "whole"):
-        assert_trees_all_close(updates[name], expected[name], rtol=1e-6)
-    if per == "parameter":
-        share = jnp.mean(jnp.abs(updates["large"]) < 1)
-        assert share == pytest.approx(0.3, abs=0.05)
+    updates, _ = jax.jit(mapped)(grads)
+    if large:
+        entries = jnp.concatenate([u.ravel() for u in updates.values()])
+        assert jnp.mean(jnp.abs(entries) < 1) == pytest.approx(0.3, abs=0.05)
+    else:
+        expected, _ = step(grads, one_device_tx)
+        assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
-def test_inside_shard_map_a_part_that_is_not_finite_is_refused_by_all():
+def test_inside_shard_map_a_non_finite_shard_is_rejected_on_all_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    tx, spec = sophia_g(0.1), {"parts": P("data"), "whole": P()}
+    tx = sophia_g(0.1, axis_name="data")
+    spec = {"sharded": P("data"), "replicated": P()}
 
-    def refused(estimate):
+    def step(estimate):
         _, state = tx.update(estimate, tx.init(estimate), estimate, hessian=estimate)
-        return state[0][1].num_refused, state[0][1].hessian
+        return optax.tree.get(state, "num_refused"), optax.tree.get(state, "hessian")
 
-    estimate = {"parts": jnp.ones(16).at[5].set(jnp.nan), "whole": jnp.ones(3)}
-    mapped = jax.shard_map(refused, mesh=mesh, in_specs=(spec,), out_specs=(P(), spec))
+    estimate = {"sharded": jnp.ones(16).at[5].set(jnp.nan), "replicated": jnp.ones(3)}
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec,), out_specs=(P(), spec))
     count, hessian = jax.jit(mapped)(estimate)
     assert count == 1
     assert_trees_all_equal(hessian, jax.tree.map(jnp.zeros_like, estimate))

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from sophia_optax import (
+    hold_unclipped,
     scale_by_diag_hessian,
     scale_by_sophia,
     sophia_g,
@@ -15,63 +16,67 @@ from sophia_optax import (
 PARAMS = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
 GRADS = {"w": jnp.array([[1.0, -4.0], [2.0, 0.5]]), "b": jnp.array([3.0, -1.0])}
 HESSIAN = {"w": jnp.array([[2.0, 2.0], [-1.0, 8.0]]), "b": jnp.array([4.0, 0.0])}
-ONE_STEP = {"b1": 0.5, "b2": 0.0, "gamma": 0.5}  # m = g / 2 and h = ĥ
+SETTINGS = {"b1": 0.5, "b2": 0.0, "gamma": 0.5}  # m = g / 2 and h = ĥ
+EMA = optax.ema(0.5, debias=False)
+SOPHIA_G = sophia_g(0.1, **SETTINGS)
 
 
-def state_of(tx, **extra_args):
-    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, **extra_args)
-    return state
+def first_state(tx):
+    return tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)[1]
 
 
-def wrapped():
-    tx = sophia_g(0.1, **ONE_STEP)
-    by_hand = optax.chain(
-        optax.ema(0.5, debias=False), scale_by_diag_hessian(0.0, 0.5), optax.clip(1.0)
-    )
-    everywhere = jax.tree.map(lambda _: True, PARAMS)
-    return {
-        "alone": tx,
-        "behind a norm clip": optax.chain(optax.clip_by_global_norm(1e9), tx),
-        "masked": optax.masked(tx, everywhere),
-        "partition": optax.partition({"all": tx}, "all"),
-        "inject_hyperparams": optax.inject_hyperparams(sophia_g)(0.1, **ONE_STEP),
-        "by hand": by_hand,
-        "named": optax.named_chain(
-            ("m", optax.ema(0.5, debias=False)), ("h", scale_by_diag_hessian(0.0, 0.5))
-        ),
-    }
-
-
-# |m| = ½|g| against ½h: b is 1.5 < 2 and ½ > 0; w is ½ < 1, 2 > 1, 1 > 0, ¼ < 4.
-@pytest.mark.parametrize("name", wrapped())
-def test_unclipped_fraction_in_every_wrapper(name):
-    state = state_of(wrapped()[name], hessian=HESSIAN)
+# |m| = |g| / 2 against h / 2: b is 1.5 < 2, 0.5 > 0; w is 0.5 < 1, 2 > 1, 1 > 0, 0.25 < 4.
+@pytest.mark.parametrize(
+    "tx",
+    [
+        SOPHIA_G,
+        optax.chain(optax.clip_by_global_norm(1e9), SOPHIA_G),
+        optax.masked(SOPHIA_G, {"w": True, "b": True}),
+        optax.chain(SOPHIA_G, optax.masked(EMA, {"w": True, "b": False})),
+        optax.partition({"all": SOPHIA_G}, "all"),
+        optax.inject_hyperparams(sophia_g)(0.1, **SETTINGS),
+        optax.named_chain(("m", EMA), ("h", scale_by_diag_hessian(0.0, 0.5))),
+    ],
+)
+def test_unclipped_fraction_finds_sophia_in_every_wrapper(tx):
+    state = first_state(tx)
     assert unclipped_fraction(state) == jax.jit(unclipped_fraction)(state) == 0.5
 
 
-def test_unclipped_fraction_is_that_of_the_update():
-    """Counted in the updates themselves: what was clipped has exactly the bound's size."""
-    for clip_threshold, debias in [(1.0, False), (0.25, True)]:
-        tx = sophia_g(
-            1.0,
-            0.5,
-            0.9,
-            0.5,
-            weight_decay=0.0,
-            clip_threshold=clip_threshold,
-            debias=debias,
-        )
-        state = tx.init(PARAMS)
-        for scale in (1.0, 0.3, -2.0):
-            grads = jax.tree.map(lambda g, s=scale: s * g, GRADS)
-            updates, state = tx.update(grads, state, PARAMS, hessian=HESSIAN)
-            inside = [jnp.abs(u) < clip_threshold for u in jax.tree.leaves(updates)]
-            share = sum(map(jnp.sum, inside)) / 6
-            assert unclipped_fraction(state) == pytest.approx(float(share))
+@pytest.mark.parametrize(
+    ("clip_threshold", "debias", "gamma"),
+    [(1.0, False, 0.5), (0.25, True, 0.5), (4.0, False, hold_unclipped(0.5))],
+)
+def test_unclipped_fraction_is_that_of_the_updates(clip_threshold, debias, gamma):
+    tx = scale_by_sophia(0.5, 0.9, gamma, clip_threshold=clip_threshold, debias=debias)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for scale in (1.0, 0.3, -2.0):
+        grads = optax.tree.scale(scale, GRADS)
+        updates, state = update(grads, state, PARAMS, hessian=HESSIAN)
+        inside = sum(jnp.sum(jnp.abs(u) < clip_threshold) for u in updates.values())
+        assert unclipped_fraction(state) == pytest.approx(float(inside) / 6)
 
 
-def test_metrics():
-    metrics = jax.jit(sophia_metrics)(state_of(sophia_g(0.1, **ONE_STEP), hessian=HESSIAN))
+@pytest.mark.parametrize(
+    ("gradient", "gamma", "eps", "expected"),
+    [
+        (1.0, 1.0, 1e-12, 0.0),  # |m| equals gamma h, and |u| = 1
+        (0.999, 1.0, 1e-12, 1.0),
+        (1.0, 0.5, 1e3, 1.0),  # |m| is less than eps
+        (-1e3, 0.5, 1e3, 0.0),
+    ],
+)
+def test_unclipped_fraction_counts_entries_below_gamma_h_or_eps(
+    gradient, gamma, eps, expected
+):
+    tx = scale_by_sophia(0.0, 0.0, gamma, eps)
+    params = jnp.ones(3)
+    _, state = tx.update(gradient * params, tx.init(params), params, hessian=params)
+    assert unclipped_fraction(state) == expected
+
+
+def test_sophia_metrics_values():
+    metrics = jax.jit(sophia_metrics)(first_state(SOPHIA_G))
     expected = {
         "unclipped_fraction": 0.5,
         "unclipped_fraction/b": 0.5,
@@ -89,40 +94,50 @@ def test_metrics():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
 
 
-def test_paths_of_nested_parameters():
-    params = {"blocks": [{"w": jnp.ones(1)}, {"w": jnp.ones(1)}]}
+def test_sophia_metrics_gamma_includes_clip_threshold_and_bias_correction():
+    tx = scale_by_sophia(0.0, 0.75, 0.5, clip_threshold=0.5, debias=True)
+    assert sophia_metrics(first_state(tx))["gamma"] == 0.5 * 0.5 / (1 - 0.75)
+    tx = scale_by_sophia(0.0, 0.0, hold_unclipped(0.0), clip_threshold=0.5)
+    metrics = sophia_metrics(first_state(tx))
+    assert metrics["gamma"].shape == ()
+    assert metrics["gamma"] == 0.5 / 8  # the smallest |g| / h, whatever the threshold
+
+
+def test_sophia_metrics_name_nested_parameters_by_path():
+    params = {"blocks": [{"w": jnp.ones(1)}, {"w": jnp.zeros((0, 3))}]}
     metrics = sophia_metrics(sophia_g(0.1).init(params))
-    assert "unclipped_fraction/blocks/1/w" in metrics
+    assert metrics["unclipped_fraction/blocks/1/w"] == 0
 
 
-def test_entries_are_counted_in_integers():
+def test_sophia_metrics_norms_of_averages_in_16_bits_do_not_overflow():
+    tx = scale_by_sophia(b1=0.0, b2=0.0, hessian_dtype="float16", mu_dtype="bfloat16")
+    params = jnp.full(1000, 300.0)
+    _, state = tx.update(params, tx.init(params), params, hessian=params)
+    metrics = sophia_metrics(state)
+    for name in ("hessian_norm", "momentum_norm"):
+        np.testing.assert_allclose(metrics[name], 300 * 1000**0.5, rtol=1e-3)
+
+
+def test_unclipped_fraction_counts_entries_in_integers():
     """A float32 sum of ones stops at 2**24."""
     state = scale_by_sophia().init(jnp.ones(8))
     jaxpr = str(jax.make_jaxpr(unclipped_fraction)(state))
     assert ":i32[] = reduce_sum" in jaxpr
 
 
+@pytest.mark.parametrize("metric", [unclipped_fraction, sophia_metrics])
 @pytest.mark.parametrize(
-    ("opt_state", "message"),
+    ("tx", "message"),
     [
-        (optax.adam(0.1).init(PARAMS), "one Sophia, found 0"),
-        (optax.chain(sophia_g(0.1), sophia_g(0.1)).init(PARAMS), "one Sophia, found 2"),
+        (optax.adam(0.1), "state of one Sophia, got 0"),
+        (optax.chain(SOPHIA_G, SOPHIA_G), "state of one Sophia, got 2"),
+        (scale_by_diag_hessian(), r"one `optax\.EmaState`.* got 0.*`optax\.ema\("),
         (
-            optax.chain(optax.trace(0.9), scale_by_diag_hessian()).init(PARAMS),
-            "no `optax.EmaState` in front",
+            optax.chain(EMA, SOPHIA_G),
+            r"one `optax\.EmaState`.* got 2.*`optax\.ema\(",
         ),
     ],
 )
-def test_errors(opt_state, message):
-    for metric in (unclipped_fraction, sophia_metrics):
-        with pytest.raises(ValueError, match=message):
-            metric(opt_state)
-
-
-def test_norms_of_averages_in_16_bits():
-    tx = scale_by_sophia(b1=0.0, b2=0.0, hessian_dtype="float16", mu_dtype="bfloat16")
-    params = jnp.full(1000, 300.0)
-    _, state = tx.update(params, tx.init(params), params, hessian=params)
-    metrics = sophia_metrics(state)
-    for name in ("hessian_norm", "momentum_norm"):  # squares are past float16
-        np.testing.assert_allclose(metrics[name], 300 * 1000**0.5, rtol=1e-3)
+def test_unclipped_fraction_and_sophia_metrics_require_one_sophia(metric, tx, message):
+    with pytest.raises(ValueError, match=message):
+        metric(tx.init(PARAMS))

@@ -1,13 +1,13 @@
-"""Draw classes from logits by inverting the cumulative distribution in two steps.
+"""Sample classes from logits by inverting the cumulative distribution in two steps.
 
-One uniform number u in (0, 1) for each draw. The classes are cut into blocks, whose
-weights, sums of exp(logit - top), take one pass over the logits and no memory. The
-first block with cumulative weight above u W holds the draw, and within it the first
-class. Only that block's exponentials are ever kept.
+Each sample takes one uniform number u in (0, 1). The classes are divided into blocks. The
+weight of a block, the sum of exp(logit - max), takes one pass over the logits and is not
+stored for each class. The sample is in the first block with cumulative weight above u W,
+and within it, it is the first class. Only the exponentials of that block are stored.
 
-Where the classes are a multiple of 128 there are 128 blocks: if they are spread over
-devices, each device has whole blocks, and what is exchanged for a draw is 128 weights
-rather than the logits.
+If the number of classes is a multiple of 128 there are 128 blocks. If the classes are
+sharded over devices, each device then holds complete blocks, and devices exchange 128
+weights for each sample rather than the logits.
 """
 
 import jax
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 
 from sophia_optax.curvature.meshes import on_auto_axes
 
-_BLOCKS, _BLOCK = 128, 256
+_NUM_BLOCKS, _BLOCK_SIZE = 128, 256
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Classes drawn with probabilities softmax(logits).
+    """Return classes sampled with probabilities softmax(logits).
 
-    A class's probability is exact to a few 2**-23, the step of a float32 uniform number,
-    and 0 for logits of -inf.
+    The probability of a class is exact up to a few times 2**-23, the spacing of float32
+    uniform numbers, and 0 for logits of -inf.
 
     Args:
       key: PRNG key.
@@ -32,25 +32,25 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
       Classes, shape (...), int32.
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
-    uniform += 2.0**-24  # the middle of its step
-    # What devices with a part of the classes each have to exchange is XLA's to find.
+    uniform += 2.0**-24  # the middle of the interval that rounds to this number
+    # If the classes are sharded, XLA finds what devices have to exchange.
     spec = jax.typeof(logits).sharding.spec[:-1]
     return on_auto_axes(invert_cdf, spec)(uniform, logits)
 
 
 def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
-    """The class at which the cumulative softmax passes `uniform`, shape (...)."""
+    """Return the class at which the cumulative softmax exceeds `uniform`, shape (...)."""
     classes, shape = logits.shape[-1], logits.shape[:-1]
     top = logits.max(-1, keepdims=True)
 
-    if classes <= _BLOCK:
+    if classes <= _BLOCK_SIZE:
         size, block_weights = 1, jnp.exp(logits - top)
-    elif classes % _BLOCKS == 0:
-        size = classes // _BLOCKS
-        blocks = logits.reshape(*shape, _BLOCKS, size)
+    elif classes % _NUM_BLOCKS == 0:
+        size = classes // _NUM_BLOCKS
+        blocks = logits.reshape(*shape, _NUM_BLOCKS, size)
         block_weights = jnp.exp(blocks - top[..., None]).sum(-1)
     else:
-        size = _BLOCK
+        size = _BLOCK_SIZE
         weights = jnp.pad(
             jnp.exp(logits - top), [(0, 0)] * len(shape) + [(0, -classes % size)]
         )
@@ -61,7 +61,7 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     if size == 1:
         return block[..., 0].astype(jnp.int32)
 
-    # Only now the block's own classes, from the logits: their weights are never stored.
+    # The weights of this block's classes, computed again from the logits.
     before = jnp.take_along_axis(cumulative - block_weights, block, -1)
     candidates = block * size + jnp.arange(size)
     inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
@@ -70,11 +70,11 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     return (block * size + first)[..., 0].astype(jnp.int32)
 
 
-def _first_above(target, cumulative, weights):
-    """Index of the first `cumulative` above `target`, among those of positive weight.
+def _first_above(target: jax.Array, cumulative: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the index of the first `cumulative` above `target` with a positive weight.
 
-    A rounded cumulative sum may step where the weight is 0, and end short of `target`:
-    neither may draw a class that can't be, or none.
+    Because of rounding, a cumulative sum may increase where the weight is 0, or end below
+    `target`. Neither may select an impossible class, or none.
     """
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)

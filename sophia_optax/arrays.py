@@ -1,0 +1,51 @@
+"""Dtypes and mapped axes of arrays: what the optimizer and the estimators both need."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+AxisName = str | tuple[str, ...] | None
+
+
+def at_least_float32(tree: Any) -> Any:
+    """Return the leaves as arrays, with dtypes narrower than float32 cast to float32."""
+
+    def widen(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(widen, tree)
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """Return the names as a tuple. Raise ValueError unless each is a mapped axis."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    try:
+        jax.lax.axis_size(names)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name={axis_name!r}` is not a mapped axis here. It names an axis of an "
+            "enclosing `pmap` or `shard_map`. Under `jit` with sharded arrays use None."
+        ) from error
+    return names
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """Return the mapped axes along which arrays of `tree` differ between devices.
+
+    Only a `shard_map` with `check_vma=True` records this.
+    """
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def as_varying(tree: Any, names: Iterable[str]) -> Any:
+    """Return the same values, typed as different along the mapped axes."""
+
+    def cast(x: Any) -> jax.Array:
+        new = tuple(name for name in names if name not in varying_axes(x))
+        return jax.lax.pcast(x, new, to="varying") if new else x
+
+    return jax.tree.map(cast, tree)

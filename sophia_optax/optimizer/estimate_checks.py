@@ -1,0 +1,135 @@
+"""Checks of the estimate that `update` receives, and its reduction to a mask."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+
+from sophia_optax.arrays import varying_axes
+
+HessianFn = Callable[[jax.Array], optax.Updates]  # from a PRNG key to an estimate
+
+
+def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
+    """Raise an error for arguments of `update` that are in conflict or swapped."""
+    if hessian is not None and hessian_fn is not None:
+        raise ValueError(
+            "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate for "
+            "this step, `hessian_fn` computes an estimate when it is due: pass one of them."
+        )
+    if callable(hessian):
+        raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
+    if hessian_fn is not None:
+        if not callable(hessian_fn):
+            raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
+        _check_takes_a_key(hessian_fn)
+    elif obj_fn is not None and hessian is None:
+        raise ValueError(
+            "`obj_fn` is an argument of `sophia_h` alone. Pass "
+            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
+        )
+
+
+def _check_takes_a_key(hessian_fn: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(hessian_fn)
+    except ValueError:  # some functions that are not written in Python have no signature
+        return
+    try:
+        signature.bind("key")
+    except TypeError as error:
+        raise TypeError(
+            "`hessian_fn` is called with one PRNG key and nothing else, but its signature "
+            f"is `{signature}`. Close over the other arguments: "
+            "`hessian_fn=lambda key: estimate(params, batch, key=key)`."
+        ) from error
+
+
+def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
+    """Return the mapped axes, except `names`, along which all arrays of `tree` differ.
+
+    Raises:
+      ValueError: if some arrays differ along an axis and others do not.
+    """
+    axes = {varying_axes(x) - set(names) for x in jax.tree.leaves(tree)}
+    if len(axes) > 1:
+        forgotten = sorted(frozenset().union(*axes))
+        raise ValueError(
+            f"Some parameters differ between devices along the mapped axes {forgotten} and "
+            "others do not. Where devices hold shards of the same parameters, pass these "
+            f"axes to the optimizer as `axis_name`, got `axis_name={names or None}`."
+        )
+    return next(iter(axes), frozenset())
+
+
+def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
+    """Return the estimate in the structure of `updates`, without masked leaves.
+
+    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`.
+
+    Raises:
+      ValueError: if structure or shapes differ.
+      TypeError: for complex leaves.
+    """
+    named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
+    try:
+        subtrees = structure.flatten_up_to(estimate)
+    except ValueError as error:
+        raise ValueError(_describe_mismatch(updates, estimate)) from error
+    leaves = [
+        u if is_masked(u) else _check_leaf(keystr(path), u, subtree)
+        for (path, u), subtree in zip(named, subtrees, strict=True)
+    ]
+    return structure.unflatten(leaves)
+
+
+def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
+    """Return the only array of `subtree`, which must have the shape of `u`."""
+    leaves = jax.tree.leaves(subtree)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if shapes != [jnp.shape(u)]:
+        raise ValueError(
+            "The estimate from `hessian` or `hessian_fn` must have the shapes of the "
+            f"updates, got {' and '.join(map(str, shapes)) or 'nothing'} for "
+            f"`params{path}` of shape {jnp.shape(u)}."
+        )
+    [leaf] = leaves
+    if jnp.iscomplexobj(leaf):
+        raise TypeError(
+            "The estimate from `hessian` or `hessian_fn` must be real, got dtype "
+            f"{leaf.dtype} for `params{path}`. If the imaginary part is a rounding error, "
+            "pass the real part."
+        )
+    return leaf
+
+
+def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
+    got, expected = (
+        {keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (estimate, updates)
+    )
+    message = (
+        "The estimate from `hessian` or `hessian_fn` must have the structure of the "
+        f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`."
+    )
+    for what, paths in (("Missing", expected - got), ("Unexpected", got - expected)):
+        if paths:
+            message += f" {what}: `params{min(paths)}` and {len(paths) - 1} more."
+    if got == expected:
+        structures = jax.tree.structure(estimate), jax.tree.structure(updates)
+        message += " The estimate is {}, the updates are {}.".format(*structures)
+    if any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
+        message += (
+            " Under `optax.masked` or `optax.partition` pass the estimate for all "
+            "parameters. If that is impossible, pass the masked estimate, or set "
+            "`mask_compatible_extra_args=True`."
+        )
+    return message
+
+
+def is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)

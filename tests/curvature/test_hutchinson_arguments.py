@@ -1,0 +1,88 @@
+"""The loss and the settings of `hutchinson`, and kernels without a JVP."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from chex import assert_trees_all_close
+from problems import network, network_params
+
+from sophia_optax import gnb, hutchinson
+
+PARAMS = network_params()
+X = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+KEY = jax.random.key(0)
+
+
+def hutchinson_of(edit, x=X, *, fn=network, groups=1):
+    """Estimate the Hessian of `edit(losses)`, given one loss for each example."""
+    estimate = hutchinson(lambda p, x: edit(jnp.mean(fn(p, x) ** 2, 1)), groups=groups)
+    return estimate(PARAMS, x, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda v: v, ValueError, r"`loss_fn`.* got .*\(2,\)"),
+        (lambda v: v[:1], ValueError, r"`loss_fn`.* got .*\(1,\)"),
+        (lambda v: (v.mean(), v), ValueError, "`loss_fn`.* got tuple"),
+        (lambda v: {"loss": v.mean()}, ValueError, "`loss_fn`.* got dict"),
+        (lambda v: v.mean().astype(int), TypeError, "`loss_fn`.* int32"),
+        (lambda v: v.mean() + 0j, TypeError, "`loss_fn`.* complex64"),
+        (lambda v: len(v.mean()), TypeError, r"^len\(\)"),
+        (lambda v: jax.lax.while_loop(jnp.any, jnp.sin, v.mean()), ValueError, "while"),
+    ],
+)
+def test_hutchinson_rejects_an_invalid_loss(edit, error, message):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda x: hutchinson_of(edit, x, groups=2), X)
+
+
+@pytest.mark.parametrize(
+    ("edit", "finite"),
+    [
+        (lambda v: v.mean() * jnp.nan, False),
+        (lambda v: v.mean() * jnp.inf, False),
+        (lambda v: v.mean() + jnp.nan, True),  # the value is ignored
+        (lambda v: v.mean().astype(jnp.float16), True),
+    ],
+)
+def test_hutchinson_is_finite_if_the_second_derivatives_are(edit, finite):
+    assert np.isfinite(optax.tree.sum(hutchinson_of(edit))) == finite
+
+
+def test_hutchinson_rejects_invalid_arguments():
+    estimate = hutchinson(lambda p, x: jnp.mean(network(p, x)))
+    with pytest.raises(ValueError, match=r"`num_probes`.* got 0"):
+        hutchinson(network, num_probes=0)
+    with pytest.raises(TypeError, match=r"`weights`.*`hutchinson`.*`loss_fn`"):
+        estimate(PARAMS, X, key=KEY, weights=jnp.ones(4))
+    with pytest.raises(TypeError, match="'x'"):
+        estimate(PARAMS, x=X, key=KEY)
+    with pytest.raises(ValueError, match="`batch`"):
+        estimate(PARAMS, X[:0], key=KEY)
+
+
+def host_tanh(x):
+    return jax.pure_callback(np.tanh, x, x)
+
+
+def network_with(kernel):
+    """Return a network with a `custom_vjp` of the kernel, like the attention of cuDNN."""
+    tanh = jax.custom_vjp(kernel)
+    tanh.defvjp(lambda x: (kernel(x), x), lambda x, g: (g * (1 - kernel(x) ** 2),))
+    return lambda p, x: tanh(x @ p["in"]) @ p["out"] + p["bias"]
+
+
+def test_hutchinson_requires_a_jvp_of_a_kernel():
+    hessian = hutchinson_of(jnp.mean, fn=network_with(jnp.tanh))
+    assert_trees_all_close(hessian, hutchinson_of(jnp.mean), rtol=1e-5, atol=1e-7)
+    with pytest.raises(NotImplementedError, match=r"`custom_vjp`.*`gnb`.*'xla'"):
+        hutchinson_of(jnp.mean, fn=network_with(host_tanh), groups=2)
+
+
+def test_gnb_requires_no_jvp_of_a_kernel():
+    hessian = gnb(network_with(host_tanh), groups=2)(PARAMS, X, key=KEY)
+    expected = gnb(network, groups=2)(PARAMS, X, key=KEY)
+    assert_trees_all_close(hessian, expected, rtol=1e-5)
