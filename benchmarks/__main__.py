@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-NAMES = ("update", "refresh", "estimate", "devices")
+NAMES = ("update", "refresh", "estimate", "devices", "tracing")
 
 
 def main() -> None:

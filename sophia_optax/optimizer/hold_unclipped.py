@@ -33,6 +33,8 @@ MIN_COUNTED = 1024
 deviation of the fraction of unclipped entries is at most sqrt(f (1 - f) / MIN_COUNTED)."""
 
 _BITS = 31  # of a float32 without its sign
+_INFINITY = 0x7F800000  # its bit pattern; that of 0 is 0
+_ROUNDS = 1 + _BITS  # of the bisection
 _LARGEST_FRACTION = 1 - 1e-6  # at 1 no ratio is large enough
 
 
@@ -79,7 +81,7 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
     With more than 4,096 parameters, the quantile is that of a fixed sample of 4,096
     entries, evenly distributed over all parameters in proportion to their size. If fewer
     than 1,024 of them are counted, as for an embedding of which few rows were used, all
-    entries take the place of the sample. This costs 31 passes over the parameters.
+    entries take the place of the sample. This costs 32 passes over the parameters.
 
     Under `jit`, shardings do not change the result. Inside `shard_map` and `pmap`, pass
     `axis_name` to the optimizer if devices hold shards of the same parameters. The
@@ -147,7 +149,7 @@ def _quantile_of_ratios(
     quantile, counted = bisect(lambda _: [sample])
     is_small = has_curvature & (counted < MIN_COUNTED)
     # A loop of 0 rounds instead of a `cond`: under `vmap` a `cond` runs both branches.
-    exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _BITS, 0))
+    exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _ROUNDS, 0))
     return jnp.where(is_small, exact, quantile)
 
 
@@ -159,14 +161,14 @@ def _quantile_of_ratios_jvp(names, primals, tangents):
     count = rate = jnp.float32(0)
     for u, h, du, dh in zip(us, hs, *tangents[:2], strict=True):
         weight = _weight(names, (u, h))
-        is_quantile = _ratios(u, h) == quantile
+        is_quantile = (_ratios(u, h) == quantile) & (quantile > 0)
         u, du = jax.jvp(evaluate, (u,), (du,))
         u, h = (jnp.where(is_quantile, x, 1) for x in (u, h))
         relative = jnp.where(is_quantile, du / u - dh / h, 0)
         count += weight * jnp.sum(is_quantile, dtype=jnp.float32)
         rate += weight * jnp.sum(relative, dtype=jnp.float32)
     count, rate = _sum_over_devices((count, rate), names)
-    return quantile, quantile * rate / jnp.maximum(count, 1)
+    return quantile, quantile * rate / jnp.where(count > 0, count, 1)
 
 
 def _ratios(u: Update, h: jax.Array) -> jax.Array:
@@ -237,7 +239,7 @@ def _bisect(
     fraction: jax.Array,
     names: tuple[str, ...],
     own_axes: frozenset[str],
-    rounds: int | jax.Array = _BITS,
+    rounds: int | jax.Array = _ROUNDS,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the smallest ratio such that more than `fraction` of the weight is at most it.
 
@@ -250,24 +252,24 @@ def _bisect(
       fraction: shape=(), dtype=float32.
       names: mapped axes along which devices hold shards of the same parameters.
       own_axes: other mapped axes along which the ratios differ.
-      rounds: `_BITS`, or 0 to find nothing.
+      rounds: `_ROUNDS`, or 0 to find nothing.
 
     Returns:
       The ratio, 0 if no ratio is counted, and the weight of the counted ratios.
     """
 
     def find_bit(i, state):
-        bits, _ = state
-        candidate = bits | (1 << (_BITS - 1 - i))
-        below = total = jnp.float32(0)
+        bits, total = state
+        is_first = i == 0  # the round that computes the total weight
+        candidate = jnp.where(is_first, _INFINITY, bits | (1 << (_BITS - i)))
+        below = jnp.float32(0)
         for ratios, weight in weighted_ratios(bits):
-            is_counted = (ratios > 0) & (ratios < jnp.inf)
             pattern = jax.lax.bitcast_convert_type(ratios, jnp.int32)
-            is_below = is_counted & (pattern < candidate)
-            total += jnp.sum(weight * is_counted, dtype=jnp.float32)
+            is_below = (pattern > 0) & (pattern < candidate)
             below += jnp.sum(weight * is_below, dtype=jnp.float32)
-        below, total = _sum_over_devices((below, total), names)
-        return jnp.where(below <= fraction * total, candidate, bits), total
+        below = _sum_over_devices(below, names)
+        total = jnp.where(is_first, below, total)
+        return jnp.where(~is_first & (below <= fraction * total), candidate, bits), total
 
     state = as_varying((jnp.int32(0), jnp.float32(0)), own_axes)
     bits, total = jax.lax.fori_loop(0, rounds, find_bit, state)

@@ -119,8 +119,8 @@ def _find_sophia(
             "under `optax.partition` `opt_state.inner_states[label]`."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
-    shapes = jax.tree.map(jnp.shape, states[0].hessian)
-    momenta = [ema for ema in emas if jax.tree.map(jnp.shape, ema) == shapes]
+    shapes = _shapes(states[0].hessian)
+    momenta = [ema for ema in emas if _shapes(ema) == shapes]
     if len(momenta) != 1:
         raise ValueError(
             "`opt_state` must have one `optax.EmaState` of all parameters, which "
@@ -128,6 +128,10 @@ def _find_sophia(
             "or `optax.ema(b1, debias=False)`. If there are others, pass Sophia's part."
         )
     return momenta[0], states[0]
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)]
 
 
 def _count_unclipped(momentum: optax.Updates, state: ScaleByDiagHessianState) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import devices, estimate, refresh, report, second_task, update
+from benchmarks import devices, estimate, refresh, report, second_task, tracing, update
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
 from benchmarks.rivals import HESSIAN
@@ -39,6 +39,13 @@ def test_update():
     parts = [step[f"sophia_g, {kind}"]["seconds"] for kind in ("not due", "refresh")]
     assert min(p["low"] for p in parts) <= one <= max(p["high"] for p in parts)
     assert "somax.sophia_g, averaged over 10" in update.table(results)
+
+
+def test_tracing_measures_each_estimator_over_a_gradient():
+    config = tracing.Config(layers=1, width=8, tokens=(4, 4), repeats=2)
+    results = read_back(tracing.measure_tracing(config))
+    assert all(row["over_gradient"]["median"] > 0 for row in results["rows"])
+    assert "| gnb, 4 groups |" in tracing.table(results)
 
 
 @pytest.mark.slow

@@ -157,3 +157,27 @@ def test_gnb_is_nan_if_the_sum_of_the_weights_overflows():
     params, x, weights = jnp.ones((2, 3)), jnp.ones((4, 2)), jnp.full(4, 3e38)
     hessian = jax.jit(gnb(linear))(params, x, key=KEY, weights=weights)
     assert jnp.isnan(hessian).all()
+
+
+@pytest.mark.parametrize("axis_name", [None, "d"])
+@pytest.mark.parametrize("parallel_groups", [1, 4])
+def test_gnb_traces_a_model_without_each_group_once(parallel_groups, axis_name):
+    calls = []
+
+    def logits_fn(params, x):
+        calls.append(x.shape)
+        return network(params, x)
+
+    estimate = gnb(
+        logits_fn, groups=4, parallel_groups=parallel_groups, axis_name=axis_name
+    )
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch_spec = jax.P("d") if axis_name else jax.P()
+    mapped = jax.shard_map(
+        lambda x: estimate(network_params(), x, key=KEY),
+        mesh=mesh,
+        in_specs=batch_spec,
+        out_specs=jax.P(),
+    )
+    jax.eval_shape(mapped, inputs(8))
+    assert len(calls) == 1

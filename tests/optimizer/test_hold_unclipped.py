@@ -200,7 +200,7 @@ def test_hold_unclipped_is_finite_where_no_quantile_exists():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def three_updates(settings, b2, scale=1.0):
+def three_updates(settings, b2, scale):
     """Return clipped updates for estimates that are multiplied by `scale`."""
     rule = hold_unclipped(0.4)
     tx = scale_by_sophia(b1=0.8, b2=b2, gamma=rule, update_interval=2, **dict(settings))
@@ -218,7 +218,7 @@ def three_updates(settings, b2, scale=1.0):
 def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
     """With a power of two not even by a bit."""
     settings = ((setting, True if setting == "nesterov" else "bfloat16"),)
-    expected = three_updates(settings, 0.9)
+    expected = three_updates(settings, 0.9, 1.0)  # the same program for every scale
     for scale in (2.0**-20, 2.0**13):
         assert_trees_all_equal(three_updates(settings, 0.9, scale), expected)
     if setting != "hessian_dtype":  # where rounding depends on the bits of the average
@@ -227,10 +227,10 @@ def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
 
 
 def test_hold_unclipped_does_not_depend_on_debias_nor_on_the_start_of_the_average():
-    expected = three_updates((), 0.9)
-    assert_trees_all_equal(three_updates((("debias", True),), 0.9), expected)
+    expected = three_updates((), 0.9, 1.0)
+    assert_trees_all_equal(three_updates((("debias", True),), 0.9, 1.0), expected)
     # The first average is (1 - b2) ĥ.
-    assert_trees_all_close(three_updates((), 0.5)[0], expected[0], rtol=1e-5)
+    assert_trees_all_close(three_updates((), 0.5, 1.0)[0], expected[0], rtol=1e-5)
 
 
 def test_hold_unclipped_fraction_is_injected_or_scheduled():
@@ -303,3 +303,33 @@ def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
     above, below = (loss_after_two_steps(start + e * direction) for e in (1e-4, -1e-4))
     np.testing.assert_allclose(gradient @ direction, forward, rtol=1e-6)
     np.testing.assert_allclose(forward, (above - below) / 2e-4, rtol=1e-3)
+
+
+def test_hold_unclipped_derivative_is_finite_where_no_entry_is_counted():
+    tx, hessian = scale_by_sophia(0.5, 0.0, hold_unclipped(0.5)), jnp.ones(4)
+
+    def total(grads):
+        return tx.update(grads, tx.init(grads), grads, hessian=hessian)[0].sum()
+
+    assert np.isfinite(jax.grad(total)(jnp.zeros(4))).all()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_hold_unclipped_derivative_over_shards_equals_one_device(check_vma):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def update(grads, axis_name=None):
+        rule = hold_unclipped(0.4)
+        tx = scale_by_diag_hessian(b2=0.0, gamma=rule, axis_name=axis_name)
+        return tx.update(grads, tx.init(grads), grads, hessian=1 + grads**2)[0]
+
+    mapped = jax.shard_map(
+        lambda grads: update(grads, "d"),
+        mesh=mesh,
+        in_specs=jax.P("d"),
+        out_specs=jax.P("d"),
+        check_vma=check_vma,
+    )
+    grads, tangents = random(0, 8), random(1, 8)
+    got, expected = (jax.jvp(f, (grads,), (tangents,)) for f in (mapped, update))
+    assert_trees_all_close(got, expected, rtol=1e-5)

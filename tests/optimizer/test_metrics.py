@@ -118,6 +118,22 @@ def test_sophia_metrics_norms_of_averages_in_16_bits_do_not_overflow():
         np.testing.assert_allclose(metrics[name], 300 * 1000**0.5, rtol=1e-3)
 
 
+def test_unclipped_fraction_of_a_pytree_class_without_equality():
+    @jax.tree_util.register_pytree_node_class
+    class Box:
+        def __init__(self, x):
+            self.x = x
+
+        def tree_flatten(self):
+            return (self.x,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    assert unclipped_fraction(scale_by_sophia().init(Box(jnp.ones(2)))) == 0
+
+
 def test_unclipped_fraction_counts_entries_in_integers():
     """A float32 sum of ones stops at 2**24."""
     state = scale_by_sophia().init(jnp.ones(8))
