@@ -62,11 +62,13 @@ def init(config: Config) -> dict[str, Any]:
 
 def measure_tracing(config: Config) -> dict[str, Any]:
     params, tokens, key = init(config), jnp.zeros(config.tokens, int), jax.random.key(0)
-    parallel = {"groups": config.groups, "parallel_groups": config.groups}
+    groups = config.groups
     estimators = {
         "gnb, 1 group": gnb(logits_fn),
-        f"gnb, {config.groups} groups": gnb(logits_fn, groups=config.groups),
-        f"gnb, {config.groups} parallel groups": gnb(logits_fn, **parallel),
+        f"gnb, {groups} groups": gnb(logits_fn, groups=groups),
+        f"gnb, {groups} parallel groups": gnb(
+            logits_fn, groups=groups, parallel_groups=groups
+        ),
         "hutchinson, 1 group": hutchinson(loss_fn),
     }
     functions: dict[str, Callable[..., Any]] = {

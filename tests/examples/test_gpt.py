@@ -257,6 +257,7 @@ def steps_of(curves):
     return [row["step"] for row in curves[0].rows]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_for_more_steps_and_with_another_schedule(tiny, capsys):
     short = tiny.replace(steps=4, warmup=1, log_every=1)
     main(short)
@@ -270,6 +271,7 @@ def test_a_run_goes_on_for_more_steps_and_with_another_schedule(tiny, capsys):
         main(longer.replace(steps=5))
 
 
+@pytest.mark.slow
 def test_a_decay_from_a_kept_checkpoint_in_a_folder_of_its_own(tiny):
     """The whole run, to its last bit, if nothing else is another."""
     whole = tiny.replace(steps=6, warmup=1, schedule="constant", log_every=1)

@@ -288,6 +288,7 @@ def small(**changes):
     return Config().replace(vocabulary=256, context=32, batch=32, groups=8, **changes)
 
 
+@pytest.mark.slow
 def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
     """However many micro-batches, and chunks of the loss, there are."""
     config = small(accumulate=2, loss_chunk=8, refresh_batch=8)
@@ -302,6 +303,7 @@ def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
     np.testing.assert_allclose(sizes, [gradient, 2 * gradient], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_groups_that_devices_share_unevenly(capsys):
     mesh = layout.make_mesh("")
     on(mesh, small(refresh_batch=12).replace(batch=48, groups=12))
@@ -310,6 +312,7 @@ def test_groups_that_devices_share_unevenly(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_fully_sharded_a_refresh_is_as_sharded_as_a_gradient():
     """A micro-batch exchanges one gradient, whatever the chunks of the loss; so it does."""
     config = small(accumulate=2, loss_chunk=8, refresh_batch=8, remat="full", layers=8)

@@ -323,6 +323,7 @@ prepare.main(
 """
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_again_and_again_it_comes_to_the_same_end(jsonl, tmp_path):
     main(options(tmp_path / "reference", jsonl))
     codes = []

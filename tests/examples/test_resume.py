@@ -28,6 +28,7 @@ def steps(out):
     return sorted(int(p.name) for p in (out / FOLDER).iterdir() if p.name.isdecimal())
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints(corpus, tmp_path, whole):
     code, _ = ended(corpus, tmp_path, 13, signal.SIGKILL)
     assert code == -signal.SIGKILL
