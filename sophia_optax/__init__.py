@@ -11,7 +11,7 @@ It has two independent subpackages. `optimizer` is a chain of three stages,
       Δθ  = -lr (clip(u_t, ±1) + wd θ)                       optax.clip, ...
 
 and `curvature` has estimators, pure functions `(params, *batch, key) -> ĥ` that return a
-tree like `params`. They meet in one keyword argument of `update`:
+tree like `params`. An estimator is passed to `update` as a keyword argument:
 
     tx.update(grads, state, params, hessian_fn=lambda key: estimate(params, x, key=key))
 
@@ -19,8 +19,7 @@ Glossary:
 
   Hessian        ∇²L, the matrix of second derivatives of the mean loss L
   Gauss-Newton   the (generalized) Gauss-Newton matrix Jᵀ (∂²ℓ/∂f²) J, averaged over
-                 predictions: the Hessian without the curvature of the model f. It is
-                 positive semidefinite
+                 predictions: the Hessian for a linearized model f, positive semidefinite
   refresh        an update that accepts a new estimate ĥ
   prediction     one term of the mean loss: a token, for a language model
   group          a part of the batch whose gradients are summed before the square

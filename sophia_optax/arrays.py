@@ -1,4 +1,4 @@
-"""Dtypes and mapped axes of arrays: what the optimizer and the estimators both need."""
+"""Dtypes and mapped axes of arrays: helpers for both the optimizer and the estimators."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 AxisName = str | tuple[str, ...] | None
 
 
-def at_least_float32(tree: Any) -> Any:
+def accumulator_dtype(x: Any) -> Any:
+    """Return the dtype in which to sum: float32, or float64 if `x` is float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def cast_to_float32(tree: Any) -> Any:
     """Return the leaves as arrays, with dtypes narrower than float32 cast to float32."""
-
-    def widen(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    return jax.tree.map(widen, tree)
+    arrays = jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(lambda x: x.astype(accumulator_dtype(x)), arrays)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -32,6 +33,10 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
+def sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
+    return jax.lax.psum(tree, names) if names else tree
+
+
 def varying_axes(tree: Any) -> frozenset[str]:
     """Return the mapped axes along which arrays of `tree` differ between devices.
 
@@ -41,7 +46,7 @@ def varying_axes(tree: Any) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
-def as_varying(tree: Any, names: Iterable[str]) -> Any:
+def cast_to_varying(tree: Any, names: Iterable[str]) -> Any:
     """Return the same values, typed as different along the mapped axes."""
 
     def cast(x: Any) -> jax.Array:

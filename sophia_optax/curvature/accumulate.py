@@ -1,11 +1,4 @@
-"""The estimate of a batch that arrives in micro-batches.
-
-With weights W_i and estimates ĥ_i of the micro-batches,
-
-    ĥ = Σ_i W_i ĥ_i / Σ_i W_i
-
-is the estimate of the batch, with the groups of all micro-batches.
-"""
+"""The estimate of a batch that arrives in micro-batches: their weighted mean."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature.estimator import Estimator, accumulator_dtype
+from sophia_optax.arrays import accumulator_dtype
+from sophia_optax.curvature.estimator import Estimator
 
 
 class AccumulatorState(NamedTuple):
@@ -38,27 +32,26 @@ def accumulate(estimate: Estimator) -> Accumulator:
     .. math::
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
-    The result is the estimate of the whole batch, with `groups` groups for each
-    micro-batch, whatever their number and sizes. If all micro-batches have the same size
-    and are consecutive parts of the batch, it equals `estimate` on the whole batch.
+    W_i and ĥ_i are the weights and estimates of the micro-batches. The result is the
+    estimate of the batch, with the groups of all micro-batches. If all micro-batches have
+    the same size, it equals `estimate` on their concatenation with as many groups.
 
     Args:
-      estimate: the result of `gnb`, `hutchinson` or `empirical_fisher`, or any other
-        `Estimator`.
+      estimate: an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
       Three pure functions, which work inside `jax.lax.scan`:
 
       - `init(params)`: the empty state;
       - `add(state, params, *batch, **kwargs)`: the state with one more micro-batch. The
-        arguments are those of `estimate`. The key may be the same for all micro-batches:
-        their labels and probes depend on the number of the micro-batch.
-        W_i is `estimate.weight(params, *batch, **kwargs)`: the number of predictions, or
-        the sum of their weights. A micro-batch of weight 0 is ignored. For `hutchinson` it
-        is the number of examples, unless you pass `weight`, such as the number of unmasked
-        predictions in the mean loss of the micro-batch;
-      - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. It is
-        NaN, which the optimizer rejects, if nothing was added.
+        arguments are those of `estimate`. The key may be the same for all micro-batches,
+        because groups are numbered through all of them. W_i is
+        `estimate.weight(params, *batch, **kwargs)`: the number of predictions, or the sum
+        of their weights. A micro-batch of weight 0 is ignored. For `hutchinson` it is the
+        number of examples, or the argument `weight`, such as the number of unmasked
+        predictions;
+      - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
+        the total weight is 0, it is NaN, which the optimizer rejects.
 
     Raises:
       TypeError: if `estimate` is not an `Estimator`.
@@ -66,37 +59,26 @@ def accumulate(estimate: Estimator) -> Accumulator:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from sophia_optax import accumulate, gnb
-      >>> def logits_fn(params, x):
-      ...     return x @ params
       >>> params, key = jnp.zeros((3, 2)), jax.random.key(0)
-      >>> x = jax.random.normal(key, (4, 8, 3))  # 4 micro-batches of 8
-      >>> micro = accumulate(gnb(logits_fn, groups=2))
-      >>> def body(state, x):
-      ...     return micro.add(state, params, x, key=key), None
-      >>> state, _ = jax.lax.scan(body, micro.init(params), x)
-      >>> whole = gnb(logits_fn, groups=8)(params, x.reshape(32, 3), key=key)
-      >>> print(bool(jnp.allclose(micro.mean(state), whole)))
-      True
+      >>> micro = accumulate(gnb(lambda params, x: x @ params, groups=2))
+      >>> state = micro.init(params)
+      >>> for x in jnp.ones((4, 8, 3)):  # 4 micro-batches of 8
+      ...     state = micro.add(state, params, x, key=key)
+      >>> micro.mean(state).shape
+      (3, 2)
     """
     if isinstance(estimate, type) or not isinstance(estimate, Estimator):
         raise TypeError(
             "`estimate` must be an `Estimator`, such as the result of `gnb`, got a "
-            f"`{type(estimate).__name__}`, which has no `weight` for a batch. Pass the "
-            "estimator itself, not a function that calls it."
+            f"`{type(estimate).__name__}`. Pass the estimator itself, not a function that "
+            "calls it."
         )
 
     def init(params: Any) -> AccumulatorState:
-        return AccumulatorState(
-            num_batches=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            hessian=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=accumulator_dtype(p)), params
-            ),
-        )
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, accumulator_dtype(p)), params)
+        return AccumulatorState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), zeros)
 
-    def add(
-        state: AccumulatorState, params: Any, *batch: Any, **kwargs: Any
-    ) -> AccumulatorState:
+    def add(state: Any, params: Any, *batch: Any, **kwargs: Any) -> AccumulatorState:
         weight = jnp.asarray(estimate.weight(params, *batch, **kwargs), jnp.float32)
         first_group = state.num_batches * estimate.groups
         new = estimate(params, *batch, first_group=first_group, **kwargs)
@@ -106,15 +88,11 @@ def accumulate(estimate: Estimator) -> Accumulator:
             blended = mean + fraction.astype(mean.dtype) * (e - mean)
             return jnp.where(weight == 0, mean, blended)  # e is NaN if the weight is 0
 
-        return AccumulatorState(
-            num_batches=state.num_batches + 1,
-            weight=state.weight + weight,
-            hessian=jax.tree.map(blend, state.hessian, new),
-        )
+        hessian = jax.tree.map(blend, state.hessian, new)
+        return AccumulatorState(state.num_batches + 1, state.weight + weight, hessian)
 
     def mean(state: AccumulatorState) -> Any:
-        return jax.tree.map(
-            lambda h: jnp.where(state.weight == 0, jnp.nan, h), state.hessian
-        )
+        is_empty = state.weight == 0
+        return jax.tree.map(lambda h: jnp.where(is_empty, jnp.nan, h), state.hessian)
 
     return Accumulator(init, add, mean)

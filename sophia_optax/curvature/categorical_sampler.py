@@ -1,9 +1,9 @@
 """Sample classes from logits by inverting the cumulative distribution in two steps.
 
 Each sample takes one uniform number u in (0, 1). The classes are divided into blocks. The
-weight of a block, the sum of exp(logit - max), takes one pass over the logits and is not
-stored for each class. The sample is in the first block with cumulative weight above u W,
-and within it, it is the first class. Only the exponentials of that block are stored.
+weight of a block is the sum of exp(logit - max), and W is the sum over all blocks. Step one
+finds the first block with a cumulative weight above u W. Step two finds the first such
+class in this block. Only the exponentials of this block are written to memory.
 
 If the number of classes is a multiple of 128 there are 128 blocks. If the classes are
 sharded over devices, each device then holds complete blocks, and devices exchange 128
@@ -13,29 +13,22 @@ weights for each sample rather than the logits.
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature.meshes import on_auto_axes
+from sophia_optax.curvature.meshes import run_on_auto_axes
 
 _NUM_BLOCKS, _BLOCK_SIZE = 128, 256
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return classes sampled with probabilities softmax(logits).
+    """Return classes, shape (...), int32, with probabilities softmax(logits).
 
-    The probability of a class is exact up to a few times 2**-23, the spacing of float32
-    uniform numbers, and 0 for logits of -inf.
-
-    Args:
-      key: PRNG key.
-      logits: shape (..., classes), float32 or float64.
-
-    Returns:
-      Classes, shape (...), int32.
+    The probability is exact up to a few times 2**-23, the spacing of uniform numbers in
+    float32, and 0 for a logit of -inf. The logits have shape (..., classes).
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
     uniform += 2.0**-24  # the middle of the interval that rounds to this number
-    # If the classes are sharded, XLA finds what devices have to exchange.
+    # If the classes are sharded, XLA inserts the communication.
     spec = jax.typeof(logits).sharding.spec[:-1]
-    return on_auto_axes(invert_cdf, spec)(uniform, logits)
+    return run_on_auto_axes(invert_cdf, spec)(uniform, logits)
 
 
 def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
@@ -51,13 +44,12 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
         block_weights = jnp.exp(blocks - top[..., None]).sum(-1)
     else:
         size = _BLOCK_SIZE
-        weights = jnp.pad(
-            jnp.exp(logits - top), [(0, 0)] * len(shape) + [(0, -classes % size)]
-        )
+        padding = [(0, 0)] * len(shape) + [(0, -classes % size)]
+        weights = jnp.pad(jnp.exp(logits - top), padding)
         block_weights = weights.reshape(*shape, -1, size).sum(-1)
     cumulative = jnp.cumsum(block_weights, -1)
     target = uniform[..., None] * cumulative[..., -1:]
-    block = _first_above(target, cumulative, block_weights)
+    block = _find_first_above(target, cumulative, block_weights)
     if size == 1:
         return block[..., 0].astype(jnp.int32)
 
@@ -66,15 +58,17 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     candidates = block * size + jnp.arange(size)
     inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
     weights = jnp.where(candidates < classes, jnp.exp(inside - top), 0)
-    first = _first_above(target - before, jnp.cumsum(weights, -1), weights)
+    first = _find_first_above(target - before, jnp.cumsum(weights, -1), weights)
     return (block * size + first)[..., 0].astype(jnp.int32)
 
 
-def _first_above(target: jax.Array, cumulative: jax.Array, weights: jax.Array) -> jax.Array:
+def _find_first_above(
+    target: jax.Array, cumulative: jax.Array, weights: jax.Array
+) -> jax.Array:
     """Return the index of the first `cumulative` above `target` with a positive weight.
 
     Because of rounding, a cumulative sum may increase where the weight is 0, or end below
-    `target`. Neither may select an impossible class, or none.
+    `target`. Even then, the result is a possible class.
     """
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)

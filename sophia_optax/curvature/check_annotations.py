@@ -1,12 +1,12 @@
 """Find and check the annotations of `each_group` in the jaxpr of a group's gradient.
 
-The squares must reach their parameter unchanged: moved, padded with zeros, stacked by a
-scan over layers, or summed over devices, but not summed or changed in any other way. And no
-gradient may have been summed over devices before it is squared. This is checked by abstract
-interpretation: each value of the jaxpr has a kind, and `_apply` derives the kinds of the
+The squares must reach their parameter as they are. They may be moved, padded with zeros,
+stacked by a scan over layers, or summed over devices, but not changed otherwise. And no
+gradient may be summed over devices before it is squared. The check is an abstract
+interpretation: each value in the jaxpr has a kind, and `_apply` derives the kinds of the
 results of an operation from those of its operands.
 
-A model without annotations and without communication does not pay for this.
+Models without annotations and without communication are not checked.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An abstract value: its kind, and the mapped axes that it was summed over."""
+    """An abstract value."""
 
     kind: Kind
-    axes: Axes = frozenset()
+    axes: Axes = frozenset()  # the mapped axes that it was summed over
     cause: str = ""
 
     @property
@@ -53,12 +53,9 @@ class Value:
         return dataclasses.replace(self, axes=self.axes | axes)
 
 
-def _invalid(cause: str) -> Value:
-    return Value(Kind.INVALID, cause=cause)
-
-
 FORWARD, ZERO = Value(Kind.FORWARD), Value(Kind.ZERO)
 
+_invalid = functools.partial(Value, Kind.INVALID, frozenset())
 # Each cause has a row in the table of docs/devices.md.
 PARTS = _invalid("in parts, at several uses, or in a loop that is not over layers")
 AGAIN = _invalid("again after another annotation")
@@ -72,16 +69,9 @@ ROUNDED = _invalid("after it is cast to 16 bits")
 
 # The result of a move has the kind of its first operand. Other operands are indices.
 _MOVES = {
-    *(
-        "convert_element_type",
-        "copy",
-        "dynamic_slice",
-        "layout_constraint",
-        "name",
-        "pcast",
-    ),
-    *("pvary", "reshape", "reshard", "rev", "sharding_constraint", "slice", "split"),
-    *("squeeze", "transpose"),
+    *("convert_element_type", "copy", "dynamic_slice", "layout_constraint", "name"),
+    *("pcast", "pvary", "reshape", "reshard", "rev", "sharding_constraint", "slice"),
+    *("split", "squeeze", "transpose"),
 }
 # These are moves if the result has as many entries as the operand. Otherwise they sum.
 _MOVES_OR_SUMS = {"broadcast_in_dim", "reduce_sum"}
@@ -91,38 +81,33 @@ _SUMS_OVER_DEVICES = {"psum", "psum_invariant", "reduce_scatter"}
 
 
 class GroupGradient(NamedTuple):
-    """The gradient of a group's loss, and what `each_group` did to it.
-
-    The last three are trees like the parameters.
-    """
+    """The gradient of a group's loss, and trees like the parameters that describe it."""
 
     fn: Callable[..., Any]  # of the parameters, a group's batch and its number
-    is_squared: Any  # bool, results that are squares
-    is_summed: Any  # bool, squares that are also summed over the axis `GROUPS`; or None
+    is_squared: Any  # bool: the result is squares
+    is_summed: Any  # bool: `fn` sums it over the axis `GROUPS`; None without this axis
     axes: Any  # the mapped axes that squares are summed over
 
 
 def trace_group_gradient(
     loss: GroupLoss, params: Any, grouped: GroupedBatch, names: tuple[str, ...]
 ) -> GroupGradient:
-    """Trace the gradient of one group's loss, and find what `each_group` squares in it.
+    """Trace the gradient of one group's loss, and find the parameters that it squares.
 
-    Args:
-      loss: function of the parameters, a group's batch and the group's number.
-      params: a tree of arrays.
-      grouped: the groups of the batch.
-      names: the mapped axes whose devices have groups of their own.
-
-    Raises:
-      ValueError: for a parameter whose annotation would make the estimate wrong, or whose
-        gradient is summed over devices without an annotation.
+    Raise ValueError for a parameter whose annotation would make the estimate wrong, or if a
+    gradient is summed over the mapped axes `names` without an annotation.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
     fn, jaxpr = trace_gradient(loss, gathered, *grouped.first, axis_env=axis_env)
     values = jax.tree.map(lambda _: FORWARD, params)
-    if needs_check := _needs_check(jaxpr, names):
-        values = check(find_annotations(jaxpr, params, names))
+    if names:
+        needs_check = communicates(jaxpr, names) or _has_annotation(jaxpr)
+    else:  # an annotation sums over the axis of the groups, which leaves an effect
+        effects = (getattr(effect, "name", None) for effect in jaxpr.effects)
+        needs_check = GROUPS in effects
+    if needs_check:
+        values = check_values(find_annotations(jaxpr, params, names))
     is_squared = jax.tree.map(lambda value: value.is_squares, values)
     is_summed = is_squared if needs_check and not names else None
     if grouped.axes and is_summed:
@@ -136,14 +121,14 @@ def trace_group_gradient(
 def trace_gradient(
     loss: Callable[..., jax.Array], params: Any, *args: Any, axis_env: Sequence[Any] = ()
 ) -> tuple[Callable[..., Any], Any]:
-    """Trace the gradient of `loss(params, *args)` with respect to `params`.
+    """Return the traced gradient of `loss(params, *args)`, as a function and as a jaxpr.
 
-    Return it as a function of arguments of the same types, which does not call `loss`
-    again, and its jaxpr. `axis_env` has the names and sizes of mapped axes to bind.
+    The function takes arguments of the same types and does not call `loss` again.
+    `axis_env` has the names and sizes of mapped axes to bind.
     """
     # Inside `jit`, so that a call of the function binds one operation, not all of them.
-    gradient = jax.jit(jax.grad(lambda *args: _mark_backward(loss(*args))))
-    with jax.disable_jit(False):  # which would unroll a scan over layers
+    gradient = jax.jit(jax.grad(lambda *args: _name_cotangent(loss(*args))))
+    with jax.disable_jit(False):  # under `disable_jit`, tracing would unroll scans
         jaxpr = jax.make_jaxpr(gradient, axis_env=list(axis_env))(params, *args)
 
     def call(params: Any, *args: Any) -> Any:
@@ -155,15 +140,8 @@ def trace_gradient(
 
 def communicates(jaxpr: Any, names: tuple[str, ...]) -> bool:
     """Return whether an operation of the jaxpr uses one of the mapped axes."""
-    # Not all of them leave an effect: `ppermute` does not.
-    return any(not _used_axes(eqn.params).isdisjoint(names) for eqn in jaxpr.eqns)
-
-
-def _needs_check(jaxpr: Any, names: tuple[str, ...]) -> bool:
-    if names:
-        return communicates(jaxpr, names) or _has_annotation(jaxpr)
-    # An annotation sums over the axis of the groups, which the effects record.
-    return any(getattr(effect, "name", None) == GROUPS for effect in jaxpr.effects)
+    # Effects are not enough: `ppermute` has none.
+    return any(not _find_used_axes(eqn.params).isdisjoint(names) for eqn in jaxpr.eqns)
 
 
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
@@ -172,7 +150,7 @@ def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
     return jax.tree.structure(params).unflatten(found)
 
 
-def check(values: Any) -> Any:
+def check_values(values: Any) -> Any:
     """Return the values. Raise ValueError if the estimate of a parameter would be wrong."""
     for path, value in jax.tree.leaves_with_path(values):
         name = f"`params{jax.tree_util.keystr(path)}`"
@@ -183,23 +161,20 @@ def check(values: Any) -> Any:
             )
         if value.kind == Kind.GRADIENT and value.axes:
             raise ValueError(
-                f"The gradient of {name} is summed over devices, along the mapped axes "
-                f"{sorted(value.axes)}, before the square. If the model gathers the "
-                "parameter, annotate it after that with `each_group`. Other communication "
-                "over these axes is unsupported with this `axis_name`."
+                f"The gradient of {name} is summed over the mapped axes "
+                f"{sorted(value.axes)} before the square. If the model gathers it, "
+                "annotate it there with `each_group`. Other communication is unsupported."
             )
     return values
 
 
 @jax.custom_vjp
-def _mark_backward(loss: jax.Array) -> jax.Array:
+def _name_cotangent(loss: jax.Array) -> jax.Array:
     """Return the loss, and name its cotangent, from which `_follow` starts."""
     return loss
 
 
-_mark_backward.defvjp(
-    lambda loss: (loss, None), lambda _, g: (checkpoint_name(g, _BACKWARD),)
-)
+_name_cotangent.defvjp(lambda x: (x, None), lambda _, g: (checkpoint_name(g, _BACKWARD),))
 
 
 def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
@@ -224,25 +199,23 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name == "name" and params["name"] == _BACKWARD:
         return [Value(Kind.GRADIENT)]
     if name == "name" and params["name"] == SQUARES:
-        return [_annotated(first)]
+        return [_apply_annotation(first)]
 
     # Operations with jaxprs inside.
     if name == "scan":
-        return _scan(eqn, operands, names)
+        return _follow_scan(eqn, operands, names)
     if name == "cond":
-        return _cond(params["branches"], operands[1:], names)
-    inner = _open(params.get("jaxpr", params.get("call_jaxpr")))
-    if inner is not None and (len(inner.invars), len(inner.outvars)) == (
-        len(operands),
-        results,
-    ):  # a call, such as `jit` or `remat`
-        return _follow(inner, operands, names)
+        return _follow_cond(params["branches"], operands[1:], names)
+    inner = _unwrap(params.get("jaxpr", params.get("call_jaxpr")))
+    counts = len(operands), results
+    if inner is not None and (len(inner.invars), len(inner.outvars)) == counts:
+        return _follow(inner, operands, names)  # a call, such as `jit` or `remat`
     if any(_has_annotation(jaxpr) for jaxpr in _inner_jaxprs(params)):
         return [HIDDEN] * results  # a `while` or a kernel: how often it runs is unknown
     if name in ("optimization_barrier", "device_put"):
         return operands  # one result for each operand
 
-    # Sums of two operands. Where one of them is zero, the result is the other.
+    # Sums of two operands. If one of them is zero, the result is the other.
     if name in _SUMS:
         total = _sum(first, operands[2 if name == "scatter-add" else 1])
         # Indices that repeat add several entries of the updates to one entry.
@@ -250,7 +223,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
         return [_sum(total, total) if repeats else total]
     if name == "concatenate":
         return [functools.reduce(_join, operands)]
-    over = _used_axes(params)
+    over = _find_used_axes(params)
     if name in _SUMS_OVER_DEVICES and params.get("axis_index_groups") is None:
         return [_sum_over_devices(value, over, names) for value in operands]
 
@@ -265,7 +238,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
         is_rounded = first.is_squares and jnp.promote_types(dtype, "float32") != dtype
         return [ROUNDED if is_rounded else first] * results
 
-    # Any other operation. A gradient may pass through it, squares may not.
+    # Other operations, which are valid for gradients but not for squares.
     if invalid := next((v for v in operands if v.kind == Kind.INVALID), None):
         return [invalid] * results
     if any(value.is_squares for value in operands):
@@ -278,7 +251,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     return [result] * results
 
 
-def _annotated(gradient: Value) -> Value:
+def _apply_annotation(gradient: Value) -> Value:
     """Return the value of the squares of an annotation, given its cotangent."""
     if gradient.kind == Kind.INVALID:
         # The cotangent was squares before it was changed or summed.
@@ -290,19 +263,21 @@ def _annotated(gradient: Value) -> Value:
     return INNER if gradient.kind == Kind.FORWARD else AGAIN
 
 
-def _cond(branches: Sequence[Any], operands: list[Value], names: Axes) -> list[Value]:
-    results = [_follow(_open(branch), operands, names) for branch in branches]
+def _follow_cond(
+    branches: Sequence[Any], operands: list[Value], names: Axes
+) -> list[Value]:
+    results = [_follow(_unwrap(branch), operands, names) for branch in branches]
     joined = [functools.reduce(_join, each) for each in zip(*results, strict=True)]
     # Each group may take a different branch.
     return [BRANCH if value.is_squares else value for value in joined]
 
 
-def _scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Follow the body until the values of the carry no longer change."""
-    body = _open(eqn.params["jaxpr"])
+def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
+    """Return the values of a scan: follow its body until those of the carry are stable."""
+    body = _unwrap(eqn.params["jaxpr"])
 
-    # Some versions of JAX do not give the number of carried values: count the arguments
-    # with one axis more outside of the body, the scanned axis.
+    # Some versions of JAX do not give the number of carried values. Scanned arguments have
+    # one axis more outside of the body.
     def count_scanned(outside: Any, inside: Any) -> int:
         return sum(o.aval.ndim != i.aval.ndim for o, i in zip(outside, inside, strict=True))
 
@@ -318,7 +293,7 @@ def _scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _join(a: Value, b: Value) -> Value:
-    """Return the join: a value that is `a` or `b`, or has entries of both."""
+    """Return the join of two abstract values, for an array with entries of either."""
     if a == b or b == ZERO:
         return a
     if a == ZERO:
@@ -333,25 +308,27 @@ def _join(a: Value, b: Value) -> Value:
 
 
 def _sum(a: Value, b: Value) -> Value:
-    # A sum of two squares is not the square of a sum.
+    # A sum of squares is not the square of a sum.
     return PARTS if a.is_squares and b.is_squares else _join(a, b)
 
 
 def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
-    """Return the value of a sum over mapped axes, of which `names` have own groups."""
+    """Return the value of a sum over axes. Along `names` each device has its own groups."""
     if value.is_squares:
-        # Along other axes, devices hold parts of the same group's gradient.
+        # Along other axes, devices hold parts of one group's gradient.
         return value.with_axes(over) if over <= names else PARTS
     if value.kind == Kind.GRADIENT:
         return value.with_axes(over & names)
     return value
 
 
-def _used_axes(params: dict[str, Any]) -> Axes:
-    """Return the mapped axes that an operation, or one inside it, uses."""
+def _find_used_axes(params: dict[str, Any]) -> Axes:
+    """Return the mapped axes that an operation uses, or an operation inside it."""
     names = params.get("axes", params.get("axis_name", ()))
     own = frozenset(names if isinstance(names, tuple | list) else (names,))
-    inner = (_used_axes(e.params) for jaxpr in _inner_jaxprs(params) for e in jaxpr.eqns)
+    inner = (
+        _find_used_axes(e.params) for jaxpr in _inner_jaxprs(params) for e in jaxpr.eqns
+    )
     return own.union(*inner)
 
 
@@ -366,10 +343,10 @@ def _has_annotation(jaxpr: Any) -> bool:
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_open(each), "eqns"):
-                yield _open(each)
+            if hasattr(_unwrap(each), "eqns"):
+                yield _unwrap(each)
 
 
-def _open(jaxpr: Any) -> Any:
+def _unwrap(jaxpr: Any) -> Any:
     """Return the jaxpr of a closed jaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr)

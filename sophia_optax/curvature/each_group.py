@@ -1,11 +1,11 @@
 """The annotation at which each group's gradient is squared.
 
-The gradient of a sharded weight is summed over devices where the weight was gathered. An
-estimate needs each group's own gradient, squared before that sum. `each_group` annotates
-the place: in an estimate, the backward pass squares the gradient there and sums the squares
-over the groups that are computed in parallel. The rest of the backward pass, to the shards
-of the weight, then treats squares as it treats gradients, so no device holds more of an
-estimate than of a gradient.
+If a weight is sharded, the backward pass of its gather sums its gradient over devices. An
+estimate must square each group's own gradient before that sum. `each_group` annotates the
+gathered weight: in an estimate, the backward pass squares the gradient there and sums the
+squares over the parallel groups. The rest of the backward pass, to the shards of the
+weight, treats squares like gradients. So no device holds more of an estimate than of a
+gradient.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sophia_optax.arrays import varying_axes
-from sophia_optax.curvature.meshes import on_auto_axes
+from sophia_optax.arrays import accumulator_dtype, cast_to_float32, varying_axes
+from sophia_optax.curvature.meshes import run_on_auto_axes
 
 # Names of mapped axes that are bound while an estimate is traced. A mapped axis, unlike a
 # global variable, is part of the key by which `jit` caches traces: a function that was
@@ -27,20 +27,20 @@ SQUARES = "sophia_optax.squares"  # the name of the squares in a jaxpr
 
 
 def each_group(tree: Any) -> Any:
-    """Annotate gathered weights, so that a refresh is as sharded as a gradient.
+    """Annotate gathered weights, so that an estimate is as sharded as a gradient.
 
     This is the identity, except in an estimate of `gnb` or `empirical_fisher` with several
-    groups or devices: there the backward pass squares each group's gradient. Without it,
-    each device holds gathered parameters, one group's gradient and the estimate.
-    `hutchinson` ignores it: under `jit`, `groups=1` with several `num_probes` gathers
-    nothing there.
+    groups or devices. There, the backward pass squares each group's gradient. Without the
+    annotation each device holds the gathered parameters, one group's gradient and the
+    estimate. `hutchinson` ignores it. Under `jit` use `hutchinson` with `groups=1` and
+    several `num_probes`, for which nothing is gathered.
 
-    Annotate each weight once, before its uses and any cast; in the body of a scan over
-    layers, the weights of one layer. Annotate it after it is gathered by `jax.reshard` or
-    `jax.lax.all_gather`. On Auto axes the annotation may also come before the gather, with
-    a cast between them, so that devices exchange 16 bits; on Explicit axes JAX rejects that
-    (duplicate entries in a spec). If a weight is used twice, such as a tied embedding, use
-    the result of one annotation twice.
+    Annotate each weight once, after it is gathered by `jax.reshard` or `jax.lax.all_gather`
+    and before its uses and any cast. In a scan over layers, annotate the weights of one
+    layer in the body. If a weight is used twice, such as a tied embedding, annotate it once
+    and use the result twice. On Auto axes the annotation may also come before the gather,
+    with a cast between them, so that devices exchange 16 bits. On Explicit axes JAX rejects
+    that (duplicate entries in a spec).
 
     Each estimate checks the backward pass and rejects an annotation that would make it
     wrong. The documentation on many devices has a table of the causes and remedies.
@@ -61,34 +61,31 @@ def each_group(tree: Any) -> Any:
       >>> import jax, jax.numpy as jnp
       >>> from sophia_optax import each_group, gnb
       >>> def logits_fn(params, x):
-      ...     def layer(x, w):
-      ...         return jnp.tanh(x @ each_group(w)), None
-      ...     return jax.lax.scan(layer, x, params)[0]
-      >>> estimate = gnb(logits_fn, groups=4)
-      >>> params, x = jnp.ones((2, 3, 3)), jnp.ones((8, 3))
-      >>> estimate(params, x, key=jax.random.key(0)).shape
-      (2, 3, 3)
+      ...     return x @ each_group(params)
+      >>> params, x = jnp.ones((3, 2)), jnp.ones((8, 3))
+      >>> gnb(logits_fn, groups=4)(params, x, key=jax.random.key(0)).shape
+      (3, 2)
     """
     if not (_is_bound(GROUPS) or _is_bound(DEVICE)):
         return tree
     if _is_bound(GROUPS) and _is_in_checked_shard_map():
         raise NotImplementedError(
-            "`each_group` is inside a `shard_map` with `check_vma=True`, where JAX does "
-            "not support sums over parallel groups. If devices have groups of their own, "
-            "pass `axis_name` to the estimator. Otherwise use `check_vma=False`."
+            "In a `shard_map` with `check_vma=True`, JAX does not support the sums over "
+            "groups of `each_group`. If each device has its own groups, pass `axis_name` "
+            "to the estimator. Otherwise use `check_vma=False`."
         )
     return jax.tree.map_with_path(_annotate_leaf, tree)
 
 
 def square(gradient: jax.Array) -> jax.Array:
     """Return the square in float32, or in float64 if the gradient is float64."""
-    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) ** 2
+    return cast_to_float32(gradient) ** 2
 
 
 def _annotate_leaf(path: Any, w: Any) -> Any:
     if not (isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating)):
         return w
-    if jnp.promote_types(w.dtype, jnp.float32) != w.dtype:
+    if accumulator_dtype(w) != w.dtype:
         raise TypeError(
             f"`each_group` got `tree{jax.tree_util.keystr(path)}` of dtype {w.dtype}, in "
             "which squares would be summed. Annotate it in float32 and cast it after that."
@@ -106,7 +103,7 @@ def _square_cotangent(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     if _is_bound(GROUPS):
         # JAX's psum does not support arrays that are sharded over Explicit axes.
         spec = jax.typeof(squares).sharding.spec
-        squares = on_auto_axes(lambda s: jax.lax.psum(s, GROUPS), spec)(squares)
+        squares = run_on_auto_axes(lambda s: jax.lax.psum(s, GROUPS), spec)(squares)
     return (checkpoint_name(squares, SQUARES),)
 
 

@@ -5,17 +5,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from sophia_optax.arrays import cast_to_varying, varying_axes
 
 
 @runtime_checkable
 class Estimator(Protocol):
     """An estimator of the diagonal of the Hessian of a mean loss.
 
-    `gnb`, `hutchinson` and `empirical_fisher` return one. Any object with these members is
-    an estimator: use it with `accumulate`, or pass its results to the optimizer.
-
-    Attributes:
-      groups: number of groups that the batch is split into, at least 1.
+    `gnb`, `hutchinson` and `empirical_fisher` return estimators. Any object with these
+    members is one: use it with `accumulate`, or pass its results to the optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -27,16 +27,14 @@ class Estimator(Protocol):
       ...     def weight(self, params, x):
       ...         return len(x)
       >>> micro, params = accumulate(SquaredInputs()), jnp.zeros(2)
-      >>> state = micro.init(params)
-      >>> for x in (jnp.ones((2, 2)), 3 * jnp.ones((6, 2))):
-      ...     state = micro.add(state, params, x)
+      >>> state = micro.add(micro.init(params), params, jnp.ones((8, 2)))
       >>> print(micro.mean(state))
-      [7. 7.]
+      [1. 1.]
     """
 
     @property
     def groups(self) -> int:
-        """Number of groups that the batch is split into."""
+        """Number of groups that the batch is split into, at least 1."""
         ...
 
     def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
@@ -45,21 +43,21 @@ class Estimator(Protocol):
         Args:
           params: a tree of arrays.
           *batch: trees of arrays with the same leading axis.
-          **kwargs: keyword arguments such as `key`, and `first_group`, shape (), int32, by
-            default 0: the number of the first group. An estimator that draws random numbers
-            folds a group's number into its key, so that micro-batches draw different ones.
+          **kwargs: keyword arguments such as `key`, and `first_group`, the number of the
+            first group, shape (), int32, by default 0. A random estimator folds a group's
+            number into its key, so that the groups of micro-batches are independent.
         """
         ...
 
-    def weight(self, params: Any, *batch: Any, **kwargs: Any) -> jax.typing.ArrayLike:
+    def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
         """Return the weight of this batch in a mean over batches, shape ().
 
-        It takes the arguments of the estimator except `first_group`.
+        The arguments are those of the estimator, except `first_group`.
         """
         ...
 
 
-def check_counts(*, groups: int, parallel_groups: int | None, **counts: int) -> None:
+def check_counts(groups: int, parallel_groups: int | None, **counts: int) -> None:
     """Raise ValueError unless each count is an int of at least 1."""
     counts["groups"] = groups
     if parallel_groups is not None:
@@ -73,35 +71,39 @@ def check_counts(*, groups: int, parallel_groups: int | None, **counts: int) -> 
         )
 
 
-def check_params(params: Any) -> Any:
-    """Return the parameters as arrays. Raise TypeError for one without a gradient."""
+def prepare_params(params: Any, batch: Any, names: tuple[str, ...]) -> Any:
+    """Return the parameters as arrays that vary along the mapped axes `names`.
+
+    Raise ValueError if the batch varies along other axes (known with `check_vma=True`), and
+    TypeError for a parameter without a gradient.
+    """
+    if missing := varying_axes(batch) - varying_axes(params) - set(names):
+        raise ValueError(
+            f"The batch differs along the mapped axes {sorted(missing)}, which are not in "
+            f"`axis_name={names or None!r}`: gradients would be summed over these axes "
+            "before the square. Add them to `axis_name`."
+        )
 
     def check(path: Any, p: Any) -> jax.Array:
         p = jnp.asarray(p)
         if not jnp.issubdtype(p.dtype, jnp.floating):
             raise TypeError(
                 f"`params{jax.tree_util.keystr(path)}` has dtype {p.dtype}, which has no "
-                "gradient. Pass the trainable parameters alone, in Flax NNX those of "
-                "`nnx.split(model, nnx.Param, ...)`, and close over the rest."
+                "gradient. Close over it, and pass the trainable parameters alone, in Flax "
+                "NNX those of `nnx.split(model, nnx.Param, ...)`."
             )
         return p
 
-    return jax.tree_util.tree_map_with_path(check, params)
+    return cast_to_varying(jax.tree.map_with_path(check, params), names)
 
 
-def check_key(key: jax.Array) -> jax.Array:
-    """Return the key. Raise TypeError unless it is one PRNG key."""
+def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Return a key for this device. Raise TypeError unless `key` is one PRNG key."""
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_legacy = dtype == jnp.uint32
-    if not (is_typed or is_legacy) or jnp.ndim(key) != (0 if is_typed else 1):
+    if not (is_typed or dtype == jnp.uint32) or jnp.ndim(key) != (0 if is_typed else 1):
         got = f"{dtype}{list(jnp.shape(key))}" if dtype is not None else repr(key)
         raise TypeError(
             f"`key` must be one PRNG key, such as `jax.random.key(0)`, got {got}."
         )
-    return key
-
-
-def accumulator_dtype(x: jax.Array) -> Any:
-    """Return the dtype of an estimate: float32, or float64 where `x` is float64."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key

@@ -1,17 +1,14 @@
 """The diagonal of the Gauss-Newton matrix, from squared gradients of summed losses.
 
-Let the loss be the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions, W = Σ_b w_b,
-and let labels ŷ_b be sampled from the model. For ℓ = -log p the gradients of single
-predictions, g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b), are independent, have mean zero, and the mean of
-g_b g_bᵀ is the Gauss-Newton matrix of b, J_bᵀ (∂²ℓ/∂f²) J_b. So for any split into groups
+Let the loss be the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions, W = Σ_b w_b.
+Let labels ŷ_b be sampled from the model. For ℓ = -log p, the gradients of predictions
+g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent and have mean zero. The mean of g_b g_bᵀ is the
+Gauss-Newton matrix of b, J_bᵀ (∂²ℓ/∂f²) J_b. So for any split into groups
 
     E Σ_g (Σ_{b in g} √w_b g_b)²  =  Σ_b w_b E g_b²  =  W diag(Gauss-Newton of L)
 
-because the mean of every cross term g_b g_c is zero. More groups do not change the mean.
-They leave fewer cross terms in the estimate, whose error falls as 1 / √groups.
-
-From top to bottom: the two public functions, a group's loss, its gradient, its square, and
-the sum over groups and devices.
+because the cross terms g_b g_c have mean zero. More groups leave fewer cross terms in the
+estimate, and its error falls as 1 / √groups.
 """
 
 import dataclasses
@@ -21,30 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, as_varying, axis_names
+from sophia_optax.arrays import AxisName, accumulator_dtype, axis_names, sum_over_devices
 from sophia_optax.curvature.check_annotations import GroupLoss, trace_group_gradient
 from sophia_optax.curvature.each_group import square
-from sophia_optax.curvature.estimator import (
-    accumulator_dtype,
-    check_counts,
-    check_key,
-    check_params,
-)
-from sophia_optax.curvature.groups import (
-    GroupedBatch,
-    split_into_groups,
-    sum_over_groups,
-)
+from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
+from sophia_optax.curvature.groups import GroupedBatch, split_into_groups, sum_over_groups
 from sophia_optax.curvature.likelihoods import Categorical, Likelihood
-from sophia_optax.curvature.mapped_axes import (
-    check_axes,
-    key_of_device,
-    number_of_devices,
-    sum_over_devices,
-)
 
-Weights = jax.typing.ArrayLike | None
+Weights = ArrayLike | None
 LossesAndArrays = tuple[GroupLoss, dict[str, Any]]
 
 _CATEGORICAL = Categorical()
@@ -71,23 +54,23 @@ def gnb(
 
     Args:
       logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood` takes,
-        for `Categorical` logits of shape (..., classes). It gets one group at a time: if a
-        model mixes examples, as batch normalization does, use its form for evaluation, or
-        one group.
+        for `Categorical` logits of shape (..., classes). It is called for one group at a
+        time: if a model mixes examples, as batch normalization does, use its evaluation
+        mode or one group.
       likelihood: the distribution of a label given the outputs: `Categorical`, `Bernoulli`,
         `Normal`, `Poisson`, or any object with their two methods.
       groups: number of groups, blocks of consecutive examples. Must divide the leading axis
         of every array in the batch and of the weights.
       parallel_groups: number of groups that are computed in parallel, each with its own
         gradient in memory, except for weights that `each_group` annotates. The others are
-        computed sequentially. Must divide `groups`. The default under `jit` is one for each
-        device that the batch is sharded over. Along Auto axes of a mesh, tracing does not
-        know how the batch is sharded, and the default is the number of devices: pass the
-        size of the data axes to use less memory. Both counts must be multiples of that
-        size, otherwise devices compute the same groups (on Explicit axes: an error).
+        computed sequentially. Must divide `groups`. The default under `jit` is the number
+        of devices that the batch is sharded over. Along Auto axes that number is unknown in
+        tracing, and the default is that of all devices: pass the size of the data axes to
+        use less memory. Both counts must be multiples of that size. Otherwise devices
+        compute the same groups (on Explicit axes, this is an error).
       axis_name: name or names of the mapped axes that the batch is sharded over under
         `pmap` or `shard_map`. `groups` is then the number for each device. The estimate has
-        the sharding of `params`: if they are sharded, `logits_fn` gathers them and
+        the sharding of `params`. If they are sharded, `logits_fn` gathers them and
         annotates them there with `each_group`. Under `jit` with sharded arrays use None:
         the estimate equals the single-device estimate.
 
@@ -95,24 +78,22 @@ def gnb(
       A function `estimate(params, *batch, key, weights=None)`, an `Estimator`.
 
       `key` is a PRNG key. `weights` are non-negative, one for each prediction, in the shape
-      that `likelihood.neg_log_prob` returns. Masked predictions, of weight 0, are ignored
-      if their outputs are finite. The result is a tree like `params`, in float32 (float64
-      where `params` are), and non-negative. If all weights are 0, or weights have both
-      signs, it is NaN, which the optimizer rejects.
+      that `likelihood.neg_log_prob` returns. Predictions of weight 0 are ignored if their
+      outputs are finite. The result is a tree like `params`, in float32 (float64 where
+      `params` are), and non-negative. For invalid weights it is NaN, which the optimizer
+      rejects: if all are 0, or they have both signs.
 
     Raises:
-      ValueError: for counts below 1; from the estimate, if `groups` does not divide the
+      ValueError: for counts below 1. From the estimate, if `groups` does not divide the
         batch or cannot be distributed over its devices, if the weights do not have the
-        shape of the predictions, or if gradients of other sums than the groups' would be
-        squared (see `each_group`).
+        shape of the predictions, or if a gradient would be squared that is not the sum over
+        one group (see `each_group`).
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from sophia_optax import gnb
-      >>> def logits_fn(params, x):
-      ...     return x @ params
-      >>> estimate = gnb(logits_fn, groups=4)
+      >>> estimate = gnb(lambda params, x: x @ params, groups=4)
       >>> params, x = jnp.zeros((3, 2)), jnp.ones((8, 3))
       >>> hessian = estimate(params, x, key=jax.random.key(0))
       >>> hessian.shape, hessian.dtype
@@ -125,24 +106,19 @@ def gnb(
 
 
 def empirical_fisher(
-    logits_fn: Callable[..., Any],
-    *,
-    likelihood: Likelihood = _CATEGORICAL,
-    groups: int = 1,
-    parallel_groups: int | None = None,
-    axis_name: AxisName = None,
-) -> "EmpiricalFisher":
-    """Return an estimator of the diagonal of the empirical Fisher matrix.
+    logits_fn: Callable[..., Any], *, likelihood: Likelihood = _CATEGORICAL,
+    groups: int = 1, parallel_groups: int | None = None, axis_name: AxisName = None,
+) -> "EmpiricalFisher":  # fmt: skip
+    """Empirical Fisher: `gnb` with the labels of the data, and the same arguments.
 
-    This is `gnb` with the labels of the data. Their gradients do not have mean zero, so
-    this does not estimate the Gauss-Newton matrix, and its mean depends on the groups. It
-    is a baseline, the paper's E-F+clip. The arguments are the same as for `gnb`.
+    Their gradients do not have mean zero. So this is not an estimate of the Gauss-Newton
+    matrix, and its mean depends on the groups. It is a baseline, the paper's E-F+clip.
 
     Returns:
-      A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`. It takes
-      no key. `targets` are the labels, a tree of arrays with the leading axis of the batch.
-      A label that is not a class, such as -100, needs a weight of 0, otherwise the estimate
-      is NaN. The rest is as for `gnb`.
+      A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`, without
+      a key. `targets` are the labels, a tree of arrays with the leading axis of the batch.
+      A label that is not a class, such as -100, makes the estimate NaN unless its weight is
+      0. The rest is as for `gnb`.
 
     Raises:
       ValueError: as `gnb`.
@@ -150,9 +126,7 @@ def empirical_fisher(
     Example:
       >>> import jax.numpy as jnp
       >>> from sophia_optax import empirical_fisher
-      >>> def logits_fn(params, x):
-      ...     return x @ params
-      >>> estimate = empirical_fisher(logits_fn, groups=2)
+      >>> estimate = empirical_fisher(lambda params, x: x @ params, groups=2)
       >>> params, x, y = jnp.zeros((3, 2)), jnp.ones((2, 3)), jnp.array([0, 1])
       >>> print(estimate(params, x, targets=y)[0].round(4))
       [0.25 0.25]
@@ -175,7 +149,7 @@ class _SquaredGradients:
     axis_name: AxisName
 
     def __post_init__(self) -> None:
-        check_counts(groups=self.groups, parallel_groups=self.parallel_groups)
+        check_counts(self.groups, self.parallel_groups)
         likelihood = self.likelihood
         if isinstance(likelihood, type) or not hasattr(likelihood, "neg_log_prob"):
             raise ValueError(
@@ -183,19 +157,19 @@ class _SquaredGradients:
                 f"`Categorical()`, got {likelihood!r}."
             )
 
-    def _losses(self, batch: Any, **labels: Any) -> LossesAndArrays:
-        """Return the loss of each prediction of a group, and the arrays that it takes."""
+    def _make_losses(self, batch: Any, **labels: Any) -> LossesAndArrays:
+        """Return a function to the losses of a group, and the arrays that it takes."""
         raise NotImplementedError
 
     def weight(
         self, params: Any, *batch: Any, weights: Weights = None, **labels: Any
-    ) -> jax.typing.ArrayLike:
+    ) -> ArrayLike:
         """Return W, the number of predictions or the sum of their weights."""
         names = axis_names(self.axis_name)
         if weights is None:
-            losses, named = self._losses(batch, **labels)
-            predictions = jax.eval_shape(losses, params, named, jnp.int32(0)).size
-            return predictions * number_of_devices(names)
+            losses, arrays = self._make_losses(batch, **labels)
+            predictions = jax.eval_shape(losses, params, arrays, jnp.int32(0)).size
+            return predictions * jax.lax.axis_size(names)
         weights = jnp.asarray(weights)
         total = sum_over_devices(weights.sum(dtype=accumulator_dtype(weights)), names)
         return jnp.where(jnp.isfinite(total), total, jnp.nan)
@@ -204,33 +178,29 @@ class _SquaredGradients:
         self, params: Any, batch: Any, weights: Weights, first_group: Any, **labels: Any
     ) -> Any:
         names = axis_names(self.axis_name)
-        check_axes(params, batch, names)
-        params = as_varying(check_params(params), names)
-        losses, named = self._losses(batch, **labels)
+        params = prepare_params(params, batch, names)
+        losses, arrays = self._make_losses(batch, **labels)
         total_weight = None
         if weights is not None:
-            named["weights"] = jnp.asarray(weights)
+            arrays["weights"] = jnp.asarray(weights)
             total_weight = self.weight(params, *batch, weights=weights)
 
-        def normalized_weights(group: dict[str, Any], shape: tuple[int, ...]) -> Any:
+        def normalize_weights(group: dict[str, Any], shape: tuple[int, ...]) -> Any:
             """Return w_b / W: 0 for masked predictions, NaN if all are masked."""
             if total_weight is None:
-                return 1 / (math.prod(shape) * self.groups * number_of_devices(names))
+                return 1 / (math.prod(shape) * self.groups * jax.lax.axis_size(names))
             if group["weights"].shape != shape:
-                expected = (shape[0] * self.groups, *shape[1:])
                 raise ValueError(
                     "`weights` must have one entry for each prediction, shape "
-                    f"{expected}, got {named['weights'].shape}."
+                    f"{(shape[0] * self.groups, *shape[1:])}, "
+                    f"got {arrays['weights'].shape}."
                 )
             return group["weights"] / total_weight
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
-            """Return Σ_{b in g} √(w_b / W) ℓ_b.
-
-            W divides before the square, which keeps float16 in range.
-            """
+            """Return Σ_{b in g} √(w_b / W) ℓ_b, divided here to keep float16 in range."""
             per_prediction = _check_losses(losses(params, group, number))
-            w = normalized_weights(group, per_prediction.shape)
+            w = normalize_weights(group, per_prediction.shape)
             # The loss of a masked prediction may be NaN, as for the label -100.
             loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, per_prediction, 0))
             if "targets" in group:
@@ -238,12 +208,7 @@ class _SquaredGradients:
                 loss *= jnp.where(jnp.isfinite(loss), 1, jnp.nan)
             return loss
 
-        grouped = split_into_groups(
-            named,
-            groups=self.groups,
-            parallel_groups=self.parallel_groups,
-            first_group=first_group,
-        )
+        grouped = split_into_groups(arrays, self.groups, self.parallel_groups, first_group)
         return _sum_of_squared_gradients(group_loss, params, grouped, names)
 
 
@@ -263,12 +228,12 @@ def _sum_of_squared_gradients(
         )
 
     squares = sum_over_groups(squared_gradient, params, grouped, gradient.is_summed)
+
+    def sum_over_other_axes(s: jax.Array, axes: frozenset[str]) -> jax.Array:
+        return sum_over_devices(s, tuple(name for name in names if name not in axes))
+
     # The backward pass has summed an annotated weight over some axes already.
-    return jax.tree.map(
-        lambda s, axes: sum_over_devices(s, tuple(n for n in names if n not in axes)),
-        squares,
-        gradient.axes,
-    )
+    return jax.tree.map(sum_over_other_axes, squares, gradient.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,18 +241,14 @@ class GaussNewtonBartlett(_SquaredGradients):
     """The estimator that `gnb` returns."""
 
     def __call__(
-        self,
-        params: Any,
-        *batch: Any,
-        key: jax.Array,
-        weights: Weights = None,
-        first_group: jax.typing.ArrayLike = 0,
-    ) -> Any:
+        self, params: Any, *batch: Any, key: jax.Array,
+        weights: Weights = None, first_group: ArrayLike = 0,
+    ) -> Any:  # fmt: skip
         """Return the estimate, as described in `gnb` and `Estimator`."""
         return self._estimate(params, batch, weights, first_group, key=key)
 
-    def _losses(self, batch: Any, *, key: jax.Array, **_: Any) -> LossesAndArrays:
-        key = key_of_device(check_key(key), axis_names(self.axis_name))
+    def _make_losses(self, batch: Any, *, key: jax.Array, **_: Any) -> LossesAndArrays:
+        key = prepare_key(key, axis_names(self.axis_name))
 
         def losses(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
             outputs = self.logits_fn(params, *group["batch"])
@@ -303,17 +264,13 @@ class EmpiricalFisher(_SquaredGradients):
     """The estimator that `empirical_fisher` returns."""
 
     def __call__(
-        self,
-        params: Any,
-        *batch: Any,
-        targets: Any,
-        weights: Weights = None,
-        first_group: jax.typing.ArrayLike = 0,
-    ) -> Any:
+        self, params: Any, *batch: Any, targets: Any,
+        weights: Weights = None, first_group: ArrayLike = 0,
+    ) -> Any:  # fmt: skip
         """Return the estimate, as described in `empirical_fisher` and `Estimator`."""
         return self._estimate(params, batch, weights, first_group, targets=targets)
 
-    def _losses(self, batch: Any, *, targets: Any, **_: Any) -> LossesAndArrays:
+    def _make_losses(self, batch: Any, *, targets: Any, **_: Any) -> LossesAndArrays:
         def losses(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
             outputs = self.logits_fn(params, *group["batch"])
             return self.likelihood.neg_log_prob(outputs, group["targets"])
@@ -329,10 +286,9 @@ def _check_losses(per_prediction: Any) -> jax.Array:
         )
     if not per_prediction.ndim:
         raise ValueError(
-            "`neg_log_prob` must return one loss for each prediction, got a scalar: return "
-            "it without the mean or the sum. `Categorical` does so for logits of shape "
-            "(batch, ..., classes). For one logit a prediction use `Bernoulli()`. If "
-            "`logits_fn` returns losses, return the logits instead."
+            "`neg_log_prob` must return one loss for each prediction, got a scalar. "
+            "`Categorical` takes logits of shape (batch, ..., classes). For one logit a "
+            "prediction use `Bernoulli()`. `logits_fn` must return logits, not losses."
         )
     if not per_prediction.size:
         raise ValueError(

@@ -1,11 +1,11 @@
 """Split a batch into groups, and sum a function over the groups.
 
 Groups are blocks of consecutive examples. Sequential groups (a scan) need the memory of one
-gradient. Parallel groups (a vmap of `parallel_groups` groups) make better use of a large
-device. Step s computes the groups number `p * steps + s`, for p < parallel, which are far
-apart in the batch: if its leading axis is sharded over devices, each device computes its
-own groups sequentially, and the results are summed over devices once, at the end. Squares
-of weights that `each_group` annotates are summed at each step and stay sharded.
+gradient. Parallel groups (a vmap) make better use of a large device. Step s computes in
+parallel the groups number `p * steps + s`, for p < parallel. They are far apart in the
+batch. So if the leading axis of the batch is sharded, each device computes its own groups,
+and the results are summed over devices once, after the last step. Squares of weights that
+`each_group` annotates are summed over devices at each step and stay sharded.
 """
 
 import dataclasses
@@ -16,17 +16,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from sophia_optax.arrays import accumulator_dtype
 from sophia_optax.curvature.each_group import GROUPS
-from sophia_optax.curvature.estimator import accumulator_dtype
 from sophia_optax.curvature.meshes import (
     Axes,
     Mesh,
     auto_axes,
+    count_shards,
+    find_mesh,
     gather,
     leading_axes,
-    mesh_of,
-    number_of_shards,
     reshard_leading,
     reshard_like,
 )
@@ -39,9 +40,8 @@ class GroupedBatch:
     """A batch in groups: `steps` sequential steps of `parallel` groups each."""
 
     first: tuple[Any, jax.Array]  # the batch of one group, and its number
-    groups: tuple[Any, jax.Array] | None = (
-        None  # of all, with leading axes (steps, parallel)
-    )
+    # The same for all groups, with leading axes (steps, parallel). None for a single group.
+    groups: tuple[Any, jax.Array] | None = None
     steps: int = 1
     parallel: int = 1
     mesh: Mesh = _NO_MESH
@@ -55,39 +55,30 @@ class GroupedBatch:
         """
         if not self.axes:
             return params
-        leaves, structure = jax.tree.flatten(params)
-        keep = [False] * len(leaves) if is_summed is None else jax.tree.leaves(is_summed)
-        return structure.unflatten(
-            p if k else gather(p, self.mesh, self.axes)
-            for p, k in zip(leaves, keep, strict=True)
-        )
+        if is_summed is None:
+            return jax.tree.map(lambda p: gather(p, self.mesh, self.axes), params)
+        return jax.tree.map(
+            lambda p, summed: p if summed else gather(p, self.mesh, self.axes),
+            params, is_summed,
+        )  # fmt: skip
 
 
 def split_into_groups(
     batch: dict[str, Any],
-    *,
     groups: int,
     parallel_groups: int | None = None,
-    first_group: jax.typing.ArrayLike = 0,
+    first_group: ArrayLike = 0,
 ) -> GroupedBatch:
-    """Split a batch into blocks of consecutive examples.
+    """Split the arrays of a batch, named trees, into blocks along their leading axis.
 
-    Args:
-      batch: named trees of arrays with one leading axis. One group is the batch as it is.
-      groups: number of groups, which must divide the leading axis.
-      parallel_groups: number of groups that are computed in parallel, by default one for
-        each device that the batch is sharded over.
-      first_group: the number of the first group.
-
-    Raises:
-      ValueError: if `groups` does not divide the leading axis of the batch, or the groups
-        cannot be distributed over the devices that the batch is sharded over.
+    Raise ValueError if `groups` does not divide the leading axis of the batch, or the
+    groups cannot be distributed over the devices that the batch is sharded over.
     """
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
-    mesh, axes = mesh_of(batch), _explicit_axes(batch)
-    parallel = _count_parallel_groups(mesh, axes, groups, parallel_groups)
+    mesh, axes = find_mesh(batch), _explicit_axes(batch)
+    parallel = _choose_parallel_groups(mesh, axes, groups, parallel_groups)
     steps = groups // parallel
 
     def split(x: jax.Array) -> jax.Array:  # (groups * b, ...) -> (steps, parallel, b, ...)
@@ -97,9 +88,8 @@ def split_into_groups(
 
     numbers = split(jnp.int32(first_group) + jnp.arange(groups, dtype=jnp.int32))[..., 0]
     split_batch = jax.tree.map(split, batch), numbers
-    # Devices hold different groups: to take one of them, the axis of groups is gathered.
     step = jax.tree.map(lambda x: x[0], split_batch)
-    if axes:
+    if axes:  # devices hold different groups: gather them before one of them is taken
         step = jax.tree.map(lambda x: reshard_leading(x, mesh, ()), step)
     first = jax.tree.map(lambda x: x[0], step)
     return GroupedBatch(first, split_batch, steps, parallel, mesh, axes)
@@ -111,18 +101,10 @@ def sum_over_groups(
     grouped: GroupedBatch,
     is_summed: Any = None,
 ) -> Any:
-    """Return Σ_g fn(params, batch of group g, number of group g).
+    """Return Σ_g fn(params, batch of group g, number of group g), sharded like `params`.
 
-    Args:
-      fn: function to a tree like the parameters.
-      params: a tree of arrays.
-      grouped: the groups of the batch.
-      is_summed: a tree like `params` of bool: results that `fn` has already summed over the
-        mapped axis `GROUPS`. None if `fn` does not use this axis.
-
-    Returns:
-      The sum, a tree like `params` with dtypes as in `accumulator_dtype`, sharded as
-      `params` are.
+    `is_summed`, a tree like `params` of bool, is True for the results that `fn` has already
+    summed over the mapped axis `GROUPS`. It is None if `fn` does not use this axis.
     """
     if grouped.groups is None:
         return fn(params, *grouped.first)
@@ -134,7 +116,7 @@ def sum_over_groups(
     if is_summed is None:
         is_summed = jax.tree.map(lambda _: False, params)
     # On a mesh the groups of a step may be on different devices, and a sum over them would
-    # be an all-reduce at each step. Their results are kept apart and summed at the end.
+    # be an all-reduce at each step. So their results are summed after the last step.
     kept = 1 if grouped.mesh.empty else grouped.parallel
 
     def compute_step(groups: Any) -> Any:
@@ -142,11 +124,10 @@ def sum_over_groups(
             results = of_group(*jax.tree.map(lambda x: x[0], groups))
             return jax.tree.map(lambda r: r[None], results)
         results = _map_over_groups(of_group, groups, is_summed, uses_axis)
-        return jax.tree.map(
-            lambda r, summed: r if summed else r.reshape(kept, -1, *r.shape[1:]).sum(1),
-            results,
-            is_summed,
-        )
+        return jax.tree.map(sum_parallel, results, is_summed)
+
+    def sum_parallel(result: jax.Array, summed: bool) -> jax.Array:
+        return result if summed else result.reshape(kept, -1, *result.shape[1:]).sum(1)
 
     def zeros(p: jax.Array, summed: bool) -> jax.Array:
         if not summed:
@@ -163,31 +144,29 @@ def sum_over_groups(
             jax.tree.map(zeros, gathered, is_summed),
             grouped.groups,
         )
-    return jax.tree.map(
-        lambda s, p, summed: reshard_like(s if summed else s.sum(0), p),
-        sums,
-        params,
-        is_summed,
-    )
+
+    def finish(s: jax.Array, p: jax.Array, summed: bool) -> jax.Array:
+        return reshard_like(s if summed else s.sum(0), p)
+
+    return jax.tree.map(finish, sums, params, is_summed)
 
 
 def _map_over_groups(
     of_group: Callable[..., Any], groups: Any, is_summed: Any, uses_axis: bool
 ) -> Any:
-    """Return the results of one step, with an axis of groups unless they are summed."""
+    """Return the results of one step, with an axis of groups where they are not summed."""
     out_axes = jax.tree.map(lambda summed: None if summed else 0, is_summed)
     axis_name = GROUPS if uses_axis else None
     try:
         return jax.vmap(of_group, out_axes=out_axes, axis_name=axis_name)(*groups)
     except ValueError as error:
-        # A sum over groups has no axis of groups, unless it was put at a place in the
-        # parameter that depends on the group.
+        # A sum over groups has an axis of groups only if its place in the parameter depends
+        # on the group.
         if f"(axis_name={GROUPS})" not in str(error):
             raise
         raise ValueError(
-            "`each_group` annotates a part of a parameter that depends on the batch, such "
-            "as the expert for a task, and differs between groups. Annotate the parameter "
-            "as a whole, before the part is taken."
+            "`each_group` annotates a slice of a parameter that depends on the batch, such "
+            "as the expert for a task. Annotate the parameter before the slice is taken."
         ) from error
 
 
@@ -196,34 +175,33 @@ def _explicit_axes(batch: dict[str, Any]) -> Axes:
     axes = {leading_axes(x) for x in jax.tree.leaves(batch)} - {()}
     if len(axes) > 1:
         raise ValueError(
-            "To be split into groups, the arrays of `batch` must be sharded over the same "
-            f"axes of the mesh, got {sorted(axes)}: use `jax.reshard`."
+            "To split `batch` into groups, its arrays must be sharded over the same axes, "
+            f"got {sorted(axes)}: use `jax.reshard`."
         )
     return axes.pop() if axes else ()
 
 
-def _count_parallel_groups(
+def _choose_parallel_groups(
     mesh: Mesh, axes: Axes, groups: int, parallel_groups: int | None
 ) -> int:
-    """Return how many groups to compute in parallel, so that each device has its own."""
-    shards = number_of_shards(mesh, axes)
+    """Return the number of parallel groups, by default one for each device."""
+    shards = count_shards(mesh, axes)
     for name, count in (("groups", groups), ("parallel_groups", parallel_groups)):
         if count is not None and count % shards:
             raise ValueError(
-                f"`{name}={count}` groups cannot be distributed evenly over the {shards} "
-                f"devices that the batch is sharded over, along {axes}. Use a multiple of "
-                f"{shards}, or `groups=1`."
+                f"`{name}={count}` is not a multiple of the {shards} devices that the "
+                f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
-    # Types do not say how the batch is sharded along Auto axes: assume along all of them.
-    rest = math.gcd(groups // shards, number_of_shards(mesh, auto_axes(mesh)))
+    # Types do not record shardings along Auto axes. Assume that it is sharded over all.
+    rest = math.gcd(groups // shards, count_shards(mesh, auto_axes(mesh)))
     return parallel_groups or shards * rest
 
 
 def _check_batch(batch: dict[str, Any], groups: int) -> None:
     if "batch" in batch and not jax.tree.leaves(batch["batch"]):
         raise ValueError(
-            f"`batch` has no arrays to split into `groups={groups}`. Pass them instead of "
-            "closing over them, or use `groups=1`."
+            f"`batch` has no arrays to split into `groups={groups}`. Pass them to the "
+            "estimate, or use `groups=1`."
         )
     sizes = {}
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
@@ -241,6 +219,5 @@ def _check_batch(batch: dict[str, Any], groups: int) -> None:
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            "The arrays of a batch must have the same leading axis to be split into "
-            f"`groups={groups}`, got {sizes}."
+            f"`groups={groups}` needs arrays with the same leading axis, got {sizes}."
         )

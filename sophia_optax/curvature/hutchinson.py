@@ -4,7 +4,7 @@ For a probe z of independent random signs, E z_i z_j is 1 if i = j and 0 otherwi
 
     E [z ⊙ Hz]_i  =  Σ_j H_ij E z_i z_j  =  H_ii
 
-exactly and for any H, positive or not. The off-diagonal entries are the only error.
+for any H, also indefinite. The error comes from the off-diagonal entries alone.
 """
 
 import dataclasses
@@ -14,21 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, as_varying, at_least_float32, axis_names
+from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, sum_over_devices
 from sophia_optax.curvature.check_annotations import (
     communicates,
     find_annotations,
     trace_gradient,
 )
-from sophia_optax.curvature.estimator import check_counts, check_key, check_params
+from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
-from sophia_optax.curvature.mapped_axes import (
-    check_axes,
-    key_of_device,
-    number_of_devices,
-    sum_over_devices,
-)
 
 Gradient = Callable[[Any, Any], Any]  # of the parameters and a group's batch
 
@@ -47,42 +42,34 @@ def hutchinson(
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
-    The products are forward-over-reverse: a jvp of the gradient, at two to three times the
-    cost of the gradient.
+    The products are forward-over-reverse, at two to three times the cost of the gradient.
 
     Args:
-      loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). With several
-        groups or devices, the mean of their losses must be the loss of the batch. This is
-        not so for a mean over unmasked predictions if their number differs between groups
-        (use one group), nor for a loss that mixes examples, as batch normalization does.
-        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`.
-      groups: number of groups, blocks of consecutive examples, each with its own probes.
-        Must divide the leading axis of every array in the batch.
+      loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). The loss of the
+        batch must be the mean of the losses of groups and devices. If the loss mixes
+        examples, as batch normalization does, or is a mean over unmasked predictions whose
+        number differs between groups, use one group. Under `pmap` and `shard_map` it is the
+        mean of this device, without a `pmean`.
+      groups: number of groups, as for `gnb`. Each group has its own probes.
       num_probes: number of probes for each group, computed sequentially.
       parallel_groups: number of groups that are computed in parallel, as for `gnb`.
-      axis_name: name or names of the mapped axes under `pmap` or `shard_map`, as for `gnb`.
-        `params` must be replicated, and so is the estimate: if they are sharded, gather
-        them before the estimate, not in `loss_fn`.
+      axis_name: as for `gnb`, but `params` must be replicated. If they are sharded, gather
+        them before the estimate, not in `loss_fn`. The estimate is replicated.
 
     Returns:
-      A function `estimate(params, *batch, key)`, an `Estimator`. `key` is a PRNG key. The
-      result is a tree like `params`, in float32 (float64 where `params` are). `accumulate`
-      also takes `weight`, shape (), by default the number of examples.
+      A function `estimate(params, *batch, key)`, an `Estimator`. Key and result are as for
+      `gnb`, but entries may be negative. `accumulate` also takes `weight`, shape (), by
+      default the number of examples.
 
     Raises:
-      ValueError: for counts below 1; from the estimate, if `groups` does not divide the
-        batch or cannot be distributed over its devices, or if `loss_fn` does not return a
-        scalar.
-      TypeError: from the estimate, if `key` is not a PRNG key.
+      ValueError, TypeError: as `gnb`. Also if `loss_fn` does not return a scalar.
       NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from sophia_optax import hutchinson
-      >>> def loss_fn(params):
-      ...     return jnp.sum(jnp.array([1.0, 2.0, 3.0]) * params**2)
-      >>> estimate = hutchinson(loss_fn)
+      >>> estimate = hutchinson(lambda params: jnp.sum(jnp.arange(1.0, 4.0) * params**2))
       >>> print(estimate(jnp.ones(3), key=jax.random.key(0)))
       [2. 4. 6.]
 
@@ -103,35 +90,20 @@ class Hutchinson:
     axis_name: AxisName
 
     def __post_init__(self) -> None:
-        check_counts(
-            groups=self.groups,
-            num_probes=self.num_probes,
-            parallel_groups=self.parallel_groups,
-        )
+        check_counts(self.groups, self.parallel_groups, num_probes=self.num_probes)
 
     def __call__(
-        self,
-        params: Any,
-        *batch: Any,
-        key: jax.Array,
-        weight: jax.typing.ArrayLike | None = None,
-        weights: None = None,
-        first_group: jax.typing.ArrayLike = 0,
-    ) -> Any:
+        self, params: Any, *batch: Any, key: jax.Array, weight: ArrayLike | None = None,
+        weights: None = None, first_group: ArrayLike = 0,
+    ) -> Any:  # fmt: skip
         """Return the estimate, as described in `hutchinson` and `Estimator`."""
         del weight  # for `accumulate`
         _check_batch(batch, self.groups, weights)
         names = axis_names(self.axis_name)
-        check_axes(params, batch, names)
-        params = as_varying(check_params(params), names)
-        key = key_of_device(check_key(key), names)
-        grouped = split_into_groups(
-            {"batch": batch},
-            groups=self.groups,
-            parallel_groups=self.parallel_groups,
-            first_group=first_group,
-        )
-        probes = split_into_groups({}, groups=self.num_probes)
+        params, key = prepare_params(params, batch, names), prepare_key(key, names)
+        arrays = {"batch": batch}
+        grouped = split_into_groups(arrays, self.groups, self.parallel_groups, first_group)
+        probes = split_into_groups({}, self.num_probes)
 
         def loss(params: Any, group: Any) -> jax.Array:
             return _check_loss(self.loss_fn(params, *group["batch"]))
@@ -151,17 +123,13 @@ class Hutchinson:
             return sum_over_groups(product, params, probes)
 
         total = sum_over_groups(sum_over_probes, params, grouped)
-        count = self.groups * self.num_probes * number_of_devices(names)
+        count = self.groups * self.num_probes * jax.lax.axis_size(names)
         return jax.tree.map(lambda t: t / count, sum_over_devices(total, names))
 
     def weight(
-        self,
-        params: Any,
-        *batch: Any,
-        key: jax.Array | None = None,
-        weight: jax.typing.ArrayLike | None = None,
-        weights: None = None,
-    ) -> jax.typing.ArrayLike:
+        self, params: Any, *batch: Any, key: jax.Array | None = None,
+        weight: ArrayLike | None = None, weights: None = None,
+    ) -> ArrayLike:  # fmt: skip
         """Return the given weight, or by default the number of examples."""
         del params, key, weights
         names = axis_names(self.axis_name)
@@ -170,11 +138,10 @@ class Hutchinson:
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(
-                "The weight of a micro-batch is the leading axis of its arrays, which is "
-                f"ambiguous here, got {sorted(sizes)}: pass `weight`, such as "
-                "`weight=mask.sum()`."
+                "The leading axis of a micro-batch, its weight, is ambiguous, got "
+                f"{sorted(sizes)}: pass `weight`, such as `weight=mask.sum()`."
             )
-        return sizes.pop() * number_of_devices(names)
+        return sizes.pop() * jax.lax.axis_size(names)
 
 
 def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) -> Any:
@@ -185,12 +152,11 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
         # If the gradient itself fails, this raises its own error.
         jax.eval_shape(gradient, params, group)
         raise NotImplementedError(
-            "`hutchinson` needs the second derivative of `loss_fn`, but a part of it has "
-            "none, such as cuDNN's attention or another kernel with a `custom_vjp` and no "
-            "JVP. Use `gnb`, which needs gradients alone, or a kernel from XLA: "
-            "`jax.nn.dot_product_attention(..., implementation='xla')`."
+            "`loss_fn` uses an operation without a second derivative, such as cuDNN's "
+            "attention or a `custom_vjp` without a JVP. Use `gnb`, which needs gradients "
+            "alone, or `jax.nn.dot_product_attention(..., implementation='xla')`."
         ) from error
-    probe, product = at_least_float32((probe, product))
+    probe, product = cast_to_float32((probe, product))
     return jax.tree.map(jnp.multiply, probe, product)
 
 
@@ -199,22 +165,21 @@ def _check_replicated(
 ) -> Gradient:
     """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
     gradient, jaxpr = trace_gradient(loss, params, group)
-    if communicates(jaxpr, names):
-        values = find_annotations(jaxpr, params, names)
-        if any(value.axes for value in jax.tree.leaves(values)):
-            raise ValueError(
-                "`hutchinson` needs replicated `params`, but their gradient is summed over "
-                f"the mapped axes {list(names)}: gather them before the estimate, not in "
-                "`loss_fn`."
-            )
+    if communicates(jaxpr, names) and any(
+        value.axes for value in jax.tree.leaves(find_annotations(jaxpr, params, names))
+    ):
+        raise ValueError(
+            "`hutchinson` needs replicated `params`, but `loss_fn` gathers them over the "
+            f"mapped axes {list(names)}: gather them before the estimate."
+        )
     return gradient
 
 
 def _check_batch(batch: Any, groups: int, weights: Any) -> None:
     if weights is not None:
         raise TypeError(
-            "`weights` is an argument of `gnb`, not of `hutchinson`: its `loss_fn` returns "
-            "the mean loss. Apply a mask there."
+            "`weights` is not an argument of `hutchinson`. Apply them in `loss_fn`, which "
+            "returns the mean loss."
         )
     if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
         raise ValueError("`batch` has no examples, so their mean loss is undefined.")
@@ -228,7 +193,6 @@ def _check_loss(loss: jax.Array) -> jax.Array:
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(
-            "`loss_fn` (`obj_fn`) must return a floating point loss, which has a gradient, "
-            f"got dtype {loss.dtype}."
+            f"`loss_fn` (`obj_fn`) must return a floating point loss, got {loss.dtype}."
         )
     return loss

@@ -1,7 +1,7 @@
 """Distributions of a label given a model's outputs. The loss is -log p.
 
-A likelihood is any object with the two methods of `Likelihood`. For a distribution
-`D(outputs)` of distrax or TensorFlow Probability this is one line:
+A likelihood is any object with the two methods of `Likelihood`. A distribution `D(outputs)`
+of distrax or TensorFlow Probability becomes a likelihood in one expression:
 
     types.SimpleNamespace(sample=lambda key, f: D(f).sample(seed=key),
                           neg_log_prob=lambda f, y: -D(f).log_prob(y))
@@ -14,36 +14,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sophia_optax.arrays import cast_to_float32
 from sophia_optax.curvature.categorical_sampler import sample_categorical
-from sophia_optax.curvature.meshes import on_auto_axes
+from sophia_optax.curvature.meshes import run_on_auto_axes
 
 
 class Likelihood(Protocol):
-    """The distribution of labels given outputs: independent, one for each prediction."""
+    """The distribution of labels given outputs, independent for each prediction."""
 
     def sample(self, key: jax.Array, outputs: Any, /) -> Any:
-        """Return labels sampled given the outputs, one for each prediction."""
+        """Return one sampled label for each prediction."""
         ...
 
     def neg_log_prob(self, outputs: Any, targets: Any, /) -> jax.Array:
-        """Return -log p(targets | outputs), an entry for each prediction."""
+        """Return -log p(targets | outputs), one entry for each prediction."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """A label out of `classes`. The outputs are logits, and the loss is cross entropy.
+    """A class. The outputs are logits, and the loss is cross entropy.
 
     Outputs: logits, shape (..., classes), -inf for an impossible class. Labels: shape
-    (...), int32. Losses: shape (...), in nats, at least float32. Sampling takes one uniform
-    number for each prediction rather than one for each logit.
+    (...), int32. Losses: shape (...), in nats, at least float32.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax.numpy as jnp
       >>> from sophia_optax import Categorical
-      >>> logits = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])
-      >>> print(Categorical().sample(jax.random.key(0), logits))
-      [0 1]
       >>> print(Categorical().neg_log_prob(jnp.zeros((1, 4)), jnp.array([2])))
       [1.3862944]
     """
@@ -56,11 +53,10 @@ class Categorical:
         _check_shape(targets, logits.shape[:-1])
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(
-                "`targets` of `Categorical` must be classes, integers, got dtype "
-                f"{targets.dtype}."
+                f"`targets` of `Categorical` must be integers, got dtype {targets.dtype}."
             )
-        # A sum instead of an index: XLA fuses it with the others, its gradient needs no
-        # scatter, and it needs no gather where the classes are sharded over devices.
+        # XLA fuses this sum with the others. An index would need a scatter in the gradient,
+        # and a gather if the classes are sharded over devices.
         shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.where(is_target, shifted, 0).sum(-1)
@@ -100,9 +96,6 @@ class Normal:
     least float32: `((targets - outputs) / scale)² / 2` plus a constant. Each entry is one
     prediction, so the mean loss divides by the number of entries.
 
-    Attributes:
-      scale: the standard deviation, a constant, in the unit of the labels.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from sophia_optax import Normal
@@ -110,7 +103,7 @@ class Normal:
       [0.9189385 1.4189385]
     """
 
-    scale: float = 1.0
+    scale: float = 1.0  # the standard deviation, in the unit of the labels
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         mean = _float(outputs)
@@ -140,7 +133,7 @@ class Poisson:
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         rate = jnp.exp(_float(outputs))
         spec = jax.typeof(rate).sharding.spec
-        return on_auto_axes(jax.random.poisson, spec)(key, rate)
+        return run_on_auto_axes(jax.random.poisson, spec)(key, rate)
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         log_rate = _float(outputs)
@@ -153,29 +146,27 @@ def _float(outputs: Any) -> jax.Array:
     """Return the outputs of a model in float32 or float64."""
     if not hasattr(outputs, "dtype"):
         raise ValueError(
-            "`logits_fn` must return one array, the outputs for the likelihood, got "
-            f"{type(outputs).__name__}."
+            f"`logits_fn` must return one array of outputs, got {type(outputs).__name__}."
         )
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise TypeError(
             "`logits_fn` must return floating point outputs, which have a gradient, got "
             f"dtype {outputs.dtype}: remove the cast or rounding."
         )
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    return cast_to_float32(outputs)
 
 
 def _check_logits(outputs: Any) -> jax.Array:
     if not hasattr(outputs, "ndim") or outputs.ndim == 0:
         raise ValueError(
             "`Categorical` requires logits of shape (..., classes), got "
-            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Return nothing but the "
-            "logits in `logits_fn`."
+            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Return the logits alone "
+            "from `logits_fn`."
         )
     if outputs.shape[-1] < 2:
         raise ValueError(
-            "`Categorical` requires two classes or more, got logits of shape "
-            f"{outputs.shape}, whose curvature is 0. For binary labels with one logit use "
-            "`Bernoulli()`."
+            "`Categorical` requires at least two classes, got logits of shape "
+            f"{outputs.shape}. For binary labels with one logit use `Bernoulli()`."
         )
     return outputs
 

@@ -1,7 +1,7 @@
-"""Meshes and shardings as tracing sees them, under `jit` and without mapped axes.
+"""Meshes and shardings during tracing, under `jit` without mapped axes.
 
-The type of an array records how it is sharded along Explicit axes of a mesh, but not along
-Auto axes.
+The type of an array records its sharding along Explicit axes of a mesh only, not along Auto
+axes.
 """
 
 import math
@@ -15,8 +15,8 @@ Axes = tuple[str, ...]
 Mesh = jax.sharding.AbstractMesh
 
 
-def mesh_of(tree: Any) -> Mesh:
-    """Return the mesh of the arrays in `tree`, empty if `jit` has no axis of any mesh."""
+def find_mesh(tree: Any) -> Mesh:
+    """Return the mesh of the arrays in `tree`, or an empty mesh if all axes are Manual."""
     for x in jax.tree.leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if set(mesh.axis_types) - {AxisType.Manual}:
@@ -29,7 +29,7 @@ def leading_axes(x: jax.Array) -> Axes:
     return _names(jax.typeof(x).sharding.spec[0])
 
 
-def number_of_shards(mesh: Mesh, axes: Axes) -> int:
+def count_shards(mesh: Mesh, axes: Axes) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
@@ -46,10 +46,8 @@ def reshard_leading(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
 
 def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
     """Return `x` with no dimension sharded over the Explicit axes."""
-    spec = [
-        tuple(name for name in _names(entry) if name not in axes)
-        for entry in jax.typeof(x).sharding.spec
-    ]
+    old = jax.typeof(x).sharding.spec
+    spec = [tuple(name for name in _names(entry) if name not in axes) for entry in old]
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
@@ -58,22 +56,22 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     spec = jax.typeof(other).sharding.spec
     if spec == jax.typeof(x).sharding.spec:
         return x
-    return jax.reshard(x, NamedSharding(mesh_of((other, x)), spec))
+    return jax.reshard(x, NamedSharding(find_mesh((other, x)), spec))
 
 
-def on_auto_axes(fn: Callable[..., jax.Array], spec: Sequence[Any]) -> Callable[..., Any]:
-    """Return `fn` with Explicit axes as Auto axes, and a result sharded by `spec`."""
+def run_on_auto_axes(
+    fn: Callable[..., jax.Array], spec: Sequence[Any]
+) -> Callable[..., Any]:
+    """Return `fn` with Explicit axes as Auto axes, and its result sharded by `spec`."""
 
     def call(*args: Any) -> Any:
-        mesh = mesh_of(args)
+        mesh = find_mesh(args)
         types = set(mesh.axis_types)
         if AxisType.Explicit not in types or AxisType.Manual in types:
             return fn(*args)
-        auto = jax.sharding.auto_axes(
-            fn, out_sharding=NamedSharding(mesh, PartitionSpec(*spec))
-        )
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
         with jax.sharding.use_abstract_mesh(mesh):
-            return auto(*args)  # pyright: ignore[reportCallIssue]
+            return jax.sharding.auto_axes(fn, out_sharding=sharding)(*args)  # pyright: ignore
 
     return call
 

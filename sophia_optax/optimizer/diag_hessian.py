@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, as_varying, at_least_float32, axis_names
+from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, cast_to_varying
 from sophia_optax.optimizer.estimate_checks import (
     HessianFn,
     check_exclusive,
     check_sharding,
     match_structure,
 )
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, hold_unclipped
+from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
 from sophia_optax.optimizer.momentum import evaluate
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
@@ -38,15 +39,15 @@ class ScaleByDiagHessianState(NamedTuple):
 
 
 def scale_by_diag_hessian(
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
+    b2: ArrayLike = 0.99,
+    gamma: Gamma = 0.05,
+    eps: ArrayLike = 1e-12,
     *,
-    update_interval: jax.typing.ArrayLike = 10,
+    update_interval: ArrayLike = 10,
     debias: bool = False,
     rms: bool = False,
     hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide by a moving average of estimates of the Hessian diagonal.
@@ -55,19 +56,17 @@ def scale_by_diag_hessian(
       h_t = b_2 h_{t-1} + (1 - b_2) \hat h_t \text{ on a refresh, else } h_{t-1},
       \qquad u_t = g_t / \max(\gamma h_t, \epsilon)
 
-    Pass an estimate to `update` by one of two keyword arguments. Without either, the step
-    divides by the average as it is.
+    An estimate is a tree like the parameters, of the diagonal for the mean loss. Pass it to
+    `update` by one of two keyword arguments. Without them the average does not change:
 
     - `hessian_fn`: a function of a key that returns an estimate. It is called on the first
       update and on every `update_interval`-th update after it, under `jax.lax.cond`, with
       the key `jax.random.fold_in(jax.random.key(seed), n)` on update number n (from 0).
-    - `hessian`: an estimate that was already computed. It is accepted now, whatever
-      `update_interval` says. `optax.MultiSteps` keeps the last of its micro-steps and
-      drops the others: inside it, use `hessian_fn` with `accumulate`.
+    - `hessian`: a computed estimate, accepted on any update. `optax.MultiSteps` passes on
+      only that of the last micro-step: inside it, use `hessian_fn` with `accumulate`.
 
-    An estimate is a tree like the parameters, of the diagonal for the mean loss. A refresh
-    takes effect in the same update. An estimate with any non-finite entry is rejected
-    whole: the average does not change and `num_refused` is incremented.
+    A refresh takes effect in the same update. An estimate with any non-finite entry is
+    rejected: the average does not change, and `num_refused` is incremented.
 
     Args:
       b2: decay of the average, per refresh and not per update.
@@ -75,43 +74,38 @@ def scale_by_diag_hessian(
         `hold_unclipped`. A larger gamma leaves more entries of Sophia's update unclipped.
       eps: the smallest divisor.
       update_interval: number of updates from one call of `hessian_fn` to the next.
-      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without this (as
-        in the paper), the average is several times too small in a run that is shorter than
-        a few times `update_interval / (1 - b2)` steps. It has no effect with
-        `hold_unclipped`.
+      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. The default is that
+        of the paper. Without bias correction the average is too small until about
+        `update_interval / (1 - b2)` steps. It has no effect with `hold_unclipped`.
       rms: average the squares of the estimates and take the root, as AdaHessian does:
         h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t². The signs of the estimates are lost.
       hessian_dtype: dtype of the average, by default float32. In bfloat16 the average is
         rounded stochastically, because with b2 = 0.99 it stalls under rounding to nearest.
-        In float16 small entries become 0. Under `optax.inject_hyperparams` write the name,
-        such as "bfloat16": Optax mistakes a dtype for a schedule.
+        In float16 small entries become 0. Under `optax.inject_hyperparams` write the name
+        of a dtype, such as "bfloat16": Optax mistakes the dtype for a schedule.
       seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
       axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
-        parameters are sharded. Devices then accept or reject an estimate together, and
-        `hold_unclipped` finds one gamma for all shards. With None each device is
-        independent, such as a member of an ensemble. Under `jit` with sharded arrays use
-        None.
+        parameters are sharded. All devices then accept or reject an estimate together, and
+        use the same gamma of `hold_unclipped`. With None devices are independent, such as
+        members of an ensemble. Under `jit` with sharded arrays use None.
 
     Returns:
-      A transformation whose updates have the dtype of the parameters (of the incoming
-      updates, if `update` is called without parameters).
+      A transformation whose updates have the dtype of the parameters, or of the incoming
+      updates if `update` is called without parameters.
 
     Raises:
-      ValueError: from `update`, if it gets both `hessian` and `hessian_fn`, or if an
-        estimate does not have the structure and shapes of the updates (each array may be
-        wrapped in a node of its own, such as Flax's `nnx.Param`).
+      ValueError: for an `update_interval` below 1. From `update`, if it gets both `hessian`
+        and `hessian_fn`, or if an estimate does not have the structure and shapes of the
+        updates (a node such as Flax's `nnx.Param` may wrap each array).
       TypeError: for a `hessian_dtype` that is not a floating point dtype of at least 16
-        bits.
+        bits, and for parameters that are not real.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> from sophia_optax import scale_by_diag_hessian
-      >>> tx = scale_by_diag_hessian(b2=0.0, gamma=0.5)
-      >>> params = jnp.array([1.0, 1.0])
-      >>> state = tx.init(params)
+      >>> tx, params = scale_by_diag_hessian(b2=0.0, gamma=0.5), jnp.array([1.0, 1.0])
       >>> grads, hessian = jnp.array([1.0, 1.0]), jnp.array([2.0, 4.0])
-      >>> updates, state = tx.update(grads, state, params, hessian=hessian)
-      >>> print(updates)
+      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0])
       [1.  0.5]
 
     References:
@@ -121,15 +115,13 @@ def scale_by_diag_hessian(
         not isinstance(update_interval, numbers.Integral) or int(update_interval) < 1
     ):
         raise ValueError(
-            "`update_interval` is the number of updates from one refresh to the next, an "
-            f"integer of at least 1, got {update_interval}."
+            f"`update_interval` must be an integer of at least 1, got {update_interval}."
         )
     if gamma is hold_unclipped:
         raise TypeError(
             "`gamma` is the function `hold_unclipped`: call it, `hold_unclipped(0.2)`."
         )
-    if hessian_dtype is None:
-        hessian_dtype = jnp.float32
+    hessian_dtype = jnp.float32 if hessian_dtype is None else hessian_dtype
     check_dtype("hessian_dtype", hessian_dtype)
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
@@ -144,25 +136,20 @@ def scale_by_diag_hessian(
         )
 
     def update(
-        updates: optax.Updates,
-        state: ScaleByDiagHessianState,
-        params: optax.Params | None = None,
-        *,
-        hessian: optax.Updates | None = None,
-        hessian_fn: HessianFn | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByDiagHessianState]:
+        updates: Any, state: ScaleByDiagHessianState, params: Any = None, *,
+        hessian: Any = None, hessian_fn: HessianFn | None = None, **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByDiagHessianState]:  # fmt: skip
         check_exclusive(hessian, hessian_fn, extra_args.get("obj_fn"))
         incoming, updates = updates, evaluate(updates)
         names = axis_names(axis_name)
-        # Along other mapped axes each device accepts or rejects for itself.
+        # Along other mapped axes devices are independent.
         own_axes = check_sharding((updates, state.hessian), names)
 
         def refresh(average, estimate):
             """Return the next average, and whether the estimate was accepted."""
             estimate = match_structure(updates, estimate)
-            is_accepted = as_varying(_is_finite(estimate, average, names), own_axes)
-            new = _moving_average(average, estimate, b2, rms)
+            is_accepted = cast_to_varying(_is_finite(estimate, average, names), own_axes)
+            new = _update_average(average, estimate, b2, rms)
             new = round_stochastically(new, average, seed, "hessian", state.num_updates)
             new = jax.tree.map(lambda n, h: jnp.where(is_accepted, n, h), new, average)
             return new, is_accepted
@@ -177,16 +164,13 @@ def scale_by_diag_hessian(
             average, is_accepted = jax.lax.cond(
                 is_due,
                 lambda h: refresh(h, hessian_fn(key)),
-                lambda h: (h, as_varying(jnp.array(False), own_axes)),
+                lambda h: (h, cast_to_varying(jnp.array(False), own_axes)),
                 average,
             )
         num_refreshes = state.num_refreshes + is_accepted.astype(jnp.int32)
-        is_rejected = is_due & ~is_accepted
-
         if isinstance(gamma, HoldUnclipped):
-            divisor_gamma = gamma.find_gamma(
-                incoming, average, state.num_updates, num_refreshes, names
-            )
+            counts = state.num_updates, num_refreshes
+            divisor_gamma = gamma.find_gamma(incoming, average, *counts, names)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
             if debias:
@@ -198,7 +182,7 @@ def scale_by_diag_hessian(
         def divide(u, h, like):
             dtype = jnp.result_type(like)
             quotient = u / jnp.maximum(divisor_gamma * h, divisor_eps)
-            # In float16 most quotients overflow: the largest number instead of infinity.
+            # In float16 most quotients overflow. Return the largest number, not infinity.
             bound = float(jnp.finfo(dtype).max)
             return jnp.clip(quotient, -bound, bound).astype(dtype)
 
@@ -206,7 +190,7 @@ def scale_by_diag_hessian(
         return jax.tree.map(divide, updates, average, like), ScaleByDiagHessianState(
             num_updates=state.num_updates + 1,
             num_refreshes=num_refreshes,
-            num_refused=state.num_refused + is_rejected.astype(jnp.int32),
+            num_refused=state.num_refused + (is_due & ~is_accepted).astype(jnp.int32),
             divisor_gamma=divisor_gamma,
             divisor_eps=divisor_eps,
             hessian=average,
@@ -225,14 +209,12 @@ def _check_real(params: optax.Params) -> None:
             )
 
 
-def _is_finite(
-    estimate: optax.Updates, average: optax.Updates, names: tuple[str, ...]
-) -> jax.Array:
+def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array:
     """Return whether all entries are finite in the dtype of the average, on all devices."""
 
     def is_finite(e, h):
         # In float32 even if `e` has 16 bits, in which the bound could overflow.
-        e = jnp.asarray(e).astype(jnp.promote_types(jnp.result_type(e), jnp.float32))
+        e = cast_to_float32(e)
         in_range = jnp.abs(e) <= float(jnp.finfo(h.dtype).max)
         return jnp.all(jnp.isfinite(e) & in_range)
 
@@ -241,16 +223,14 @@ def _is_finite(
     return jax.lax.psum(jnp.int32(~finite), names) == 0 if names else finite
 
 
-def _moving_average(
-    average: optax.Updates, estimate: optax.Updates, b2: jax.typing.ArrayLike, rms: bool
-) -> optax.Updates:
+def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> Any:
     """Return b2 h + (1 - b2) ĥ, or the root of the same average of squares."""
 
     def blend(h, e):
         bound = float(jnp.finfo(h.dtype).max)
-        h = at_least_float32(h)
+        h = cast_to_float32(h)
         e = jnp.asarray(e, h.dtype)
-        if rms:  # without computing a square, which may be out of range
+        if rms:  # `hypot` does not compute the squares, which may overflow
             mean = jnp.hypot(jnp.sqrt(b2) * h, jnp.sqrt(1 - b2) * e)
         else:
             mean = b2 * h + (1 - b2) * e
@@ -260,9 +240,7 @@ def _moving_average(
     return jax.tree.map(blend, average, estimate)
 
 
-def _bias_correction(
-    b2: jax.typing.ArrayLike, num_refreshes: jax.Array, rms: bool
-) -> jax.Array:
+def _bias_correction(b2: ArrayLike, num_refreshes: jax.Array, rms: bool) -> jax.Array:
     """Return the sum of the weights of the average, 1 - b2^refreshes, or its root."""
     weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
     # The weight is 0 before the first refresh, and for a b2 that was rounded to 1.

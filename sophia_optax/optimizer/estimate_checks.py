@@ -15,7 +15,7 @@ HessianFn = Callable[[jax.Array], optax.Updates]  # from a PRNG key to an estima
 
 
 def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
-    """Raise an error for arguments of `update` that are in conflict or swapped."""
+    """Raise an error if arguments of `update` are in conflict or swapped."""
     if hessian is not None and hessian_fn is not None:
         raise ValueError(
             "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate for "
@@ -43,8 +43,8 @@ def _check_takes_a_key(hessian_fn: Callable[..., Any]) -> None:
         signature.bind("key")
     except TypeError as error:
         raise TypeError(
-            "`hessian_fn` is called with one PRNG key and nothing else, but its signature "
-            f"is `{signature}`. Close over the other arguments: "
+            "`hessian_fn` is called with one PRNG key, but its signature is "
+            f"`{signature}`. Close over the other arguments: "
             "`hessian_fn=lambda key: estimate(params, batch, key=key)`."
         ) from error
 
@@ -52,16 +52,14 @@ def _check_takes_a_key(hessian_fn: Callable[..., Any]) -> None:
 def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
     """Return the mapped axes, except `names`, along which all arrays of `tree` differ.
 
-    Raises:
-      ValueError: if some arrays differ along an axis and others do not.
+    Raise ValueError if some arrays differ along an axis and others do not.
     """
     axes = {varying_axes(x) - set(names) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
-        forgotten = sorted(frozenset().union(*axes))
         raise ValueError(
-            f"Some parameters differ between devices along the mapped axes {forgotten} and "
-            "others do not. Where devices hold shards of the same parameters, pass these "
-            f"axes to the optimizer as `axis_name`, got `axis_name={names or None}`."
+            "Only some parameters differ between devices along the mapped axes "
+            f"{sorted(frozenset().union(*axes))}. If devices hold shards of parameters, "
+            f"pass these axes to the optimizer as `axis_name`, got `{names or None}`."
         )
     return next(iter(axes), frozenset())
 
@@ -69,22 +67,18 @@ def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
 def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
     """Return the estimate in the structure of `updates`, without masked leaves.
 
-    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`.
-
-    Raises:
-      ValueError: if structure or shapes differ.
-      TypeError: for complex leaves.
+    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`. Raise
+    ValueError if structure or shapes differ, and TypeError for complex leaves.
     """
     named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
     try:
         subtrees = structure.flatten_up_to(estimate)
     except ValueError as error:
         raise ValueError(_describe_mismatch(updates, estimate)) from error
-    leaves = [
+    return structure.unflatten(
         u if is_masked(u) else _check_leaf(keystr(path), u, subtree)
         for (path, u), subtree in zip(named, subtrees, strict=True)
-    ]
-    return structure.unflatten(leaves)
+    )
 
 
 def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
@@ -97,19 +91,18 @@ def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
             f"updates, got {' and '.join(map(str, shapes)) or 'nothing'} for "
             f"`params{path}` of shape {jnp.shape(u)}."
         )
-    [leaf] = leaves
-    if jnp.iscomplexobj(leaf):
+    if jnp.iscomplexobj(leaves[0]):
         raise TypeError(
             "The estimate from `hessian` or `hessian_fn` must be real, got dtype "
-            f"{leaf.dtype} for `params{path}`. If the imaginary part is a rounding error, "
-            "pass the real part."
+            f"{leaves[0].dtype} for `params{path}`. If the imaginary part is a rounding "
+            "error, pass the real part."
         )
-    return leaf
+    return leaves[0]
 
 
 def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     got, expected = (
-        {keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        {keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
         for tree in (estimate, updates)
     )
     message = (
@@ -122,14 +115,18 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     if got == expected:
         structures = jax.tree.structure(estimate), jax.tree.structure(updates)
         message += " The estimate is {}, the updates are {}.".format(*structures)
-    if any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
+    if has_masked(updates):
         message += (
             " Under `optax.masked` or `optax.partition` pass the estimate for all "
-            "parameters. If that is impossible, pass the masked estimate, or set "
-            "`mask_compatible_extra_args=True`."
+            "parameters, or set `mask_compatible_extra_args=True`."
         )
     return message
 
 
 def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def has_masked(tree: Any) -> bool:
+    """Return whether `optax.masked` or `optax.partition` hides leaves of the tree."""
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))

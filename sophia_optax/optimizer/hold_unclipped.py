@@ -1,11 +1,9 @@
 """A rule for gamma: keep a target fraction of the entries unclipped.
 
 An entry is unclipped if |u| < gamma h. So the gamma that leaves a fraction f of the entries
-unclipped is the f-quantile of the ratios |u| / h. It is found again at every step, and a
-factor on h changes nothing but gamma.
-
-The quantile is that of a sample: sorting the parameters, or counting through them several
-times, takes longer than the rest of an update.
+unclipped is the f-quantile of the ratios |u| / h. It is computed at every step. It is the
+quantile of a sample: to sort all ratios, or to count them several times, takes longer than
+the rest of an update.
 """
 
 import dataclasses
@@ -20,17 +18,15 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_optax.arrays import as_varying, varying_axes
+from sophia_optax.arrays import cast_to_varying, sum_over_devices, varying_axes
 from sophia_optax.optimizer.momentum import LookAhead, evaluate, is_look_ahead
 
-Update = jax.Array | LookAhead
+Update = jax.Array | LookAhead  # of one parameter
 
-SAMPLE_SIZE = 4096
-"""Number of entries in the sample, of all parameters together."""
-
+SAMPLE_SIZE = 4096  # number of entries in the sample, of all parameters together
+# If fewer entries of the sample are counted, all entries are used instead. The standard
+# deviation of the fraction of unclipped entries is at most sqrt(f (1 - f) / MIN_COUNTED).
 MIN_COUNTED = 1024
-"""If fewer entries of the sample are counted, all entries are used instead. The standard
-deviation of the fraction of unclipped entries is at most sqrt(f (1 - f) / MIN_COUNTED)."""
 
 _BITS = 31  # of a float32 without its sign
 _INFINITY = 0x7F800000  # its bit pattern; that of 0 is 0
@@ -42,26 +38,25 @@ _LARGEST_FRACTION = 1 - 1e-6  # at 1 no ratio is large enough
 class HoldUnclipped:
     """The rule that `hold_unclipped` returns."""
 
-    fraction: optax.ScalarOrSchedule
+    fraction: optax.ScalarOrSchedule  # the target fraction of unclipped entries
 
     def find_gamma(
-        self,
-        updates: optax.Updates,
-        hessian: optax.Updates,
-        num_updates: jax.Array,
-        num_refreshes: jax.Array,
-        names: tuple[str, ...] = (),
-    ) -> jax.Array:
+        self, updates: Any, hessian: Any, num_updates: jax.Array,
+        num_refreshes: jax.Array, names: tuple[str, ...] = (),
+    ) -> jax.Array:  # fmt: skip
         """Return the gamma for these updates, shape=(), dtype=float32.
 
-        The leaves of `updates` are arrays or `LookAhead`. Along the mapped axes `names`,
+        The leaves of `updates` are arrays or `LookAhead`s. Along the mapped axes `names`,
         devices hold shards of the same parameters.
         """
         fraction = self.fraction(num_updates) if callable(self.fraction) else self.fraction
         fraction = jnp.clip(jnp.asarray(fraction, jnp.float32), 0, _LARGEST_FRACTION)
         us = jax.tree.leaves(jax.tree.map(jnp.asarray, updates), is_leaf=is_look_ahead)
         hs = jax.tree.leaves(hessian)
-        return _quantile_of_ratios(names, us, hs, fraction, num_refreshes > 0)
+        return _find_quantile(names, us, hs, fraction, num_refreshes > 0)
+
+
+Gamma = optax.ScalarOrSchedule | HoldUnclipped
 
 
 def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
@@ -69,24 +64,23 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
     .. math:: \#\{i : 0 < |u_i| < \gamma h_i\} = f \, \#\{i : u_i \ne 0, \; h_i > 0\}
 
-    Here u is the momentum, with `nesterov` after the look-ahead. There is one gamma for all
-    parameters, as in the paper (`optax.partition` gives groups of parameters a gamma each).
-    Pass the rule as `gamma`: `sophia_g(1e-3, gamma=hold_unclipped(0.2))`. Then a positive
-    factor on the estimates does not change the updates, and `debias` has no effect.
+    Here u is the momentum, or with `nesterov` the look-ahead. All parameters have the same
+    gamma, as in the paper (use `optax.partition` for a gamma per group of parameters). The
+    scale of the estimates does not change the updates, and `debias` has no effect.
 
-    Entries without momentum or without positive curvature are not counted, because gamma
-    does not change them: the former do not move, the latter are clipped. If no entry is
-    counted, as before the first refresh, the update is the sign of the momentum.
+    Entries with u = 0 or h ≤ 0 are not counted, because gamma does not change their
+    updates. If no entry is counted, as before the first refresh, the update is the sign of
+    the momentum.
 
-    With more than 4,096 parameters, the quantile is that of a fixed sample of 4,096
-    entries, evenly distributed over all parameters in proportion to their size. If fewer
-    than 1,024 of them are counted, as for an embedding of which few rows were used, all
-    entries take the place of the sample. This costs 32 passes over the parameters.
+    With more than 4,096 parameters, gamma is computed from a fixed sample of 4,096 entries,
+    evenly distributed over all parameters in proportion to their size. If fewer than 1,024
+    of them are counted, as for an embedding of which few rows were used, gamma is computed
+    from all entries, in 32 passes over the parameters.
 
     Under `jit`, shardings do not change the result. Inside `shard_map` and `pmap`, pass
-    `axis_name` to the optimizer if devices hold shards of the same parameters. The
-    derivative through gamma is exact, in forward and reverse mode: it is that of the entry
-    whose ratio of u to h is the quantile.
+    `axis_name` to the optimizer if devices hold shards of the same parameters. Gamma is
+    differentiable in forward and reverse mode: its exact derivative is that of the ratio
+    |u| / h of the entry that is the quantile.
 
     Args:
       fraction: the target fraction f, in [0, 1], or a schedule of it by the number of
@@ -104,15 +98,11 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
       >>> from sophia_optax import hold_unclipped, scale_by_sophia
       >>> tx = scale_by_sophia(b1=0.0, b2=0.0, gamma=hold_unclipped(0.5))
       >>> params, grads = jnp.ones(4), jnp.array([1.0, 2.0, 4.0, 8.0])
-      >>> for scale in (1.0, 1024.0):
-      ...     estimate = jnp.full(4, scale)
-      ...     print(tx.update(grads, tx.init(params), params, hessian=estimate)[0])
-      [0.25 0.5  1.   1.  ]
+      >>> print(tx.update(grads, tx.init(params), params, hessian=jnp.full(4, 1024.0))[0])
       [0.25 0.5  1.   1.  ]
 
     References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 3.1, which
-      recommends to choose gamma by this fraction
+      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 3.1
     """
     if isinstance(fraction, int | float | np.floating) and not 0 <= fraction <= 1:
         raise ValueError(
@@ -123,7 +113,7 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _quantile_of_ratios(
+def _find_quantile(
     names: tuple[str, ...],
     us: list[Update],
     hs: list[jax.Array],
@@ -131,16 +121,16 @@ def _quantile_of_ratios(
     has_curvature: jax.Array,
 ) -> jax.Array:
     """Return the quantile of the ratios |u| / h, shape=(), 0 if no ratio is counted."""
-    weights = [_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
+    weights = [_compute_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
 
     def all_ratios(loop_state):
-        # XLA would otherwise compute the ratios before the loop, even for a loop that
-        # runs no round. The barrier makes them depend on the state of the loop.
+        # Without the barrier, which makes the ratios depend on the state of the loop, XLA
+        # computes them before the loop, even for a loop of 0 rounds.
         for u, h, weight in zip(us, hs, weights, strict=True):
             u, h, _ = jax.lax.optimization_barrier((u, h, loop_state))
-            yield _ratios(u, h), weight
+            yield _compute_ratios(u, h), weight
 
-    # Along other axes than `names`, each device finds a gamma of its own.
+    # Along other mapped axes than `names`, each device has its own gamma.
     own_axes = varying_axes((us, hs)) - set(names)
     bisect = functools.partial(_bisect, fraction=fraction, names=names, own_axes=own_axes)
     if sum(h.size for h in hs) <= SAMPLE_SIZE:
@@ -153,38 +143,34 @@ def _quantile_of_ratios(
     return jnp.where(is_small, exact, quantile)
 
 
-@_quantile_of_ratios.defjvp
-def _quantile_of_ratios_jvp(names, primals, tangents):
-    """The quantile is the ratio |u| / h of one entry, or of several that are equal."""
+@_find_quantile.defjvp
+def _find_quantile_jvp(names, primals, tangents):
+    """Return the quantile, and the mean derivative of the ratios that equal it."""
     us, hs, *_ = primals
-    quantile = _quantile_of_ratios(names, *primals)
+    quantile = _find_quantile(names, *primals)
     count = rate = jnp.float32(0)
     for u, h, du, dh in zip(us, hs, *tangents[:2], strict=True):
-        weight = _weight(names, (u, h))
-        is_quantile = (_ratios(u, h) == quantile) & (quantile > 0)
+        weight = _compute_weight(names, (u, h))
+        is_quantile = (_compute_ratios(u, h) == quantile) & (quantile > 0)
         u, du = jax.jvp(evaluate, (u,), (du,))
         u, h = (jnp.where(is_quantile, x, 1) for x in (u, h))
         relative = jnp.where(is_quantile, du / u - dh / h, 0)
         count += weight * jnp.sum(is_quantile, dtype=jnp.float32)
         rate += weight * jnp.sum(relative, dtype=jnp.float32)
-    count, rate = _sum_over_devices((count, rate), names)
+    count, rate = sum_over_devices((count, rate), names)
     return quantile, quantile * rate / jnp.where(count > 0, count, 1)
 
 
-def _ratios(u: Update, h: jax.Array) -> jax.Array:
+def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
     """Return |u| / h in float32. Ratios that are 0 or infinite are not counted."""
     u, h = jnp.asarray(evaluate(u), jnp.float32), h.astype(jnp.float32)
     return jnp.where(h > 0, jnp.abs(u) / h, jnp.inf)
 
 
-def _weight(names: tuple[str, ...], tree: Any) -> float:
+def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
     """Return 1 for a sharded parameter, and less for a parameter that devices replicate."""
     sharded = varying_axes(tree)
     return 1 / math.prod(jax.lax.axis_size(n) for n in names if n not in sharded)
-
-
-def _sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
-    return jax.lax.psum(tree, names) if names else tree
 
 
 def _sample(
@@ -197,33 +183,32 @@ def _sample(
     ratios, sample_weights = [], []
     for u, h, weight, start, end in zip(us, hs, weights, [0, *ends], ends, strict=False):
         if end > start:
-            places = _places(h.shape, start, end)
+            indices = _distribute_indices(h.shape, start, end)
             if isinstance(u, LookAhead):
-                u = u._replace(
-                    average=_take(u.average, places), grads=_take(u.grads, places)
-                )
+                u = LookAhead(_take(u.average, indices), _take(u.grads, indices), u.b1)
             else:
-                u = _take(u, places)
-            ratios.append(_ratios(u, _take(h, places)))
+                u = _take(u, indices)
+            ratios.append(_compute_ratios(u, _take(h, indices)))
             sample_weights.append(np.full(end - start, weight, np.float32))
     return jnp.concatenate(ratios), np.concatenate(sample_weights)
 
 
-def _take(x: jax.Array, places: tuple[np.ndarray, ...]) -> jax.Array:
+def _take(x: jax.Array, indices: tuple[np.ndarray, ...]) -> jax.Array:
     mesh = jax.typeof(x).sharding.mesh
     is_explicit = AxisType.Explicit in mesh.axis_types
     replicated = NamedSharding(mesh, PartitionSpec()) if is_explicit else None
-    return x.at[places].get(mode="promise_in_bounds", out_sharding=replicated)
+    return x.at[indices].get(mode="promise_in_bounds", out_sharding=replicated)
 
 
 @functools.cache
-def _places(shape: tuple[int, ...], start: int, end: int) -> tuple[np.ndarray, ...]:
+def _distribute_indices(
+    shape: tuple[int, ...], start: int, end: int
+) -> tuple[np.ndarray, ...]:
     """Return indices of evenly distributed entries, an array for each axis.
 
     They are the points `start` to `end` of Roberts' sequence, which generalizes the golden
-    ratio to several dimensions: it covers every axis evenly, whatever the others are. The
-    dtype is int32 with and without `jax_enable_x64`: JAX would keep the dtype that it first
-    gave to a constant of 64 bits.
+    ratio to several dimensions and covers each axis evenly. They are int32, because JAX
+    caches constants: one of 64 bits would keep the dtype of the first `jax_enable_x64`.
     """
     ratio = 2.0
     for _ in range(64):  # converges to the root of x^(axes + 1) = x + 1
@@ -234,28 +219,19 @@ def _places(shape: tuple[int, ...], start: int, end: int) -> tuple[np.ndarray, .
 
 
 def _bisect(
-    weighted_ratios: Callable[[jax.Array], Iterable[tuple[jax.Array, Any]]],
+    weighted_ratios: Callable[[jax.Array], Iterable[tuple[jax.Array, Any]]],  # of the state
     *,
     fraction: jax.Array,
     names: tuple[str, ...],
-    own_axes: frozenset[str],
+    own_axes: frozenset[str],  # other mapped axes along which the ratios differ
     rounds: int | jax.Array = _ROUNDS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the smallest ratio such that more than `fraction` of the weight is at most it.
+    """Return the smallest ratio r with more than `fraction` of the weight at most r.
 
-    The bits of the ratio are found one by one, from the highest: positive floats have the
-    order of their bit patterns. On a CPU this takes a fifteenth of the time of a sort.
-
-    Args:
-      weighted_ratios: function of the state of the loop that returns pairs of ratios and
-        their weights.
-      fraction: shape=(), dtype=float32.
-      names: mapped axes along which devices hold shards of the same parameters.
-      own_axes: other mapped axes along which the ratios differ.
-      rounds: `_ROUNDS`, or 0 to find nothing.
-
-    Returns:
-      The ratio, 0 if no ratio is counted, and the weight of the counted ratios.
+    Also return the total weight of the counted ratios, which the first round finds. If it
+    is 0, r is 0. Each other round finds one bit of r, from the highest, because positive
+    floats have the order of their bit patterns. On a CPU this takes a fifteenth of the time
+    of a sort.
     """
 
     def find_bit(i, state):
@@ -267,11 +243,11 @@ def _bisect(
             pattern = jax.lax.bitcast_convert_type(ratios, jnp.int32)
             is_below = (pattern > 0) & (pattern < candidate)
             below += jnp.sum(weight * is_below, dtype=jnp.float32)
-        below = _sum_over_devices(below, names)
+        below = sum_over_devices(below, names)
         total = jnp.where(is_first, below, total)
         return jnp.where(~is_first & (below <= fraction * total), candidate, bits), total
 
-    state = as_varying((jnp.int32(0), jnp.float32(0)), own_axes)
+    state = cast_to_varying((jnp.int32(0), jnp.float32(0)), own_axes)
     bits, total = jax.lax.fori_loop(0, rounds, find_bit, state)
     quantile = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(total > 0, quantile, 0), total

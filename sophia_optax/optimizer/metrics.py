@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from sophia_optax.arrays import at_least_float32
+from sophia_optax.arrays import cast_to_float32
 from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
@@ -16,14 +16,13 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
 
     .. math:: |m| < \max(\gamma h, \epsilon)
 
-    The paper recommends to choose gamma so that this is between 0.1 and 0.5. A larger gamma
-    gives a larger fraction. With `nesterov=True` this still counts m, which the state has,
-    and not the look-ahead that was divided, which is often larger. It works in and out of
-    `jit`.
+    The paper recommends a gamma for which it is between 0.1 and 0.5. A larger gamma gives a
+    larger fraction. With `nesterov=True` it is the fraction for m, not for the look-ahead,
+    because the state holds only m. The fraction for the look-ahead is often smaller.
 
     Args:
-      opt_state: the state of any chain or wrapper with one Sophia: `optax.ema` with
-        `debias=False`, and `scale_by_diag_hessian`.
+      opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
+        `optax.ema` with `debias=False`.
 
     Returns:
       The fraction, shape (), float32.
@@ -36,8 +35,7 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
       >>> from sophia_optax import sophia, unclipped_fraction
       >>> tx = sophia(0.1, b1=0.0, b2=0.0, gamma=1.0)
       >>> params, grads = jnp.ones(4), jnp.array([1.0, 1.0, 1.0, 3.0])
-      >>> state = tx.init(params)
-      >>> _, state = tx.update(grads, state, params, hessian=jnp.full(4, 2.0))
+      >>> _, state = tx.update(grads, tx.init(params), params, hessian=jnp.full(4, 2.0))
       >>> print(unclipped_fraction(state))
       0.75
 
@@ -59,12 +57,11 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
       - `unclipped_fraction`, and `unclipped_fraction/` with the path of each parameter;
       - `gamma` of the last division, with bias correction and `clip_threshold` as factors;
-      - `momentum_norm`, `hessian_norm`: Euclidean norms of m, in the unit of the gradients,
-        and of h (without bias correction), in the unit of the Hessian;
-      - `nonpositive_fraction`: fraction of the entries of h that are 0 or less, where the
-        update is a sign;
-      - `refreshes`, `refused`: numbers of estimates that were accepted, and that were
-        rejected because they were not finite.
+      - `momentum_norm`: the Euclidean norm of m, in the unit of the gradients;
+      - `hessian_norm`: the norm of h without bias correction, in the unit of the Hessian;
+      - `nonpositive_fraction`: fraction of the entries of h that are 0 or less. Their
+        updates are ±1 before the learning rate;
+      - `refreshes`, `refused`: numbers of accepted and of rejected estimates.
 
     Raises:
       ValueError: as `unclipped_fraction`.
@@ -73,17 +70,8 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> import jax.numpy as jnp
       >>> from sophia_optax import sophia, sophia_metrics
       >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
-      >>> for name in sophia_metrics(sophia(0.1).init(params)):
-      ...     print(name)
-      unclipped_fraction
-      unclipped_fraction/b
-      unclipped_fraction/w
-      gamma
-      momentum_norm
-      hessian_norm
-      nonpositive_fraction
-      refreshes
-      refused
+      >>> [name for name in sophia_metrics(sophia(0.1).init(params)) if "/" in name]
+      ['unclipped_fraction/b', 'unclipped_fraction/w']
     """
     momentum, state = _find_sophia(opt_state)
     unclipped = _count_unclipped(momentum, state)
@@ -97,35 +85,33 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         "unclipped_fraction": _fraction(unclipped, momentum),
         **by_parameter,
         "gamma": jnp.asarray(state.divisor_gamma),
-        "momentum_norm": _norm(momentum),
-        "hessian_norm": _norm(state.hessian),
+        "momentum_norm": _compute_norm(momentum),
+        "hessian_norm": _compute_norm(state.hessian),
         "nonpositive_fraction": _fraction(nonpositive, state.hessian),
         "refreshes": jnp.asarray(state.num_refreshes),
         "refused": jnp.asarray(state.num_refused),
     }
 
 
-def _find_sophia(
-    opt_state: optax.OptState,
-) -> tuple[optax.Updates, ScaleByDiagHessianState]:
-    """Return the momentum and the state of the division."""
+def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState]:
+    """Return the momentum and the state of `scale_by_diag_hessian`."""
     stages = optax.EmaState | ScaleByDiagHessianState
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, stages))
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
     if len(states) != 1:
         raise ValueError(
-            f"`opt_state` must have the state of one Sophia, got {len(states)}. Pass the "
-            "result of `tx.init` or `tx.update`. If it has several, pass the part for one, "
-            "under `optax.partition` `opt_state.inner_states[label]`."
+            f"`opt_state` must have the state of one Sophia, got {len(states)}. If it has "
+            "several, pass the state of one of them, such as "
+            "`opt_state.inner_states[label]` under `optax.partition`."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
     shapes = _shapes(states[0].hessian)
     momenta = [ema for ema in emas if _shapes(ema) == shapes]
     if len(momenta) != 1:
         raise ValueError(
-            "`opt_state` must have one `optax.EmaState` of all parameters, which "
-            f"`scale_by_diag_hessian` divides, got {len(momenta)}. Use `scale_by_sophia`, "
-            "or `optax.ema(b1, debias=False)`. If there are others, pass Sophia's part."
+            "`opt_state` must have one `optax.EmaState` of all parameters, the momentum, "
+            f"got {len(momenta)}. Use `scale_by_sophia`, or `optax.ema(b1, debias=False)`. "
+            "If other stages have such a state, pass the state of Sophia alone."
         )
     return momenta[0], states[0]
 
@@ -152,6 +138,6 @@ def _fraction(counts: Any, tree: Any) -> jax.Array:
     return jnp.asarray(optax.tree.sum(counts)) / max(optax.tree.size(tree), 1)
 
 
-def _norm(tree: Any) -> jax.Array:
-    squares = jax.tree.map(lambda x: jnp.sum(at_least_float32(x) ** 2), tree)
+def _compute_norm(tree: Any) -> jax.Array:
+    squares = jax.tree.map(lambda x: jnp.sum(cast_to_float32(x) ** 2), tree)
     return jnp.sqrt(jnp.asarray(optax.tree.sum(squares)))

@@ -5,21 +5,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from sophia_optax.arrays import at_least_float32
+from sophia_optax.arrays import cast_to_float32
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
 
 class LookAhead(NamedTuple):
     """The update b1 m_t + (1 - b1) g_t of one parameter, not yet computed.
 
-    Where a few entries of it are needed before all of it, as for `hold_unclipped`, XLA
-    would write all of it to memory. Of this, only these entries are computed.
+    `hold_unclipped` needs a few entries before the division needs all of them. If the
+    update were computed once for both, XLA would write it to memory.
     """
 
     average: jax.Array
     grads: jax.Array
-    b1: jax.typing.ArrayLike
+    b1: ArrayLike
 
 
 def evaluate(tree: Any) -> Any:
@@ -27,7 +28,7 @@ def evaluate(tree: Any) -> Any:
 
     def compute(u: Any) -> Any:
         if isinstance(u, LookAhead):
-            grads, average = at_least_float32((u.grads, u.average))
+            grads, average = cast_to_float32((u.grads, u.average))
             return optax.tree.update_moment(grads, average, u.b1, 1)
         return u
 
@@ -39,22 +40,20 @@ def is_look_ahead(node: Any) -> bool:
 
 
 def momentum(
-    b1: jax.typing.ArrayLike, *, nesterov: bool, dtype: Any, seed: jax.typing.ArrayLike
+    b1: ArrayLike, *, nesterov: bool, dtype: Any, seed: ArrayLike
 ) -> optax.GradientTransformation:
     """Return m_t, or with `nesterov` b1 m_t + (1 - b1) g_t as a `LookAhead`.
 
-    In 32 bits or more this is `optax.ema(b1, debias=False)`, bit for bit. An average of 16
-    bits is computed in float32 and rounded stochastically. Its `dtype` is by default that
+    In 32 bits or more this equals `optax.ema(b1, debias=False)` bit for bit. In 16 bits the
+    average is computed in float32 and rounded stochastically. The default `dtype` is that
     of the parameters. The state is that of `optax.ema`.
     """
     if dtype is not None:
         check_dtype("mu_dtype", dtype)
     ema = optax.ema(b1, debias=False)
 
-    def update(
-        updates: optax.Updates, state: optax.EmaState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmaState]:
-        grads, m = at_least_float32((updates, state.ema))
+    def update(updates, state, params=None):
+        grads, m = cast_to_float32((updates, state.ema))
         m, new = ema.update(grads, optax.EmaState(state.count, m), params)
         m = round_stochastically(m, state.ema, seed, "mu", jnp.asarray(state.count))
         new = optax.EmaState(new.count, m)  # pyright: ignore

@@ -1,13 +1,9 @@
 """Stochastic rounding for moving averages in 16 bits.
 
-A moving average m ← b m + (1 - b) x that is rounded to nearest stops as soon as
-(1 - b)(x - m) is less than half the spacing of its dtype: in bfloat16 with b = 0.99, as
-much as a fifth of x short of x. Stochastic rounding goes up with a probability equal to
-the part that is cut off, and down otherwise. Then
-
-    E round(m) = m
-
-and the average is right in expectation, whatever its dtype.
+If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
+is less than half the spacing of its dtype. In bfloat16 with b = 0.99, it may stall a fifth
+below x. Stochastic rounding rounds up with a probability equal to the fraction that is cut
+off. Then E round(m) = m, and the average is unbiased in any dtype.
 """
 
 import math
@@ -15,8 +11,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-_STREAMS = ("mu", "hessian")
+Stream = Literal["mu", "hessian"]
 
 
 def check_dtype(name: str, dtype: Any) -> None:
@@ -30,11 +27,7 @@ def check_dtype(name: str, dtype: Any) -> None:
 
 
 def round_stochastically(
-    tree: Any,
-    like: Any,
-    seed: jax.typing.ArrayLike,
-    stream: Literal["mu", "hessian"],
-    count: jax.Array,
+    tree: Any, like: Any, seed: ArrayLike, stream: Stream, count: jax.Array
 ) -> Any:
     """Return the leaves of `tree` in the dtypes of the leaves of `like`.
 
@@ -44,14 +37,14 @@ def round_stochastically(
     """
     leaves, structure = jax.tree.flatten(tree)
     words = jax.random.key_data(jax.random.key(seed)).ravel()
-    word = jnp.uint32(_STREAMS.index(stream))
+    word = jnp.uint32(("mu", "hessian").index(stream))
     for part in (*words, count.astype(jnp.uint32)):
         word = _hash(word) ^ part
 
     def round_leaf(number: int, x: jax.Array, other: jax.Array) -> jax.Array:
         if jnp.finfo(other.dtype).nmant >= jnp.finfo(jnp.float32).nmant:
             return x.astype(other.dtype)
-        bits = _hash(_flat_index(x.shape) ^ _hash(_hash(word) + jnp.uint32(number)))
+        bits = _hash(_number_entries(x.shape) ^ _hash(_hash(word) + jnp.uint32(number)))
         return round_with_bits(x, other.dtype, bits)
 
     others = structure.flatten_up_to(like)
@@ -61,8 +54,8 @@ def round_stochastically(
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
     """Return `x` in `dtype`, rounded up if the part that is cut off plus `bits` overflows.
 
-    Averaged over all 2**32 values of `bits` the result is `x`. The exception are numbers
-    below the normal range of `dtype`, which are rounded to nearest.
+    The mean over all 2**32 values of `bits` is `x`, except below the normal range of
+    `dtype`, where `x` is rounded to nearest.
     """
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
@@ -73,7 +66,7 @@ def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 
 
-def _flat_index(shape: tuple[int, ...]) -> jax.Array:
+def _number_entries(shape: tuple[int, ...]) -> jax.Array:
     """Return the index of each entry in the flattened array, modulo 2**32, uint32."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):

@@ -5,36 +5,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from sophia_optax.arrays import AxisName
 from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped, hold_unclipped
+from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
 from sophia_optax.optimizer.momentum import momentum
 
 
 def scale_by_sophia(
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
-    *,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
+    b1: ArrayLike = 0.965, b2: ArrayLike = 0.99, gamma: Gamma = 0.05,
+    eps: ArrayLike = 1e-12, *, clip_threshold: ArrayLike = 1.0,
+    update_interval: ArrayLike = 10, debias: bool = False, nesterov: bool = False,
+    mu_dtype: Any = None, hessian_dtype: Any = None, seed: ArrayLike = 0,
     axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Sophia without learning rate, sign and weight decay.
 
     .. math::
       m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
       u_t = \mathrm{clip}(m_t / \max(\gamma h_t, \epsilon), \pm\rho)
 
-    A chain of `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. See
-    `scale_by_diag_hessian` for h and for how to pass an estimate to `update`. The arguments
+    This is a chain of `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. The arguments
     are the same as for `sophia`.
 
     Returns:
@@ -61,24 +53,17 @@ def scale_by_sophia(
     return optax.chain(
         momentum(b1, nesterov=nesterov, dtype=mu_dtype, seed=seed),
         scale_by_diag_hessian(
-            b2,
-            _scale_gamma(gamma, clip_threshold),
-            clip_threshold * eps,
-            update_interval=update_interval,
-            debias=debias,
-            hessian_dtype=hessian_dtype,
-            seed=seed,
-            axis_name=axis_name,
+            b2, _scale_gamma(gamma, clip_threshold), clip_threshold * eps,
+            update_interval=update_interval, debias=debias, hessian_dtype=hessian_dtype,
+            seed=seed, axis_name=axis_name,
         ),
         optax.clip(1.0),
         _scale(clip_threshold),
-    )
+    )  # fmt: skip
 
 
-def _scale_gamma(
-    gamma: optax.ScalarOrSchedule | HoldUnclipped, factor: jax.typing.ArrayLike
-) -> optax.ScalarOrSchedule | HoldUnclipped:
-    """Return factor · gamma. A rule stays as it is: a factor does not change its result."""
+def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
+    """Return factor · gamma, or the rule itself, because the rule finds its own scale."""
     if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
         return gamma
     if callable(gamma):
@@ -86,8 +71,8 @@ def _scale_gamma(
     return factor * gamma  # pyright: ignore[reportReturnType]
 
 
-def _scale(factor: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    """Return `optax.scale(factor)`, but keep the dtype of the updates for an array."""
+def _scale(factor: ArrayLike) -> optax.GradientTransformation:
+    """Return `optax.scale(factor)` that keeps the dtype of the updates for any factor."""
 
     def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from sophia_optax.arrays import AxisName
 from sophia_optax.curvature import hutchinson
-from sophia_optax.optimizer.estimate_checks import HessianFn, is_masked
-from sophia_optax.optimizer.hold_unclipped import HoldUnclipped
+from sophia_optax.optimizer.estimate_checks import HessianFn, has_masked
+from sophia_optax.optimizer.hold_unclipped import Gamma
 from sophia_optax.optimizer.scale_by_sophia import scale_by_sophia
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -17,20 +17,20 @@ Mask = Any | Callable[[optax.Params], Any] | None
 
 def sophia(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
+    b1: ArrayLike = 0.965,
+    b2: ArrayLike = 0.99,
+    gamma: Gamma = 0.05,
+    eps: ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2,
     mask: Mask = None,
     *,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
+    clip_threshold: ArrayLike = 1.0,
+    update_interval: ArrayLike = 10,
     debias: bool = False,
     nesterov: bool = False,
     mu_dtype: Any = None,
     hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia, for any estimate of the Hessian diagonal.
@@ -39,42 +39,37 @@ def sophia(
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
         m_t / \max(\gamma h_t, \epsilon), \pm\rho) + \lambda \theta_{t-1})
 
-    A chain of `scale_by_sophia`, `optax.add_decayed_weights` and
-    `optax.scale_by_learning_rate`. Pass `hessian_fn` (or `hessian`) to `update`, as
-    `scale_by_diag_hessian` explains: if no update gets an estimate, this reduces to sign
-    momentum (Signum). Compile the step with `jax.jit`: outside it, JAX compiles a new
-    `hessian_fn` at every step.
+    This is a chain of `scale_by_sophia`, `optax.add_decayed_weights` and
+    `optax.scale_by_learning_rate`. Pass `hessian_fn` or `hessian` to `update`, as described
+    in `scale_by_diag_hessian`. Without any estimate this reduces to sign momentum (Signum).
+    Compile the step with `jax.jit`: outside it, JAX compiles `hessian_fn` at every step.
 
     Args:
       learning_rate: η, or a schedule of it. Without weight decay, no entry changes by more
         than η `clip_threshold` in a step.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: the rule `hold_unclipped`; or the scale of the Hessian, a number or a schedule,
-        chosen so that `unclipped_fraction` is between 0.1 and 0.5.
+      gamma: the scale of the Hessian, a number or a schedule, chosen so that
+        `unclipped_fraction` is between 0.1 and 0.5; or the rule `hold_unclipped`.
       eps: the smallest divisor.
       weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans, a prefix of the tree of
         parameters, or a function from the parameters to such a tree.
       clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
       update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian. It has no effect with
-        `hold_unclipped`.
+      debias: correct the bias of the average of the Hessian.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
       mu_dtype: dtype of the average of gradients, by default that of the parameters. In
-        bfloat16 it takes half the memory and is rounded stochastically. Under
-        `optax.inject_hyperparams` write the name, such as "bfloat16", here and below.
-      hessian_dtype: dtype of the average of the Hessian, by default float32. In bfloat16 it
-        is rounded stochastically too.
-      seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
-      axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
-        parameters are sharded, as for `scale_by_diag_hessian`.
+        bfloat16 it takes half the memory and is rounded stochastically.
+      hessian_dtype: as for `scale_by_diag_hessian`.
+      seed: as for `scale_by_diag_hessian`.
+      axis_name: as for `scale_by_diag_hessian`.
 
     Returns:
       A transformation whose updates have the dtype of the parameters.
 
     Raises:
-      ValueError: as `scale_by_diag_hessian`.
+      ValueError, TypeError: as `scale_by_diag_hessian`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -104,48 +99,34 @@ def sophia(
 
 
 def sophia_g(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.05,
-    eps: jax.typing.ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
-    *,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
+    gamma: Gamma = 0.05, eps: ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
+    clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
+    debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
+    hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Sophia-G: `sophia` with the paper's settings for `gnb`, and the same arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from sophia_optax import gnb, sophia_g
-      >>> def logits_fn(params, x):
-      ...     return x @ params
-      >>> def loss_fn(params, x, y):
-      ...     logits = logits_fn(params, x)
-      ...     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-      ...     return losses.mean()
       >>> x, y = jnp.eye(4), jnp.array([1, 2, 0, 1])
-      >>> params, estimate = jnp.zeros((4, 3)), gnb(logits_fn)
-      >>> tx = sophia_g(learning_rate=0.1)
+      >>> def loss_fn(params):
+      ...     return -jax.nn.log_softmax(x @ params)[jnp.arange(4), y].mean()
+      >>> estimate, tx = gnb(lambda params, x: x @ params), sophia_g(learning_rate=0.1)
+      >>> params = jnp.zeros((4, 3))
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
       ...     updates, state = tx.update(
-      ...         grads, state, params, hessian_fn=lambda key: estimate(params, x, key=key)
+      ...         jax.grad(loss_fn)(params), state, params,
+      ...         hessian_fn=lambda key: estimate(params, x, key=key),
       ...     )
-      ...     return optax.apply_updates(params, updates), state, loss
+      ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(30):
-      ...     params, state, loss = step(params, state)
-      >>> print(bool(loss < 0.2))
+      ...     params, state = step(params, state)
+      >>> print(bool(loss_fn(params) < 0.2))
       True
 
     References:
@@ -160,51 +141,34 @@ def sophia_g(
 
 
 def sophia_h(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.965,
-    b2: jax.typing.ArrayLike = 0.99,
-    gamma: optax.ScalarOrSchedule | HoldUnclipped = 0.01,
-    eps: jax.typing.ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
-    *,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
-    update_interval: jax.typing.ArrayLike = 10,
-    debias: bool = False,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    hessian_dtype: Any = None,
-    seed: jax.typing.ArrayLike = 0,
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
+    gamma: Gamma = 0.01, eps: ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
+    clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
+    debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
+    hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Sophia-H: `sophia` with the paper's settings for `hutchinson`.
 
-    Its `update` also takes `obj_fn`, a function from the parameters to the loss, as
-    `optax.contrib.sophia` does. This is short for
-    `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`. The arguments are the same
-    as for `sophia`.
+    The arguments are the same as for `sophia`. As in `optax.contrib.sophia`, `update` also
+    takes `obj_fn`, a function from the parameters to the loss, which stands for
+    `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
 
     Raises:
-      ValueError: as `scale_by_diag_hessian`; and if `update` gets `obj_fn` together with
-        an estimate, without `params`, or where `optax.masked` hides some of `params`.
+      ValueError: as `sophia`. Also from `update`, if it gets `obj_fn` with an estimate,
+        without `params`, or with `params` that `optax.masked` hides in part.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from sophia_optax import sophia_h
+      >>> tx = sophia_h(0.1, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0)
       >>> def loss_fn(params):
       ...     return jnp.sum(params**4)
-      >>> tx = sophia_h(0.1, b1=0.5, b2=0.5, gamma=1.0, weight_decay=0.0)
-      >>> params = jnp.array([1.0, -2.0])
-      >>> state = tx.init(params)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...     grads = jax.grad(loss_fn)(params)
-      ...     updates, state = tx.update(grads, state, params, obj_fn=loss_fn)
-      ...     return optax.apply_updates(params, updates), state
-      >>> for _ in range(50):
-      ...     params, state = step(params, state)
-      >>> print(bool(loss_fn(params) < 0.1))
-      True
+      >>> params = jnp.array([1.0, 2.0])
+      >>> grads = jax.grad(loss_fn)(params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss_fn)
+      >>> print(updates.round(4))  # -learning_rate * 4 params³ / (12 params²)
+      [-0.0333 -0.0667]
 
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 1, 3
@@ -218,34 +182,28 @@ def sophia_h(
 
     def update(updates, state, params=None, *, obj_fn=None, **extra_args):
         if obj_fn is not None:
-            extra_args["hessian_fn"] = _hessian_fn_of(obj_fn, params, extra_args)
+            extra_args["hessian_fn"] = _make_hessian_fn(obj_fn, params, extra_args)
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _hessian_fn_of(
-    obj_fn: Callable[[optax.Params], jax.Array],
-    params: optax.Params | None,
-    extra_args: dict[str, Any],
-) -> HessianFn:
+def _make_hessian_fn(obj_fn: Any, params: Any, extra_args: dict[str, Any]) -> HessianFn:
     """Return the `hessian_fn` that estimates the Hessian of `obj_fn` at `params`."""
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
             raise ValueError(
-                f"`update` got both `obj_fn` and `{name}`. `obj_fn` is turned into a "
-                "`hessian_fn` by `hutchinson`: pass one of them."
+                f"`update` got both `obj_fn` and `{name}`, two estimates: pass one of them."
             )
     if params is None:
         raise ValueError(
             "`obj_fn` needs the parameters, got `params=None`: call "
             "`update(grads, state, params, obj_fn=obj_fn)`."
         )
-    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+    if has_masked(params):
         raise ValueError(
-            "`obj_fn` is a function of all parameters, but `optax.masked` or "
-            "`optax.partition` hides some of them. Pass "
-            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)` with all "
-            "parameters instead: the estimate is reduced to the mask."
+            "`obj_fn` needs all parameters, but `optax.masked` or `optax.partition` hides "
+            "some of them. Pass, with all parameters, "
+            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
         )
     return lambda key: hutchinson(obj_fn)(params, key=key)

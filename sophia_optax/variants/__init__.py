@@ -10,7 +10,7 @@
 
 AdamW and Lion are in Optax. Pass estimates to `update` as for `sophia`.
 
-Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, and section 4;
+Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 4;
 Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
 """
 

@@ -5,21 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from sophia_optax import scale_by_diag_hessian
 
 
 def adahessian(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
-    *,
-    update_interval: jax.typing.ArrayLike = 1,
-    seed: jax.typing.ArrayLike = 0,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.9, b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8, weight_decay: optax.ScalarOrSchedule = 0.0, mask: Any = None,
+    *, update_interval: ArrayLike = 1, seed: ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""AdaHessian: Adam with estimates of the Hessian diagonal in its second moment.
 
     .. math::
@@ -28,38 +23,19 @@ def adahessian(
       v_t = b_2 v_{t-1} + (1 - b_2) \hat h_t^2
 
     A chain of `optax.ema` and `scale_by_diag_hessian` with the root mean square, both with
-    bias correction. The paper's Hessian power is fixed at one.
-
-    Args:
-      learning_rate: η, or a schedule of it.
-      b1: decay of the moving average of gradients.
-      b2: decay of the average of squared estimates, per refresh.
-      eps: the smallest divisor.
-      weight_decay: λ, decoupled, multiplied by the learning rate.
-      mask: where weight decay applies, as for `sophia`.
-      update_interval: number of updates from one refresh to the next.
-      seed: seed of the keys for `hessian_fn`.
+    bias correction. The paper's Hessian power is fixed at one. The arguments are the same
+    as for `sophia`. Pass estimates of `hutchinson`, with or without `spatial_average`.
 
     Returns:
-      A transformation whose `update` takes `hessian` or `hessian_fn`, with or without
-      `spatial_average`.
+      A transformation whose `update` takes `hessian` or `hessian_fn`.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from sophia_optax import hutchinson
+      >>> import jax.numpy as jnp
       >>> from sophia_optax.variants import adahessian, spatial_average
-      >>> def loss_fn(params):
-      ...     return jnp.sum(jnp.array([[1.0, 3.0], [10.0, 10.0]]) * params**2)
-      >>> tx, estimate = adahessian(0.1), hutchinson(loss_fn)
-      >>> params = jnp.ones((2, 2))
-      >>> state = tx.init(params)
-      >>> def hessian_fn(key):
-      ...     return spatial_average(estimate(params, key=key), block_size=2)
-      >>> grads = jax.grad(loss_fn)(params)
-      >>> updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn)
-      >>> print(updates.round(3))
-      [[-0.05 -0.15]
-       [-0.1  -0.1 ]]
+      >>> tx, params, grads = adahessian(0.1), jnp.ones((1, 2)), jnp.array([[2.0, 6.0]])
+      >>> hessian = spatial_average(jnp.array([[2.0, 6.0]]), block_size=2)
+      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0].round(3))
+      [[-0.05 -0.15]]
 
     References:
       Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020

@@ -1,13 +1,12 @@
 """Sophia with the full Hessian and the clip in its eigenbasis, for theory."""
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 def full_matrix_sophia(
-    learning_rate: optax.ScalarOrSchedule = 0.5,
-    clip_threshold: jax.typing.ArrayLike = 1.0,
+    learning_rate: optax.ScalarOrSchedule = 0.5, clip_threshold: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""The deterministic Sophia of the paper's theory, for small problems.
 
