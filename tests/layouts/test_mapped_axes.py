@@ -130,3 +130,20 @@ def test_gnb_and_hutchinson_require_axis_name_for_a_batch_that_varies(estimate):
     layout = "shard_map, check_vma"
     with pytest.raises(ValueError, match=r"'d'.*`axis_name=None`"):
         on_devices(functools.partial(estimate, PARAMS, key=KEY), X, layout=layout)
+
+
+def test_gnb_without_axis_name_accepts_params_that_vary():
+    """Each device estimates for its own member of an ensemble, from its own examples."""
+    estimate = gnb(network)
+
+    def of_member(i, x):
+        params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)
+        return estimate(params, x, key=KEY)
+
+    def mean(x):
+        return jax.lax.pmean(of_member(jax.lax.axis_index("d"), x), "d")
+
+    got = on_devices(mean, X, layout="shard_map, check_vma")
+    each = jax.jit(jax.vmap(of_member))(jnp.arange(8), X.reshape(8, -1, 2))
+    expected = jax.tree.map(lambda e: e.mean(0), each)
+    assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -115,6 +115,14 @@ def test_hold_unclipped_samples_parameters_in_proportion_to_their_sizes():
     assert gamma_of(0.751, grads) == 1
 
 
+def test_hold_unclipped_samples_equal_shapes_at_different_entries():
+    """Half of the entries of each of 48 vectors are small."""
+    vector = np.where(np.arange(96) % 2, 1, 1e-3).astype(np.float32)
+    grads = [vector] * 48
+    assert gamma_of(0.47, grads) == np.float32(1e-3)
+    assert gamma_of(0.53, grads) == 1
+
+
 @pytest.mark.parametrize("shape", [(9999,), (2048, 128), (16, 4, 256), (256, 256)])
 def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
     """Half of the rows, of the columns, or of the entries below the diagonal are small."""
