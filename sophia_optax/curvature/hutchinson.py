@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, sum_over_devices
+from sophia_optax.arrays import (
+    AxisName,
+    axis_names,
+    cast_to_float32,
+    cast_to_varying,
+    sum_over_devices,
+    varying_axes,
+)
 from sophia_optax.curvature.check_annotations import (
     communicates,
     find_annotations,
@@ -146,6 +153,8 @@ class Hutchinson:
 
 def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) -> Any:
     """Return probe ⊙ ∇²loss(params) probe."""
+    # The parameters of an ensemble differ between devices, and so must the probe.
+    probe = jax.tree.map(lambda z, p: cast_to_varying(z, varying_axes(p)), probe, params)
     try:
         _, product = jax.jvp(lambda p: gradient(p, group), (params,), (probe,))
     except (NotImplementedError, TypeError, ValueError) as error:

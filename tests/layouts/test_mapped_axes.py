@@ -132,9 +132,9 @@ def test_gnb_and_hutchinson_require_axis_name_for_a_batch_that_varies(estimate):
         on_devices(functools.partial(estimate, PARAMS, key=KEY), X, layout=layout)
 
 
-def test_gnb_without_axis_name_accepts_params_that_vary():
+@pytest.mark.parametrize("estimate", [gnb(network, groups=2), hutchinson(loss, groups=2)])
+def test_gnb_and_hutchinson_without_axis_name_accept_params_that_vary(estimate):
     """Each device estimates for its own member of an ensemble, from its own examples."""
-    estimate = gnb(network)
 
     def of_member(i, x):
         params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)
