@@ -1,4 +1,5 @@
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -35,11 +36,15 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
-@pytest.fixture(autouse=True, scope="module")
+_tests_since_clearing = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def _clear_jax_caches():
-    """Free the programs that a module compiled: a worker would grow to several GB."""
+    """Free the compiled programs now and then: a worker would grow to several GB."""
     yield
-    jax.clear_caches()
+    if next(_tests_since_clearing) % 8 == 0:
+        jax.clear_caches()
 
 
 _left_out = {0}  # slow tests that were not selected, as each process counted them

@@ -39,6 +39,7 @@ def test_readme_code_is_the_first_code_block_of_start():
     assert code == code_blocks((DOCS / "start.md").read_text())[0]
 
 
+@pytest.mark.slow
 def test_start_code_trains_the_models(capsys):
     variables, out = run(DOCS / "start.md", capsys)
     assert len(out) == 3  # Sophia-G, Sophia-H, and a language model

@@ -51,6 +51,7 @@ def test_a_trial_learns_and_repeats(name):
     assert other.losses != outcome.losses
 
 
+@pytest.mark.slow
 def test_settings_reach_the_optimizer():
     """Each changes what comes out, but those that an optimizer does not know."""
     params = {"kernel": jnp.array([[0.3, -2.0]]), "scale": jnp.ones(2)}

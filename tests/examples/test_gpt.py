@@ -116,6 +116,7 @@ def test_the_same_seed_is_the_same_run(tiny):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_from_text_to_text(tiny, tmp_path, capsys):
     """Prepared, trained on, evaluated, and written with."""
     shards = tmp_path / "shards"
@@ -138,6 +139,7 @@ def test_from_text_to_text(tiny, tmp_path, capsys):
     assert float(loss) == pytest.approx(curve.val_loss, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_weight_decay_is_on_matrices_and_embeddings_only(tiny, optimizer):
     config = tiny.replace(optimizer=optimizer, bias=True, vocabulary=128)
@@ -229,6 +231,7 @@ def test_a_run_that_does_not_fit_the_checkpoint_is_refused(tiny):
         main(tiny.replace(steps=5, warmup=1))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_changes_no_loss(tiny):
     config = tiny.replace(steps=5, warmup=1)
     main(config)
@@ -314,6 +317,7 @@ def test_a_run_does_not_become_its_own_text(tiny):
         main(tiny.replace(data=folder, out=folder / "runs"))
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_begin_another(tiny):
     first = tiny.replace(steps=4, warmup=1)
     main(first)
@@ -384,6 +388,7 @@ def test_a_folder_that_cannot_be_made(tiny, tmp_path):
         main(tiny.replace(out=tmp_path / "file" / "out"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     """Before it is saved; the checkpoint named is one to go on from."""
     config = tiny.replace(checkpoint_every=2, optimizer="adamw")
@@ -549,6 +554,7 @@ def test_every_checkpoint_damaged_is_an_error_not_a_new_run(tiny):
         main(config)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_wrong_number_is_passed_over_and_stays(
     tiny, monkeypatch, capsys
 ):
@@ -659,6 +665,7 @@ def test_nesterov_looks_a_gradient_ahead(tiny, optimizer):
     assert signs == [-1.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_gradient_is_that_of_the_mean_loss_of_the_batch(tiny, accumulate):
     """However many micro-batches it is computed in."""

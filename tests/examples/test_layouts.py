@@ -129,6 +129,7 @@ def test_a_checkpoint_is_read_by_the_processes_of_one_replica(
     assert_alike(losses(tmp_path), on_one_device("sophia_g"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)])
 def test_on_each_mesh_the_gradient_is_that_of_one_device(shape):
     """Neither its scale nor the loss's knows how many parts or micro-batches there are."""
@@ -330,6 +331,7 @@ def test_fully_sharded_a_refresh_is_as_sharded_as_a_gradient():
     assert temporary[1] <= 1.1 * temporary[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -57,6 +57,7 @@ def test_logits_depend_on_no_later_token(config):
     np.testing.assert_array_equal(same, np.arange(24) < 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
 def test_every_parameter_is_used(config):
     params = model.init(config)
@@ -78,6 +79,7 @@ def test_names():
     assert "positions" not in names(NEOX)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "remat", "loss_chunk"),
     [
@@ -109,6 +111,7 @@ def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.slow
 def test_no_float32_logits_of_a_whole_batch():
     """The gradient's temporary memory, in chunks of a sixteenth, against all at once."""
     B, T, V = 4, 256, 8192
@@ -166,6 +169,7 @@ def test_logits_are_not_rounded_to_bfloat16(config):
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_the_gradient_of_a_frequent_token_does_not_stall(mesh):
     """4,096 times in a batch: in bfloat16 a sum stops at 256 times one of its terms."""
