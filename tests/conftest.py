@@ -43,7 +43,7 @@ _tests_since_clearing = itertools.count(1)
 def _clear_jax_caches():
     """Free the compiled programs now and then: a worker would grow to several GB."""
     yield
-    if next(_tests_since_clearing) % 8 == 0:
+    if next(_tests_since_clearing) % 4 == 0:
         jax.clear_caches()
 
 

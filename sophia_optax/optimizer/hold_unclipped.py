@@ -79,8 +79,8 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
     Under `jit`, shardings do not change the result. Inside `shard_map` and `pmap`, pass
     `axis_name` to the optimizer if devices hold shards of the same parameters. Gamma is
-    differentiable in forward and reverse mode: its exact derivative is that of the ratio
-    |u| / h of the entry that is the quantile.
+    differentiable in forward and reverse mode: its derivative is exact, that of the ratio
+    abs(u) / h of the entry that is the quantile.
 
     Args:
       fraction: the target fraction f, in [0, 1], or a schedule of it by the number of

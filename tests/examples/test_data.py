@@ -322,6 +322,7 @@ def test_documents_are_prepared_first(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(left_out)
 
 
+@pytest.mark.slow
 def test_training_needs_nothing_that_only_preparing_needs(prepared):
     """With imports blocked, as where it is not installed."""
     code = """

@@ -749,6 +749,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_tells_what_is_wrong_without_a_traceback(tmp_path):
     result = command("--data", str(tmp_path / "nowhere"))
     assert result.returncode != 0
