@@ -83,9 +83,10 @@ def _executed(compiled: jax.stages.Compiled) -> Iterator[_Instruction]:
             yield _Instruction(op, match[2], line, times, shapes)
             inside = times
             if op == "while":
+                # If the number is unknown, one: the loop of `hold_unclipped` over all
+                # entries, which usually runs no round.
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                assert trips is not None, "a loop whose number of trips is not known"
-                inside *= int(trips[1])
+                inside *= int(trips[1]) if trips else 1
             called = re.findall(
                 r"(?:\w*body|\w*condition|\w*calls|to_apply|\w+_computation)=%?([\w.\-]+)",
                 line,
