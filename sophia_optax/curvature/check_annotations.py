@@ -57,7 +57,7 @@ FORWARD, ZERO = Value(Kind.FORWARD), Value(Kind.ZERO)
 
 _invalid = functools.partial(Value, Kind.INVALID, frozenset())
 # Each cause has a row in the table of docs/devices.md.
-PARTS = _invalid("in parts, at several uses, or in a loop that is not over layers")
+PARTS = _invalid("as separate parts, at several uses, or in a loop that is not over layers")
 AGAIN = _invalid("again after another annotation")
 SOME_USES = _invalid("at some of its uses only")
 CHANGED = _invalid("after it is changed")
@@ -140,7 +140,7 @@ def trace_gradient(
 
 def communicates(jaxpr: Any, names: tuple[str, ...]) -> bool:
     """Return whether an operation of the jaxpr uses one of the mapped axes."""
-    # Effects are not enough: `ppermute` has none.
+    # The effects of the jaxpr do not suffice: `ppermute` leaves no effect.
     return any(not _find_used_axes(eqn.params).isdisjoint(names) for eqn in jaxpr.eqns)
 
 

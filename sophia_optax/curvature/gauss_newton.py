@@ -11,6 +11,7 @@ because the cross terms g_b g_c have mean zero. More groups leave fewer cross te
 estimate, and its error falls as 1 / √groups.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -139,7 +140,7 @@ def empirical_fisher(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SquaredGradients:
+class _SquaredGradients(abc.ABC):
     """An estimator (1 / W) Σ_g S_g ⊙ S_g. The fields are the arguments of `gnb`."""
 
     logits_fn: Callable[..., Any]
@@ -157,9 +158,9 @@ class _SquaredGradients:
                 f"`Categorical()`, got {likelihood!r}."
             )
 
+    @abc.abstractmethod
     def _make_losses(self, batch: Any, **labels: Any) -> LossesAndArrays:
         """Return a function to the losses of a group, and the arrays that it takes."""
-        raise NotImplementedError
 
     def weight(
         self, params: Any, *batch: Any, weights: Weights = None, **labels: Any

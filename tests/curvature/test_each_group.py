@@ -26,7 +26,7 @@ CAUSES = {
     "per batch": "depends on the batch",
     "summed": "summed",
     "before the gather": "before it is gathered",
-    "other axes": "in parts",
+    "other axes": "separate parts",
 }
 
 KEY, V, D, L = jax.random.key(1), 5, 4, 3

@@ -1,4 +1,4 @@
-"""What `update` accepts as `hessian`, `hessian_fn` and `obj_fn`, and as settings."""
+"""Tests of the arguments of `update` and of the settings of Sophia."""
 
 import functools
 

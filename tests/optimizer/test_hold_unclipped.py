@@ -138,7 +138,7 @@ def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
 
 @pytest.mark.parametrize(("num_rows", "is_exact"), [(1, True), (900, True), (1500, False)])
 def test_hold_unclipped_uses_all_entries_if_few_of_the_sample_count(num_rows, is_exact):
-    """Of a sample of 4,096 entries of 5,000 rows, 737 count or 1,229. 1,024 are enough."""
+    """The sample has 737 or 1,229 entries that are counted. At least 1,024 are required."""
     for seed in range(3):
         grads, hessian = embedding(seed, num_rows)
         updates, gamma = first_update(0.2, grads, hessian)
