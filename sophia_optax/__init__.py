@@ -1,6 +1,6 @@
 """`sophia_optax`: the Sophia optimizer for Optax, and estimators of the Hessian diagonal.
 
-It has two independent subpackages. `optimizer` is a chain of three stages,
+`optimizer` is a chain of transformations,
 
     sophia          = scale_by_sophia . add_decayed_weights . scale_by_learning_rate
     scale_by_sophia = ema(b1) . scale_by_diag_hessian(b2, gamma, eps) . clip(1)
@@ -28,48 +28,22 @@ Source: Liu, Li, Hall, Liang, Ma, "Sophia: A Scalable Stochastic Second-order Op
 for Language Model Pre-training", arXiv 2305.14342.
 """
 
-from sophia_optax.curvature import (
-    Bernoulli,
-    Categorical,
-    Estimator,
-    Normal,
-    Poisson,
-    accumulate,
-    each_group,
-    empirical_fisher,
-    gnb,
-    hutchinson,
-)
-from sophia_optax.optimizer import (
-    hold_unclipped,
-    scale_by_diag_hessian,
-    scale_by_sophia,
-    sophia,
-    sophia_g,
-    sophia_h,
-    sophia_metrics,
-    unclipped_fraction,
-)
+from sophia_optax.curvature.accumulate import accumulate
+from sophia_optax.curvature.each_group import each_group
+from sophia_optax.curvature.estimator import Estimator
+from sophia_optax.curvature.gauss_newton import empirical_fisher, gnb
+from sophia_optax.curvature.hutchinson import hutchinson
+from sophia_optax.curvature.likelihoods import Bernoulli, Categorical, Normal, Poisson
+from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
+from sophia_optax.optimizer.hold_unclipped import hold_unclipped
+from sophia_optax.optimizer.metrics import sophia_metrics, unclipped_fraction
+from sophia_optax.optimizer.sophia import scale_by_sophia, sophia, sophia_g, sophia_h
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "Estimator",
-    "Normal",
-    "Poisson",
-    "accumulate",
-    "each_group",
-    "empirical_fisher",
-    "gnb",
-    "hold_unclipped",
-    "hutchinson",
-    "scale_by_diag_hessian",
-    "scale_by_sophia",
-    "sophia",
-    "sophia_g",
-    "sophia_h",
-    "sophia_metrics",
-    "unclipped_fraction",
-]
+    "Bernoulli", "Categorical", "Estimator", "Normal", "Poisson", "accumulate",
+    "each_group", "empirical_fisher", "gnb", "hold_unclipped", "hutchinson",
+    "scale_by_diag_hessian", "scale_by_sophia", "sophia", "sophia_g", "sophia_h",
+    "sophia_metrics", "unclipped_fraction",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dtypes and mapped axes of arrays: helpers for both the optimizer and the estimators."""
+"""Dtypes and mapped axes of arrays, for both the optimizer and the estimators."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +12,19 @@ AxisName = str | tuple[str, ...] | None
 def accumulator_dtype(x: Any) -> Any:
     """Return the dtype in which to sum: float32, or float64 if `x` is float64."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def check_params(params: Any) -> None:
+    """Raise TypeError unless all leaves are real numbers of 16 bits or more."""
+    for path, p in jax.tree.leaves_with_path(params):
+        dtype = getattr(p, "dtype", type(p))
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+            raise TypeError(
+                f"`params{jax.tree_util.keystr(path)}` has dtype {dtype}, but parameters "
+                "must be real numbers of 16 bits or more. Exclude others by `optax.masked` "
+                "or `optax.partition`, and close over them in an estimator (`nnx.split`). "
+                "Split complex ones by `optax.contrib.split_real_and_imaginary`."
+            )
 
 
 def cast_to_float32(tree: Any) -> Any:

@@ -11,23 +11,3 @@ each_group           the annotation of gathered weights
 check_annotations    the check of these annotations
 meshes               Explicit and Auto axes under `jit`
 """
-
-from sophia_optax.curvature.accumulate import accumulate
-from sophia_optax.curvature.each_group import each_group
-from sophia_optax.curvature.estimator import Estimator
-from sophia_optax.curvature.gauss_newton import empirical_fisher, gnb
-from sophia_optax.curvature.hutchinson import hutchinson
-from sophia_optax.curvature.likelihoods import Bernoulli, Categorical, Normal, Poisson
-
-__all__ = [
-    "Bernoulli",
-    "Categorical",
-    "Estimator",
-    "Normal",
-    "Poisson",
-    "accumulate",
-    "each_group",
-    "empirical_fisher",
-    "gnb",
-    "hutchinson",
-]

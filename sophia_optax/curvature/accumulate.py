@@ -32,9 +32,8 @@ def accumulate(estimate: Estimator) -> Accumulator:
     .. math::
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
-    W_i and ĥ_i are the weights and estimates of the micro-batches. The result is the
-    estimate of the batch, with the groups of all micro-batches. If all micro-batches have
-    the same size, it equals `estimate` on their concatenation with as many groups.
+    W_i and ĥ_i are the weights and estimates of the micro-batches. If all micro-batches
+    have the same size, this equals `estimate` on their concatenation with as many groups.
 
     Args:
       estimate: an `Estimator`, such as the result of `gnb` or `hutchinson`.
@@ -45,11 +44,9 @@ def accumulate(estimate: Estimator) -> Accumulator:
       - `init(params)`: the empty state;
       - `add(state, params, *batch, **kwargs)`: the state with one more micro-batch. The
         arguments are those of `estimate`. The key may be the same for all micro-batches,
-        because groups are numbered through all of them. W_i is
-        `estimate.weight(params, *batch, **kwargs)`: the number of predictions, or the sum
-        of their weights. A micro-batch of weight 0 is ignored. For `hutchinson` it is the
-        number of examples, or the argument `weight`, such as the number of unmasked
-        predictions;
+        because their groups have different numbers. W_i is the number of predictions, or
+        the sum of their weights; for `hutchinson` the number of examples, or the argument
+        `weight`, such as the number of unmasked predictions;
       - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
         the total weight is 0, it is NaN, which the optimizer rejects.
 
@@ -69,9 +66,8 @@ def accumulate(estimate: Estimator) -> Accumulator:
     """
     if isinstance(estimate, type) or not isinstance(estimate, Estimator):
         raise TypeError(
-            "`estimate` must be an `Estimator`, such as the result of `gnb`, got a "
-            f"`{type(estimate).__name__}`. Pass the estimator itself, not a function that "
-            "calls it."
+            "`estimate` must be an `Estimator`, such as the result of `gnb`, and not a "
+            f"function that calls it, got a `{type(estimate).__name__}`."
         )
 
     def init(params: Any) -> AccumulatorState:

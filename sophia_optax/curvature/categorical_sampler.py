@@ -5,9 +5,8 @@ weight of a block is the sum of exp(logit - max), and W is the sum over all bloc
 finds the first block with a cumulative weight above u W. Step two finds the first such
 class in this block. Only the exponentials of this block are written to memory.
 
-If the number of classes is a multiple of 128 there are 128 blocks. If the classes are
-sharded over devices, each device then holds complete blocks, and devices exchange 128
-weights for each sample rather than the logits.
+If the number of classes is a multiple of 128 there are 128 blocks. Devices that hold shards
+of the classes then exchange 128 weights for each sample rather than the logits.
 """
 
 import jax
@@ -19,10 +18,10 @@ _NUM_BLOCKS, _BLOCK_SIZE = 128, 256
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return classes, shape (...), int32, with probabilities softmax(logits).
+    """Return classes, shape (...), int32, for logits of shape (..., classes).
 
-    The probability is exact up to a few times 2**-23, the spacing of uniform numbers in
-    float32, and 0 for a logit of -inf. The logits have shape (..., classes).
+    Their probabilities are softmax(logits), exact up to a few times 2**-23, the spacing of
+    uniform numbers in float32, and 0 for a logit of -inf.
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
     uniform += 2.0**-24  # the middle of the interval that rounds to this number

@@ -1,19 +1,17 @@
 """Find and check the annotations of `each_group` in the jaxpr of a group's gradient.
 
-The squares must reach their parameter as they are. They may be moved, padded with zeros,
-stacked by a scan over layers, or summed over devices, but not changed otherwise. And no
-gradient may be summed over devices before it is squared. The check is an abstract
-interpretation: each value in the jaxpr has a kind, and `_apply` derives the kinds of the
-results of an operation from those of its operands.
-
-Models without annotations and without communication are not checked.
+The squares may be moved, padded with zeros, stacked by a scan over layers, or summed over
+devices on their way to the parameter, but not changed otherwise. And no gradient may be
+summed over devices before it is squared. The check is an abstract interpretation: each
+value in the jaxpr has a kind, and `_apply` derives the kinds of the results of an operation
+from those of its operands. Without annotations and communication nothing is checked.
 """
 
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,42 +78,30 @@ _PRODUCTS = {"conv_general_dilated", "dot_general", "integer_pow", "mul", "neg",
 _SUMS_OVER_DEVICES = {"psum", "psum_invariant", "reduce_scatter"}
 
 
-class GroupGradient(NamedTuple):
-    """The gradient of a group's loss, and trees like the parameters that describe it."""
-
-    fn: Callable[..., Any]  # of the parameters, a group's batch and its number
-    is_squared: Any  # bool: the result is squares
-    is_summed: Any  # bool: `fn` sums it over the axis `GROUPS`; None without this axis
-    axes: Any  # the mapped axes that squares are summed over
-
-
 def trace_group_gradient(
     loss: GroupLoss, params: Any, grouped: GroupedBatch, names: tuple[str, ...]
-) -> GroupGradient:
+) -> tuple[Callable[..., Any], Any, Any]:
     """Trace the gradient of one group's loss, and find the parameters that it squares.
 
-    Raise ValueError for a parameter whose annotation would make the estimate wrong, or if a
-    gradient is summed over the mapped axes `names` without an annotation.
+    Return the gradient, a function with the arguments of `loss`, a tree of `Value`s, and a
+    tree of bools: whether the gradient sums its results over the mapped axis `GROUPS`, or
+    None if it does not use this axis. Raise ValueError for a parameter whose annotation
+    would make the estimate wrong, or if a gradient is summed over the mapped axes `names`
+    without an annotation.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
     fn, jaxpr = trace_gradient(loss, gathered, *grouped.first, axis_env=axis_env)
-    values = jax.tree.map(lambda _: FORWARD, params)
-    if names:
-        needs_check = communicates(jaxpr, names) or _has_annotation(jaxpr)
-    else:  # an annotation sums over the axis of the groups, which leaves an effect
-        effects = (getattr(effect, "name", None) for effect in jaxpr.effects)
-        needs_check = GROUPS in effects
-    if needs_check:
-        values = check_values(find_annotations(jaxpr, params, names))
-    is_squared = jax.tree.map(lambda value: value.is_squares, values)
-    is_summed = is_squared if needs_check and not names else None
-    if grouped.axes and is_summed:
+    values = find_annotations(jaxpr, params, names)
+    _check_values(values)
+    if not _uses_groups(jaxpr):
+        return fn, values, None
+    is_summed = jax.tree.map(lambda value: value.is_squares, values)
+    if grouped.axes:
         # On Explicit axes the types of annotated parameters say that they stay sharded.
         gathered = grouped.gather(params, is_summed)
         fn, _ = trace_gradient(loss, gathered, *grouped.first, axis_env=axis_env)
-    axes = jax.tree.map(lambda value: value.axes, values)
-    return GroupGradient(fn, is_squared, is_summed, axes)
+    return fn, values, is_summed
 
 
 def trace_gradient(
@@ -138,20 +124,30 @@ def trace_gradient(
     return call, jaxpr.jaxpr
 
 
-def communicates(jaxpr: Any, names: tuple[str, ...]) -> bool:
-    """Return whether an operation of the jaxpr uses one of the mapped axes."""
-    # The effects of the jaxpr do not suffice: `ppermute` leaves no effect.
-    return any(not _find_used_axes(eqn.params).isdisjoint(names) for eqn in jaxpr.eqns)
-
-
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
-    """Return the value of each parameter's gradient, a tree like `params`."""
-    found = _follow(jaxpr, [FORWARD] * len(jaxpr.invars), frozenset(names))
-    return jax.tree.structure(params).unflatten(found)
+    """Return the value of each parameter's gradient, a tree like `params`.
+
+    `jaxpr` is that of the gradient. Along the mapped axes `names`, each device has its own
+    groups.
+    """
+    if names:  # `ppermute` leaves no effect
+        axes = _find_used_axes(jaxpr.eqns)
+        needs_check = not axes.isdisjoint(names) or _has_annotation(jaxpr.eqns)
+    else:
+        needs_check = _uses_groups(jaxpr)
+    values = [FORWARD] * len(jaxpr.outvars)
+    if needs_check:
+        values = _follow(jaxpr, [FORWARD] * len(jaxpr.invars), frozenset(names))
+    return jax.tree.structure(params).unflatten(values)
 
 
-def check_values(values: Any) -> Any:
-    """Return the values. Raise ValueError if the estimate of a parameter would be wrong."""
+def _uses_groups(jaxpr: Any) -> bool:
+    """Return whether an annotation sums over the axis `GROUPS`, which leaves an effect."""
+    return any(getattr(effect, "name", None) == GROUPS for effect in jaxpr.effects)
+
+
+def _check_values(values: Any) -> None:
+    """Raise ValueError if the estimate of a parameter would be wrong."""
     for path, value in jax.tree.leaves_with_path(values):
         name = f"`params{jax.tree_util.keystr(path)}`"
         if value.kind == Kind.INVALID:
@@ -161,19 +157,13 @@ def check_values(values: Any) -> Any:
             )
         if value.kind == Kind.GRADIENT and value.axes:
             raise ValueError(
-                f"The gradient of {name} is summed over the mapped axes "
-                f"{sorted(value.axes)} before the square. If the model gathers it, "
-                "annotate it there with `each_group`. Other communication is unsupported."
+                f"The gradient of {name} is summed over {sorted(value.axes)} before the "
+                "square. If the model gathers it, annotate it there with `each_group`."
             )
-    return values
 
 
-@jax.custom_vjp
-def _name_cotangent(loss: jax.Array) -> jax.Array:
-    """Return the loss, and name its cotangent, from which `_follow` starts."""
-    return loss
-
-
+# The identity. It names the cotangent of the loss, from which `_follow` starts.
+_name_cotangent = jax.custom_vjp(lambda loss: loss)
 _name_cotangent.defvjp(lambda x: (x, None), lambda _, g: (checkpoint_name(g, _BACKWARD),))
 
 
@@ -205,12 +195,12 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name == "scan":
         return _follow_scan(eqn, operands, names)
     if name == "cond":
-        return _follow_cond(params["branches"], operands[1:], names)
+        return _follow_cond(eqn, operands, names)
     inner = _unwrap(params.get("jaxpr", params.get("call_jaxpr")))
     counts = len(operands), results
     if inner is not None and (len(inner.invars), len(inner.outvars)) == counts:
         return _follow(inner, operands, names)  # a call, such as `jit` or `remat`
-    if any(_has_annotation(jaxpr) for jaxpr in _inner_jaxprs(params)):
+    if _has_annotation([eqn]):
         return [HIDDEN] * results  # a `while` or a kernel: how often it runs is unknown
     if name in ("optimization_barrier", "device_put"):
         return operands  # one result for each operand
@@ -223,7 +213,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
         return [_sum(total, total) if repeats else total]
     if name == "concatenate":
         return [functools.reduce(_join, operands)]
-    over = _find_used_axes(params)
+    over = _find_used_axes([eqn])
     if name in _SUMS_OVER_DEVICES and params.get("axis_index_groups") is None:
         return [_sum_over_devices(value, over, names) for value in operands]
 
@@ -252,21 +242,18 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _apply_annotation(gradient: Value) -> Value:
-    """Return the value of the squares of an annotation, given its cotangent."""
-    if gradient.kind == Kind.INVALID:
-        # The cotangent was squares before it was changed or summed.
-        return AGAIN if gradient in (CHANGED, PARTS) else gradient
+    """Return the value of the squares of an annotation, given that of the square."""
+    if gradient in (CHANGED, PARTS):
+        return AGAIN  # the cotangent was squares already
     if gradient.kind == Kind.GRADIENT:
         return EARLY if gradient.axes else Value(Kind.SQUARES)
-    if gradient.kind == Kind.ZERO:
-        return ZERO  # the loss does not depend on this weight
-    return INNER if gradient.kind == Kind.FORWARD else AGAIN
+    return INNER if gradient == FORWARD else gradient
 
 
-def _follow_cond(
-    branches: Sequence[Any], operands: list[Value], names: Axes
-) -> list[Value]:
-    results = [_follow(_unwrap(branch), operands, names) for branch in branches]
+def _follow_cond(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
+    """Return the joins of the values of the branches."""
+    branches = map(_unwrap, eqn.params["branches"])
+    results = [_follow(branch, operands[1:], names) for branch in branches]
     joined = [functools.reduce(_join, each) for each in zip(*results, strict=True)]
     # Each group may take a different branch.
     return [BRANCH if value.is_squares else value for value in joined]
@@ -322,29 +309,23 @@ def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
     return value
 
 
-def _find_used_axes(params: dict[str, Any]) -> Axes:
-    """Return the mapped axes that an operation uses, or an operation inside it."""
-    names = params.get("axes", params.get("axis_name", ()))
-    own = frozenset(names if isinstance(names, tuple | list) else (names,))
-    inner = (
-        _find_used_axes(e.params) for jaxpr in _inner_jaxprs(params) for e in jaxpr.eqns
-    )
-    return own.union(*inner)
+def _find_used_axes(eqns: Iterable[Any]) -> Axes:
+    """Return the mapped axes that the operations use."""
+    params = (eqn.params for eqn in _all_operations(eqns))
+    axes = (p.get("axes", p.get("axis_name", ())) for p in params)
+    return frozenset().union(*(a if isinstance(a, tuple | list) else (a,) for a in axes))
 
 
-def _has_annotation(jaxpr: Any) -> bool:
-    return any(
-        eqn.params.get("name") == SQUARES
-        or any(map(_has_annotation, _inner_jaxprs(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
+def _has_annotation(eqns: Iterable[Any]) -> bool:
+    return any(eqn.params.get("name") == SQUARES for eqn in _all_operations(eqns))
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_unwrap(each), "eqns"):
-                yield _unwrap(each)
+def _all_operations(eqns: Iterable[Any]) -> Iterator[Any]:
+    """Yield the operations, and those of the jaxprs inside them."""
+    for eqn in eqns:
+        yield eqn
+        for inner in map(_unwrap, jax.tree.leaves(eqn.params)):
+            yield from _all_operations(getattr(inner, "eqns", ()))
 
 
 def _unwrap(jaxpr: Any) -> Any:

@@ -1,11 +1,10 @@
 """The annotation at which each group's gradient is squared.
 
 If a weight is sharded, the backward pass of its gather sums its gradient over devices. An
-estimate must square each group's own gradient before that sum. `each_group` annotates the
-gathered weight: in an estimate, the backward pass squares the gradient there and sums the
-squares over the parallel groups. The rest of the backward pass, to the shards of the
-weight, treats squares like gradients. So no device holds more of an estimate than of a
-gradient.
+estimate must square each group's own gradient before that sum. In an estimate, the backward
+pass of `each_group` squares the gradient of the gathered weight and sums the squares over
+the parallel groups. The rest of the backward pass, to the shards of the weight, treats
+squares like gradients. So no device holds more of an estimate than of a gradient.
 """
 
 from typing import Any
@@ -32,29 +31,21 @@ def each_group(tree: Any) -> Any:
     This is the identity, except in an estimate of `gnb` or `empirical_fisher` with several
     groups or devices. There, the backward pass squares each group's gradient. Without the
     annotation each device holds the gathered parameters, one group's gradient and the
-    estimate. `hutchinson` ignores it. Under `jit` use `hutchinson` with `groups=1` and
-    several `num_probes`, for which nothing is gathered.
+    estimate. For `hutchinson` under `jit` use `groups=1` and several `num_probes` instead.
 
     Annotate each weight once, after it is gathered by `jax.reshard` or `jax.lax.all_gather`
     and before its uses and any cast. In a scan over layers, annotate the weights of one
-    layer in the body. If a weight is used twice, such as a tied embedding, annotate it once
-    and use the result twice. On Auto axes the annotation may also come before the gather,
-    with a cast between them, so that devices exchange 16 bits. On Explicit axes JAX rejects
-    that (duplicate entries in a spec).
-
-    Each estimate checks the backward pass and rejects an annotation that would make it
-    wrong. The documentation on many devices has a table of the causes and remedies.
+    layer in the body. On Auto axes the annotation may also come before the gather, with a
+    cast between them, so that devices exchange 16 bits.
 
     Args:
       tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
 
-    Returns:
-      The same tree.
-
     Raises:
       TypeError: in an estimate, for weights in 16 bits, in which squares would be summed.
       ValueError: from the estimate, for an annotation that would make it wrong, and inside
-        `shard_map` for a gathered parameter without an annotation.
+        `shard_map` for a gathered parameter without an annotation. The documentation on
+        many devices has a table of the causes and remedies.
       NotImplementedError: in an estimate without `axis_name` in a checked `shard_map`.
 
     Example:
@@ -68,11 +59,12 @@ def each_group(tree: Any) -> Any:
     """
     if not (_is_bound(GROUPS) or _is_bound(DEVICE)):
         return tree
-    if _is_bound(GROUPS) and _is_in_checked_shard_map():
+    manual_axes = jax.sharding.get_abstract_mesh().manual_axes
+    if _is_bound(GROUPS) and varying_axes([jax.lax.axis_index(a) for a in manual_axes]):
+        # The indices of devices vary, and only a `shard_map` with `check_vma` records it.
         raise NotImplementedError(
-            "In a `shard_map` with `check_vma=True`, JAX does not support the sums over "
-            "groups of `each_group`. If each device has its own groups, pass `axis_name` "
-            "to the estimator. Otherwise use `check_vma=False`."
+            "In a `shard_map` with `check_vma=True`, `each_group` needs `axis_name` in the "
+            "estimator. If devices do not have their own groups, use `check_vma=False`."
         )
     return jax.tree.map_with_path(_annotate_leaf, tree)
 
@@ -108,11 +100,6 @@ def _square_cotangent(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 _annotate.defvjp(lambda w: (w, None), _square_cotangent)
-
-
-def _is_in_checked_shard_map() -> bool:
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return any(varying_axes(jax.lax.axis_index(name)) for name in axes)
 
 
 def _is_bound(name: str) -> bool:

@@ -7,29 +7,26 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import cast_to_varying, varying_axes
+from sophia_optax.arrays import cast_to_varying, check_params, varying_axes
 
 
 @runtime_checkable
 class Estimator(Protocol):
     """An estimator of the diagonal of the Hessian of a mean loss.
 
-    `gnb`, `hutchinson` and `empirical_fisher` return estimators. Any object with these
-    members is one: use it with `accumulate`, or pass its results to the optimizer.
+    `gnb`, `hutchinson` and `empirical_fisher` return estimators, and `accumulate` takes any
+    object with these members.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from sophia_optax import Estimator, accumulate
+      >>> from sophia_optax import Estimator
       >>> class SquaredInputs:  # exact for the loss ½ mean (x · params)²
       ...     groups = 1
       ...     def __call__(self, params, x, *, first_group=0):
-      ...         return jnp.mean(x**2, 0)
+      ...         return (x**2).mean(0)
       ...     def weight(self, params, x):
       ...         return len(x)
-      >>> micro, params = accumulate(SquaredInputs()), jnp.zeros(2)
-      >>> state = micro.add(micro.init(params), params, jnp.ones((8, 2)))
-      >>> print(micro.mean(state))
-      [1. 1.]
+      >>> isinstance(SquaredInputs(), Estimator)
+      True
     """
 
     @property
@@ -40,12 +37,10 @@ class Estimator(Protocol):
     def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
         """Return the estimate, a tree like `params` of float32.
 
-        Args:
-          params: a tree of arrays.
-          *batch: trees of arrays with the same leading axis.
-          **kwargs: keyword arguments such as `key`, and `first_group`, the number of the
-            first group, shape (), int32, by default 0. A random estimator folds a group's
-            number into its key, so that the groups of micro-batches are independent.
+        The batch is trees of arrays with the same leading axis. The keyword arguments are
+        those of the estimator, such as `key`, and `first_group`, the number of the first
+        group, shape (), int32, by default 0. A random estimator folds a group's number into
+        its key, so that the groups of micro-batches are independent.
         """
         ...
 
@@ -77,24 +72,14 @@ def prepare_params(params: Any, batch: Any, names: tuple[str, ...]) -> Any:
     Raise ValueError if the batch varies along other axes (known with `check_vma=True`), and
     TypeError for a parameter without a gradient.
     """
+    check_params(params)
     if missing := varying_axes(batch) - varying_axes(params) - set(names):
         raise ValueError(
-            f"The batch differs along the mapped axes {sorted(missing)}, which are not in "
-            f"`axis_name={names or None!r}`: gradients would be summed over these axes "
-            "before the square. Add them to `axis_name`."
+            f"`axis_name={names or None!r}` lacks the mapped axes {sorted(missing)}, along "
+            "which the batch differs: gradients would be summed before the square."
         )
 
-    def check(path: Any, p: Any) -> jax.Array:
-        p = jnp.asarray(p)
-        if not jnp.issubdtype(p.dtype, jnp.floating):
-            raise TypeError(
-                f"`params{jax.tree_util.keystr(path)}` has dtype {p.dtype}, which has no "
-                "gradient. Close over it, and pass the trainable parameters alone, in Flax "
-                "NNX those of `nnx.split(model, nnx.Param, ...)`."
-            )
-        return p
-
-    return cast_to_varying(jax.tree.map_with_path(check, params), names)
+    return cast_to_varying(jax.tree.map(jnp.asarray, params), names)
 
 
 def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -11,9 +11,7 @@ because the cross terms g_b g_c have mean zero. More groups leave fewer cross te
 estimate, and its error falls as 1 / √groups.
 """
 
-import abc
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,26 +20,21 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sophia_optax.arrays import AxisName, accumulator_dtype, axis_names, sum_over_devices
-from sophia_optax.curvature.check_annotations import GroupLoss, trace_group_gradient
+from sophia_optax.curvature.check_annotations import GroupLoss, Value, trace_group_gradient
 from sophia_optax.curvature.each_group import square
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import GroupedBatch, split_into_groups, sum_over_groups
 from sophia_optax.curvature.likelihoods import Categorical, Likelihood
 
 Weights = ArrayLike | None
-LossesAndArrays = tuple[GroupLoss, dict[str, Any]]
 
 _CATEGORICAL = Categorical()
 
 
 def gnb(
-    logits_fn: Callable[..., Any],
-    *,
-    likelihood: Likelihood = _CATEGORICAL,
-    groups: int = 1,
-    parallel_groups: int | None = None,
-    axis_name: AxisName = None,
-) -> "GaussNewtonBartlett":
+    logits_fn: Callable[..., Any], *, likelihood: Likelihood = _CATEGORICAL,
+    groups: int = 1, parallel_groups: int | None = None, axis_name: AxisName = None,
+) -> "GaussNewtonBartlett":  # fmt: skip
     r"""Gauss-Newton-Bartlett: squared gradients of labels sampled from the model.
 
     .. math::
@@ -49,9 +42,8 @@ def gnb(
       S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
 
     The mean of the estimate is the diagonal of the Gauss-Newton matrix of the mean loss,
-    for any number of groups. Its error falls as 1 / √groups at no cost in arithmetic. One
-    group is the paper's estimator. A few sequences in as many groups have a smaller error
-    than the whole batch in one group.
+    for any number of groups. Its error falls as 1 / √groups. One group is the paper's
+    estimator; a few sequences in as many groups have a smaller error.
 
     Args:
       logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood` takes,
@@ -63,32 +55,29 @@ def gnb(
       groups: number of groups, blocks of consecutive examples. Must divide the leading axis
         of every array in the batch and of the weights.
       parallel_groups: number of groups that are computed in parallel, each with its own
-        gradient in memory, except for weights that `each_group` annotates. The others are
-        computed sequentially. Must divide `groups`. The default under `jit` is the number
-        of devices that the batch is sharded over. Along Auto axes that number is unknown in
-        tracing, and the default is that of all devices: pass the size of the data axes to
-        use less memory. Both counts must be multiples of that size. Otherwise devices
-        compute the same groups (on Explicit axes, this is an error).
+        gradient in memory, except for weights that `each_group` annotates. Must divide
+        `groups`. Under `jit`, both must be multiples of the number of devices that the
+        batch is sharded over, which is the default. Along Auto axes that number is unknown
+        in tracing, and the default is all devices: pass the size of the data axes.
       axis_name: name or names of the mapped axes that the batch is sharded over under
-        `pmap` or `shard_map`. `groups` is then the number for each device. The estimate has
-        the sharding of `params`. If they are sharded, `logits_fn` gathers them and
-        annotates them there with `each_group`. Under `jit` with sharded arrays use None:
-        the estimate equals the single-device estimate.
+        `pmap` or `shard_map`. `groups` is then the number for each device. If `params` are
+        sharded, so is the estimate, and `logits_fn` must annotate the parameters that it
+        gathers with `each_group`. Under `jit` with sharded arrays use None: the estimate
+        equals the single-device estimate.
 
     Returns:
       A function `estimate(params, *batch, key, weights=None)`, an `Estimator`.
 
       `key` is a PRNG key. `weights` are non-negative, one for each prediction, in the shape
       that `likelihood.neg_log_prob` returns. Predictions of weight 0 are ignored if their
-      outputs are finite. The result is a tree like `params`, in float32 (float64 where
-      `params` are), and non-negative. For invalid weights it is NaN, which the optimizer
-      rejects: if all are 0, or they have both signs.
+      outputs are finite. The result is a tree like `params`, non-negative, in float32
+      (float64 where `params` are). It is NaN, which the optimizer rejects, if all weights
+      are 0 or their signs differ.
 
     Raises:
       ValueError: for counts below 1. From the estimate, if `groups` does not divide the
-        batch or cannot be distributed over its devices, if the weights do not have the
-        shape of the predictions, or if a gradient would be squared that is not the sum over
-        one group (see `each_group`).
+        batch or cannot be distributed over its devices, for `weights` of another shape, or
+        if an annotation of `each_group` is missing or wrong.
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:
@@ -116,13 +105,9 @@ def empirical_fisher(
     matrix, and its mean depends on the groups. It is a baseline, the paper's E-F+clip.
 
     Returns:
-      A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`, without
-      a key. `targets` are the labels, a tree of arrays with the leading axis of the batch.
-      A label that is not a class, such as -100, makes the estimate NaN unless its weight is
-      0. The rest is as for `gnb`.
-
-    Raises:
-      ValueError: as `gnb`.
+      A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`.
+      `targets` are the labels, a tree of arrays with the leading axis of the batch. A label
+      that is not a class, such as -100, makes the estimate NaN unless its weight is 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,8 +125,8 @@ def empirical_fisher(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SquaredGradients(abc.ABC):
-    """An estimator (1 / W) Σ_g S_g ⊙ S_g. The fields are the arguments of `gnb`."""
+class _SquaredGradients:
+    """The estimate (1 / W) Σ_g S_g ⊙ S_g. The fields are the arguments of `gnb`."""
 
     logits_fn: Callable[..., Any]
     likelihood: Likelihood
@@ -158,53 +143,58 @@ class _SquaredGradients(abc.ABC):
                 f"`Categorical()`, got {likelihood!r}."
             )
 
-    @abc.abstractmethod
-    def _make_losses(self, batch: Any, **labels: Any) -> LossesAndArrays:
-        """Return a function to the losses of a group, and the arrays that it takes."""
-
     def weight(
-        self, params: Any, *batch: Any, weights: Weights = None, **labels: Any
-    ) -> ArrayLike:
+        self, params: Any, *batch: Any,
+        weights: Weights = None, key: jax.Array | None = None, targets: Any = None,
+    ) -> ArrayLike:  # fmt: skip
         """Return W, the number of predictions or the sum of their weights."""
         names = axis_names(self.axis_name)
         if weights is None:
-            losses, arrays = self._make_losses(batch, **labels)
-            predictions = jax.eval_shape(losses, params, arrays, jnp.int32(0)).size
-            return predictions * jax.lax.axis_size(names)
+            arrays = {"batch": batch, "targets": targets}
+            losses = jax.eval_shape(self._losses, params, arrays, jnp.int32(0), key)
+            return losses.size * jax.lax.axis_size(names)
         weights = jnp.asarray(weights)
         total = sum_over_devices(weights.sum(dtype=accumulator_dtype(weights)), names)
         return jnp.where(jnp.isfinite(total), total, jnp.nan)
 
+    def _losses(
+        self, params: Any, group: dict[str, Any], number: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Return the losses of a group for labels sampled with `key`, or its targets."""
+        outputs = self.logits_fn(params, *group["batch"])
+        labels = group["targets"]
+        if key is not None:
+            group_key = jax.random.fold_in(key, number)
+            labels = self.likelihood.sample(group_key, jax.lax.stop_gradient(outputs))
+        return _check_losses(self.likelihood.neg_log_prob(outputs, labels))
+
     def _estimate(
-        self, params: Any, batch: Any, weights: Weights, first_group: Any, **labels: Any
-    ) -> Any:
+        self, params: Any, arrays: dict[str, Any], key: jax.Array | None,
+        weights: Weights, first_group: ArrayLike,
+    ) -> Any:  # fmt: skip
         names = axis_names(self.axis_name)
-        params = prepare_params(params, batch, names)
-        losses, arrays = self._make_losses(batch, **labels)
+        params = prepare_params(params, arrays["batch"], names)
         total_weight = None
         if weights is not None:
             arrays["weights"] = jnp.asarray(weights)
-            total_weight = self.weight(params, *batch, weights=weights)
-
-        def normalize_weights(group: dict[str, Any], shape: tuple[int, ...]) -> Any:
-            """Return w_b / W: 0 for masked predictions, NaN if all are masked."""
-            if total_weight is None:
-                return 1 / (math.prod(shape) * self.groups * jax.lax.axis_size(names))
-            if group["weights"].shape != shape:
-                raise ValueError(
-                    "`weights` must have one entry for each prediction, shape "
-                    f"{(shape[0] * self.groups, *shape[1:])}, "
-                    f"got {arrays['weights'].shape}."
-                )
-            return group["weights"] / total_weight
+            total_weight = self.weight(params, weights=weights)
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
             """Return Σ_{b in g} √(w_b / W) ℓ_b, divided here to keep float16 in range."""
-            per_prediction = _check_losses(losses(params, group, number))
-            w = normalize_weights(group, per_prediction.shape)
+            losses = self._losses(params, group, number, key)
+            if total_weight is None:
+                w = 1 / (losses.size * self.groups * jax.lax.axis_size(names))
+            elif group["weights"].shape == losses.shape:
+                w = group["weights"] / total_weight  # NaN if all predictions are masked
+            else:
+                shape = losses.shape[0] * self.groups, *losses.shape[1:]
+                raise ValueError(
+                    f"`weights` must have one entry for each prediction, {shape}, got "
+                    f"{arrays['weights'].shape}."
+                )
             # The loss of a masked prediction may be NaN, as for the label -100.
-            loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, per_prediction, 0))
-            if "targets" in group:
+            loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, losses, 0))
+            if key is None:
                 # A label that is not a class has a loss of NaN, but a finite gradient.
                 loss *= jnp.where(jnp.isfinite(loss), 1, jnp.nan)
             return loss
@@ -219,22 +209,19 @@ def _sum_of_squared_gradients(
     """Return Σ_g (∇ group_loss_g)², over the groups of all devices."""
     if grouped.groups is None and not names:
         return jax.tree.map(square, jax.grad(group_loss)(params, *grouped.first))
-    gradient = trace_group_gradient(group_loss, params, grouped, names)
+    gradient, values, is_summed = trace_group_gradient(group_loss, params, grouped, names)
 
     def squared_gradient(params: Any, group: Any, number: jax.Array) -> Any:
-        grads = gradient.fn(params, group, number)
+        grads = gradient(params, group, number)
         # `each_group` has squared the gradient of an annotated weight already.
-        return jax.tree.map(
-            lambda g, is_squared: g if is_squared else square(g), grads, gradient.is_squared
-        )
+        return jax.tree.map(lambda g, v: g if v.is_squares else square(g), grads, values)
 
-    squares = sum_over_groups(squared_gradient, params, grouped, gradient.is_summed)
+    def sum_over_other_axes(s: jax.Array, value: Value) -> jax.Array:
+        # The backward pass has summed an annotated weight over some axes already.
+        return sum_over_devices(s, tuple(name for name in names if name not in value.axes))
 
-    def sum_over_other_axes(s: jax.Array, axes: frozenset[str]) -> jax.Array:
-        return sum_over_devices(s, tuple(name for name in names if name not in axes))
-
-    # The backward pass has summed an annotated weight over some axes already.
-    return jax.tree.map(sum_over_other_axes, squares, gradient.axes)
+    squares = sum_over_groups(squared_gradient, params, grouped, is_summed)
+    return jax.tree.map(sum_over_other_axes, squares, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,18 +233,9 @@ class GaussNewtonBartlett(_SquaredGradients):
         weights: Weights = None, first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `gnb` and `Estimator`."""
-        return self._estimate(params, batch, weights, first_group, key=key)
-
-    def _make_losses(self, batch: Any, *, key: jax.Array, **_: Any) -> LossesAndArrays:
         key = prepare_key(key, axis_names(self.axis_name))
-
-        def losses(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
-            outputs = self.logits_fn(params, *group["batch"])
-            group_key = jax.random.fold_in(key, number)
-            labels = self.likelihood.sample(group_key, jax.lax.stop_gradient(outputs))
-            return self.likelihood.neg_log_prob(outputs, labels)
-
-        return losses, {"batch": batch}
+        arrays = {"batch": batch, "targets": None}
+        return self._estimate(params, arrays, key, weights, first_group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,30 +247,21 @@ class EmpiricalFisher(_SquaredGradients):
         weights: Weights = None, first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `empirical_fisher` and `Estimator`."""
-        return self._estimate(params, batch, weights, first_group, targets=targets)
-
-    def _make_losses(self, batch: Any, *, targets: Any, **_: Any) -> LossesAndArrays:
-        def losses(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
-            outputs = self.logits_fn(params, *group["batch"])
-            return self.likelihood.neg_log_prob(outputs, group["targets"])
-
-        return losses, {"batch": batch, "targets": targets}
+        arrays = {"batch": batch, "targets": targets}
+        return self._estimate(params, arrays, None, weights, first_group)
 
 
-def _check_losses(per_prediction: Any) -> jax.Array:
-    dtype = getattr(per_prediction, "dtype", type(per_prediction).__name__)
+def _check_losses(losses: Any) -> jax.Array:
+    dtype = getattr(losses, "dtype", type(losses).__name__)
     if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"`neg_log_prob` must return one array of floating point losses, got {dtype}."
         )
-    if not per_prediction.ndim:
+    if not losses.ndim:
         raise ValueError(
             "`neg_log_prob` must return one loss for each prediction, got a scalar. "
-            "`Categorical` takes logits of shape (batch, ..., classes). For one logit a "
-            "prediction use `Bernoulli()`. `logits_fn` must return logits, not losses."
+            "`logits_fn` must return logits; use `Bernoulli()` for one logit a prediction."
         )
-    if not per_prediction.size:
-        raise ValueError(
-            f"`batch` has no predictions: the losses have shape {per_prediction.shape}."
-        )
-    return per_prediction
+    if not losses.size:
+        raise ValueError(f"`batch` has no predictions, got losses of {losses.shape}.")
+    return losses

@@ -2,10 +2,10 @@
 
 Groups are blocks of consecutive examples. Sequential groups (a scan) need the memory of one
 gradient. Parallel groups (a vmap) make better use of a large device. Step s computes in
-parallel the groups number `p * steps + s`, for p < parallel. They are far apart in the
-batch. So if the leading axis of the batch is sharded, each device computes its own groups,
-and the results are summed over devices once, after the last step. Squares of weights that
-`each_group` annotates are summed over devices at each step and stay sharded.
+parallel the groups number `p * steps + s`, for p < parallel. So if the leading axis of the
+batch is sharded, each device computes its own groups, and the results are summed over
+devices once, after the last step. Squares of weights that `each_group` annotates are summed
+over devices at each step and stay sharded.
 """
 
 import dataclasses
@@ -19,18 +19,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sophia_optax.arrays import accumulator_dtype
+from sophia_optax.curvature import meshes
 from sophia_optax.curvature.each_group import GROUPS
-from sophia_optax.curvature.meshes import (
-    Axes,
-    Mesh,
-    auto_axes,
-    count_shards,
-    find_mesh,
-    gather,
-    leading_axes,
-    reshard_leading,
-    reshard_like,
-)
+from sophia_optax.curvature.meshes import Axes, Mesh
 
 _NO_MESH = Mesh((), ())
 
@@ -55,20 +46,16 @@ class GroupedBatch:
         """
         if not self.axes:
             return params
+        gather = functools.partial(meshes.gather, mesh=self.mesh, axes=self.axes)
         if is_summed is None:
-            return jax.tree.map(lambda p: gather(p, self.mesh, self.axes), params)
-        return jax.tree.map(
-            lambda p, summed: p if summed else gather(p, self.mesh, self.axes),
-            params, is_summed,
-        )  # fmt: skip
+            return jax.tree.map(gather, params)
+        return jax.tree.map(lambda p, s: p if s else gather(p), params, is_summed)
 
 
 def split_into_groups(
-    batch: dict[str, Any],
-    groups: int,
-    parallel_groups: int | None = None,
+    batch: dict[str, Any], groups: int, parallel_groups: int | None = None,
     first_group: ArrayLike = 0,
-) -> GroupedBatch:
+) -> GroupedBatch:  # fmt: skip
     """Split the arrays of a batch, named trees, into blocks along their leading axis.
 
     Raise ValueError if `groups` does not divide the leading axis of the batch, or the
@@ -77,29 +64,26 @@ def split_into_groups(
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
-    mesh, axes = find_mesh(batch), _explicit_axes(batch)
+    mesh, axes = meshes.find_mesh(batch), _explicit_axes(batch)
     parallel = _choose_parallel_groups(mesh, axes, groups, parallel_groups)
     steps = groups // parallel
 
     def split(x: jax.Array) -> jax.Array:  # (groups * b, ...) -> (steps, parallel, b, ...)
         if axes:
-            x = reshard_leading(x, mesh, axes)
+            x = meshes.reshard_leading(x, mesh, axes)
         return x.reshape(parallel, steps, -1, *x.shape[1:]).swapaxes(0, 1)
 
     numbers = split(jnp.int32(first_group) + jnp.arange(groups, dtype=jnp.int32))[..., 0]
     split_batch = jax.tree.map(split, batch), numbers
     step = jax.tree.map(lambda x: x[0], split_batch)
     if axes:  # devices hold different groups: gather them before one of them is taken
-        step = jax.tree.map(lambda x: reshard_leading(x, mesh, ()), step)
+        step = jax.tree.map(lambda x: meshes.reshard_leading(x, mesh, ()), step)
     first = jax.tree.map(lambda x: x[0], step)
     return GroupedBatch(first, split_batch, steps, parallel, mesh, axes)
 
 
 def sum_over_groups(
-    fn: Callable[[Any, Any, jax.Array], Any],
-    params: Any,
-    grouped: GroupedBatch,
-    is_summed: Any = None,
+    fn: Callable[..., Any], params: Any, grouped: GroupedBatch, is_summed: Any = None
 ) -> Any:
     """Return Σ_g fn(params, batch of group g, number of group g), sharded like `params`.
 
@@ -112,7 +96,7 @@ def sum_over_groups(
     # The parameters are not an argument of the mapped function: annotated parameters may be
     # sharded over the same axes of the mesh as the groups.
     of_group = functools.partial(fn, gathered)
-    uses_axis = is_summed is not None
+    axis_name = GROUPS if is_summed is not None else None
     if is_summed is None:
         is_summed = jax.tree.map(lambda _: False, params)
     # On a mesh the groups of a step may be on different devices, and a sum over them would
@@ -120,10 +104,10 @@ def sum_over_groups(
     kept = 1 if grouped.mesh.empty else grouped.parallel
 
     def compute_step(groups: Any) -> Any:
-        if grouped.parallel == 1 and not uses_axis:
+        if grouped.parallel == 1 and axis_name is None:
             results = of_group(*jax.tree.map(lambda x: x[0], groups))
             return jax.tree.map(lambda r: r[None], results)
-        results = _map_over_groups(of_group, groups, is_summed, uses_axis)
+        results = _map_over_groups(of_group, groups, is_summed, axis_name)
         return jax.tree.map(sum_parallel, results, is_summed)
 
     def sum_parallel(result: jax.Array, summed: bool) -> jax.Array:
@@ -133,7 +117,7 @@ def sum_over_groups(
         if not summed:
             p = jnp.broadcast_to(p, (kept, *p.shape))
             if grouped.axes:
-                p = reshard_leading(p, grouped.mesh, grouped.axes)
+                p = meshes.reshard_leading(p, grouped.mesh, grouped.axes)
         return jnp.zeros_like(p, accumulator_dtype(p))
 
     if grouped.steps == 1:
@@ -146,17 +130,16 @@ def sum_over_groups(
         )
 
     def finish(s: jax.Array, p: jax.Array, summed: bool) -> jax.Array:
-        return reshard_like(s if summed else s.sum(0), p)
+        return meshes.reshard_like(s if summed else s.sum(0), p)
 
     return jax.tree.map(finish, sums, params, is_summed)
 
 
 def _map_over_groups(
-    of_group: Callable[..., Any], groups: Any, is_summed: Any, uses_axis: bool
+    of_group: Callable[..., Any], groups: Any, is_summed: Any, axis_name: str | None
 ) -> Any:
     """Return the results of one step, with an axis of groups where they are not summed."""
     out_axes = jax.tree.map(lambda summed: None if summed else 0, is_summed)
-    axis_name = GROUPS if uses_axis else None
     try:
         return jax.vmap(of_group, out_axes=out_axes, axis_name=axis_name)(*groups)
     except ValueError as error:
@@ -165,18 +148,18 @@ def _map_over_groups(
         if f"(axis_name={GROUPS})" not in str(error):
             raise
         raise ValueError(
-            "`each_group` annotates a slice of a parameter that depends on the batch, such "
-            "as the expert for a task. Annotate the parameter before the slice is taken."
+            "`each_group` annotates a slice of a parameter that depends on the batch. "
+            "Annotate the parameter before the slice is taken."
         ) from error
 
 
 def _explicit_axes(batch: dict[str, Any]) -> Axes:
     """Return the Explicit axes that the batch is sharded over."""
-    axes = {leading_axes(x) for x in jax.tree.leaves(batch)} - {()}
+    axes = {meshes.leading_axes(x) for x in jax.tree.leaves(batch)} - {()}
     if len(axes) > 1:
         raise ValueError(
-            "To split `batch` into groups, its arrays must be sharded over the same axes, "
-            f"got {sorted(axes)}: use `jax.reshard`."
+            "The arrays of `batch` must be sharded over the same axes, got "
+            f"{sorted(axes)}: use `jax.reshard`."
         )
     return axes.pop() if axes else ()
 
@@ -185,7 +168,7 @@ def _choose_parallel_groups(
     mesh: Mesh, axes: Axes, groups: int, parallel_groups: int | None
 ) -> int:
     """Return the number of parallel groups, by default one for each device."""
-    shards = count_shards(mesh, axes)
+    shards = math.prod(mesh.shape[name] for name in axes)
     for name, count in (("groups", groups), ("parallel_groups", parallel_groups)):
         if count is not None and count % shards:
             raise ValueError(
@@ -193,29 +176,23 @@ def _choose_parallel_groups(
                 f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
     # Types do not record shardings along Auto axes. Assume that it is sharded over all.
-    rest = math.gcd(groups // shards, count_shards(mesh, auto_axes(mesh)))
-    return parallel_groups or shards * rest
+    auto_shards = math.prod(mesh.shape[name] for name in meshes.auto_axes(mesh))
+    return parallel_groups or shards * math.gcd(groups // shards, auto_shards)
 
 
 def _check_batch(batch: dict[str, Any], groups: int) -> None:
     if "batch" in batch and not jax.tree.leaves(batch["batch"]):
         raise ValueError(
-            f"`batch` has no arrays to split into `groups={groups}`. Pass them to the "
-            "estimate, or use `groups=1`."
+            f"`batch` has no arrays to split into `groups={groups}`: use `groups=1`."
         )
     sizes = {}
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         name = path[0].key + jax.tree_util.keystr(path[1:])
-        if not jnp.ndim(x):
-            raise ValueError(
-                f"`{name}` is a scalar, which `groups={groups}` cannot split. Close over "
-                "it, or use `groups=1`."
-            )
-        sizes[name] = jnp.shape(x)[0]
+        sizes[name] = jnp.shape(x)[0] if jnp.ndim(x) else 0
         if sizes[name] % groups or not sizes[name]:
             raise ValueError(
-                f"`{name}` has a leading axis of {sizes[name]}, which `groups={groups}` "
-                "does not divide. Choose a divisor, or cut the batch to a multiple."
+                f"`{name}` has shape {jnp.shape(x)}, and `groups={groups}` does not divide "
+                "its leading axis. Cut the batch to a multiple, or close over a scalar."
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(

@@ -16,19 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import (
-    AxisName,
-    axis_names,
-    cast_to_float32,
-    cast_to_varying,
-    sum_over_devices,
-    varying_axes,
-)
-from sophia_optax.curvature.check_annotations import (
-    communicates,
-    find_annotations,
-    trace_gradient,
-)
+from sophia_optax import arrays
+from sophia_optax.arrays import AxisName
+from sophia_optax.curvature.check_annotations import find_annotations, trace_gradient
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
 
@@ -36,13 +26,9 @@ Gradient = Callable[[Any, Any], Any]  # of the parameters and a group's batch
 
 
 def hutchinson(
-    loss_fn: Callable[..., jax.Array],
-    *,
-    groups: int = 1,
-    num_probes: int = 1,
-    parallel_groups: int | None = None,
-    axis_name: AxisName = None,
-) -> "Hutchinson":
+    loss_fn: Callable[..., jax.Array], *, groups: int = 1, num_probes: int = 1,
+    parallel_groups: int | None = None, axis_name: AxisName = None,
+) -> "Hutchinson":  # fmt: skip
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
     .. math::
@@ -52,16 +38,15 @@ def hutchinson(
     The products are forward-over-reverse, at two to three times the cost of the gradient.
 
     Args:
-      loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (). The loss of the
-        batch must be the mean of the losses of groups and devices. If the loss mixes
-        examples, as batch normalization does, or is a mean over unmasked predictions whose
-        number differs between groups, use one group. Under `pmap` and `shard_map` it is the
-        mean of this device, without a `pmean`.
+      loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (), of one group.
+        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`. If
+        the loss of the batch is not the mean of those of its groups, use one group: if the
+        model mixes examples, or the number of unmasked predictions differs between groups.
       groups: number of groups, as for `gnb`. Each group has its own probes.
       num_probes: number of probes for each group, computed sequentially.
       parallel_groups: number of groups that are computed in parallel, as for `gnb`.
-      axis_name: as for `gnb`, but `params` must be replicated. If they are sharded, gather
-        them before the estimate, not in `loss_fn`. The estimate is replicated.
+      axis_name: as for `gnb`, but `params` must be replicated: gather sharded parameters
+        before the estimate, not in `loss_fn`.
 
     Returns:
       A function `estimate(params, *batch, key)`, an `Estimator`. Key and result are as for
@@ -69,7 +54,7 @@ def hutchinson(
       default the number of examples.
 
     Raises:
-      ValueError, TypeError: as `gnb`. Also if `loss_fn` does not return a scalar.
+      ValueError, TypeError: as `gnb`, and if `loss_fn` does not return a float scalar.
       NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
@@ -101,15 +86,17 @@ class Hutchinson:
 
     def __call__(
         self, params: Any, *batch: Any, key: jax.Array, weight: ArrayLike | None = None,
-        weights: None = None, first_group: ArrayLike = 0,
+        first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `hutchinson` and `Estimator`."""
         del weight  # for `accumulate`
-        _check_batch(batch, self.groups, weights)
-        names = axis_names(self.axis_name)
+        if self.groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
+            raise ValueError("`batch` has no examples, so their mean loss is undefined.")
+        names = arrays.axis_names(self.axis_name)
         params, key = prepare_params(params, batch, names), prepare_key(key, names)
-        arrays = {"batch": batch}
-        grouped = split_into_groups(arrays, self.groups, self.parallel_groups, first_group)
+        grouped = split_into_groups(
+            {"batch": batch}, self.groups, self.parallel_groups, first_group
+        )
         probes = split_into_groups({}, self.num_probes)
 
         def loss(params: Any, group: Any) -> jax.Array:
@@ -131,17 +118,17 @@ class Hutchinson:
 
         total = sum_over_groups(sum_over_probes, params, grouped)
         count = self.groups * self.num_probes * jax.lax.axis_size(names)
-        return jax.tree.map(lambda t: t / count, sum_over_devices(total, names))
+        return jax.tree.map(lambda t: t / count, arrays.sum_over_devices(total, names))
 
     def weight(
         self, params: Any, *batch: Any, key: jax.Array | None = None,
-        weight: ArrayLike | None = None, weights: None = None,
+        weight: ArrayLike | None = None,
     ) -> ArrayLike:  # fmt: skip
         """Return the given weight, or by default the number of examples."""
-        del params, key, weights
-        names = axis_names(self.axis_name)
+        del params, key
+        names = arrays.axis_names(self.axis_name)
         if weight is not None:
-            return sum_over_devices(jnp.asarray(weight), names)
+            return arrays.sum_over_devices(jnp.asarray(weight), names)
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(
@@ -154,7 +141,9 @@ class Hutchinson:
 def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) -> Any:
     """Return probe ⊙ ∇²loss(params) probe."""
     # The parameters of an ensemble differ between devices, and so must the probe.
-    probe = jax.tree.map(lambda z, p: cast_to_varying(z, varying_axes(p)), probe, params)
+    probe = jax.tree.map(
+        lambda z, p: arrays.cast_to_varying(z, arrays.varying_axes(p)), probe, params
+    )
     try:
         _, product = jax.jvp(lambda p: gradient(p, group), (params,), (probe,))
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -165,7 +154,7 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
             "attention or a `custom_vjp` without a JVP. Use `gnb`, which needs gradients "
             "alone, or `jax.nn.dot_product_attention(..., implementation='xla')`."
         ) from error
-    probe, product = cast_to_float32((probe, product))
+    probe, product = arrays.cast_to_float32((probe, product))
     return jax.tree.map(jnp.multiply, probe, product)
 
 
@@ -174,9 +163,8 @@ def _check_replicated(
 ) -> Gradient:
     """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
     gradient, jaxpr = trace_gradient(loss, params, group)
-    if communicates(jaxpr, names) and any(
-        value.axes for value in jax.tree.leaves(find_annotations(jaxpr, params, names))
-    ):
+    values = jax.tree.leaves(find_annotations(jaxpr, params, names))
+    if any(value.axes for value in values):
         raise ValueError(
             "`hutchinson` needs replicated `params`, but `loss_fn` gathers them over the "
             f"mapped axes {list(names)}: gather them before the estimate."
@@ -184,24 +172,11 @@ def _check_replicated(
     return gradient
 
 
-def _check_batch(batch: Any, groups: int, weights: Any) -> None:
-    if weights is not None:
-        raise TypeError(
-            "`weights` is not an argument of `hutchinson`. Apply them in `loss_fn`, which "
-            "returns the mean loss."
-        )
-    if groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
-        raise ValueError("`batch` has no examples, so their mean loss is undefined.")
-
-
 def _check_loss(loss: jax.Array) -> jax.Array:
-    got = f"shape {loss.shape}" if hasattr(loss, "shape") else type(loss).__name__
-    if got != "shape ()":
+    is_array = hasattr(loss, "shape")
+    if not is_array or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        got = f"{loss.dtype} of {loss.shape}" if is_array else type(loss).__name__
         raise ValueError(
-            f"`loss_fn` (`obj_fn`) must return the mean loss alone, a scalar, got {got}."
-        )
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(
-            f"`loss_fn` (`obj_fn`) must return a floating point loss, got {loss.dtype}."
+            f"`loss_fn` (`obj_fn`) must return the mean loss, a float scalar, got {got}."
         )
     return loss

@@ -5,6 +5,9 @@ of distrax or TensorFlow Probability becomes a likelihood in one expression:
 
     types.SimpleNamespace(sample=lambda key, f: D(f).sample(seed=key),
                           neg_log_prob=lambda f, y: -D(f).log_prob(y))
+
+Losses are in nats, and at least float32. Except for `Categorical`, outputs, labels and
+losses have the same shape, which is any shape.
 """
 
 import dataclasses
@@ -36,7 +39,7 @@ class Categorical:
     """A class. The outputs are logits, and the loss is cross entropy.
 
     Outputs: logits, shape (..., classes), -inf for an impossible class. Labels: shape
-    (...), int32. Losses: shape (...), in nats, at least float32.
+    (...), int32. Losses: shape (...).
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,10 +49,10 @@ class Categorical:
     """
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
-        return sample_categorical(key, _float(_check_logits(outputs)))
+        return sample_categorical(key, _check_logits(outputs))
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = _float(_check_logits(outputs))
+        logits = _check_logits(outputs)
         _check_shape(targets, logits.shape[:-1])
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(
@@ -67,9 +70,6 @@ class Categorical:
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
     """A label in {0, 1}. The outputs are logits, and the loss is binary cross entropy.
-
-    Outputs: logits, any shape. Labels: the same shape, 0 or 1. Losses: the same shape,
-    in nats, at least float32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,8 +92,7 @@ class Bernoulli:
 class Normal:
     """A real label. The outputs are its mean, and the loss is half the squared error.
 
-    Outputs: means, any shape. Labels: the same shape. Losses: the same shape, in nats, at
-    least float32: `((targets - outputs) / scale)² / 2` plus a constant. Each entry is one
+    The loss is `((targets - outputs) / scale)² / 2` plus a constant. Each entry is one
     prediction, so the mean loss divides by the number of entries.
 
     Example:
@@ -119,9 +118,8 @@ class Normal:
 class Poisson:
     """A count. The outputs are the log of its rate.
 
-    Outputs: log rates, any shape, at most 21 (counts in JAX are below 2**31). Labels: the
-    same shape, integers. Losses: the same shape, in nats, at least float32:
-    `exp(outputs) - targets * outputs + log targets!`. Keys must be threefry, JAX's default.
+    The loss is `exp(outputs) - targets * outputs + log targets!`. Log rates are at most 21,
+    because counts in JAX are below 2**31. Keys must be threefry, JAX's default.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,35 +144,29 @@ def _float(outputs: Any) -> jax.Array:
     """Return the outputs of a model in float32 or float64."""
     if not hasattr(outputs, "dtype"):
         raise ValueError(
-            f"`logits_fn` must return one array of outputs, got {type(outputs).__name__}."
+            f"`logits_fn` must return one array, the outputs, got {type(outputs).__name__}."
         )
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise TypeError(
-            "`logits_fn` must return floating point outputs, which have a gradient, got "
-            f"dtype {outputs.dtype}: remove the cast or rounding."
+            "`logits_fn` must return floating point outputs, got dtype "
+            f"{outputs.dtype}: remove the cast or rounding."
         )
     return cast_to_float32(outputs)
 
 
 def _check_logits(outputs: Any) -> jax.Array:
-    if not hasattr(outputs, "ndim") or outputs.ndim == 0:
+    logits = _float(outputs)
+    if logits.ndim == 0 or logits.shape[-1] < 2:
         raise ValueError(
-            "`Categorical` requires logits of shape (..., classes), got "
-            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Return the logits alone "
-            "from `logits_fn`."
+            "`Categorical` requires logits of shape (..., classes >= 2), "
+            f"got {logits.shape}. For one logit per binary label use `Bernoulli()`."
         )
-    if outputs.shape[-1] < 2:
-        raise ValueError(
-            "`Categorical` requires at least two classes, got logits of shape "
-            f"{outputs.shape}. For binary labels with one logit use `Bernoulli()`."
-        )
-    return outputs
+    return logits
 
 
 def _check_shape(targets: jax.Array, shape: tuple[int, ...]) -> None:
     got = getattr(targets, "shape", type(targets).__name__)
     if got != shape:
         raise ValueError(
-            "`targets` must be an array with one entry for each prediction, shape "
-            f"{shape}, got {got}."
+            f"`targets` must have one entry for each prediction, shape {shape}, got {got}."
         )

@@ -4,7 +4,6 @@ The type of an array records its sharding along Explicit axes of a mesh only, no
 axes.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +26,6 @@ def find_mesh(tree: Any) -> Mesh:
 def leading_axes(x: jax.Array) -> Axes:
     """Return the Explicit axes that the leading dimension of `x` is sharded over."""
     return _names(jax.typeof(x).sharding.spec[0])
-
-
-def count_shards(mesh: Mesh, axes: Axes) -> int:
-    return math.prod(mesh.shape[name] for name in axes)
 
 
 def auto_axes(mesh: Mesh) -> Axes:

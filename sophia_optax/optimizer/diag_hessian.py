@@ -1,6 +1,7 @@
 """The division by a moving average of the Hessian diagonal, which Optax does not have."""
 
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,16 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, cast_to_varying
-from sophia_optax.optimizer.estimate_checks import (
-    HessianFn,
-    check_exclusive,
-    check_sharding,
-    match_structure,
-)
+from sophia_optax import arrays
+from sophia_optax.arrays import AxisName
+from sophia_optax.optimizer import estimate_checks
 from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
 from sophia_optax.optimizer.momentum import evaluate
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
+
+HessianFn = Callable[[jax.Array], optax.Updates]  # from a PRNG key to an estimate
 
 # The smallest divisor, even if `eps` is 0, so that 0 / 0 is impossible. `eps` may have been
 # rounded to 0: `inject_hyperparams` casts it to the dtype of the parameters.
@@ -39,17 +38,10 @@ class ScaleByDiagHessianState(NamedTuple):
 
 
 def scale_by_diag_hessian(
-    b2: ArrayLike = 0.99,
-    gamma: Gamma = 0.05,
-    eps: ArrayLike = 1e-12,
-    *,
-    update_interval: ArrayLike = 10,
-    debias: bool = False,
-    rms: bool = False,
-    hessian_dtype: Any = None,
-    seed: ArrayLike = 0,
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+    b2: ArrayLike = 0.99, gamma: Gamma = 0.05, eps: ArrayLike = 1e-12, *,
+    update_interval: ArrayLike = 10, debias: bool = False, rms: bool = False,
+    hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Divide by a moving average of estimates of the Hessian diagonal.
 
     .. math::
@@ -66,7 +58,7 @@ def scale_by_diag_hessian(
       only that of the last micro-step: inside it, use `hessian_fn` with `accumulate`.
 
     A refresh takes effect in the same update. An estimate with any non-finite entry is
-    rejected: the average does not change, and `num_refused` is incremented.
+    rejected: the average does not change.
 
     Args:
       b2: decay of the average, per refresh and not per update.
@@ -74,31 +66,27 @@ def scale_by_diag_hessian(
         `hold_unclipped`. A larger gamma leaves more entries of Sophia's update unclipped.
       eps: the smallest divisor.
       update_interval: number of updates from one call of `hessian_fn` to the next.
-      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. The default is that
-        of the paper. Without bias correction the average is too small until about
-        `update_interval / (1 - b2)` steps. It has no effect with `hold_unclipped`.
+      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it, as in
+        the paper, the average is too small in the first `update_interval / (1 - b2)` steps.
       rms: average the squares of the estimates and take the root, as AdaHessian does:
-        h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t². The signs of the estimates are lost.
-      hessian_dtype: dtype of the average, by default float32. In bfloat16 the average is
-        rounded stochastically, because with b2 = 0.99 it stalls under rounding to nearest.
-        In float16 small entries become 0. Under `optax.inject_hyperparams` write the name
-        of a dtype, such as "bfloat16": Optax mistakes the dtype for a schedule.
+        h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
+      hessian_dtype: dtype of the average, by default float32. An average in bfloat16 is
+        rounded stochastically. In float16 small entries become 0. Under
+        `optax.inject_hyperparams` write the name of a dtype, such as "bfloat16".
       seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
       axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
         parameters are sharded. All devices then accept or reject an estimate together, and
-        use the same gamma of `hold_unclipped`. With None devices are independent, such as
-        members of an ensemble. Under `jit` with sharded arrays use None.
+        use the same gamma of `hold_unclipped`. With None, devices are independent.
 
     Returns:
       A transformation whose updates have the dtype of the parameters, or of the incoming
       updates if `update` is called without parameters.
 
     Raises:
-      ValueError: for an `update_interval` below 1. From `update`, if it gets both `hessian`
-        and `hessian_fn`, or if an estimate does not have the structure and shapes of the
-        updates (a node such as Flax's `nnx.Param` may wrap each array).
-      TypeError: for a `hessian_dtype` that is not a floating point dtype of at least 16
-        bits, and for parameters that are not real.
+      ValueError: for an `update_interval` below 1. From `update`, for both `hessian` and
+        `hessian_fn`, or an estimate without the structure and shapes of the updates (a node
+        such as Flax's `nnx.Param` may wrap each array).
+      TypeError: for an unsupported `hessian_dtype`, and for parameters that are not real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,7 +113,7 @@ def scale_by_diag_hessian(
     check_dtype("hessian_dtype", hessian_dtype)
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
-        _check_real(params)
+        arrays.check_params(params)
         return ScaleByDiagHessianState(
             num_updates=jnp.zeros([], jnp.int32),
             num_refreshes=jnp.zeros([], jnp.int32),
@@ -139,16 +127,18 @@ def scale_by_diag_hessian(
         updates: Any, state: ScaleByDiagHessianState, params: Any = None, *,
         hessian: Any = None, hessian_fn: HessianFn | None = None, **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:  # fmt: skip
-        check_exclusive(hessian, hessian_fn, extra_args.get("obj_fn"))
+        estimate_checks.check_exclusive(hessian, hessian_fn, extra_args.get("obj_fn"))
         incoming, updates = updates, evaluate(updates)
-        names = axis_names(axis_name)
+        names = arrays.axis_names(axis_name)
         # Along other mapped axes devices are independent.
-        own_axes = check_sharding((updates, state.hessian), names)
+        own_axes = estimate_checks.check_sharding((updates, state.hessian), names)
 
         def refresh(average, estimate):
             """Return the next average, and whether the estimate was accepted."""
-            estimate = match_structure(updates, estimate)
-            is_accepted = cast_to_varying(_is_finite(estimate, average, names), own_axes)
+            estimate = estimate_checks.match_structure(updates, estimate)
+            is_accepted = arrays.cast_to_varying(
+                _is_finite(estimate, average, names), own_axes
+            )
             new = _update_average(average, estimate, b2, rms)
             new = round_stochastically(new, average, seed, "hessian", state.num_updates)
             new = jax.tree.map(lambda n, h: jnp.where(is_accepted, n, h), new, average)
@@ -164,7 +154,7 @@ def scale_by_diag_hessian(
             average, is_accepted = jax.lax.cond(
                 is_due,
                 lambda h: refresh(h, hessian_fn(key)),
-                lambda h: (h, cast_to_varying(jnp.array(False), own_axes)),
+                lambda h: (h, arrays.cast_to_varying(jnp.array(False), own_axes)),
                 average,
             )
         num_refreshes = state.num_refreshes + is_accepted.astype(jnp.int32)
@@ -199,22 +189,12 @@ def scale_by_diag_hessian(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
-def _check_real(params: optax.Params) -> None:
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-            raise TypeError(
-                f"`params{jax.tree_util.keystr(path)}` has dtype {jnp.result_type(p)}, "
-                "which is unsupported. Exclude it by `optax.masked` or `optax.partition`. "
-                "`optax.contrib.split_real_and_imaginary` splits complex parameters."
-            )
-
-
 def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array:
     """Return whether all entries are finite in the dtype of the average, on all devices."""
 
     def is_finite(e, h):
         # In float32 even if `e` has 16 bits, in which the bound could overflow.
-        e = cast_to_float32(e)
+        e = arrays.cast_to_float32(e)
         in_range = jnp.abs(e) <= float(jnp.finfo(h.dtype).max)
         return jnp.all(jnp.isfinite(e) & in_range)
 
@@ -228,7 +208,7 @@ def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> An
 
     def blend(h, e):
         bound = float(jnp.finfo(h.dtype).max)
-        h = cast_to_float32(h)
+        h = arrays.cast_to_float32(h)
         e = jnp.asarray(e, h.dtype)
         if rms:  # `hypot` does not compute the squares, which may overflow
             mean = jnp.hypot(jnp.sqrt(b2) * h, jnp.sqrt(1 - b2) * e)

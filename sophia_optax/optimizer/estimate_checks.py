@@ -11,22 +11,20 @@ from jax.tree_util import keystr
 
 from sophia_optax.arrays import varying_axes
 
-HessianFn = Callable[[jax.Array], optax.Updates]  # from a PRNG key to an estimate
-
 
 def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
     """Raise an error if arguments of `update` are in conflict or swapped."""
     if hessian is not None and hessian_fn is not None:
         raise ValueError(
-            "`update` got both `hessian` and `hessian_fn`. `hessian` is an estimate for "
-            "this step, `hessian_fn` computes an estimate when it is due: pass one of them."
+            "`update` got both `hessian` and `hessian_fn`: pass an estimate, or a function "
+            "that computes an estimate when it is due."
         )
     if callable(hessian):
         raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
     if hessian_fn is not None:
         if not callable(hessian_fn):
             raise ValueError("`hessian_fn` is not a function: pass it as `hessian`.")
-        _check_takes_a_key(hessian_fn)
+        _check_takes_key(hessian_fn)
     elif obj_fn is not None and hessian is None:
         raise ValueError(
             "`obj_fn` is an argument of `sophia_h` alone. Pass "
@@ -34,18 +32,17 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
         )
 
 
-def _check_takes_a_key(hessian_fn: Callable[..., Any]) -> None:
+def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(hessian_fn)
-    except ValueError:  # some functions that are not written in Python have no signature
-        return
+    except ValueError:
+        return  # some functions that are not written in Python have no signature
     try:
         signature.bind("key")
     except TypeError as error:
         raise TypeError(
-            "`hessian_fn` is called with one PRNG key, but its signature is "
-            f"`{signature}`. Close over the other arguments: "
-            "`hessian_fn=lambda key: estimate(params, batch, key=key)`."
+            f"`hessian_fn` is called with one PRNG key, but it takes `{signature}`. "
+            "Pass `hessian_fn=lambda key: estimate(params, batch, key=key)`."
         ) from error
 
 
@@ -94,8 +91,7 @@ def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
     if jnp.iscomplexobj(leaves[0]):
         raise TypeError(
             "The estimate from `hessian` or `hessian_fn` must be real, got dtype "
-            f"{leaves[0].dtype} for `params{path}`. If the imaginary part is a rounding "
-            "error, pass the real part."
+            f"{leaves[0].dtype} for `params{path}`: pass the real part."
         )
     return leaves[0]
 

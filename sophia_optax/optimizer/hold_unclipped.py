@@ -1,9 +1,8 @@
 """A rule for gamma: keep a target fraction of the entries unclipped.
 
 An entry is unclipped if |u| < gamma h. So the gamma that leaves a fraction f of the entries
-unclipped is the f-quantile of the ratios |u| / h. It is computed at every step. It is the
-quantile of a sample: to sort all ratios, or to count them several times, takes longer than
-the rest of an update.
+unclipped is the f-quantile of the ratios |u| / h. It is computed at every step, from a
+sample: to sort or count all ratios takes longer than the rest of an update.
 """
 
 import dataclasses
@@ -19,9 +18,11 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sophia_optax.arrays import cast_to_varying, sum_over_devices, varying_axes
-from sophia_optax.optimizer.momentum import LookAhead, evaluate, is_look_ahead
+from sophia_optax.optimizer.momentum import LookAhead, evaluate
 
 Update = jax.Array | LookAhead  # of one parameter
+Indices = tuple[np.ndarray, ...]
+Weighted = tuple[jax.Array, Any]  # ratios and their weights
 
 SAMPLE_SIZE = 4096  # number of entries in the sample, of all parameters together
 # If fewer entries of the sample are counted, all entries are used instead. The standard
@@ -29,8 +30,8 @@ SAMPLE_SIZE = 4096  # number of entries in the sample, of all parameters togethe
 MIN_COUNTED = 1024
 
 _BITS = 31  # of a float32 without its sign
-_INFINITY = 0x7F800000  # its bit pattern; that of 0 is 0
 _ROUNDS = 1 + _BITS  # of the bisection
+_INFINITY = 0x7F800000  # its bit pattern
 _LARGEST_FRACTION = 1 - 1e-6  # at 1 no ratio is large enough
 
 
@@ -51,7 +52,8 @@ class HoldUnclipped:
         """
         fraction = self.fraction(num_updates) if callable(self.fraction) else self.fraction
         fraction = jnp.clip(jnp.asarray(fraction, jnp.float32), 0, _LARGEST_FRACTION)
-        us = jax.tree.leaves(jax.tree.map(jnp.asarray, updates), is_leaf=is_look_ahead)
+        updates = jax.tree.map(jnp.asarray, updates)
+        us = jax.tree.leaves(updates, is_leaf=lambda u: isinstance(u, LookAhead))
         hs = jax.tree.leaves(hessian)
         return _find_quantile(names, us, hs, fraction, num_refreshes > 0)
 
@@ -66,21 +68,14 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
     Here u is the momentum, or with `nesterov` the look-ahead. All parameters have the same
     gamma, as in the paper (use `optax.partition` for a gamma per group of parameters). The
-    scale of the estimates does not change the updates, and `debias` has no effect.
-
-    Entries with u = 0 or h ≤ 0 are not counted, because gamma does not change their
-    updates. If no entry is counted, as before the first refresh, the update is the sign of
-    the momentum.
+    scale of the estimates does not change the updates. Entries with u = 0 or h ≤ 0 are not
+    counted, because gamma does not change their updates. If no entry is counted, as before
+    the first refresh, the update is the sign of the momentum.
 
     With more than 4,096 parameters, gamma is computed from a fixed sample of 4,096 entries,
     evenly distributed over all parameters in proportion to their size. If fewer than 1,024
     of them are counted, as for an embedding of which few rows were used, gamma is computed
-    from all entries, in 32 passes over the parameters.
-
-    Under `jit`, shardings do not change the result. Inside `shard_map` and `pmap`, pass
-    `axis_name` to the optimizer if devices hold shards of the same parameters. Gamma is
-    differentiable in forward and reverse mode: its derivative is exact, that of the ratio
-    abs(u) / h of the entry that is the quantile.
+    from all entries, in 32 passes over the parameters. The derivative of gamma is exact.
 
     Args:
       fraction: the target fraction f, in [0, 1], or a schedule of it by the number of
@@ -100,9 +95,6 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
       >>> params, grads = jnp.ones(4), jnp.array([1.0, 2.0, 4.0, 8.0])
       >>> print(tx.update(grads, tx.init(params), params, hessian=jnp.full(4, 1024.0))[0])
       [0.25 0.5  1.   1.  ]
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 3.1
     """
     if isinstance(fraction, int | float | np.floating) and not 0 <= fraction <= 1:
         raise ValueError(
@@ -114,12 +106,9 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _find_quantile(
-    names: tuple[str, ...],
-    us: list[Update],
-    hs: list[jax.Array],
-    fraction: jax.Array,
-    has_curvature: jax.Array,
-) -> jax.Array:
+    names: tuple[str, ...], us: list[Update], hs: list[jax.Array],
+    fraction: jax.Array, has_curvature: jax.Array,
+) -> jax.Array:  # fmt: skip
     """Return the quantile of the ratios |u| / h, shape=(), 0 if no ratio is counted."""
     weights = [_compute_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
 
@@ -173,27 +162,26 @@ def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
     return 1 / math.prod(jax.lax.axis_size(n) for n in names if n not in sharded)
 
 
-def _sample(
-    us: list[Update], hs: list[jax.Array], weights: list[float]
-) -> tuple[jax.Array, np.ndarray]:
-    """Return the ratios of `SAMPLE_SIZE` entries and their weights."""
+def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weighted:
+    """Return the ratios of `SAMPLE_SIZE` entries, and the weights of these entries."""
     # Each parameter's number of entries in the sample is proportional to its size.
     ends = np.cumsum([h.size for h in hs]) * (SAMPLE_SIZE / sum(h.size for h in hs))
     ends = np.round(ends).astype(int).tolist()
     ratios, sample_weights = [], []
     for u, h, weight, start, end in zip(us, hs, weights, [0, *ends], ends, strict=False):
         if end > start:
-            indices = _distribute_indices(h.shape, start, end)
+            at = _distribute_indices(h.shape, start, end)
             if isinstance(u, LookAhead):
-                u = LookAhead(_take(u.average, indices), _take(u.grads, indices), u.b1)
+                u = LookAhead(_take(u.average, at), _take(u.grads, at), u.b1)
             else:
-                u = _take(u, indices)
-            ratios.append(_compute_ratios(u, _take(h, indices)))
+                u = _take(u, at)
+            # A parameter of shape () has a ratio of shape ().
+            ratios.append(jnp.ravel(_compute_ratios(u, _take(h, at))))
             sample_weights.append(np.full(end - start, weight, np.float32))
     return jnp.concatenate(ratios), np.concatenate(sample_weights)
 
 
-def _take(x: jax.Array, indices: tuple[np.ndarray, ...]) -> jax.Array:
+def _take(x: jax.Array, indices: Indices) -> jax.Array:
     mesh = jax.typeof(x).sharding.mesh
     is_explicit = AxisType.Explicit in mesh.axis_types
     replicated = NamedSharding(mesh, PartitionSpec()) if is_explicit else None
@@ -201,9 +189,7 @@ def _take(x: jax.Array, indices: tuple[np.ndarray, ...]) -> jax.Array:
 
 
 @functools.cache
-def _distribute_indices(
-    shape: tuple[int, ...], start: int, end: int
-) -> tuple[np.ndarray, ...]:
+def _distribute_indices(shape: tuple[int, ...], start: int, end: int) -> Indices:
     """Return indices of evenly distributed entries, an array for each axis.
 
     They are the points `start` to `end` of Roberts' sequence, which generalizes the golden
@@ -219,19 +205,15 @@ def _distribute_indices(
 
 
 def _bisect(
-    weighted_ratios: Callable[[jax.Array], Iterable[tuple[jax.Array, Any]]],  # of the state
-    *,
-    fraction: jax.Array,
-    names: tuple[str, ...],
-    own_axes: frozenset[str],  # other mapped axes along which the ratios differ
-    rounds: int | jax.Array = _ROUNDS,
-) -> tuple[jax.Array, jax.Array]:
+    ratios_of: Callable[[jax.Array], Iterable[Weighted]], *, fraction: jax.Array,
+    names: tuple[str, ...], own_axes: frozenset[str], rounds: int | jax.Array = _ROUNDS,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Return the smallest ratio r with more than `fraction` of the weight at most r.
 
     Also return the total weight of the counted ratios, which the first round finds. If it
     is 0, r is 0. Each other round finds one bit of r, from the highest, because positive
-    floats have the order of their bit patterns. On a CPU this takes a fifteenth of the time
-    of a sort.
+    floats have the order of their bit patterns. `ratios_of` maps the bits found so far to
+    the ratios, which differ along the mapped axes `own_axes`.
     """
 
     def find_bit(i, state):
@@ -239,7 +221,7 @@ def _bisect(
         is_first = i == 0  # the round that computes the total weight
         candidate = jnp.where(is_first, _INFINITY, bits | (1 << (_BITS - i)))
         below = jnp.float32(0)
-        for ratios, weight in weighted_ratios(bits):
+        for ratios, weight in ratios_of(bits):
             pattern = jax.lax.bitcast_convert_type(ratios, jnp.int32)
             is_below = (pattern > 0) & (pattern < candidate)
             below += jnp.sum(weight * is_below, dtype=jnp.float32)

@@ -16,9 +16,9 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
 
     .. math:: |m| < \max(\gamma h, \epsilon)
 
-    The paper recommends a gamma for which it is between 0.1 and 0.5. A larger gamma gives a
-    larger fraction. With `nesterov=True` it is the fraction for m, not for the look-ahead,
-    because the state holds only m. The fraction for the look-ahead is often smaller.
+    The `paper <https://arxiv.org/abs/2305.14342>`_ recommends a gamma for which it is
+    between 0.1 and 0.5. With `nesterov=True` it is the fraction for m, because the state
+    does not hold the look-ahead, for which the fraction is often smaller.
 
     Args:
       opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
@@ -38,9 +38,6 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
       >>> _, state = tx.update(grads, tx.init(params), params, hessian=jnp.full(4, 2.0))
       >>> print(unclipped_fraction(state))
       0.75
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 3.1
     """
     momentum, state = _find_sophia(opt_state)
     return _fraction(_count_unclipped(momentum, state), momentum)
@@ -100,18 +97,16 @@ def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
     if len(states) != 1:
         raise ValueError(
-            f"`opt_state` must have the state of one Sophia, got {len(states)}. If it has "
-            "several, pass the state of one of them, such as "
-            "`opt_state.inner_states[label]` under `optax.partition`."
+            f"`opt_state` must have the state of one Sophia, got {len(states)}: pass one, "
+            "such as `opt_state.inner_states[label]` under `optax.partition`."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
     shapes = _shapes(states[0].hessian)
     momenta = [ema for ema in emas if _shapes(ema) == shapes]
     if len(momenta) != 1:
         raise ValueError(
-            "`opt_state` must have one `optax.EmaState` of all parameters, the momentum, "
-            f"got {len(momenta)}. Use `scale_by_sophia`, or `optax.ema(b1, debias=False)`. "
-            "If other stages have such a state, pass the state of Sophia alone."
+            "`opt_state` must have one `optax.EmaState` for all parameters, got "
+            f"{len(momenta)}. Use `optax.ema(b1, debias=False)`, or pass Sophia's state."
         )
     return momenta[0], states[0]
 

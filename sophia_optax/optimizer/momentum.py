@@ -32,11 +32,7 @@ def evaluate(tree: Any) -> Any:
             return optax.tree.update_moment(grads, average, u.b1, 1)
         return u
 
-    return jax.tree.map(compute, tree, is_leaf=is_look_ahead)
-
-
-def is_look_ahead(node: Any) -> bool:
-    return isinstance(node, LookAhead)
+    return jax.tree.map(compute, tree, is_leaf=lambda u: isinstance(u, LookAhead))
 
 
 def momentum(

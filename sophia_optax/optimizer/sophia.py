@@ -1,39 +1,36 @@
-"""sophia = scale_by_sophia . add_decayed_weights . scale_by_learning_rate."""
+"""The optimizer as a chain of transformations.
+
+sophia          = scale_by_sophia . add_decayed_weights . scale_by_learning_rate
+scale_by_sophia = ema(b1) . scale_by_diag_hessian(b2, gamma, eps) . clip(1)
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from sophia_optax.arrays import AxisName
-from sophia_optax.curvature import hutchinson
-from sophia_optax.optimizer.estimate_checks import HessianFn, has_masked
-from sophia_optax.optimizer.hold_unclipped import Gamma
-from sophia_optax.optimizer.scale_by_sophia import scale_by_sophia
+from sophia_optax.curvature.hutchinson import hutchinson
+from sophia_optax.optimizer.diag_hessian import scale_by_diag_hessian
+from sophia_optax.optimizer.estimate_checks import has_masked
+from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
+from sophia_optax.optimizer.momentum import momentum
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def sophia(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.965,
-    b2: ArrayLike = 0.99,
-    gamma: Gamma = 0.05,
-    eps: ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2,
-    mask: Mask = None,
-    *,
-    clip_threshold: ArrayLike = 1.0,
-    update_interval: ArrayLike = 10,
-    debias: bool = False,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    hessian_dtype: Any = None,
-    seed: ArrayLike = 0,
-    axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Sophia, for any estimate of the Hessian diagonal.
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
+    gamma: Gamma = 0.05, eps: ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
+    clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
+    debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
+    hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    r"""Sophia, with the paper's settings for estimates of `gnb` (Sophia-G).
 
     .. math::
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
@@ -41,12 +38,12 @@ def sophia(
 
     This is a chain of `scale_by_sophia`, `optax.add_decayed_weights` and
     `optax.scale_by_learning_rate`. Pass `hessian_fn` or `hessian` to `update`, as described
-    in `scale_by_diag_hessian`. Without any estimate this reduces to sign momentum (Signum).
-    Compile the step with `jax.jit`: outside it, JAX compiles `hessian_fn` at every step.
+    in `scale_by_diag_hessian`: an estimate of any estimator. Without any estimate this
+    reduces to sign momentum (Signum). Compile the step with `jax.jit`: outside it, JAX
+    compiles `hessian_fn` at every step. `sophia_g` is another name of this function.
 
     Args:
-      learning_rate: η, or a schedule of it. Without weight decay, no entry changes by more
-        than η `clip_threshold` in a step.
+      learning_rate: η, or a schedule of it.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
       gamma: the scale of the Hessian, a number or a schedule, chosen so that
@@ -66,47 +63,7 @@ def sophia(
       axis_name: as for `scale_by_diag_hessian`.
 
     Returns:
-      A transformation whose updates have the dtype of the parameters.
-
-    Raises:
-      ValueError, TypeError: as `scale_by_diag_hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from sophia_optax import sophia
-      >>> tx = sophia(0.1, b1=0.5, gamma=1.0, weight_decay=0.0, debias=True)
-      >>> params, hessian = jnp.array([1.0, -3.0]), jnp.array([2.0, 20.0])
-      >>> state = tx.init(params)
-      >>> for _ in range(100):  # of the loss ½ Σ hessian · params²
-      ...     grads = hessian * params
-      ...     updates, state = tx.update(grads, state, params, hessian=hessian)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(bool(jnp.all(jnp.abs(params) < 0.1)))
-      True
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
-    """
-    return optax.chain(
-        scale_by_sophia(
-            b1, b2, gamma, eps, clip_threshold=clip_threshold,
-            update_interval=update_interval, debias=debias, nesterov=nesterov,
-            mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed, axis_name=axis_name,
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )  # fmt: skip
-
-
-def sophia_g(
-    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
-    gamma: Gamma = 0.05, eps: ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
-    clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
-    debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
-    hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Sophia-G: `sophia` with the paper's settings for `gnb`, and the same arguments.
+      A transformation, with dtypes and errors as for `scale_by_diag_hessian`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -119,10 +76,9 @@ def sophia_g(
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(params), state, params,
-      ...         hessian_fn=lambda key: estimate(params, x, key=key),
-      ...     )
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     hessian_fn = lambda key: estimate(params, x, key=key)
+      ...     updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn)
       ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(30):
       ...     params, state = step(params, state)
@@ -132,12 +88,19 @@ def sophia_g(
     References:
       Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 2, 3
     """
-    return sophia(
-        learning_rate, b1, b2, gamma, eps, weight_decay, mask,
-        clip_threshold=clip_threshold, update_interval=update_interval, debias=debias,
-        nesterov=nesterov, mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed,
-        axis_name=axis_name,
+    return optax.chain(
+        scale_by_sophia(
+            b1, b2, gamma, eps, clip_threshold=clip_threshold,
+            update_interval=update_interval, debias=debias, nesterov=nesterov,
+            mu_dtype=mu_dtype, hessian_dtype=hessian_dtype, seed=seed, axis_name=axis_name,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )  # fmt: skip
+
+
+sophia_g = sophia
+"""Sophia-G: `sophia` for estimates of `gnb`."""
 
 
 def sophia_h(
@@ -148,15 +111,15 @@ def sophia_h(
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Sophia-H: `sophia` with the paper's settings for `hutchinson`.
+    """Sophia-H: `sophia` with the paper's settings for estimates of `hutchinson`.
 
-    The arguments are the same as for `sophia`. As in `optax.contrib.sophia`, `update` also
-    takes `obj_fn`, a function from the parameters to the loss, which stands for
+    As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from the
+    parameters to the loss, which stands for
     `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
 
     Raises:
-      ValueError: as `sophia`. Also from `update`, if it gets `obj_fn` with an estimate,
-        without `params`, or with `params` that `optax.masked` hides in part.
+      ValueError: also from `update`, for `obj_fn` with an estimate, or if `params` is None
+        or `optax.masked` hides some of it.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -169,9 +132,6 @@ def sophia_h(
       >>> updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss_fn)
       >>> print(updates.round(4))  # -learning_rate * 4 params³ / (12 params²)
       [-0.0333 -0.0667]
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 1, 3
     """
     tx = sophia(
         learning_rate, b1, b2, gamma, eps, weight_decay, mask,
@@ -182,28 +142,78 @@ def sophia_h(
 
     def update(updates, state, params=None, *, obj_fn=None, **extra_args):
         if obj_fn is not None:
-            extra_args["hessian_fn"] = _make_hessian_fn(obj_fn, params, extra_args)
+            _check_obj_fn(params, extra_args)
+            extra_args["hessian_fn"] = lambda key: hutchinson(obj_fn)(params, key=key)
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _make_hessian_fn(obj_fn: Any, params: Any, extra_args: dict[str, Any]) -> HessianFn:
-    """Return the `hessian_fn` that estimates the Hessian of `obj_fn` at `params`."""
+def _check_obj_fn(params: optax.Params | None, extra_args: dict[str, Any]) -> None:
+    """Raise ValueError if `update` got `obj_fn` and `obj_fn` cannot be used."""
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
-            raise ValueError(
-                f"`update` got both `obj_fn` and `{name}`, two estimates: pass one of them."
-            )
-    if params is None:
+            raise ValueError(f"`update` got both `obj_fn` and `{name}`: pass one of them.")
+    if params is None or has_masked(params):
         raise ValueError(
-            "`obj_fn` needs the parameters, got `params=None`: call "
-            "`update(grads, state, params, obj_fn=obj_fn)`."
-        )
-    if has_masked(params):
-        raise ValueError(
-            "`obj_fn` needs all parameters, but `optax.masked` or `optax.partition` hides "
-            "some of them. Pass, with all parameters, "
+            "`obj_fn` needs all parameters, but `params` is None, or `optax.masked` or "
+            "`optax.partition` hides some of them. Pass, with all parameters, "
             "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
         )
-    return lambda key: hutchinson(obj_fn)(params, key=key)
+
+
+def scale_by_sophia(
+    b1: ArrayLike = 0.965, b2: ArrayLike = 0.99, gamma: Gamma = 0.05,
+    eps: ArrayLike = 1e-12, *, clip_threshold: ArrayLike = 1.0,
+    update_interval: ArrayLike = 10, debias: bool = False, nesterov: bool = False,
+    mu_dtype: Any = None, hessian_dtype: Any = None, seed: ArrayLike = 0,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    r"""Sophia without learning rate, sign and weight decay.
+
+    .. math::
+      m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
+      u_t = \mathrm{clip}(m_t / \max(\gamma h_t, \epsilon), \pm\rho)
+
+    This is a chain of `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. Arguments,
+    dtypes and errors are those of `sophia`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from sophia_optax import scale_by_sophia
+      >>> tx = optax.chain(scale_by_sophia(b1=0.0, b2=0.0), optax.scale(-0.1))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> grads, hessian = jnp.array([2.0, 2.0]), jnp.array([1.0, 80.0])
+      >>> updates, state = tx.update(grads, tx.init(params), params, hessian=hessian)
+      >>> print(updates)
+      [-0.1  -0.05]
+    """
+    # clip(m / max(gamma h, eps), ±ρ) = ρ clip(m / max(ρ gamma h, ρ eps), ±1)
+    return optax.chain(
+        momentum(b1, nesterov=nesterov, dtype=mu_dtype, seed=seed),
+        scale_by_diag_hessian(
+            b2, _scale_gamma(gamma, clip_threshold), clip_threshold * eps,
+            update_interval=update_interval, debias=debias, hessian_dtype=hessian_dtype,
+            seed=seed, axis_name=axis_name,
+        ),
+        optax.clip(1.0),
+        _scale(clip_threshold),
+    )  # fmt: skip
+
+
+def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
+    """Return factor · gamma, or the rule itself, because the rule finds its own scale."""
+    if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
+        return gamma
+    if callable(gamma):
+        return lambda count: factor * gamma(count)
+    return factor * gamma  # pyright: ignore[reportReturnType]
+
+
+def _scale(factor: ArrayLike) -> optax.GradientTransformation:
+    """Return `optax.scale(factor)` that keeps the dtype of the updates for any factor."""
+
+    def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
+
+    return optax.stateless(scale)

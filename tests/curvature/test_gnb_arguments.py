@@ -87,8 +87,8 @@ def test_gnb_is_not_finite_for_logits_that_are_not_finite(make, factor, term, we
 @pytest.mark.parametrize(
     ("edit", "targets", "error", "message"),
     [
-        (lambda f: (f, {"mean": f}), Y, ValueError, r"`Categorical`.* tuple.*`logits_fn`"),
-        (lambda f: {"logits": f}, Y, ValueError, r"`Categorical`.* dict.*`logits_fn`"),
+        (lambda f: (f, {"mean": f}), Y, ValueError, r"`logits_fn`.* one array.* tuple"),
+        (lambda f: {"logits": f}, Y, ValueError, r"`logits_fn`.* one array.* dict"),
         (lambda f: f.mean(), Y, ValueError, r"`Categorical`.* got \(\)"),
         (lambda f: f[:, :1], Y, ValueError, r"`Categorical`.*\(4, 1\).*`Bernoulli\(\)`"),
         (lambda f: f[:, 0], Y[0], ValueError, r"`neg_log_prob`.*`Bernoulli\(\)`"),

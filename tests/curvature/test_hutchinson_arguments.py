@@ -28,8 +28,8 @@ def hutchinson_of(edit, x=X, *, fn=network, groups=1):
         (lambda v: v[:1], ValueError, r"`loss_fn`.* got .*\(1,\)"),
         (lambda v: (v.mean(), v), ValueError, "`loss_fn`.* got tuple"),
         (lambda v: {"loss": v.mean()}, ValueError, "`loss_fn`.* got dict"),
-        (lambda v: v.mean().astype(int), TypeError, "`loss_fn`.* int32"),
-        (lambda v: v.mean() + 0j, TypeError, "`loss_fn`.* complex64"),
+        (lambda v: v.mean().astype(int), ValueError, "`loss_fn`.* int32"),
+        (lambda v: v.mean() + 0j, ValueError, "`loss_fn`.* complex64"),
         (lambda v: len(v.mean()), TypeError, r"^len\(\)"),
         (lambda v: jax.lax.while_loop(jnp.any, jnp.sin, v.mean()), ValueError, "while"),
     ],
@@ -56,7 +56,7 @@ def test_hutchinson_rejects_invalid_arguments():
     estimate = hutchinson(lambda p, x: jnp.mean(network(p, x)))
     with pytest.raises(ValueError, match=r"`num_probes`.* got 0"):
         hutchinson(network, num_probes=0)
-    with pytest.raises(TypeError, match=r"`weights`.*`hutchinson`.*`loss_fn`"):
+    with pytest.raises(TypeError, match="'weights'"):
         estimate(PARAMS, X, key=KEY, weights=jnp.ones(4))
     with pytest.raises(TypeError, match="'x'"):
         estimate(PARAMS, x=X, key=KEY)

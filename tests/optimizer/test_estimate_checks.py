@@ -121,7 +121,7 @@ def test_sophia_rejects_params_that_are_not_real_unless_masked(dtype):
 def test_update_requires_params():
     with pytest.raises(ValueError, match="`params`"):
         G.update(PARAMS, G.init(PARAMS))
-    with pytest.raises(ValueError, match=r"`obj_fn`.*`params=None`"):
+    with pytest.raises(ValueError, match=r"`obj_fn`.*`params` is None"):
         H.update(PARAMS, H.init(PARAMS), obj_fn=NORM)
 
 

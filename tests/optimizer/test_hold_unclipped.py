@@ -115,6 +115,12 @@ def test_hold_unclipped_samples_parameters_in_proportion_to_their_sizes():
     assert gamma_of(0.751, grads) == 1
 
 
+def test_hold_unclipped_samples_scalar_parameters():
+    grads = {"w": np.full(SAMPLE_SIZE, 1e-3, np.float32), "scale": np.float32(1)}
+    assert gamma_of(0.5, grads) == np.float32(1e-3)
+    assert gamma_of(1.0, grads) == 1
+
+
 def test_hold_unclipped_samples_equal_shapes_at_different_entries():
     """Half of the entries of each of 48 vectors are small."""
     vector = np.where(np.arange(96) % 2, 1, 1e-3).astype(np.float32)

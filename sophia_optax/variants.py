@@ -1,0 +1,236 @@
+"""The paper's baselines and ablations, each a composition of public stages.
+
+  adahessian             Hutchinson's estimates, the root of their mean square, no clip
+  adahessian_clip        AH+clip: Sophia with the root of the mean square
+  empirical_fisher_clip  E-F+clip: Sophia with squared gradients of the true labels
+  clip_only              Sophia with a Hessian of one
+  normalize_only         the average of gradients, scaled to a fixed norm
+  signum                 SignGD with momentum: Sophia with a Hessian of zero
+  full_matrix_sophia     the theory: the full Hessian, and the clip in its eigenbasis
+
+AdamW and Lion are in Optax. Arguments, and how `update` receives an estimate, are those of
+`sophia`.
+
+Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 4;
+Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from sophia_optax import scale_by_diag_hessian, sophia
+
+__all__ = [
+    "adahessian", "adahessian_clip", "clip_only", "empirical_fisher_clip",
+    "full_matrix_sophia", "normalize_only", "signum", "spatial_average",
+]  # fmt: skip
+
+
+def adahessian(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.9, b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8, weight_decay: optax.ScalarOrSchedule = 0.0, mask: Any = None,
+    *, update_interval: ArrayLike = 1, seed: ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    r"""AdaHessian: Adam with estimates of the Hessian diagonal in its second moment.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta \left(\frac{m_t / (1 - b_1^t)}
+        {\sqrt{v_t / (1 - b_2^t)}} + \lambda \theta_{t-1}\right), \qquad
+      v_t = b_2 v_{t-1} + (1 - b_2) \hat h_t^2
+
+    The paper's Hessian power is fixed at one. Use estimates of `hutchinson`, with or
+    without `spatial_average`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import adahessian, spatial_average
+      >>> tx, params, grads = adahessian(0.1), jnp.ones((1, 2)), jnp.array([[2.0, 6.0]])
+      >>> hessian = spatial_average(jnp.array([[2.0, 6.0]]), block_size=2)
+      >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0].round(3))
+      [[-0.05 -0.15]]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=True),
+        scale_by_diag_hessian(
+            b2, 1.0, eps, update_interval=update_interval, debias=True, rms=True, seed=seed
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
+    """AdaHessian's spatial averaging: replace each block of entries by its mean.
+
+    Args:
+      hessian: an estimate, a tree of arrays. Arrays of less than two axes do not change.
+      block_size: number of consecutive entries of the last axis. Must divide it.
+
+    Raises:
+      ValueError: if `block_size` does not divide a last axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import spatial_average
+      >>> print(spatial_average(jnp.array([[1.0, 3.0, 0.0, 2.0]]), block_size=2))
+      [[2. 2. 1. 1.]]
+    """
+
+    def average(path, h):
+        if h.ndim < 2:
+            return h
+        if block_size < 1 or h.shape[-1] % block_size:
+            raise ValueError(
+                f"`block_size` must divide the last axis, got {block_size} for "
+                f"`hessian{jax.tree_util.keystr(path)}` of shape {h.shape}."
+            )
+        means = h.reshape(*h.shape[:-1], -1, block_size).mean(-1)
+        return jnp.repeat(means, block_size, axis=-1)
+
+    return jax.tree.map_with_path(average, hessian)
+
+
+def adahessian_clip(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
+    gamma: optax.ScalarOrSchedule = 0.01, eps: ArrayLike = 1e-12,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None, **settings: Any,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """AH+clip: Sophia with the root mean square of estimates of `hutchinson`.
+
+    The `settings` are keyword arguments of `scale_by_diag_hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import adahessian_clip
+      >>> tx = adahessian_clip(0.1, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0)
+      >>> params, hessian = jnp.ones(2), jnp.array([0.5, -2.0])
+      >>> print(tx.update(jnp.ones(2), tx.init(params), params, hessian=hessian)[0])
+      [-0.1  -0.05]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        scale_by_diag_hessian(b2, gamma, eps, rms=True, **settings),
+        optax.clip(1.0),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+empirical_fisher_clip = sophia
+"""E-F+clip: `sophia`, for use with estimates of `empirical_fisher`."""
+
+
+def clip_only(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, gamma: ArrayLike = 0.05,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """The clip without a Hessian: Sophia with a Hessian of one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import clip_only
+      >>> tx, params = clip_only(0.1, b1=0.0, gamma=1.0, weight_decay=0.0), jnp.ones(2)
+      >>> print(tx.update(jnp.array([0.5, 2.0]), tx.init(params), params)[0])
+      [-0.05 -0.1 ]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.scale(1 / gamma),  # pyright: ignore[reportArgumentType]
+        optax.clip(1.0),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def normalize_only(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """The average of gradients, scaled to Euclidean norm one over all parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import normalize_only
+      >>> tx, params = normalize_only(0.1, weight_decay=0.0), jnp.ones(2)
+      >>> print(tx.update(jnp.array([0.0, 4.0]), tx.init(params), params)[0])
+      [-0.  -0.1]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.normalize_by_update_norm(eps=1e-12),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def signum(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+    """SignGD with momentum: Sophia with a Hessian of zero or less.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import signum
+      >>> tx, params = signum(0.1, weight_decay=0.0), jnp.ones(2)
+      >>> print(tx.update(jnp.array([0.5, -2.0]), tx.init(params), params)[0])
+      [-0.1  0.1]
+    """
+    return optax.chain(
+        optax.ema(b1, debias=False),
+        optax.scale_by_sign(),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def full_matrix_sophia(
+    learning_rate: optax.ScalarOrSchedule = 0.5, clip_threshold: ArrayLike = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""The deterministic Sophia of the paper's theory, for small problems.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta V^\top \mathrm{clip}(
+        V (\nabla^2 L)^{-1} \nabla L, \pm\rho), \qquad \nabla^2 L = V^\top \Lambda V
+
+    The number of steps does not depend on the condition number of the Hessian. If an
+    eigenvalue is not positive, the step along its eigenvector is ±ρ.
+
+    Returns:
+      A transformation of one vector, shape (n,), whose `update` requires `hessian`, the
+      full matrix, shape (n, n).
+
+    Raises:
+      ValueError: from `update`, for other shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sophia_optax.variants import full_matrix_sophia
+      >>> tx, params = full_matrix_sophia(1.0), jnp.array([0.5, 0.25])
+      >>> hessian = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> grads = hessian @ params
+      >>> print(tx.update(grads, tx.init(params), hessian=hessian)[0].round(3))
+      [-0.5  -0.25]
+    """
+
+    def update(updates, state, params=None, *, hessian, **extra_args):
+        del params, extra_args
+        if jnp.ndim(updates) != 1 or jnp.shape(hessian) != 2 * jnp.shape(updates):
+            raise ValueError(
+                "`hessian` must have shape (n, n) for a gradient of shape (n,), got "
+                f"{jnp.shape(hessian)} for {jnp.shape(updates)}. Flatten the parameters."
+            )
+        eigenvalues, basis = jnp.linalg.eigh(hessian)
+        tiny = jnp.finfo(eigenvalues.dtype).tiny
+        steps = basis.T @ updates / jnp.maximum(eigenvalues, tiny)
+        bound = jnp.asarray(clip_threshold)
+        return basis @ jnp.clip(steps, -bound, bound), state
+
+    return optax.chain(
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, update),  # pyright: ignore
+        optax.scale_by_learning_rate(learning_rate),
+    )
