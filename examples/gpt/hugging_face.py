@@ -53,6 +53,10 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 
+# Names in transformers of one function: GELU approximated with tanh, as in jax.nn.gelu.
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
+TANH_GELU += ("gelu_python_tanh",)
+
 
 def config_of(folder: Path) -> ModelConfig:
     """The model whose weights a folder holds; all else is as in the default run."""
@@ -64,6 +68,7 @@ def config_of(folder: Path) -> ModelConfig:
         theirs = {"model_type": None} | json.loads(path.read_text())
         for name, ours in FIXED.items():
             found = theirs.get(name, ours)
+            found = ours if ours in TANH_GELU and found in TANH_GELU else found
             need(found == ours, f"`{name}` must be {ours}, got {found}")
         shape = {ours: theirs[name] for ours, name in SHAPE.items()}
     return ModelConfig(architecture="gpt2", bias=True, **shape)

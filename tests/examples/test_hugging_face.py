@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 
@@ -201,6 +202,35 @@ def test_what_cannot_be_saved(tmp_path):
 def transformers():
     pytest.importorskip("torch")
     return pytest.importorskip("transformers")
+
+
+def set_activation(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    config["activation_function"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", hugging_face.TANH_GELU)
+def test_every_name_of_the_activation_is_accepted(folder, name):
+    expected = hugging_face.config_of(folder)
+    set_activation(folder, name)
+    assert hugging_face.config_of(folder) == expected
+
+
+def test_accepted_activations_compute_the_function_of_the_model(folder, transformers):
+    """Of all activations in transformers those are accepted, and no others."""
+    import torch
+
+    x = np.linspace(-6, 6, 1001, dtype=np.float32)
+    accepted = []
+    for name in transformers.activations.ACT2FN:
+        found = transformers.activations.ACT2FN[name](torch.tensor(x))
+        set_activation(folder, name)
+        is_same = np.allclose(found.detach(), jax.nn.gelu(x), rtol=1e-5, atol=1e-6)
+        with contextlib.nullcontext() if is_same else pytest.raises(ConfigError):
+            hugging_face.config_of(folder)
+            accepted.append(name)
+    assert sorted(accepted) == sorted(hugging_face.TANH_GELU)
 
 
 def logits_of_both(theirs, params):
