@@ -117,6 +117,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder, or the one that is named: newest first."""
     folder = as_path(folder)
+    if isinstance(folder, Path):  # a symbolic link may lead to a checkpoint
+        target = folder.resolve()
+        folder = target if FOLDER in (target.name, target.parent.name) else folder
     folder = folder.parent if folder.name == FOLDER else folder
     is_one = folder.name.isdecimal() and folder.parent.name == FOLDER
     paths = [folder] if is_one else (folder / FOLDER).glob("*")

@@ -1,5 +1,6 @@
 """Folders: what lies in them, and one that a command writes to, alone."""
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -33,11 +34,34 @@ def absolute(path: Path) -> Path:
     return path.absolute() if isinstance(path, Path) else path
 
 
+def visible_folders(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the folder and all folders in it, each with its files, except hidden ones.
+
+    Symbolic links are followed after all other folders. A folder is yielded once, however
+    many links lead to it, so a cycle of links ends.
+    """
+    pending, seen = collections.deque([folder] if folder.is_dir() else []), set()
+    while pending:
+        here, files = pending.popleft(), []
+        with errors_as(f"`data`, `sources`: {here} can't be read", OSError):
+            if (real := here.resolve()) in seen:
+                continue
+            seen.add(real)
+            for path in sorted(here.iterdir()):
+                if path.name.startswith("."):
+                    continue
+                path.stat()  # raises for a link whose target is missing
+                if path.is_file():
+                    files.append(path)
+                elif path.is_dir():
+                    add = pending.append if path.is_symlink() else pending.appendleft
+                    add(path)
+        yield here, files
+
+
 def visible_files(folder: Path) -> list[Path]:
-    """All files of a folder, and of those in it, but hidden ones."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = re.compile(r"(^|/)\.")
-    return [f for f in files if not hidden.search(f.relative_to(folder).as_posix())]
+    """Return the files of `visible_folders`, sorted by path."""
+    return sorted(file for _, files in visible_folders(folder) for file in files)
 
 
 def write_json(path: Path, value: Any) -> None:

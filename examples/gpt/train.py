@@ -14,7 +14,7 @@ from examples.gpt import attention, data, layout, plot, processes, sample, step
 from examples.gpt.checkpoint import FOLDER, Checkpoints, began
 from examples.gpt.config import Config
 from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import absolute, alone, as_path
+from examples.gpt.folder import alone, as_path, visible_folders
 from examples.gpt.log import Log, Row, require_finite
 from examples.gpt.optimizer import make_optimizer, make_schedule
 from examples.gpt.state import TrainState, abstract_state, first_state
@@ -36,11 +36,13 @@ def main(config: Config) -> list[plot.Curve]:
     out = as_path(name)
     message = f"`profile` needs a folder of this machine as `out`, got {out}."
     need(isinstance(out, Path) or not config.output.profile, message)
-    text = Path(config.data or "").absolute()
-    is_text = config.data is not None and not (text / data.MANIFEST).exists()
-    message = f"`out` must not lie in the text of `data`, got {out} in {text}."
-    need(not is_text or not absolute(out).is_relative_to(text), message)
     with processes.together():
+        text = Path(config.data or "")
+        is_text = config.data is not None and not (text / data.MANIFEST).exists()
+        if is_text and isinstance(out, Path):
+            read = [path.resolve() for path, _ in visible_folders(text)]
+            message = f"`out` must be outside the text of `data`, got {out} in {text}."
+            need(not any(map(out.resolve().is_relative_to, read)), message)
         for name in ("init_from", "resume_from"):
             path = as_path(getattr(config, name) or ".")
             with errors_as(f"`{name}`: {path} can't be read", Exception):

@@ -298,6 +298,27 @@ def test_corpus_is_split_by_file(tmp_path):
     assert 0.05 < len(validation) / len(train + validation) < 0.2
 
 
+def test_folders_behind_links_are_read_once(tmp_path):
+    """Also in a cycle, or if several links lead to a folder."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for path in (corpus / "inside", corpus / ".hidden", elsewhere / "deep"):
+        path.mkdir(parents=True)
+        (path / "a.txt").touch()
+    for link, target in (
+        (corpus / "again", corpus / "inside"),
+        (corpus / "link", elsewhere),
+        (corpus / "other", elsewhere / "deep"),
+        (corpus / ".skipped", tmp_path),
+        (elsewhere / "cycle", corpus),
+    ):
+        link.symlink_to(target)
+    expected = [corpus / "inside" / "a.txt", corpus / "link" / "deep" / "a.txt"]
+    assert folder.visible_files(corpus) == expected
+    (elsewhere / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"can't be read: FileNotFound.*gone"):
+        data.load(corpus)
+
+
 @pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
 def test_files_too_few_for_a_tenth_are_cut(tmp_path, sizes):
     for i, size in enumerate(sizes):

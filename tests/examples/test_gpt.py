@@ -313,8 +313,25 @@ def test_a_store_that_orbax_does_not_know(tiny, bucket):
 
 def test_a_run_does_not_become_its_own_text(tiny):
     folder = tiny.data.parent
-    with pytest.raises(ConfigError, match="`out` must not lie in the text of `data`"):
+    with pytest.raises(ConfigError, match="`out` must be outside the text of `data`"):
         main(tiny.replace(data=folder, out=folder / "runs"))
+    (folder / "text").mkdir()
+    (folder / "text" / "link").symlink_to(folder)
+    with pytest.raises(ConfigError, match="`out` must be outside the text of `data`"):
+        main(tiny.replace(data=folder / "text", out=folder / "runs"))
+
+
+def test_steps_in_follows_a_link_to_a_checkpoint(tmp_path):
+    steps = [tmp_path / "run" / "checkpoints" / str(step) for step in (10, 5)]
+    for path in steps:
+        path.mkdir(parents=True)
+    for target, expected in ((steps[1], steps[1:]), (steps[1].parent, steps)):
+        link = tmp_path / f"to_{target.name}"
+        link.symlink_to(target)
+        assert checkpoint.steps_in(link) == expected
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    linked = tmp_path / "latest" / "checkpoints"
+    assert checkpoint.steps_in(tmp_path / "latest") == [linked / "10", linked / "5"]
 
 
 @pytest.mark.slow

@@ -224,6 +224,15 @@ def test_a_long_text_is_cut_at_ends_of_lines(tmp_path):
     assert sorted("".join(held).split("\r\n")) == sorted("".join(lines).split("\r\n"))
 
 
+def test_a_source_behind_a_link_is_read(tmp_path):
+    for name in ("corpus", "elsewhere"):
+        (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "a.jsonl", DOCUMENTS)
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    main(options(tmp_path / "out", tmp_path / "corpus"))
+    assert documents_of(tmp_path / "out") == expected(DOCUMENTS)
+
+
 class Killed(BaseException):
     pass
 
