@@ -48,13 +48,15 @@ runpy.run_module("examples.gpt", run_name="__main__")
 """
 
 
-def tiny_bpe() -> Tokenizer:
-    """All bytes, and a few merged."""
+MERGES = (("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k"))
+
+
+def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> Tokenizer:
+    """Return a tokenizer with a token for each byte and each merge."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k")]
     tokens = [*alphabet, *map("".join, merges)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [*merges]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ class Tokens:
 
     def __len__(self) -> int:
         return sum(map(len, self.arrays))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens from `start` to `stop`, int32, across shards."""
+        begins = np.cumsum([0, *map(len, self.arrays)])
+        parts = [
+            array[max(start - begin, 0) : max(stop - begin, 0)]
+            for begin, array in zip(begins, self.arrays, strict=False)
+        ]
+        return np.concatenate(parts, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +104,6 @@ def batches(
     steps = grain.MapDataset.range(len(order) // batch).map(read)
     # A few batches ahead are enough: each is large.
     return iter(steps.to_iter_dataset(grain.ReadOptions(8, 16)))
-
-
-def sequences(tokens: Tokens, context: int, batch: int = 64) -> Iterator[np.ndarray]:
-    """Each sequence once, in order: int32 of shape (at most `batch`, context + 1)."""
-    chunks = _cut(tokens, context).batch(batch)
-    return (chunks[i] for i in range(len(chunks)))
 
 
 def load(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from examples.gpt import data, layout
 from examples.gpt.config import ModelConfig
@@ -50,29 +51,34 @@ def main(options: Options) -> None:
         need(bool(out or options.data), "`data` must be given for a loss of `weights`.")
         corpus = data.load(options.data or config.data)
         config.model.check_vocabulary(corpus.tokenizer.vocabulary)
-        corpus.check(config.model.context)
         loss, tokens, size = evaluate(config.model, params, corpus, batch)
-    unit, bits = corpus.tokenizer.unit, loss * tokens / size / math.log(2)
-    print(
-        f"{corpus.name}: {tokens:,} {unit}s of validation\nloss {loss:.4f} nats a {unit}, "
-        f"perplexity {np.exp(loss):.3f}, {bits:.4f} bits a byte"
-    )
+    bits = loss * tokens / size / math.log(2)
+    print(f"{corpus.name}: {tokens:,} tokens of validation, {size:,} bytes of text")
+    perplexity = f"perplexity {np.exp(loss):.3f}"
+    print(f"loss {loss:.4f} nats a token, {perplexity}, {bits:.4f} bits a byte")
 
 
 def evaluate(
     config: ModelConfig, params: Any, corpus: data.Corpus, batch: int
 ) -> tuple[float, int, int]:
-    """The mean loss of the whole validation split, its tokens, and the bytes they are."""
-    tokenizer, nats, tokens, size = corpus.tokenizer, 0.0, 0, 0
-    for tokens_BxS in data.sequences(corpus.validation, config.context, batch):
+    """Return the mean loss of the scored tokens, their number, and their bytes of text.
+
+    Every token of the validation split except the first is scored once, in windows of
+    `context` tokens.
+    """
+    split, context, nats, size = corpus.validation, config.context, 0.0, 0
+    count = len(split) - 1
+    message = f"`data`: the validation part of {corpus.name} needs 2 tokens or more."
+    need(count > 0, message)
+    for start in range(0, count, batch * context):
+        tokens = split.read(start, start + batch * context + 1)
+        scored = len(tokens) - 1
+        padded = np.pad(tokens, (0, -scored % context))
+        tokens_BxS = sliding_window_view(padded, context + 1)[::context]
         losses_BxT, _ = jax.device_get(judge(config, params, tokens_BxS))
-        nats += losses_BxT.sum(dtype=np.float64)
-        tokens += losses_BxT.size
-        text = tokens_BxS[:, 1:].ravel()
-        if tokenizer.unit != "byte":
-            text = tokenizer.decode(text[text != tokenizer.separator]).encode()
-        size += len(text)
-    return nats / tokens, tokens, size
+        nats += losses_BxT.ravel()[:scored].sum(dtype=np.float64)
+        size += corpus.tokenizer.count_bytes(tokens)
+    return nats / count, count, size
 
 
 @functools.partial(jax.jit, static_argnums=0)

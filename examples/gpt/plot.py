@@ -22,7 +22,7 @@ class Curve(NamedTuple):
         return self.points("val_loss")[1][-1]
 
 
-def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
+def losses(curves: list[Curve], path: Path, data: str) -> None:
     """Draws training and validation loss, and the unclipped fraction, over the steps."""
     figure = Figure((8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -34,7 +34,7 @@ def losses(curves: list[Curve], path: Path, data: str, unit: str) -> None:
         if curve.points("unclipped_fraction")[0]:  # Sophia's alone
             bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
     low = top.dataLim.ymin
-    top.set(ylabel=f"loss (nats per {unit})", ylim=(low - 0.1, low + 2.0))
+    top.set(ylabel="loss (nats per token)", ylim=(low - 0.1, low + 2.0))
     top.set_title(f"{' and '.join(curve.name for curve in curves)} on {data}")
     bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
     bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))

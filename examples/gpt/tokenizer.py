@@ -3,6 +3,8 @@
 A tokenizer is saved beside the tokens it made, so that training needs no network.
 """
 
+import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,8 +22,6 @@ class Tokenizer:
 
     The `separator` is the token after each document, and no text has it.
     """
-
-    unit = "token"  # what a token is called
 
     def __init__(self, name: str, content: bytes):
         import tokenizers  # no need of it where tokens are bytes
@@ -48,6 +48,36 @@ class Tokenizer:
         """The text of tokens. A model may have more, to be of an even size: left out."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        """Return the number of bytes of text in all tokens except the first.
+
+        The end-of-document token counts 0 bytes. The bytes of the tokens of a document add
+        up to those of its decoded text, without a space that the tokenizer put before it.
+        """
+        sizes, spaces = self._bytes_of_tokens[:, tokens[1:]]
+        return int((sizes - spaces * (tokens[:-1] == self.separator)).sum())
+
+    @functools.cached_property
+    def _bytes_of_tokens(self) -> np.ndarray:
+        """The bytes of each token, and how many fewer they are at a document's start."""
+        letter, added = self.encode("a"), self._tokenizer.get_added_tokens_decoder()
+        batch = [[*letter, token, *letter] for token in range(self.vocabulary)]
+        texts = self._tokenizer.decode_batch(batch, skip_special_tokens=False)
+        start, both = len(self.decode(letter)), len(self.decode(letter * 2).encode())
+        sizes = []
+        for number, text in enumerate(texts):
+            token = self._tokenizer.id_to_token(number) or ""
+            if "\ufffd" not in text or "\ufffd" in token:
+                sizes.append(len(text.encode()) - both)
+            elif number in added:
+                sizes.append(len(token.encode()))
+            else:  # a part of a character: `<0xE2>`, or one letter for each byte
+                sizes.append(1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token))
+        spaces = np.array([text.startswith(" ", start) for text in texts])
+        table = np.array([sizes, spaces & spaces[letter[:1]].any()], np.int32)
+        table[:, self.separator] = 0
+        return table
+
     def save(self) -> tuple[str, bytes]:
         """Name and content of a file that makes it again; none if its name is enough."""
         return "tokenizer.json", self._content
@@ -55,8 +85,6 @@ class Tokenizer:
 
 class Bytes(Tokenizer):
     """UTF-8, a byte a token. The zero byte separates documents, and is left out of them."""
-
-    unit = "byte"
 
     def __init__(self):
         self.name, self.vocabulary, self.separator = BYTES, 256, 0
@@ -66,6 +94,9 @@ class Bytes(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        return int(np.count_nonzero(tokens[1:] != self.separator))
 
     def save(self) -> tuple[str, bytes]:
         return BYTES, b""

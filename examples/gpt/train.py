@@ -74,7 +74,7 @@ def main(config: Config) -> list[plot.Curve]:
             text = text or write_text(run, state.params, corpus)
     if process > 0:  # the first has the last words
         return curves
-    plot.losses(curves, out / "loss.png", corpus.name, tokenizer.unit)
+    plot.losses(curves, out / "loss.png", corpus.name)
     print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
     print(f"{out}: config.json, metrics.jsonl, {FOLDER}, loss.png")
     for curve in curves if config.compare else []:
@@ -187,11 +187,10 @@ def _batches(config: Config, tokens: data.Tokens, seed: int, mesh: Mesh) -> Any:
 
 def write_text(config: Config, params: Any, corpus: data.Corpus) -> str:
     """Text sampled after the first `context` tokens of the validation."""
-    prompt = next(iter(data.sequences(corpus.validation, config.model.context)))[0, :-1]
     tokens = sample.generate(
         config.model,
         params,
-        prompt,
+        corpus.validation.read(0, config.model.context),
         400,
         key=jax.random.key(config.seed),
         vocabulary=corpus.tokenizer.vocabulary,

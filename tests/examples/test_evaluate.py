@@ -12,6 +12,7 @@ from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
 from examples.gpt.config import ModelConfig
 from examples.gpt.errors import ConfigError
 from examples.gpt.evaluate import Options
+from examples.gpt.tokenizer import Bytes
 
 pytestmark = pytest.mark.slow
 
@@ -37,28 +38,40 @@ def log_probs(config, params, tokens):
     return table[np.arange(len(tokens) - 1), tokens[1:]]
 
 
-def test_the_loss_is_the_mean_over_every_sequence_of_the_validation(params, corpus):
-    """With batches of 4, the last is smaller, and counts for less."""
-    split = data.load(corpus).validation.arrays[0].astype(int)
-    starts = range(0, len(split) - 24, 24)
-    assert len(starts) % 4
-    each = [log_probs(CONFIG, params, split[i : i + 25]) for i in starts]
-    loss, tokens, size = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=4)
-    np.testing.assert_allclose(loss, -np.mean(each), rtol=1e-6)
-    assert tokens == size == 24 * len(starts)
+def corpus_of(tokenizer, tokens, *cuts):
+    split = data.Tokens(tuple(np.split(np.array(tokens), cuts)))
+    return data.Corpus("text", tokenizer, split, split, "")
 
 
-def test_the_bytes_of_the_text_are_counted(params):
-    """A separator is judged like other tokens, and is no text."""
-    bpe = tiny_bpe()
-    tokens = [*bpe.encode(TEXT), bpe.separator, *bpe.encode(TEXT)]
-    kept = tokens[: (len(tokens) - 1) // 24 * 24 + 1]
-    split = data.Tokens((np.array(tokens),))
-    corpus = data.Corpus("text", bpe, split, split, {})
-    _, count, size = evaluate.evaluate(CONFIG, params, corpus, batch=10_000)
-    text = bpe.decode(t for t in kept[1:] if t != bpe.separator)
-    assert count == len(kept) - 1
-    assert size == len(text.encode())
+@pytest.mark.parametrize(
+    ("size", "cuts"), [(254, ()), (254, (7, 7, 100)), (241, ()), (20, ()), (2, (1,))]
+)
+def test_evaluate_scores_every_token_except_the_first(params, size, cuts):
+    """The split has several shards, or is shorter than the context of 24 tokens."""
+    tokens = np.random.default_rng(0).integers(1, 256, size)
+    each = [log_probs(CONFIG, params, tokens[i : i + 25]) for i in range(0, size - 1, 24)]
+    corpus = corpus_of(Bytes(), tokens, *cuts)
+    for batch in (4, 1000):
+        loss, count, text = evaluate.evaluate(CONFIG, params, corpus, batch)
+        np.testing.assert_allclose(loss, -np.mean(np.concatenate(each)), rtol=1e-5)
+        assert count == text == size - 1
+
+
+def test_evaluate_rejects_a_split_of_one_token(params):
+    with pytest.raises(ConfigError, match=r"`data`: the validation part .* 2 tokens"):
+        evaluate.evaluate(CONFIG, params, corpus_of(Bytes(), [1]), 4)
+
+
+def test_bits_per_byte_are_equal_for_two_tokenizers(params):
+    """Both tokenizers have a token for each byte, and every token is equally likely."""
+    params, found = jax.tree.map(lambda p: 0 * p, params), []
+    for tokenizer in (Bytes(), tiny_bpe(merges=())):
+        tokens = [[*tokenizer.encode(text), tokenizer.separator] for text in ("é", TEXT)]
+        corpus = corpus_of(tokenizer, np.concatenate(tokens))
+        for batch in (1, 7):  # the text is cut within characters
+            found.append(evaluate.evaluate(CONFIG, params, corpus, batch))
+    np.testing.assert_allclose(found, found[:1] * 4, rtol=1e-6)
+    assert found[0][1:] == (len(TEXT.encode()) + 3, len(TEXT.encode()) + 1)
 
 
 def test_command_prints_the_loss_of_a_run_and_of_its_weights(
@@ -70,10 +83,13 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
     printed = capsys.readouterr().out
     with jax.set_mesh(layout.make_mesh("")):
         loss, _, _ = evaluate.evaluate(CONFIG, params, data.load(corpus), batch=16)
-    figures = f"loss {loss:.4f} nats a byte, perplexity {np.exp(loss):.3f}, "
+    figures = f"loss {loss:.4f} nats a token, perplexity {np.exp(loss):.3f}, "
     assert f"{figures}{loss / np.log(2):.4f} bits a byte" in printed
     evaluate.main(Options(weights=tmp_path / "gpt2", data=corpus))
     assert capsys.readouterr().out == printed
+    corpus.write_text(TEXT[:100])  # shorter than the context
+    evaluate.main(Options(weights=tmp_path / "gpt2", data=corpus))
+    assert "9 tokens of validation, 9 bytes of text" in capsys.readouterr().out
 
 
 def test_on_a_mesh_the_loss_is_that_of_one_device(params, corpus, tmp_path, save_run):

@@ -829,11 +829,11 @@ def test_picture_has_both_runs_and_labels(tmp_path, monkeypatch):
     )
     without = [row | {"unclipped_fraction": None} for row in rows]
     curves = [plot.Curve("sophia_g", rows), plot.Curve("adamw", without)]
-    plot.losses(curves, tmp_path / "a.png", "bytes", "byte")
+    plot.losses(curves, tmp_path / "a.png", "bytes")
     top, bottom = figures[0].axes
     labels = " ".join(text.get_text() for text in top.get_legend().get_texts())
     for words in ("sophia_g, training", "sophia_g, validation: 2.200", "adamw, training"):
         assert words in labels
-    assert top.get_ylabel() == "loss (nats per byte)"
+    assert top.get_ylabel() == "loss (nats per token)"
     assert bottom.get_xlabel() == "step"
     assert bottom.get_shared_x_axes().joined(top, bottom)

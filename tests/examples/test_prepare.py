@@ -183,6 +183,43 @@ def test_every_tokenizer_gives_back_the_text(a_tokenizer, jsonl, tmp_path):
     assert documents_of(tmp_path / "elsewhere") == expected(DOCUMENTS)
 
 
+def with_prefix_space():
+    """A byte-level BPE that puts a space before each text, with a token of a whole word."""
+    bpe = tokenizers.Tokenizer.from_str(tiny_bpe().save()[1].decode())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.add_tokens(["æther"])
+    return tokenizer.Tokenizer("prefix", bpe.to_str().encode())
+
+
+def with_byte_fallback():
+    """A BPE such as that of Llama: `▁` for a space, and `<0xC3>` for a byte."""
+    tokens = [*(f"<0x{i:02X}>" for i in range(256)), *"▁aeinoprtwx", "▁w"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = tokenizers.models.BPE(vocabulary, [("▁", "w")], byte_fallback=True)
+    bpe = tokenizers.Tokenizer(model)
+    d, n = tokenizers.decoders, tokenizers.normalizers
+    bpe.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
+    bpe.decoder = d.Sequence(
+        [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+    )
+    bpe.add_special_tokens(["</s>"])
+    return tokenizer.Tokenizer("fallback", bpe.to_str().encode())
+
+
+@pytest.mark.parametrize(
+    "make", [tokenizer.Bytes, tiny_bpe, with_prefix_space, with_byte_fallback]
+)
+def test_count_bytes_is_the_size_of_the_text(make):
+    """The tokens may be cut within a character."""
+    made, texts = make(), ["être", "wo wo\r\n", "é🐦 \ufffd", "", "two  ", *DOCUMENTS]
+    documents = [np.append(ids, made.separator) for ids in made.encode_batch(texts)]
+    tokens = np.concatenate([[made.separator], *documents]).astype(np.int32)
+    expected = sum(len(text.encode()) for text in texts)
+    assert made.count_bytes(tokens) == expected
+    cut = [made.count_bytes(tokens[i : i + 8]) for i in range(0, len(tokens) - 1, 7)]
+    assert sum(cut) == expected
+
+
 def test_bytes_leave_out_what_separates():
     made = tokenizer.Bytes()
     assert made.encode("a\0b") == [97, 98]
