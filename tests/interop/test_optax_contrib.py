@@ -187,6 +187,24 @@ def test_init_accepts_shapes(name):
     assert optax.tree.get(state, "hessian").shape == params.shape
 
 
+@every_transformation
+def test_init_and_update_give_the_same_types_with_and_without_jit(name):
+    """The types include shardings along Explicit axes."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = make_optimizer(name)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "x"))
+        params = jnp.zeros((2, 8, 4), "float16", out_sharding=sharding)
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, (params, state))
+        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types[1]
+        for extra_args in ({}, curvature(name, params, lambda x: jnp.sum(squared(x)))):
+            update = functools.partial(tx.update, **extra_args)
+            for call in (update, jax.jit(update)):
+                actual = call(params, state, params)
+                assert jax.tree.map(jax.typeof, actual) == types
+
+
 @pytest.mark.parametrize("mesh_type", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", ["sophia_h", "hold_unclipped"])
 def test_sharded_update_equals_the_update_on_one_device(name, mesh_type):

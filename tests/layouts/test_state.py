@@ -11,7 +11,7 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from sophia_optax import hold_unclipped, sophia_g, sophia_metrics
+from sophia_optax import hold_unclipped, sophia_g, sophia_h, sophia_metrics
 
 P = PartitionSpec
 SPECS = {"w": P("data", "tensor"), "b": P("tensor")}
@@ -48,32 +48,61 @@ def describe(tree):
     return jax.tree.map(of, tree)
 
 
+def loss_fn(params):
+    return sum(jnp.sum(p**4) for p in params.values())
+
+
 @KINDS
 @pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    "settings", [{"debias": True}, {"gamma": hold_unclipped(), "nesterov": True}]
+    ("make", "settings", "curvature"),
+    [
+        (sophia_g, {"debias": True}, lambda params: {"hessian": params}),
+        (
+            sophia_g,
+            {"gamma": hold_unclipped(), "nesterov": True},
+            lambda params: {"hessian_fn": lambda key: params},
+        ),
+        (sophia_h, {}, lambda params: {"obj_fn": loss_fn}),
+    ],
+    ids=["sophia_g", "hold_unclipped", "sophia_h"],
 )
-def test_sophia_g_state_has_the_shardings_of_the_parameters(kind, jit, settings):
+def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
+    kind, jit, make, settings, curvature
+):
+    """The state has the shardings of the parameters, and scalars are replicated."""
     mesh = make_mesh(kind)
     params = shard(mesh)
-    tx = sophia_g(optax.constant_schedule(0.1), mu_dtype="bfloat16", **settings)
+    tx = make(
+        optax.constant_schedule(0.1), mu_dtype="bfloat16", update_interval=2, **settings
+    )
     shapes = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
     )
     expected = shardings(tx, jax.eval_shape(tx.init, shapes), mesh)
+
+    def step(params, state):
+        updates, state = tx.update(
+            jax.grad(loss_fn)(params), state, params, **curvature(params)
+        )
+        return optax.apply_updates(params, updates), state
+
     wrap = jax.jit if jit else lambda fn, **_: fn
     # On Auto axes a jitted `init` needs shardings: its zeros depend on no parameter.
     init = wrap(tx.init, out_shardings=None if kind == AxisType.Explicit else expected)
-    update = wrap(tx.update)
+    step = wrap(step, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
-        state = first = init(params)
-        assert describe(tx.init(shapes)) == describe(first)
-        for hessian in (params, None, params):
-            updates, state = update(params, state, params, hessian=hessian)
-    assert describe(state) == describe(first)
-    assert describe(updates) == describe(params)
-    assert describe(state) == describe(jax.device_put(state, expected))
-    assert 0 <= sophia_metrics(state)["unclipped_fraction"] <= 1  # without `set_mesh` too
+        carry = params, init(params)
+        types = describe(carry)
+        assert describe(tx.init(shapes)) == types[1]
+        for _ in range(3):
+            previous, carry = carry, step(*carry)
+            assert describe(carry) == types
+            if jit:
+                assert all(x.is_deleted() for x in jax.tree.leaves(previous) if x.size > 1)
+    assert types[1] == describe(jax.device_put(carry[1], expected))
+    assert not jit or step._cache_size() == 1  # no input was resharded
+    assert sophia_metrics(carry[1])["refreshes"] >= 2  # computed outside `set_mesh`
 
 
 def test_sophia_g_state_is_restored_by_orbax_on_a_different_layout(tmp_path):
