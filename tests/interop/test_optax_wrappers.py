@@ -461,3 +461,136 @@ def test_snapshot_and_monitor_around_scale_by_sophia():
             optax.tree.get(state, "gradient_norm"), optax.tree.norm(grads), rtol=1e-6
         )
     assert sophia_metrics(state)["refreshes"] == 3
+
+
+# Transformations that evaluate the loss or use its value
+
+
+def loss_fn(params, n):
+    """Return the loss whose gradients are `gradients(params, n)`."""
+    return -sum(jnp.sum(jnp.cos(5 * p + n)) / 5 for p in params.values())
+
+
+# Without momentum and weight decay, the update of Sophia is a descent direction.
+DESCENT = sophia_g(**SETTINGS | {"learning_rate": 1.0, "b1": 0.0, "weight_decay": 0.0})
+SCALED = {  # and the name of the factor in the state
+    "backtracking": (optax.scale_by_backtracking_linesearch(10), "learning_rate"),
+    "zoom": (optax.scale_by_zoom_linesearch(10), "learning_rate"),
+    "reduce_on_plateau": (optax.contrib.reduce_on_plateau(patience=1), "scale"),
+}
+
+
+def loss_args(params, grads, n):
+    """Return the extra arguments that the transformations of `SCALED` need."""
+    return {
+        "value": loss_fn(params, n),
+        "grad": grads,
+        "value_fn": lambda params, hessian_fn: loss_fn(params, n),
+        "hessian_fn": lambda key: estimate(params, key),
+    }
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_line_search_and_reduce_on_plateau_scale_the_update(name):
+    scale_by, field = SCALED[name]
+    tx = optax.chain(DESCENT, scale_by)
+
+    @jax.jit
+    def scaled_step(params, state, n):
+        grads = gradients(params, n)
+        extra_args = loss_args(params, grads, n)
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+    params, state = initial_params(), tx.init(PARAMS)
+    sophia_state = state[0]
+    for n in range(STEPS):
+        new, sophia_state = step(DESCENT, params, sophia_state, gradients(params, n))
+        previous = params
+        params, state = scaled_step(params, state, n)
+        factor = optax.tree.get(state[1], field)
+        expected = jax.tree.map(lambda p, q, f=factor: p + f * (q - p), previous, new)
+        assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+        assert_trees_all_close(state[0], sophia_state, rtol=1e-5, atol=1e-6)
+        if field == "learning_rate":
+            assert loss_fn(params, n) < loss_fn(previous, n)
+    assert sophia_metrics(state)["refreshes"] == 3
+    assert factor != 1
+
+
+@pytest.mark.parametrize("name", ["backtracking", "zoom"])
+def test_line_search_rejects_hessian_fn_that_value_fn_does_not_accept(name):
+    tx = optax.chain(DESCENT, SCALED[name][0])
+    extra_args = loss_args(PARAMS, PARAMS, 0) | {"value_fn": lambda p: loss_fn(p, 0)}
+    with pytest.raises(TypeError, match=r"not consumed by `value_fn`.*hessian_fn"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra_args)
+
+
+def test_mechanize_scales_the_sum_of_the_updates():
+    history, state = train(optax.contrib.mechanize(SOPHIA, s_init=0.01))
+    assert sophia_metrics(state)["refreshes"] == num_calls() == 3
+    params = total = initial_params()
+    sophia_state = SOPHIA.init(params)
+    for n in range(STEPS):
+        new, sophia_state = step(SOPHIA, params, sophia_state, gradients(params, n))
+        total = jax.tree.map(lambda t, q, p: t + q - p, total, new, params)
+        params = history[n]
+    factor = jnp.sum(state.s)
+    expected = jax.tree.map(lambda p, t: p + factor * (t - p), initial_params(), total)
+    assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("opaque_mode", [False, True])
+def test_sam_around_sophia_with_hessian_fn_bound_in_the_step(opaque_mode):
+    """The estimate is at `params`, which `opaque_mode` does not perturb."""
+    perturb = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+
+    @jax.jit
+    def sam_step(params, state, n):
+        def hessian_fn(key):
+            jax.debug.callback(lambda: calls.append(None))
+            return estimate(params, key)
+
+        bound = functools.partial(SOPHIA.update, hessian_fn=hessian_fn)
+        tx = optax.GradientTransformation(SOPHIA.init, bound)
+        sam = optax.contrib.sam(tx, perturb, opaque_mode=opaque_mode)
+        updates, state = sam.update(
+            gradients(params, n), state, params, grad_fn=lambda p, _: gradients(p, n)
+        )
+        return optax.apply_updates(params, updates), state
+
+    params = expected = initial_params()
+    state = optax.contrib.sam(SOPHIA, perturb, opaque_mode=opaque_mode).init(params)
+    sophia_state = SOPHIA.init(params)
+    for n in range(STEPS):
+        grads = gradients(expected, n)
+        perturbed = optax.tree.add_scale(expected, 0.1 / optax.tree.norm(grads), grads)
+        key = jax.random.fold_in(jax.random.key(SEED), n)
+        hessian = estimate(expected if opaque_mode else perturbed, key)
+        updates, sophia_state = SOPHIA.update(
+            gradients(perturbed, n),
+            sophia_state,
+            expected,
+            **({} if n % INTERVAL else {"hessian": hessian}),
+        )
+        expected = optax.apply_updates(expected, updates)
+        for _ in range(1 if opaque_mode else 2):
+            params, state = sam_step(params, state, n)
+        assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+    assert sophia_metrics(state)["refreshes"] == 3
+    assert num_calls() == 3 * (1 if opaque_mode else 2)
+
+
+@pytest.mark.parametrize(
+    "step_size", [optax.scale_by_polyak(max_learning_rate=1e9), optax.contrib.momo(1e9)]
+)
+def test_step_size_of_polyak_and_momo_after_sophia_scales_with_the_loss(step_size):
+    """It is value / |update|². Sophia's update does not scale with the loss."""
+    tx = optax.chain(scale_by_sophia(), step_size)
+
+    def scaled_update(scale):
+        grads = jax.tree.map(lambda p: scale * p, initial_params())
+        return tx.update(grads, tx.init(PARAMS), PARAMS, hessian=grads, value=scale)[0]
+
+    expected = jax.tree.map(lambda u: 4 * u, scaled_update(1.0))
+    assert_trees_all_close(scaled_update(4.0), expected, rtol=1e-5)
