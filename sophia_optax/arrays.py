@@ -11,7 +11,7 @@ AxisName = str | tuple[str, ...] | None
 
 def accumulator_dtype(x: Any) -> Any:
     """Return the dtype in which to sum: float32, or float64 if `x` is float64."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def check_params(params: Any) -> None:
@@ -31,6 +31,13 @@ def cast_to_float32(tree: Any) -> Any:
     """Return the leaves as arrays, with dtypes narrower than float32 cast to float32."""
     arrays = jax.tree.map(jnp.asarray, tree)
     return jax.tree.map(lambda x: x.astype(accumulator_dtype(x)), arrays)
+
+
+def promote(*xs: Any) -> list[jax.Array]:
+    """Return the arrays in float32, or in float64 if one of them is float64."""
+    xs = tuple(map(jnp.asarray, xs))
+    is_double = any(x.dtype == jnp.float64 for x in xs)
+    return [x.astype(jnp.float64 if is_double else jnp.float32) for x in xs]
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -57,6 +64,16 @@ def varying_axes(tree: Any) -> frozenset[str]:
     """
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def shard_axes(x: jax.Array, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the mapped axes of `names` along which devices hold shards of `x`.
+
+    Without `check_vma=True`, this is unknown, and the result is all of `names`.
+    """
+    if not names or not varying_axes(jax.lax.axis_index(names)):
+        return names
+    return tuple(name for name in names if name in varying_axes(x))
 
 
 def cast_to_varying(tree: Any, names: Iterable[str]) -> Any:

@@ -1,18 +1,8 @@
 """The paper's baselines and ablations, each a composition of public stages.
 
-  adahessian             Hutchinson's estimates, the root of their mean square, no clip
-  adahessian_clip        AH+clip: Sophia with the root of the mean square
-  empirical_fisher_clip  E-F+clip: Sophia with squared gradients of the true labels
-  clip_only              Sophia with a Hessian of one
-  normalize_only         the average of gradients, scaled to a fixed norm
-  signum                 SignGD with momentum: Sophia with a Hessian of zero
-  full_matrix_sophia     the theory: the full Hessian, and the clip in its eigenbasis
-
-AdamW and Lion are in Optax. Arguments, and how `update` receives an estimate, are those of
-`sophia`.
-
-Sources: Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, section 4;
-Yao et al., `AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
+Arguments, and how `update` receives an estimate, are those of `sophia`. AdamW and Lion are
+in Optax. Sources: section 4 of `Sophia <https://arxiv.org/abs/2305.14342>`_; Yao et al.,
+`AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
 """
 
 from typing import Any
@@ -66,12 +56,8 @@ def adahessian(
 def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
     """AdaHessian's spatial averaging: replace each block of entries by its mean.
 
-    Args:
-      hessian: an estimate, a tree of arrays. Arrays of less than two axes do not change.
-      block_size: number of consecutive entries of the last axis. Must divide it.
-
-    Raises:
-      ValueError: if `block_size` does not divide a last axis.
+    A block is `block_size` consecutive entries of the last axis, which `block_size` must
+    divide. Arrays of less than two axes do not change.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,15 +183,9 @@ def full_matrix_sophia(
       \theta_t = \theta_{t-1} - \eta V^\top \mathrm{clip}(
         V (\nabla^2 L)^{-1} \nabla L, \pm\rho), \qquad \nabla^2 L = V^\top \Lambda V
 
-    The number of steps does not depend on the condition number of the Hessian. If an
-    eigenvalue is not positive, the step along its eigenvector is ±ρ.
-
-    Returns:
-      A transformation of one vector, shape (n,), whose `update` requires `hessian`, the
-      full matrix, shape (n, n).
-
-    Raises:
-      ValueError: from `update`, for other shapes.
+    The parameters are one vector, shape (n,), and `update` requires `hessian`, the full
+    matrix, shape (n, n). If an eigenvalue is not positive, the step along its eigenvector
+    is ±ρ. The number of steps does not depend on the condition number.
 
     Example:
       >>> import jax.numpy as jnp

@@ -39,7 +39,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
       estimate: an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
-      Three pure functions, which work inside `jax.lax.scan`:
+      Three pure functions:
 
       - `init(params)`: the empty state;
       - `add(state, params, *batch, **kwargs)`: the state with one more micro-batch. The
@@ -49,9 +49,6 @@ def accumulate(estimate: Estimator) -> Accumulator:
         `weight`, such as the number of unmasked predictions;
       - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
         the total weight is 0, it is NaN, which the optimizer rejects.
-
-    Raises:
-      TypeError: if `estimate` is not an `Estimator`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -2,11 +2,9 @@
 
 Each sample takes one uniform number u in (0, 1). The classes are divided into blocks. The
 weight of a block is the sum of exp(logit - max), and W is the sum over all blocks. Step one
-finds the first block with a cumulative weight above u W. Step two finds the first such
-class in this block. Only the exponentials of this block are written to memory.
-
-If the number of classes is a multiple of 128 there are 128 blocks. Devices that hold shards
-of the classes then exchange 128 weights for each sample rather than the logits.
+finds the first block with a cumulative weight above u W, and step two the first such class
+in this block. If the number of classes is a multiple of 128 there are 128 blocks, so that
+devices that hold shards of the classes exchange 128 weights rather than the logits.
 """
 
 import jax

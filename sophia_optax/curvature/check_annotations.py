@@ -91,7 +91,8 @@ def trace_group_gradient(
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
-    fn, jaxpr = trace_gradient(loss, gathered, *grouped.first, axis_env=axis_env)
+    gradient = named_gradient(loss)
+    fn, jaxpr = trace(gradient, gathered, *grouped.first, axis_env=axis_env)
     values = find_annotations(jaxpr, params, names)
     _check_values(values)
     if not _uses_groups(jaxpr):
@@ -100,22 +101,26 @@ def trace_group_gradient(
     if grouped.axes:
         # On Explicit axes the types of annotated parameters say that they stay sharded.
         gathered = grouped.gather(params, is_summed)
-        fn, _ = trace_gradient(loss, gathered, *grouped.first, axis_env=axis_env)
+        fn, _ = trace(gradient, gathered, *grouped.first, axis_env=axis_env)
     return fn, values, is_summed
 
 
-def trace_gradient(
-    loss: Callable[..., jax.Array], params: Any, *args: Any, axis_env: Sequence[Any] = ()
-) -> tuple[Callable[..., Any], Any]:
-    """Return the traced gradient of `loss(params, *args)`, as a function and as a jaxpr.
+def named_gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Return the gradient of a loss, with the cotangent of the loss named in its jaxpr."""
+    # Inside `jit`, so that a call of its jaxpr binds one operation, not all of them.
+    return jax.jit(jax.grad(lambda *args: _name_cotangent(loss(*args))))
 
-    The function takes arguments of the same types and does not call `loss` again.
-    `axis_env` has the names and sizes of mapped axes to bind.
+
+def trace(
+    fn: Callable[..., Any], params: Any, *args: Any, axis_env: Sequence[Any] = ()
+) -> tuple[Callable[..., Any], Any]:
+    """Return `fn`, which returns a tree like `params`, as traced function and as jaxpr.
+
+    The function takes arguments of the same types and does not call `fn` again. `axis_env`
+    has the names and sizes of mapped axes to bind.
     """
-    # Inside `jit`, so that a call of the function binds one operation, not all of them.
-    gradient = jax.jit(jax.grad(lambda *args: _name_cotangent(loss(*args))))
     with jax.disable_jit(False):  # under `disable_jit`, tracing would unroll scans
-        jaxpr = jax.make_jaxpr(gradient, axis_env=list(axis_env))(params, *args)
+        jaxpr = jax.make_jaxpr(fn, axis_env=list(axis_env))(params, *args)
 
     def call(params: Any, *args: Any) -> Any:
         flat = core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves((params, *args)))
@@ -311,21 +316,21 @@ def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
 
 def _find_used_axes(eqns: Iterable[Any]) -> Axes:
     """Return the mapped axes that the operations use."""
-    params = (eqn.params for eqn in _all_operations(eqns))
+    params = (eqn.params for eqn in all_operations(eqns))
     axes = (p.get("axes", p.get("axis_name", ())) for p in params)
     return frozenset().union(*(a if isinstance(a, tuple | list) else (a,) for a in axes))
 
 
 def _has_annotation(eqns: Iterable[Any]) -> bool:
-    return any(eqn.params.get("name") == SQUARES for eqn in _all_operations(eqns))
+    return any(eqn.params.get("name") == SQUARES for eqn in all_operations(eqns))
 
 
-def _all_operations(eqns: Iterable[Any]) -> Iterator[Any]:
+def all_operations(eqns: Iterable[Any]) -> Iterator[Any]:
     """Yield the operations, and those of the jaxprs inside them."""
     for eqn in eqns:
         yield eqn
         for inner in map(_unwrap, jax.tree.leaves(eqn.params)):
-            yield from _all_operations(getattr(inner, "eqns", ()))
+            yield from all_operations(getattr(inner, "eqns", ()))
 
 
 def _unwrap(jaxpr: Any) -> Any:

@@ -91,4 +91,6 @@ def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:
         raise TypeError(
             f"`key` must be one PRNG key, such as `jax.random.key(0)`, got {got}."
         )
+    # With `rbg` keys, groups in parallel would draw other bits than sequential groups.
+    key = jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
     return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key

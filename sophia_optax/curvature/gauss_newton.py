@@ -1,14 +1,12 @@
 """The diagonal of the Gauss-Newton matrix, from squared gradients of summed losses.
 
-Let the loss be the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions, W = Σ_b w_b.
-Let labels ŷ_b be sampled from the model. For ℓ = -log p, the gradients of predictions
-g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent and have mean zero. The mean of g_b g_bᵀ is the
-Gauss-Newton matrix of b, J_bᵀ (∂²ℓ/∂f²) J_b. So for any split into groups
+The loss is the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions. For sampled labels
+ŷ_b and ℓ = -log p, the gradients g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent, with mean
+zero and covariance J_bᵀ (∂²ℓ/∂f²) J_b, the Gauss-Newton matrix of b. So for any groups
 
     E Σ_g (Σ_{b in g} √w_b g_b)²  =  Σ_b w_b E g_b²  =  W diag(Gauss-Newton of L)
 
-because the cross terms g_b g_c have mean zero. More groups leave fewer cross terms in the
-estimate, and its error falls as 1 / √groups.
+because the cross terms g_b g_c have mean zero.
 """
 
 import dataclasses
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, accumulator_dtype, axis_names, sum_over_devices
+from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, sum_over_devices
 from sophia_optax.curvature.check_annotations import GroupLoss, Value, trace_group_gradient
 from sophia_optax.curvature.each_group import square
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
@@ -41,9 +39,8 @@ def gnb(
       \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
       S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
 
-    The mean of the estimate is the diagonal of the Gauss-Newton matrix of the mean loss,
-    for any number of groups. Its error falls as 1 / √groups. One group is the paper's
-    estimator; a few sequences in as many groups have a smaller error.
+    Its mean is the diagonal of the Gauss-Newton matrix of the mean loss, for any number of
+    groups. Its error falls as 1 / √groups. The paper's estimator has one group.
 
     Args:
       logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood` takes,
@@ -101,8 +98,8 @@ def empirical_fisher(
 ) -> "EmpiricalFisher":  # fmt: skip
     """Empirical Fisher: `gnb` with the labels of the data, and the same arguments.
 
-    Their gradients do not have mean zero. So this is not an estimate of the Gauss-Newton
-    matrix, and its mean depends on the groups. It is a baseline, the paper's E-F+clip.
+    Their gradients do not have mean zero, so this does not estimate the Gauss-Newton
+    matrix, and depends on the groups. It is a baseline, the paper's E-F+clip.
 
     Returns:
       A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`.
@@ -153,8 +150,7 @@ class _SquaredGradients:
             arrays = {"batch": batch, "targets": targets}
             losses = jax.eval_shape(self._losses, params, arrays, jnp.int32(0), key)
             return losses.size * jax.lax.axis_size(names)
-        weights = jnp.asarray(weights)
-        total = sum_over_devices(weights.sum(dtype=accumulator_dtype(weights)), names)
+        total = sum_over_devices(cast_to_float32(weights).sum(), names)
         return jnp.where(jnp.isfinite(total), total, jnp.nan)
 
     def _losses(
@@ -176,7 +172,7 @@ class _SquaredGradients:
         params = prepare_params(params, arrays["batch"], names)
         total_weight = None
         if weights is not None:
-            arrays["weights"] = jnp.asarray(weights)
+            arrays["weights"] = cast_to_float32(weights)
             total_weight = self.weight(params, weights=weights)
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
@@ -185,7 +181,8 @@ class _SquaredGradients:
             if total_weight is None:
                 w = 1 / (losses.size * self.groups * jax.lax.axis_size(names))
             elif group["weights"].shape == losses.shape:
-                w = group["weights"] / total_weight  # NaN if all predictions are masked
+                # NaN if all predictions are masked.
+                w = (group["weights"] / total_weight).astype(losses.dtype)
             else:
                 shape = losses.shape[0] * self.groups, *losses.shape[1:]
                 raise ValueError(

@@ -18,7 +18,12 @@ from jax.typing import ArrayLike
 
 from sophia_optax import arrays
 from sophia_optax.arrays import AxisName
-from sophia_optax.curvature.check_annotations import find_annotations, trace_gradient
+from sophia_optax.curvature.check_annotations import (
+    all_operations,
+    find_annotations,
+    named_gradient,
+    trace,
+)
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
 
@@ -36,6 +41,8 @@ def hutchinson(
       \qquad z_{gp} \in \{-1, 1\}^n
 
     The products are forward-over-reverse, at two to three times the cost of the gradient.
+    If the loss has a `custom_vjp` without a JVP, they are reverse-over-reverse, which
+    takes more memory.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (), of one group.
@@ -144,17 +151,30 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
     probe = jax.tree.map(
         lambda z, p: arrays.cast_to_varying(z, arrays.varying_axes(p)), probe, params
     )
-    try:
-        _, product = jax.jvp(lambda p: gradient(p, group), (params,), (probe,))
-    except (NotImplementedError, TypeError, ValueError) as error:
-        # If the gradient itself fails, this raises its own error.
-        jax.eval_shape(gradient, params, group)
+
+    def forward_over_reverse(params: Any, probe: Any) -> Any:
+        return jax.jvp(lambda p: gradient(p, group), (params,), (probe,))[1]
+
+    def reverse_over_reverse(params: Any, probe: Any) -> Any:
+        _, vjp = jax.vjp(lambda p: gradient(p, group), params)
+        return vjp(probe)[0]  # the Hessian is symmetric
+
+    for product_fn in (forward_over_reverse, reverse_over_reverse):
+        try:
+            product, jaxpr = trace(product_fn, params, probe)
+        except (NotImplementedError, TypeError, ValueError):
+            continue
+        # The derivative of a `custom_vjp` without a JVP, which JAX rejects in compilation.
+        if all(eqn.primitive.name != "custom_lin" for eqn in all_operations(jaxpr.eqns)):
+            break
+    else:
+        jax.eval_shape(gradient, params, group)  # if the gradient fails, raise its error
         raise NotImplementedError(
             "`loss_fn` uses an operation without a second derivative, such as cuDNN's "
-            "attention or a `custom_vjp` without a JVP. Use `gnb`, which needs gradients "
-            "alone, or `jax.nn.dot_product_attention(..., implementation='xla')`."
-        ) from error
-    probe, product = arrays.cast_to_float32((probe, product))
+            "attention. Use `gnb`, which needs gradients alone, or "
+            "`jax.nn.dot_product_attention(..., implementation='xla')`."
+        )
+    probe, product = arrays.cast_to_float32((probe, product(params, probe)))
     return jax.tree.map(jnp.multiply, probe, product)
 
 
@@ -162,7 +182,7 @@ def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
 ) -> Gradient:
     """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
-    gradient, jaxpr = trace_gradient(loss, params, group)
+    gradient, jaxpr = trace(named_gradient(loss), params, group)
     values = jax.tree.leaves(find_annotations(jaxpr, params, names))
     if any(value.axes for value in values):
         raise ValueError(

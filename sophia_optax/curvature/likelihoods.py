@@ -61,7 +61,7 @@ class Categorical:
         # XLA fuses this sum with the others. An index would need a scatter in the gradient,
         # and a gather if the classes are sharded over devices.
         shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
         chosen = jnp.where(is_target, shifted, 0).sum(-1)
         is_class = (targets >= 0) & (targets < logits.shape[-1])
         return jnp.log(jnp.exp(shifted).sum(-1)) - jnp.where(is_class, chosen, jnp.nan)
@@ -85,7 +85,7 @@ class Bernoulli:
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         logits = _float(outputs)
         _check_shape(targets, logits.shape)
-        return optax.sigmoid_binary_cross_entropy(logits, targets)
+        return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Normal:
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         mean = _float(outputs)
         _check_shape(targets, mean.shape)
-        return -jax.scipy.stats.norm.logpdf(targets, mean, self.scale)
+        return -jax.scipy.stats.norm.logpdf(targets.astype(mean.dtype), mean, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Poisson:
     """A count. The outputs are the log of its rate.
 
     The loss is `exp(outputs) - targets * outputs + log targets!`. Log rates are at most 21,
-    because counts in JAX are below 2**31. Keys must be threefry, JAX's default.
+    because counts in JAX are below 2**31.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,7 +136,8 @@ class Poisson:
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         log_rate = _float(outputs)
         _check_shape(targets, log_rate.shape)
-        log_factorial = jax.scipy.special.gammaln(targets + 1.0)
+        targets = targets.astype(log_rate.dtype)
+        log_factorial = jax.scipy.special.gammaln(targets + 1)
         return jnp.exp(log_rate) - targets * log_rate + log_factorial
 
 

@@ -30,6 +30,7 @@ class ScaleByDiagHessianState(NamedTuple):
     """
 
     num_updates: jax.Array  # shape=(), dtype=int32
+    next_refresh: jax.Array  # shape=(), dtype=int32, the update when `hessian_fn` is due
     num_refreshes: jax.Array  # shape=(), dtype=int32, estimates that were accepted
     num_refused: jax.Array  # shape=(), dtype=int32, estimates that were rejected
     divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
@@ -51,9 +52,10 @@ def scale_by_diag_hessian(
     An estimate is a tree like the parameters, of the diagonal for the mean loss. Pass it to
     `update` by one of two keyword arguments. Without them the average does not change:
 
-    - `hessian_fn`: a function of a key that returns an estimate. It is called on the first
-      update and on every `update_interval`-th update after it, under `jax.lax.cond`, with
-      the key `jax.random.fold_in(jax.random.key(seed), n)` on update number n (from 0).
+    - `hessian_fn`: a function of a key that returns an estimate. It is called, under
+      `jax.lax.cond`, if there was no estimate in the last `update_interval` updates: if it
+      is always passed, on every `update_interval`-th update from the first. The key on
+      update number n (from 0) is `jax.random.fold_in(jax.random.key(seed), n)`.
     - `hessian`: a computed estimate, accepted on any update. `optax.MultiSteps` passes on
       only that of the last micro-step: inside it, use `hessian_fn` with `accumulate`.
 
@@ -116,6 +118,7 @@ def scale_by_diag_hessian(
         arrays.check_params(params)
         return ScaleByDiagHessianState(
             num_updates=jnp.zeros([], jnp.int32),
+            next_refresh=jnp.zeros([], jnp.int32),
             num_refreshes=jnp.zeros([], jnp.int32),
             num_refused=jnp.zeros([], jnp.int32),
             divisor_gamma=jnp.zeros([], jnp.float32),
@@ -133,26 +136,26 @@ def scale_by_diag_hessian(
         # Along other mapped axes devices are independent.
         own_axes = estimate_checks.check_sharding((updates, state.hessian), names)
 
+        is_due = state.num_updates >= state.next_refresh
+        is_due = jnp.array(hessian is not None) | (is_due & (hessian_fn is not None))
+
         def refresh(average, estimate):
             """Return the next average, and whether the estimate was accepted."""
             estimate = estimate_checks.match_structure(updates, estimate)
-            is_accepted = arrays.cast_to_varying(
-                _is_finite(estimate, average, names), own_axes
-            )
+            is_accepted = is_due & _is_finite(estimate, average, names)
+            is_accepted = arrays.cast_to_varying(is_accepted, own_axes)
             new = _update_average(average, estimate, b2, rms)
             new = round_stochastically(new, average, seed, "hessian", state.num_updates)
             new = jax.tree.map(lambda n, h: jnp.where(is_accepted, n, h), new, average)
             return new, is_accepted
 
-        is_due = jnp.array(hessian is not None)
         average, is_accepted = state.hessian, jnp.array(False)
         if hessian is not None:
             average, is_accepted = refresh(average, hessian)
         elif hessian_fn is not None:
-            is_due = state.num_updates % update_interval == 0
             key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
             average, is_accepted = jax.lax.cond(
-                is_due,
+                _any_member(is_due),
                 lambda h: refresh(h, hessian_fn(key)),
                 lambda h: (h, arrays.cast_to_varying(jnp.array(False), own_axes)),
                 average,
@@ -170,15 +173,21 @@ def scale_by_diag_hessian(
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 
         def divide(u, h, like):
+            if u is None:  # a frozen leaf
+                return None
             dtype = jnp.result_type(like)
-            quotient = u / jnp.maximum(divisor_gamma * h, divisor_eps)
+            u, h, scale, smallest = arrays.promote(u, h, divisor_gamma, divisor_eps)
+            quotient = u / jnp.maximum(scale * h, smallest)
             # In float16 most quotients overflow. Return the largest number, not infinity.
             bound = float(jnp.finfo(dtype).max)
             return jnp.clip(quotient, -bound, bound).astype(dtype)
 
         like = updates if params is None else params
-        return jax.tree.map(divide, updates, average, like), ScaleByDiagHessianState(
+        updates = jax.tree.map(divide, updates, average, like, is_leaf=lambda u: u is None)
+        following = state.num_updates + jnp.asarray(update_interval).astype(jnp.int32)
+        return updates, ScaleByDiagHessianState(
             num_updates=state.num_updates + 1,
+            next_refresh=jnp.where(is_due, following, state.next_refresh),
             num_refreshes=num_refreshes,
             num_refused=state.num_refused + (is_due & ~is_accepted).astype(jnp.int32),
             divisor_gamma=divisor_gamma,
@@ -187,6 +196,21 @@ def scale_by_diag_hessian(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+@jax.custom_batching.custom_vmap
+def _any_member(condition: jax.Array) -> jax.Array:
+    """Return the condition, or under `vmap` whether it holds for any member.
+
+    So the condition of `cond` has no batch axis, with which `vmap` would run both branches.
+    """
+    return condition
+
+
+@_any_member.def_vmap
+def _any_member_vmap(size, is_batched, condition):
+    del size, is_batched
+    return _any_member(jnp.any(condition, 0)), False
 
 
 def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array:

@@ -19,7 +19,7 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
             "`update` got both `hessian` and `hessian_fn`: pass an estimate, or a function "
             "that computes an estimate when it is due."
         )
-    if callable(hessian):
+    if _is_function(hessian):
         raise ValueError("`hessian` is a function: pass it as `hessian_fn`.")
     if hessian_fn is not None:
         if not callable(hessian_fn):
@@ -30,6 +30,12 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
             "`obj_fn` is an argument of `sophia_h` alone. Pass "
             "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
         )
+
+
+def _is_function(x: Any) -> bool:
+    """Return whether `x` is a function, and not a pytree with a `__call__`."""
+    leaves = jax.tree.leaves(x)
+    return callable(x) and bool(leaves) and all(map(callable, leaves))
 
 
 def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
@@ -67,13 +73,13 @@ def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Up
     Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`. Raise
     ValueError if structure or shapes differ, and TypeError for complex leaves.
     """
-    named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
+    named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hidden)
     try:
         subtrees = structure.flatten_up_to(estimate)
     except ValueError as error:
         raise ValueError(_describe_mismatch(updates, estimate)) from error
     return structure.unflatten(
-        u if is_masked(u) else _check_leaf(keystr(path), u, subtree)
+        u if _is_hidden(u) else _check_leaf(keystr(path), u, subtree)
         for (path, u), subtree in zip(named, subtrees, strict=True)
     )
 
@@ -121,6 +127,10 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
 
 def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _is_hidden(node: Any) -> bool:
+    return node is None or is_masked(node)  # None: a frozen leaf, as in Equinox
 
 
 def has_masked(tree: Any) -> bool:

@@ -224,7 +224,7 @@ def _bisect(
         for ratios, weight in ratios_of(bits):
             pattern = jax.lax.bitcast_convert_type(ratios, jnp.int32)
             is_below = (pattern > 0) & (pattern < candidate)
-            below += jnp.sum(weight * is_below, dtype=jnp.float32)
+            below += jnp.sum(jnp.where(is_below, weight, 0), dtype=jnp.float32)
         below = sum_over_devices(below, names)
         total = jnp.where(is_first, below, total)
         return jnp.where(~is_first & (below <= fraction * total), candidate, bits), total

@@ -1,17 +1,21 @@
 """Metrics for training with Sophia, computed from the optimizer's state alone."""
 
+import collections
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import GetAttrKey, keystr
 
-from sophia_optax.arrays import cast_to_float32
+from sophia_optax import arrays
+from sophia_optax.arrays import AxisName, cast_to_float32
 from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
-def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
+def unclipped_fraction(
+    opt_state: optax.OptState, *, axis_name: AxisName = None
+) -> jax.Array:
     r"""Return the fraction of entries that the last update did not clip.
 
     .. math:: |m| < \max(\gamma h, \epsilon)
@@ -23,6 +27,7 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
     Args:
       opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
         `optax.ema` with `debias=False`.
+      axis_name: inside `shard_map` and `pmap`, as for `scale_by_diag_hessian`.
 
     Returns:
       The fraction, shape (), float32.
@@ -39,15 +44,17 @@ def unclipped_fraction(opt_state: optax.OptState) -> jax.Array:
       >>> print(unclipped_fraction(state))
       0.75
     """
-    momentum, state = _find_sophia(opt_state)
-    return _fraction(_count_unclipped(momentum, state), momentum)
+    return sophia_metrics(opt_state, axis_name=axis_name)["unclipped_fraction"]
 
 
-def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+def sophia_metrics(
+    opt_state: optax.OptState, *, axis_name: AxisName = None
+) -> dict[str, jax.Array]:
     """Return metrics of Sophia's state for a logger.
 
     Args:
       opt_state: as for `unclipped_fraction`.
+      axis_name: as for `unclipped_fraction`.
 
     Returns:
       Scalars, shape (), by name:
@@ -56,12 +63,8 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       - `gamma` of the last division, with bias correction and `clip_threshold` as factors;
       - `momentum_norm`: the Euclidean norm of m, in the unit of the gradients;
       - `hessian_norm`: the norm of h without bias correction, in the unit of the Hessian;
-      - `nonpositive_fraction`: fraction of the entries of h that are 0 or less. Their
-        updates are ±1 before the learning rate;
+      - `nonpositive_fraction`: fraction of the entries of h that are 0 or less;
       - `refreshes`, `refused`: numbers of accepted and of rejected estimates.
-
-    Raises:
-      ValueError: as `unclipped_fraction`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,20 +74,30 @@ def sophia_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ['unclipped_fraction/b', 'unclipped_fraction/w']
     """
     momentum, state = _find_sophia(opt_state)
-    unclipped = _count_unclipped(momentum, state)
-    nonpositive = jax.tree.map(lambda h: _count(h <= 0), state.hessian)
-    fractions = jax.tree.map(lambda n, m: n / max(m.size, 1), unclipped, momentum)
-    by_parameter = {
-        "/".join(["unclipped_fraction", *(keystr((k,), simple=True) for k in path)]): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fractions)
-    }
+    names = arrays.axis_names(axis_name)
+
+    def is_unclipped(m, h):
+        m, h, gamma, eps = arrays.promote(m, h, state.divisor_gamma, state.divisor_eps)
+        return jnp.abs(m) < jnp.maximum(gamma * h, eps)
+
+    def size(m):
+        return m.size * jax.lax.axis_size(arrays.shard_axes(m, names))
+
+    def norm(tree):
+        squares = [_sum(cast_to_float32(x) ** 2, names) for x in jax.tree.leaves(tree)]
+        return jnp.sqrt(jnp.asarray(sum(squares)))
+
+    sizes = jax.tree.map(size, momentum)
+    conditions = jax.tree.map(is_unclipped, momentum, state.hessian)
+    unclipped = jax.tree.map(lambda c: _sum(c, names), conditions)
+    nonpositive = jax.tree.map(lambda h: _sum(h <= 0, names), state.hessian)
     return {
-        "unclipped_fraction": _fraction(unclipped, momentum),
-        **by_parameter,
+        "unclipped_fraction": _fraction(unclipped, sizes),
+        **_name_leaves("unclipped_fraction", jax.tree.map(_fraction, unclipped, sizes)),
         "gamma": jnp.asarray(state.divisor_gamma),
-        "momentum_norm": _compute_norm(momentum),
-        "hessian_norm": _compute_norm(state.hessian),
-        "nonpositive_fraction": _fraction(nonpositive, state.hessian),
+        "momentum_norm": norm(momentum),
+        "hessian_norm": norm(state.hessian),
+        "nonpositive_fraction": _fraction(nonpositive, sizes),
         "refreshes": jnp.asarray(state.num_refreshes),
         "refused": jnp.asarray(state.num_refused),
     }
@@ -115,24 +128,25 @@ def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)]
 
 
-def _count_unclipped(momentum: optax.Updates, state: ScaleByDiagHessianState) -> Any:
-    """Return the number of unclipped entries of each parameter."""
-
-    def count(m, h):
-        return _count(jnp.abs(m) < jnp.maximum(state.divisor_gamma * h, state.divisor_eps))
-
-    return jax.tree.map(count, momentum, state.hessian)
-
-
-def _count(condition: jax.Array) -> jax.Array:
-    # In integers first: a float32 sum of ones stops at 2**24.
-    return jnp.sum(condition, dtype=jnp.int32).astype(jnp.float32)
-
-
-def _fraction(counts: Any, tree: Any) -> jax.Array:
-    return jnp.asarray(optax.tree.sum(counts)) / max(optax.tree.size(tree), 1)
+def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
+    """Return the leaves by name: the prefix and the path, without wrappers of arrays."""
+    leaves = jax.tree.leaves_with_path(tree)
+    siblings = collections.Counter(path[:-1] for path, _ in leaves)
+    named = {}
+    for path, leaf in leaves:
+        # An attribute `value` without siblings is a wrapper, such as Flax's `nnx.Param`.
+        is_wrapped = path[-1:] == (GetAttrKey("value"),) and siblings[path[:-1]] == 1
+        keys = path[:-1] if is_wrapped else path
+        named["/".join([prefix, *(keystr((k,), simple=True) for k in keys)])] = leaf
+    return named
 
 
-def _compute_norm(tree: Any) -> jax.Array:
-    squares = jax.tree.map(lambda x: jnp.sum(cast_to_float32(x) ** 2), tree)
-    return jnp.sqrt(jnp.asarray(optax.tree.sum(squares)))
+def _sum(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Return the sum of the entries of `x`, of all shards, shape=()."""
+    # Rows first: an int32 sum overflows at 2**31, and a float32 sum of ones stops at 2**24.
+    rows = jnp.sum(jnp.atleast_1d(x), -1, dtype=jnp.int32 if x.dtype == bool else None)
+    return arrays.sum_over_devices(cast_to_float32(rows).sum(), arrays.shard_axes(x, names))
+
+
+def _fraction(counts: Any, sizes: Any) -> jax.Array:
+    return sum(jax.tree.leaves(counts)) / jnp.float32(max(sum(jax.tree.leaves(sizes)), 1))

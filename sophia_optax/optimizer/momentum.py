@@ -14,8 +14,8 @@ from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 class LookAhead(NamedTuple):
     """The update b1 m_t + (1 - b1) g_t of one parameter, not yet computed.
 
-    `hold_unclipped` needs a few entries before the division needs all of them. If the
-    update were computed once for both, XLA would write it to memory.
+    `hold_unclipped` needs some entries before the division needs all. If the update were
+    computed once for both, XLA would write it to memory.
     """
 
     average: jax.Array

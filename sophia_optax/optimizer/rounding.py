@@ -1,9 +1,8 @@
 """Stochastic rounding for moving averages in 16 bits.
 
 If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
-is less than half the spacing of its dtype. In bfloat16 with b = 0.99, it may stall a fifth
-below x. Stochastic rounding rounds up with a probability equal to the fraction that is cut
-off. Then E round(m) = m, and the average is unbiased in any dtype.
+is less than half the spacing of its dtype: in bfloat16 with b = 0.99, at up to a fifth
+below x. Rounded up with a probability equal to the part that is cut off, it is unbiased.
 """
 
 import math

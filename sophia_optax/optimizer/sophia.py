@@ -96,6 +96,7 @@ def sophia(
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(_cast_like_params),
     )  # fmt: skip
 
 
@@ -113,13 +114,9 @@ def sophia_h(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Sophia-H: `sophia` with the paper's settings for estimates of `hutchinson`.
 
-    As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from the
+    As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from all
     parameters to the loss, which stands for
     `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
-
-    Raises:
-      ValueError: also from `update`, for `obj_fn` with an estimate, or if `params` is None
-        or `optax.masked` hides some of it.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -199,6 +196,15 @@ def scale_by_sophia(
         optax.clip(1.0),
         _scale(clip_threshold),
     )  # fmt: skip
+
+
+def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> Any:
+    """Return the updates in the dtypes of the parameters."""
+
+    def cast(u, p):
+        return None if u is None else u.astype(jnp.result_type(p))
+
+    return jax.tree.map(cast, updates, params, is_leaf=lambda u: u is None)
 
 
 def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:

@@ -75,11 +75,24 @@ def network_with(kernel):
     return lambda p, x: tanh(x @ p["in"]) @ p["out"] + p["bias"]
 
 
-def test_hutchinson_requires_a_jvp_of_a_kernel():
+def test_hutchinson_requires_a_second_derivative_of_a_kernel():
     hessian = hutchinson_of(jnp.mean, fn=network_with(jnp.tanh))
     assert_trees_all_close(hessian, hutchinson_of(jnp.mean), rtol=1e-5, atol=1e-7)
-    with pytest.raises(NotImplementedError, match=r"`custom_vjp`.*`gnb`.*'xla'"):
+    with pytest.raises(NotImplementedError, match=r"second derivative.*`gnb`.*'xla'"):
         hutchinson_of(jnp.mean, fn=network_with(host_tanh), groups=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"groups": 2}, {"groups": 4, "parallel_groups": 2}]
+)
+def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
+    """Its forward pass has no JVP, so the product is reverse-over-reverse."""
+    softplus = jax.custom_vjp(lambda x: jnp.log1p(jnp.exp(x)))
+    softplus.defvjp(lambda x: (softplus(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
+    estimate = hutchinson(lambda p, x: jnp.mean(softplus(x * p) ** 2), **settings)
+    p, x = jnp.array([0.3, -1.0, 2.0]), jnp.arange(1.0, 13).reshape(4, 3) / 9
+    expected = jax.hessian(lambda p: jnp.mean(jax.nn.softplus(x * p) ** 2))(p)
+    assert_trees_all_close(estimate(p, x, key=KEY), jnp.diag(expected), rtol=1e-5)
 
 
 def test_gnb_requires_no_jvp_of_a_kernel():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_optax import Poisson, empirical_fisher, gnb, hutchinson
+from sophia_optax import Categorical, Poisson, empirical_fisher, gnb, hutchinson
 
 P, KEY, BATCH = PartitionSpec, jax.random.key(5), 32
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -98,6 +98,17 @@ def test_gnb_hutchinson_and_fisher_on_auto_axes_need_no_set_mesh():
     [params] = put(mesh, P(), PARAMS)
     got = estimates(params, *put(mesh, P("data"), X, Y, WEIGHTS), 16)
     assert_equal_to_rounding(got, on_one_device(16))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("likelihood", [Categorical(), Poisson()])
+def test_gnb_with_rbg_keys_on_a_mesh_equals_one_device(impl, likelihood):
+    """On a mesh, groups are in parallel, and `rbg` keys draw other bits under `vmap`."""
+    mesh, key = make_mesh(AxisType.Auto, (8, 1)), jax.random.key(1, impl=impl)
+    estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
+    [w], [x] = put(mesh, P(), PARAMS["out"]), put(mesh, P("data"), X)
+    expected = estimate(PARAMS["out"], X, key=key)
+    assert_equal_to_rounding(estimate(w, x, key=key), expected)
 
 
 def test_gnb_on_explicit_axes_accepts_a_sampler_without_support_for_them():

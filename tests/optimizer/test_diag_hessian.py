@@ -122,6 +122,54 @@ def test_scale_by_diag_hessian_rejects_an_estimate_out_of_range_of_the_average(
     assert state.num_refused == 1
 
 
+@pytest.mark.parametrize(
+    ("offered", "called"),
+    [
+        ([9, 19, 29], [9, 19, 29]),  # the loop of the paper's code
+        ([7, 8, 9, 17, 18, 30], [7, 17, 30]),
+        (range(0, 40, 3), [0, 12, 24, 36]),
+    ],
+)
+def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
+    tx, state, refreshes = scale_by_diag_hessian(), None, []
+    state = tx.init(PARAMS)
+    for i in range(40):
+        extra = {"hessian_fn": constant_hessian_fn(1.0)} if i in offered else {}
+        before = state.num_refreshes
+        _, state = tx.update(GRADS, state, PARAMS, **extra)
+        refreshes += [i] * int(state.num_refreshes - before)
+    assert refreshes == called
+
+
+def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
+    """Members that are not due, here by their number of updates, do not change."""
+    tx, calls = scale_by_diag_hessian(update_interval=4), []
+
+    def step(params, state):
+        def hessian_fn(key):
+            jax.debug.callback(lambda: calls.append(1))
+            return jnp.exp(params)
+
+        return tx.update(params, state, params, hessian_fn=hessian_fn)[1]
+
+    params = jnp.arange(12.0).reshape(2, 2, 3)  # two populations of two members
+    state = jax.vmap(jax.vmap(tx.init))(params)
+    later = state._replace(next_refresh=jnp.array([[0, 1], [1, 0]], jnp.int32))
+    for _ in range(8):
+        last, later = later, jax.jit(jax.vmap(jax.vmap(step)))(params, later)
+        for i, j in np.ndindex(2, 2):
+            member = jax.tree.map(lambda x, at=(i, j): x[at], last)
+            expected = step(params[i, j], member)
+            got = jax.tree.map(lambda x, at=(i, j): x[at], later)
+            assert_trees_all_close(got, expected, rtol=1e-6)
+    calls.clear()
+    for _ in range(8):
+        state = jax.jit(jax.vmap(jax.vmap(step)))(params, state)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(state.num_refreshes, 2)
+    assert len(calls) <= 2 * params[..., 0].size
+
+
 def test_scale_by_diag_hessian_calls_hessian_fn_after_a_rejection_when_next_due():
     tx = scale_by_diag_hessian(update_interval=3)
     state, num_refused = tx.init(PARAMS), []
@@ -269,6 +317,17 @@ def test_scale_by_diag_hessian_updates_have_dtypes_of_params(
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True):
         assert jnp.isfinite(u).all()  # the largest float16 instead of infinity
         np.testing.assert_array_equal(jnp.sign(u).astype(jnp.float32), jnp.sign(g))
+
+
+@pytest.mark.parametrize("frozen", [jnp.ones(3), jax.nn.relu, None])
+def test_scale_by_diag_hessian_accepts_none_in_the_updates(frozen):
+    """As Equinox does: `params` and the estimate are whole, the gradients are filtered."""
+    tx, whole = scale_by_diag_hessian(b2=0.0, gamma=1.0), PARAMS | {"frozen": frozen}
+    grads, state = GRADS | {"frozen": None}, tx.init(PARAMS | {"frozen": None})
+    for hessian in (HESSIAN | {"frozen": None}, HESSIAN | {"frozen": jnp.ones(3)}):
+        updates, _ = tx.update(grads, state, whole, hessian=hessian)
+        expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
+        assert_trees_all_equal(updates, expected | {"frozen": None})
 
 
 def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_was_rounded_to_0():

@@ -9,12 +9,22 @@ import optax
 import pytest
 from chex import assert_trees_all_close
 
-from sophia_optax import gnb, hold_unclipped, scale_by_diag_hessian, sophia_g, sophia_h
+from sophia_optax import (
+    accumulate,
+    gnb,
+    hold_unclipped,
+    hutchinson,
+    scale_by_diag_hessian,
+    sophia_g,
+    sophia_h,
+    sophia_metrics,
+)
 
 PARAMS = {"in": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "out": jnp.ones((3, 3))}
 HESSIAN = jax.tree.map(jnp.ones_like, PARAMS)
 X = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
 NORM = optax.tree.norm
+KEY = jax.random.key(0)
 G, H = sophia_g(0.1), sophia_h(0.1)
 MASKED_G, MASKED_H = (optax.masked(tx, {"in": True, "out": False}) for tx in (G, H))
 
@@ -116,6 +126,32 @@ def test_sophia_rejects_params_that_are_not_real_unless_masked(dtype):
     tx = optax.masked(scale_by_diag_hessian(), {"w": True, "n": False})
     _, state = first_update(params, tx=tx, hessian={"w": X, "n": jnp.zeros(2)})
     assert optax.tree.get(state, "num_refreshes") == 1
+
+
+@jax.tree_util.register_pytree_node_class
+class CallableTree(dict):
+    """A pytree of arrays with a `__call__`, such as an Equinox module."""
+
+    def __call__(self, x):
+        return x
+
+    def tree_flatten(self):
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names, leaves):
+        return cls(zip(names, leaves, strict=True))
+
+
+def test_update_accepts_a_callable_pytree_as_hessian():
+    tree = CallableTree(PARAMS)
+    estimate = hutchinson(lambda p: NORM(dict(p)))
+    micro = accumulate(estimate)
+    mean = micro.mean(micro.add(micro.init(tree), tree, key=KEY, weight=1))
+    for hessian in (estimate(tree, key=KEY), mean):
+        for extra in ({"hessian": hessian}, {"hessian_fn": lambda _, h=hessian: h}):
+            _, state = G.update(tree, G.init(tree), tree, **extra)
+            assert sophia_metrics(state)["refreshes"] == 1
 
 
 def test_update_requires_params():

@@ -1,8 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chex import assert_trees_all_close
+from flax import nnx
 
 from sophia_optax import (
     hold_unclipped,
@@ -107,6 +111,36 @@ def test_sophia_metrics_name_nested_parameters_by_path():
     params = {"blocks": [{"w": jnp.ones(1)}, {"w": jnp.zeros((0, 3))}]}
     metrics = sophia_metrics(sophia_g(0.1).init(params))
     assert metrics["unclipped_fraction/blocks/1/w"] == 0
+
+
+def test_sophia_metrics_name_wrapped_parameters_by_path():
+    """Flax NNX wraps each array in a node with an attribute `value`."""
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    metrics = sophia_metrics(sophia_g(0.1).init(state))
+    names = {name for name in metrics if "/" in name}
+    assert names == {"unclipped_fraction/kernel", "unclipped_fraction/bias"}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sophia_metrics_in_shard_map_describe_the_whole_parameter(check_vma):
+    """With `check_vma=True` also for replicated parameters beside sharded parameters."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, spec = {"w": jnp.linspace(-1.0, 3.0, 24).reshape(8, 3)}, {"w": jax.P("d")}
+    if check_vma:
+        params, spec = params | {"b": jnp.arange(5.0)}, spec | {"b": jax.P()}
+
+    def metrics(params, axis_name=None):
+        tx = sophia_g(0.1, axis_name=axis_name)
+        hessian = jax.tree.map(lambda p: 20 * p, params)
+        _, state = tx.update(params, tx.init(params), params, hessian=hessian)
+        got = sophia_metrics(state, axis_name=axis_name)
+        return got | {"again": unclipped_fraction(state, axis_name=axis_name)}
+
+    mapped = jax.shard_map(
+        functools.partial(metrics, axis_name="d"),
+        mesh=mesh, in_specs=(spec,), out_specs=jax.P(), check_vma=check_vma,
+    )  # fmt: skip
+    assert_trees_all_close(jax.jit(mapped)(params), metrics(params), rtol=1e-6)
 
 
 def test_sophia_metrics_norms_of_averages_in_16_bits_do_not_overflow():

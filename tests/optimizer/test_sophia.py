@@ -238,6 +238,20 @@ def test_sophia_and_aliases_use_every_argument(trajectory, make):
         assert (result != expected).any(), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "weight_decay", "clip_threshold", "gamma"]
+)
+def test_sophia_updates_have_the_dtype_of_params_for_any_hyperparameter(dtype, name):
+    params = {"w": jnp.ones((2, 3), dtype)}
+    values = (jnp.float32(0.5), np.float64(0.5), jnp.asarray(0.5, "bfloat16"))
+    schedules = () if name == "clip_threshold" else (lambda _: jnp.float32(0.5),)
+    for value in (*values, *schedules):
+        tx = sophia(**({"learning_rate": 0.1} | {name: value}))
+        updates, _ = tx.update(params, tx.init(params), params, hessian=params)
+        assert updates["w"].dtype == dtype
+
+
 def test_sophia_h_obj_fn_is_hutchinson():
     def loss_fn(params):
         return jnp.sum(params["a"] ** 4) + params["b"] ** 2 * jnp.sum(params["a"])
