@@ -58,19 +58,13 @@ def sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """Return the mapped axes along which arrays of `tree` differ between devices.
-
-    Only a `shard_map` with `check_vma=True` records this.
-    """
+    """Return the mapped axes along which devices differ, if `check_vma=True`, else none."""
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
 def shard_axes(x: jax.Array, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the mapped axes of `names` along which devices hold shards of `x`.
-
-    Without `check_vma=True`, this is unknown, and the result is all of `names`.
-    """
+    """Return the axes along which `x` is sharded, if `check_vma=True`, else all `names`."""
     if not names or not varying_axes(jax.lax.axis_index(names)):
         return names
     return tuple(name for name in names if name in varying_axes(x))

@@ -25,12 +25,7 @@ def adahessian(
     eps: ArrayLike = 1e-8, weight_decay: optax.ScalarOrSchedule = 0.0, mask: Any = None,
     *, update_interval: ArrayLike = 1, seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""AdaHessian: Adam with estimates of the Hessian diagonal in its second moment.
-
-    .. math::
-      \theta_t = \theta_{t-1} - \eta \left(\frac{m_t / (1 - b_1^t)}
-        {\sqrt{v_t / (1 - b_2^t)}} + \lambda \theta_{t-1}\right), \qquad
-      v_t = b_2 v_{t-1} + (1 - b_2) \hat h_t^2
+    """AdaHessian: Adam with v_t = b2 v_{t-1} + (1 - b2) ĥ_t² as its second moment.
 
     The paper's Hessian power is fixed at one. Use estimates of `hutchinson`, with or
     without `spatial_average`.

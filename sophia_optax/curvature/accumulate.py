@@ -34,9 +34,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
 
     W_i and ĥ_i are the weights and estimates of the micro-batches. If all micro-batches
     have the same size, this equals `estimate` on their concatenation with as many groups.
-
-    Args:
-      estimate: an `Estimator`, such as the result of `gnb` or `hutchinson`.
+    `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
       Three pure functions:

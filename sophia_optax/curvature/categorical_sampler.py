@@ -62,11 +62,9 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
 def _find_first_above(
     target: jax.Array, cumulative: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Return the index of the first `cumulative` above `target` with a positive weight.
-
-    Because of rounding, a cumulative sum may increase where the weight is 0, or end below
-    `target`. Even then, the result is a possible class.
-    """
+    """Return the index of the first `cumulative` above `target` with a positive weight."""
+    # Because of rounding, a cumulative sum may increase where the weight is 0, or end below
+    # `target`.
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)
     target = jnp.minimum(target, jnp.nextafter(last, jnp.zeros_like(last)))

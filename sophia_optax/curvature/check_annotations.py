@@ -85,9 +85,7 @@ def trace_group_gradient(
 
     Return the gradient, a function with the arguments of `loss`, a tree of `Value`s, and a
     tree of bools: whether the gradient sums its results over the mapped axis `GROUPS`, or
-    None if it does not use this axis. Raise ValueError for a parameter whose annotation
-    would make the estimate wrong, or if a gradient is summed over the mapped axes `names`
-    without an annotation.
+    None if it does not use this axis. Raise ValueError if the estimate would be wrong.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
@@ -114,11 +112,7 @@ def named_gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 def trace(
     fn: Callable[..., Any], params: Any, *args: Any, axis_env: Sequence[Any] = ()
 ) -> tuple[Callable[..., Any], Any]:
-    """Return `fn`, which returns a tree like `params`, as traced function and as jaxpr.
-
-    The function takes arguments of the same types and does not call `fn` again. `axis_env`
-    has the names and sizes of mapped axes to bind.
-    """
+    """Return `fn`, which returns a tree like `params`, as traced function and as jaxpr."""
     with jax.disable_jit(False):  # under `disable_jit`, tracing would unroll scans
         jaxpr = jax.make_jaxpr(fn, axis_env=list(axis_env))(params, *args)
 
@@ -130,11 +124,7 @@ def trace(
 
 
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
-    """Return the value of each parameter's gradient, a tree like `params`.
-
-    `jaxpr` is that of the gradient. Along the mapped axes `names`, each device has its own
-    groups.
-    """
+    """Return the value of each parameter's gradient, whose jaxpr is given."""
     if names:  # `ppermute` leaves no effect
         axes = _find_used_axes(jaxpr.eqns)
         needs_check = not axes.isdisjoint(names) or _has_annotation(jaxpr.eqns)

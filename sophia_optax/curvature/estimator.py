@@ -67,11 +67,7 @@ def check_counts(groups: int, parallel_groups: int | None, **counts: int) -> Non
 
 
 def prepare_params(params: Any, batch: Any, names: tuple[str, ...]) -> Any:
-    """Return the parameters as arrays that vary along the mapped axes `names`.
-
-    Raise ValueError if the batch varies along other axes (known with `check_vma=True`), and
-    TypeError for a parameter without a gradient.
-    """
+    """Return the parameters as arrays that vary along the mapped axes `names`."""
     check_params(params)
     if missing := varying_axes(batch) - varying_axes(params) - set(names):
         raise ValueError(

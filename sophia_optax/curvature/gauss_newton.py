@@ -35,6 +35,8 @@ def gnb(
 ) -> "GaussNewtonBartlett":  # fmt: skip
     r"""Gauss-Newton-Bartlett: squared gradients of labels sampled from the model.
 
+    Algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, with several groups:
+
     .. math::
       \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
       S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
@@ -73,8 +75,7 @@ def gnb(
 
     Raises:
       ValueError: for counts below 1. From the estimate, if `groups` does not divide the
-        batch or cannot be distributed over its devices, for `weights` of another shape, or
-        if an annotation of `each_group` is missing or wrong.
+        batch, for `weights` of another shape, and for errors with `each_group`.
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:
@@ -85,9 +86,6 @@ def gnb(
       >>> hessian = estimate(params, x, key=jax.random.key(0))
       >>> hessian.shape, hessian.dtype
       ((3, 2), dtype('float32'))
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 2
     """
     return GaussNewtonBartlett(logits_fn, likelihood, groups, parallel_groups, axis_name)
 
@@ -98,8 +96,9 @@ def empirical_fisher(
 ) -> "EmpiricalFisher":  # fmt: skip
     """Empirical Fisher: `gnb` with the labels of the data, and the same arguments.
 
-    Their gradients do not have mean zero, so this does not estimate the Gauss-Newton
-    matrix, and depends on the groups. It is a baseline, the paper's E-F+clip.
+    Their gradients do not have mean zero, so this does not estimate the Gauss-Newton matrix
+    (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019), and depends on the
+    groups. It is a baseline, the paper's E-F+clip.
 
     Returns:
       A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`.
@@ -113,10 +112,6 @@ def empirical_fisher(
       >>> params, x, y = jnp.zeros((3, 2)), jnp.ones((2, 3)), jnp.array([0, 1])
       >>> print(estimate(params, x, targets=y)[0].round(4))
       [0.25 0.25]
-
-    References:
-      Kunstner et al., `Limitations of the Empirical Fisher Approximation
-      <https://arxiv.org/abs/1905.12558>`_, 2019
     """
     return EmpiricalFisher(logits_fn, likelihood, groups, parallel_groups, axis_name)
 
@@ -150,7 +145,7 @@ class _SquaredGradients:
             arrays = {"batch": batch, "targets": targets}
             losses = jax.eval_shape(self._losses, params, arrays, jnp.int32(0), key)
             return losses.size * jax.lax.axis_size(names)
-        total = sum_over_devices(cast_to_float32(weights).sum(), names)
+        total = sum_over_devices(cast_to_float32(jnp.asarray(weights)).sum(), names)
         return jnp.where(jnp.isfinite(total), total, jnp.nan)
 
     def _losses(
@@ -172,7 +167,7 @@ class _SquaredGradients:
         params = prepare_params(params, arrays["batch"], names)
         total_weight = None
         if weights is not None:
-            arrays["weights"] = cast_to_float32(weights)
+            arrays["weights"] = cast_to_float32(jnp.asarray(weights))
             total_weight = self.weight(params, weights=weights)
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:

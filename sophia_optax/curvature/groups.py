@@ -39,11 +39,7 @@ class GroupedBatch:
     axes: Axes = ()  # the Explicit axes of the mesh that the batch is sharded over
 
     def gather(self, params: Any, is_summed: Any = None) -> Any:
-        """Return the parameters, gathered along `axes` except where `is_summed`.
-
-        A group's gradient is as large as its parameter on the device that computes it,
-        unless `each_group` annotates the parameter.
-        """
+        """Return the parameters, gathered along `axes` unless `each_group` sums them."""
         if not self.axes:
             return params
         gather = functools.partial(meshes.gather, mesh=self.mesh, axes=self.axes)
@@ -56,11 +52,7 @@ def split_into_groups(
     batch: dict[str, Any], groups: int, parallel_groups: int | None = None,
     first_group: ArrayLike = 0,
 ) -> GroupedBatch:  # fmt: skip
-    """Split the arrays of a batch, named trees, into blocks along their leading axis.
-
-    Raise ValueError if `groups` does not divide the leading axis of the batch, or the
-    groups cannot be distributed over the devices that the batch is sharded over.
-    """
+    """Split the arrays of a batch, named trees, into blocks along their leading axis."""
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
@@ -129,10 +121,8 @@ def sum_over_groups(
             grouped.groups,
         )
 
-    def finish(s: jax.Array, p: jax.Array, summed: bool) -> jax.Array:
-        return meshes.reshard_like(s if summed else s.sum(0), p)
-
-    return jax.tree.map(finish, sums, params, is_summed)
+    sums = jax.tree.map(lambda s, summed: s if summed else s.sum(0), sums, is_summed)
+    return jax.tree.map(meshes.reshard_like, sums, params)
 
 
 def _map_over_groups(

@@ -18,12 +18,7 @@ from jax.typing import ArrayLike
 
 from sophia_optax import arrays
 from sophia_optax.arrays import AxisName
-from sophia_optax.curvature.check_annotations import (
-    all_operations,
-    find_annotations,
-    named_gradient,
-    trace,
-)
+from sophia_optax.curvature import check_annotations
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
 
@@ -35,6 +30,8 @@ def hutchinson(
     parallel_groups: int | None = None, axis_name: AxisName = None,
 ) -> "Hutchinson":  # fmt: skip
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
+
+    Algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_:
 
     .. math::
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
@@ -71,9 +68,6 @@ def hutchinson(
       >>> estimate = hutchinson(lambda params: jnp.sum(jnp.arange(1.0, 4.0) * params**2))
       >>> print(estimate(jnp.ones(3), key=jax.random.key(0)))
       [2. 4. 6.]
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 1
     """
     return Hutchinson(loss_fn, groups, num_probes, parallel_groups, axis_name)
 
@@ -161,11 +155,12 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
 
     for product_fn in (forward_over_reverse, reverse_over_reverse):
         try:
-            product, jaxpr = trace(product_fn, params, probe)
+            product, jaxpr = check_annotations.trace(product_fn, params, probe)
         except (NotImplementedError, TypeError, ValueError):
             continue
         # The derivative of a `custom_vjp` without a JVP, which JAX rejects in compilation.
-        if all(eqn.primitive.name != "custom_lin" for eqn in all_operations(jaxpr.eqns)):
+        operations = check_annotations.all_operations(jaxpr.eqns)
+        if all(eqn.primitive.name != "custom_lin" for eqn in operations):
             break
     else:
         jax.eval_shape(gradient, params, group)  # if the gradient fails, raise its error
@@ -182,8 +177,9 @@ def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
 ) -> Gradient:
     """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
-    gradient, jaxpr = trace(named_gradient(loss), params, group)
-    values = jax.tree.leaves(find_annotations(jaxpr, params, names))
+    named_gradient = check_annotations.named_gradient(loss)
+    gradient, jaxpr = check_annotations.trace(named_gradient, params, group)
+    values = jax.tree.leaves(check_annotations.find_annotations(jaxpr, params, names))
     if any(value.axes for value in values):
         raise ValueError(
             "`hutchinson` needs replicated `params`, but `loss_fn` gathers them over the "

@@ -1,8 +1,4 @@
-"""Meshes and shardings during tracing, under `jit` without mapped axes.
-
-The type of an array records its sharding along Explicit axes of a mesh only, not along Auto
-axes.
-"""
+"""Meshes during tracing. Types record shardings along Explicit axes, not Auto axes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,9 +50,7 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.reshard(x, NamedSharding(find_mesh((other, x)), spec))
 
 
-def run_on_auto_axes(
-    fn: Callable[..., jax.Array], spec: Sequence[Any]
-) -> Callable[..., Any]:
+def run_on_auto_axes(fn: Callable[..., Any], spec: Sequence[Any]) -> Callable[..., Any]:
     """Return `fn` with Explicit axes as Auto axes, and its result sharded by `spec`."""
 
     def call(*args: Any) -> Any:

@@ -1,7 +1,6 @@
 """The division by a moving average of the Hessian diagonal, which Optax does not have."""
 
 import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +15,19 @@ from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unc
 from sophia_optax.optimizer.momentum import evaluate
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
-HessianFn = Callable[[jax.Array], optax.Updates]  # from a PRNG key to an estimate
-
 # The smallest divisor, even if `eps` is 0, so that 0 / 0 is impossible. `eps` may have been
 # rounded to 0: `inject_hyperparams` casts it to the dtype of the parameters.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class ScaleByDiagHessianState(NamedTuple):
-    """State of `scale_by_diag_hessian`. It holds no key and no callable.
-
-    The last division was by `max(divisor_gamma * hessian, divisor_eps)`.
-    """
+    """State of `scale_by_diag_hessian`, without keys and functions."""
 
     num_updates: jax.Array  # shape=(), dtype=int32
     next_refresh: jax.Array  # shape=(), dtype=int32, the update when `hessian_fn` is due
     num_refreshes: jax.Array  # shape=(), dtype=int32, estimates that were accepted
     num_refused: jax.Array  # shape=(), dtype=int32, estimates that were rejected
+    # The last division was by max(divisor_gamma * hessian, divisor_eps).
     divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
     divisor_eps: jax.Array  # shape=(), dtype=float32
     hessian: optax.Updates  # like the parameters, dtype=hessian_dtype
@@ -43,7 +38,7 @@ def scale_by_diag_hessian(
     update_interval: ArrayLike = 10, debias: bool = False, rms: bool = False,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Divide by a moving average of estimates of the Hessian diagonal.
+    r"""Divide by a moving average of estimates of the Hessian diagonal (Algorithm 3).
 
     .. math::
       h_t = b_2 h_{t-1} + (1 - b_2) \hat h_t \text{ on a refresh, else } h_{t-1},
@@ -62,23 +57,8 @@ def scale_by_diag_hessian(
     A refresh takes effect in the same update. An estimate with any non-finite entry is
     rejected: the average does not change.
 
-    Args:
-      b2: decay of the average, per refresh and not per update.
-      gamma: scale of the divisor, a schedule of it by the number of updates, or the rule
-        `hold_unclipped`. A larger gamma leaves more entries of Sophia's update unclipped.
-      eps: the smallest divisor.
-      update_interval: number of updates from one call of `hessian_fn` to the next.
-      debias: divide the average by `1 - b2 ** refreshes`, as Adam does. Without it, as in
-        the paper, the average is too small in the first `update_interval / (1 - b2)` steps.
-      rms: average the squares of the estimates and take the root, as AdaHessian does:
-        h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
-      hessian_dtype: dtype of the average, by default float32. An average in bfloat16 is
-        rounded stochastically. In float16 small entries become 0. Under
-        `optax.inject_hyperparams` write the name of a dtype, such as "bfloat16".
-      seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
-      axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
-        parameters are sharded. All devices then accept or reject an estimate together, and
-        use the same gamma of `hold_unclipped`. With None, devices are independent.
+    The arguments are those of `sophia`, and `rms`: average the squares of the estimates and
+    take the root, as AdaHessian does, h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
 
     Returns:
       A transformation whose updates have the dtype of the parameters, or of the incoming
@@ -97,9 +77,6 @@ def scale_by_diag_hessian(
       >>> grads, hessian = jnp.array([1.0, 1.0]), jnp.array([2.0, 4.0])
       >>> print(tx.update(grads, tx.init(params), params, hessian=hessian)[0])
       [1.  0.5]
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithm 3
     """
     if isinstance(update_interval, numbers.Number) and (
         not isinstance(update_interval, numbers.Integral) or int(update_interval) < 1
@@ -128,7 +105,7 @@ def scale_by_diag_hessian(
 
     def update(
         updates: Any, state: ScaleByDiagHessianState, params: Any = None, *,
-        hessian: Any = None, hessian_fn: HessianFn | None = None, **extra_args: Any,
+        hessian: Any = None, hessian_fn: Any = None, **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:  # fmt: skip
         estimate_checks.check_exclusive(hessian, hessian_fn, extra_args.get("obj_fn"))
         incoming, updates = updates, evaluate(updates)
@@ -167,7 +144,10 @@ def scale_by_diag_hessian(
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
             if debias:
-                divisor_gamma /= _bias_correction(b2, num_refreshes, rms)
+                # The sum of the weights of the average, which is 0 before a refresh.
+                weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
+                weight = jnp.where(weight > 0, weight, 1)
+                divisor_gamma /= jnp.sqrt(weight) if rms else weight
             # A copy: the state must not share a buffer with a hyperparameter.
             divisor_gamma = jnp.array(divisor_gamma, jnp.float32)
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
@@ -200,16 +180,12 @@ def scale_by_diag_hessian(
 
 @jax.custom_batching.custom_vmap
 def _any_member(condition: jax.Array) -> jax.Array:
-    """Return the condition, or under `vmap` whether it holds for any member.
-
-    So the condition of `cond` has no batch axis, with which `vmap` would run both branches.
-    """
-    return condition
+    """Return the condition, or under `vmap`, whether it holds for any member."""
+    return condition  # without a batch axis, with which `cond` would run both branches
 
 
 @_any_member.def_vmap
 def _any_member_vmap(size, is_batched, condition):
-    del size, is_batched
     return _any_member(jnp.any(condition, 0)), False
 
 
@@ -242,11 +218,3 @@ def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> An
         return jnp.clip(mean, -bound, bound)
 
     return jax.tree.map(blend, average, estimate)
-
-
-def _bias_correction(b2: ArrayLike, num_refreshes: jax.Array, rms: bool) -> jax.Array:
-    """Return the sum of the weights of the average, 1 - b2^refreshes, or its root."""
-    weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
-    # The weight is 0 before the first refresh, and for a b2 that was rounded to 1.
-    weight = jnp.where(weight > 0, weight, 1)
-    return jnp.sqrt(weight) if rms else weight

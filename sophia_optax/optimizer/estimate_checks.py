@@ -53,10 +53,7 @@ def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
 
 
 def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
-    """Return the mapped axes, except `names`, along which all arrays of `tree` differ.
-
-    Raise ValueError if some arrays differ along an axis and others do not.
-    """
+    """Return the mapped axes, except `names`, along which all arrays of `tree` differ."""
     axes = {varying_axes(x) - set(names) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
         raise ValueError(
@@ -70,8 +67,7 @@ def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
 def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
     """Return the estimate in the structure of `updates`, without masked leaves.
 
-    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`. Raise
-    ValueError if structure or shapes differ, and TypeError for complex leaves.
+    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`.
     """
     named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hidden)
     try:
@@ -107,32 +103,23 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
         {keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
         for tree in (estimate, updates)
     )
-    message = (
+    paths = (("missing", expected - got), ("unexpected", got - expected))
+    details = [f"{what} `params{path}`" for what, which in paths for path in sorted(which)]
+    if not details:
+        details = [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
+    return (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
-        f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`."
+        f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
+        f"{', '.join(details[:3])}. Under `optax.masked` or `optax.partition` pass the "
+        "estimate for all parameters, or set `mask_compatible_extra_args=True`."
     )
-    for what, paths in (("Missing", expected - got), ("Unexpected", got - expected)):
-        if paths:
-            message += f" {what}: `params{min(paths)}` and {len(paths) - 1} more."
-    if got == expected:
-        structures = jax.tree.structure(estimate), jax.tree.structure(updates)
-        message += " The estimate is {}, the updates are {}.".format(*structures)
-    if has_masked(updates):
-        message += (
-            " Under `optax.masked` or `optax.partition` pass the estimate for all "
-            "parameters, or set `mask_compatible_extra_args=True`."
-        )
-    return message
-
-
-def is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _is_hidden(node: Any) -> bool:
-    return node is None or is_masked(node)  # None: a frozen leaf, as in Equinox
+    return node is None or isinstance(node, optax.MaskedNode)  # None is a frozen leaf
 
 
 def has_masked(tree: Any) -> bool:
     """Return whether `optax.masked` or `optax.partition` hides leaves of the tree."""
-    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)

@@ -13,27 +13,12 @@ from sophia_optax.arrays import AxisName, cast_to_float32
 from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
-def unclipped_fraction(
-    opt_state: optax.OptState, *, axis_name: AxisName = None
-) -> jax.Array:
-    r"""Return the fraction of entries that the last update did not clip.
+def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Array:
+    """Return the fraction of entries with |m| < max(γ h, ε), shape (), float32.
 
-    .. math:: |m| < \max(\gamma h, \epsilon)
-
-    The `paper <https://arxiv.org/abs/2305.14342>`_ recommends a gamma for which it is
-    between 0.1 and 0.5. With `nesterov=True` it is the fraction for m, because the state
-    does not hold the look-ahead, for which the fraction is often smaller.
-
-    Args:
-      opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
-        `optax.ema` with `debias=False`.
-      axis_name: inside `shard_map` and `pmap`, as for `scale_by_diag_hessian`.
-
-    Returns:
-      The fraction, shape (), float32.
-
-    Raises:
-      ValueError: if the state does not have exactly one Sophia.
+    The last update did not clip them. The `paper <https://arxiv.org/abs/2305.14342>`_
+    recommends a gamma for which it is between 0.1 and 0.5. With `nesterov` it is still the
+    fraction for m. Arguments and errors are those of `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,14 +32,13 @@ def unclipped_fraction(
     return sophia_metrics(opt_state, axis_name=axis_name)["unclipped_fraction"]
 
 
-def sophia_metrics(
-    opt_state: optax.OptState, *, axis_name: AxisName = None
-) -> dict[str, jax.Array]:
+def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, jax.Array]:
     """Return metrics of Sophia's state for a logger.
 
     Args:
-      opt_state: as for `unclipped_fraction`.
-      axis_name: as for `unclipped_fraction`.
+      opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
+        `optax.ema` with `debias=False`.
+      axis_name: inside `shard_map` and `pmap`, as for `sophia`.
 
     Returns:
       Scalars, shape (), by name:
@@ -65,6 +49,9 @@ def sophia_metrics(
       - `hessian_norm`: the norm of h without bias correction, in the unit of the Hessian;
       - `nonpositive_fraction`: fraction of the entries of h that are 0 or less;
       - `refreshes`, `refused`: numbers of accepted and of rejected estimates.
+
+    Raises:
+      ValueError: if the state does not have exactly one Sophia.
 
     Example:
       >>> import jax.numpy as jnp

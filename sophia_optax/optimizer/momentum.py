@@ -41,8 +41,7 @@ def momentum(
     """Return m_t, or with `nesterov` b1 m_t + (1 - b1) g_t as a `LookAhead`.
 
     In 32 bits or more this equals `optax.ema(b1, debias=False)` bit for bit. In 16 bits the
-    average is computed in float32 and rounded stochastically. The default `dtype` is that
-    of the parameters. The state is that of `optax.ema`.
+    average is computed in float32 and rounded stochastically.
     """
     if dtype is not None:
         check_dtype("mu_dtype", dtype)

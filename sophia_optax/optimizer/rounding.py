@@ -31,8 +31,7 @@ def round_stochastically(
     """Return the leaves of `tree` in the dtypes of the leaves of `like`.
 
     For dtypes of 32 bits or more this is a cast. The random bits depend on `seed`, `stream`
-    and `count`, the number of the update, and not on shardings under `jit`. Inside
-    `shard_map` and `pmap` all devices draw the same bits, each for its shard.
+    and `count`, the number of the update, and not on shardings under `jit`.
     """
     leaves, structure = jax.tree.flatten(tree)
     words = jax.random.key_data(jax.random.key(seed)).ravel()
@@ -51,11 +50,7 @@ def round_stochastically(
 
 
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Return `x` in `dtype`, rounded up if the part that is cut off plus `bits` overflows.
-
-    The mean over all 2**32 values of `bits` is `x`, except below the normal range of
-    `dtype`, where `x` is rounded to nearest.
-    """
+    """Return `x` in `dtype`, rounded up if the part that is cut off plus `bits` carries."""
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
     # The bit pattern of a float increases with its magnitude, so a carry out of the bits
@@ -75,11 +70,9 @@ def _number_entries(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """Return a bijective hash of each uint32, in which every bit depends on every bit.
-
-    This is `lowbias32` of https://github.com/skeeto/hash-prospector. `jax.random.bits`
-    takes longer than all the rest of an optimizer's update.
-    """
+    """Return a bijective hash of each uint32, in which every bit depends on every bit."""
+    # `lowbias32` of https://github.com/skeeto/hash-prospector. `jax.random.bits` takes
+    # longer than the rest of the update.
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -4,7 +4,6 @@ sophia          = scale_by_sophia . add_decayed_weights . scale_by_learning_rate
 scale_by_sophia = ema(b1) . scale_by_diag_hessian(b2, gamma, eps) . clip(1)
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,18 +18,16 @@ from sophia_optax.optimizer.estimate_checks import has_masked
 from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
 from sophia_optax.optimizer.momentum import momentum
 
-Mask = Any | Callable[[optax.Params], Any] | None
-
 
 def sophia(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
     gamma: Gamma = 0.05, eps: ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None, *,
     clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Sophia, with the paper's settings for estimates of `gnb` (Sophia-G).
+    r"""`Sophia <https://arxiv.org/abs/2305.14342>`_, with the settings for Sophia-G.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
@@ -46,21 +43,25 @@ def sophia(
       learning_rate: η, or a schedule of it.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: the scale of the Hessian, a number or a schedule, chosen so that
-        `unclipped_fraction` is between 0.1 and 0.5; or the rule `hold_unclipped`.
+      gamma: the scale of the Hessian: the rule `hold_unclipped`, or a number or schedule
+        such that `unclipped_fraction` is between 0.1 and 0.5. It increases with gamma.
       eps: the smallest divisor.
       weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans, a prefix of the tree of
         parameters, or a function from the parameters to such a tree.
       clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
-      update_interval: number of updates from one refresh to the next.
-      debias: correct the bias of the average of the Hessian.
+      update_interval: number of updates from one call of `hessian_fn` to the next.
+      debias: divide the average of the Hessian by `1 - b2 ** refreshes`, as Adam does.
+        Otherwise it is too small in the first `update_interval / (1 - b2)` updates.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
-      mu_dtype: dtype of the average of gradients, by default that of the parameters. In
-        bfloat16 it takes half the memory and is rounded stochastically.
-      hessian_dtype: as for `scale_by_diag_hessian`.
-      seed: as for `scale_by_diag_hessian`.
-      axis_name: as for `scale_by_diag_hessian`.
+      mu_dtype: dtype of the average of gradients, by default that of the parameters.
+        Averages in 16 bits are rounded stochastically.
+      hessian_dtype: dtype of the average of the Hessian, by default float32. Under
+        `optax.inject_hyperparams` write the name of a dtype, such as "bfloat16".
+      seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
+      axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
+        parameters are sharded. All devices then accept or reject an estimate together, and
+        have the same gamma of `hold_unclipped`. With None, devices are independent.
 
     Returns:
       A transformation, with dtypes and errors as for `scale_by_diag_hessian`.
@@ -84,9 +85,6 @@ def sophia(
       ...     params, state = step(params, state)
       >>> print(bool(loss_fn(params) < 0.2))
       True
-
-    References:
-      Liu et al., `Sophia <https://arxiv.org/abs/2305.14342>`_, 2023, Algorithms 2, 3
     """
     return optax.chain(
         scale_by_sophia(
@@ -107,12 +105,12 @@ sophia_g = sophia
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, b2: ArrayLike = 0.99,
     gamma: Gamma = 0.01, eps: ArrayLike = 1e-12,
-    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Mask = None, *,
+    weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None, *,
     clip_threshold: ArrayLike = 1.0, update_interval: ArrayLike = 10,
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Sophia-H: `sophia` with the paper's settings for estimates of `hutchinson`.
+    """Sophia-H: `sophia` with the paper's gamma for estimates of `hutchinson`.
 
     As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from all
     parameters to the loss, which stands for
