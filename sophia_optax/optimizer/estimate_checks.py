@@ -105,8 +105,7 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     )
     paths = (("missing", expected - got), ("unexpected", got - expected))
     details = [f"{what} `params{path}`" for what, which in paths for path in sorted(which)]
-    if not details:
-        details = [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
+    details = details or [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
     return (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
         f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
