@@ -15,20 +15,20 @@ def accumulator_dtype(x: Any) -> Any:
 
 
 def check_params(params: Any) -> None:
-    """Raise TypeError unless all leaves are real numbers of 16 bits or more."""
+    """Raise TypeError unless all leaves are floating point of 16 bits or more."""
     for path, p in jax.tree.leaves_with_path(params):
         dtype = getattr(p, "dtype", type(p))
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
             raise TypeError(
                 f"`params{jax.tree_util.keystr(path)}` has dtype {dtype}, but parameters "
-                "must be real numbers of 16 bits or more. Exclude others by `optax.masked` "
-                "or `optax.partition`, and close over them in an estimator (`nnx.split`). "
+                "must be floats of 16 bits or more. Exclude others by `optax.masked` or "
+                "`optax.partition`, and close over them in an estimator (`nnx.split`). "
                 "Split complex ones by `optax.contrib.split_real_and_imaginary`."
             )
 
 
 def cast_to_float32(tree: Any) -> Any:
-    """Return the leaves as arrays, with dtypes narrower than float32 cast to float32."""
+    """Return the leaves as arrays of float32, or of float64 where they are float64."""
     arrays = jax.tree.map(jnp.asarray, tree)
     return jax.tree.map(lambda x: x.astype(accumulator_dtype(x)), arrays)
 
@@ -40,9 +40,13 @@ def promote(*xs: Any) -> list[jax.Array]:
     return [x.astype(jnp.float64 if is_double else jnp.float32) for x in xs]
 
 
+def split_names(axis_name: AxisName) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     """Return the names as a tuple. Raise ValueError unless each is a mapped axis."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    names = split_names(axis_name)
     try:
         jax.lax.axis_size(names)
     except NameError as error:
@@ -58,13 +62,13 @@ def sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """Return the mapped axes along which devices differ, if `check_vma=True`, else none."""
+    """Return the mapped axes along which `tree` differs; none without `check_vma=True`."""
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
 def shard_axes(x: jax.Array, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the axes along which `x` is sharded, if `check_vma=True`, else all `names`."""
+    """Return the names along which `x` is sharded; without `check_vma=True`, all."""
     if not names or not varying_axes(jax.lax.axis_index(names)):
         return names
     return tuple(name for name in names if name in varying_axes(x))

@@ -1,8 +1,9 @@
 """The paper's baselines and ablations, each a composition of public stages.
 
-Arguments, and how `update` receives an estimate, are those of `sophia`. AdamW and Lion are
-in Optax. Sources: section 4 of `Sophia <https://arxiv.org/abs/2305.14342>`_; Yao et al.,
-`AdaHessian <https://arxiv.org/abs/2006.00719>`_, 2020.
+Arguments, and how `update` receives an estimate, are those of `sophia`. Updates have the
+dtype of JAX's type promotion. AdamW and Lion are in Optax. Sources: section 4 of
+`Sophia <https://arxiv.org/abs/2305.14342>`_; `AdaHessian
+<https://arxiv.org/abs/2006.00719>`_.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ def adahessian(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """AdaHessian: Adam with v_t = b2 v_{t-1} + (1 - b2) ĥ_t² as its second moment.
 
-    The paper's Hessian power is fixed at one. Use estimates of `hutchinson`, with or
-    without `spatial_average`.
+    The divisor is at least eps, and the paper's Hessian power is fixed at one. Use
+    estimates of `hutchinson`, with or without `spatial_average`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,8 +52,7 @@ def adahessian(
 def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
     """AdaHessian's spatial averaging: replace each block of entries by its mean.
 
-    A block is `block_size` consecutive entries of the last axis, which `block_size` must
-    divide. Arrays of less than two axes do not change.
+    A block is `block_size` entries of the last axis. Arrays of one axis do not change.
 
     Example:
       >>> import jax.numpy as jnp

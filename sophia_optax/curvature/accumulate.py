@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.arrays import accumulator_dtype
+from sophia_optax.arrays import cast_to_float32, check_params
 from sophia_optax.curvature.estimator import Estimator
 
 
@@ -33,7 +33,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
     W_i and ĥ_i are the weights and estimates of the micro-batches. If all micro-batches
-    have the same size, this equals `estimate` on their concatenation with as many groups.
+    have the same size, this equals `estimate` on their concatenation with all groups.
     `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
@@ -44,7 +44,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
         arguments are those of `estimate`. The key may be the same for all micro-batches,
         because their groups have different numbers. W_i is the number of predictions, or
         the sum of their weights; for `hutchinson` the number of examples, or the argument
-        `weight`, such as the number of unmasked predictions;
+        `weight`. A micro-batch of weight 0 is ignored;
       - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
         the total weight is 0, it is NaN, which the optimizer rejects.
 
@@ -61,12 +61,13 @@ def accumulate(estimate: Estimator) -> Accumulator:
     """
     if isinstance(estimate, type) or not isinstance(estimate, Estimator):
         raise TypeError(
-            "`estimate` must be an `Estimator`, such as the result of `gnb`, and not a "
-            f"function that calls it, got a `{type(estimate).__name__}`."
+            "`estimate` must be the `Estimator` that `gnb` returns, not a function that "
+            f"calls it, got a `{type(estimate).__name__}`."
         )
 
     def init(params: Any) -> AccumulatorState:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, accumulator_dtype(p)), params)
+        check_params(params)
+        zeros = jax.tree.map(jnp.zeros_like, cast_to_float32(params))
         return AccumulatorState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), zeros)
 
     def add(state: Any, params: Any, *batch: Any, **kwargs: Any) -> AccumulatorState:

@@ -3,8 +3,8 @@
 Each sample takes one uniform number u in (0, 1). The classes are divided into blocks. The
 weight of a block is the sum of exp(logit - max), and W is the sum over all blocks. Step one
 finds the first block with a cumulative weight above u W, and step two the first such class
-in this block. If the number of classes is a multiple of 128 there are 128 blocks, so that
-devices that hold shards of the classes exchange 128 weights rather than the logits.
+in this block. A block is one class for up to 256 classes, a 128th of a multiple of 128, so
+that devices with shards of the classes exchange 128 weights, and otherwise 256 classes.
 """
 
 import jax
@@ -45,14 +45,14 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
         weights = jnp.pad(jnp.exp(logits - top), padding)
         block_weights = weights.reshape(*shape, -1, size).sum(-1)
     cumulative = jnp.cumsum(block_weights, -1)
-    target = uniform[..., None] * cumulative[..., -1:]
+    target = uniform[..., None].astype(cumulative.dtype) * cumulative[..., -1:]
     block = _find_first_above(target, cumulative, block_weights)
     if size == 1:
         return block[..., 0].astype(jnp.int32)
 
     # The weights of this block's classes, computed again from the logits.
     before = jnp.take_along_axis(cumulative - block_weights, block, -1)
-    candidates = block * size + jnp.arange(size)
+    candidates = block * size + jnp.arange(size).reshape(*(1 for _ in shape), -1)
     inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
     weights = jnp.where(candidates < classes, jnp.exp(inside - top), 0)
     first = _find_first_above(target - before, jnp.cumsum(weights, -1), weights)
@@ -63,8 +63,7 @@ def _find_first_above(
     target: jax.Array, cumulative: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Return the index of the first `cumulative` above `target` with a positive weight."""
-    # Because of rounding, a cumulative sum may increase where the weight is 0, or end below
-    # `target`.
+    # Rounded sums may increase where the weight is 0, or end below `target`.
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)
     target = jnp.minimum(target, jnp.nextafter(last, jnp.zeros_like(last)))

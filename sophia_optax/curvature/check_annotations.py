@@ -83,9 +83,8 @@ def trace_group_gradient(
 ) -> tuple[Callable[..., Any], Any, Any]:
     """Trace the gradient of one group's loss, and find the parameters that it squares.
 
-    Return the gradient, a function with the arguments of `loss`, a tree of `Value`s, and a
-    tree of bools: whether the gradient sums its results over the mapped axis `GROUPS`, or
-    None if it does not use this axis. Raise ValueError if the estimate would be wrong.
+    Return the gradient, a `Value` for each parameter, and for each parameter whether its
+    gradient is already summed over the mapped axis `GROUPS`, or None without annotations.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
@@ -112,7 +111,7 @@ def named_gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 def trace(
     fn: Callable[..., Any], params: Any, *args: Any, axis_env: Sequence[Any] = ()
 ) -> tuple[Callable[..., Any], Any]:
-    """Return `fn`, which returns a tree like `params`, as traced function and as jaxpr."""
+    """Trace `fn`. Return a function that evaluates its jaxpr, and the jaxpr."""
     with jax.disable_jit(False):  # under `disable_jit`, tracing would unroll scans
         jaxpr = jax.make_jaxpr(fn, axis_env=list(axis_env))(params, *args)
 
@@ -124,8 +123,8 @@ def trace(
 
 
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
-    """Return the value of each parameter's gradient, whose jaxpr is given."""
-    if names:  # `ppermute` leaves no effect
+    """Return the `Value` of each parameter's gradient, given the gradient's jaxpr."""
+    if names:  # not by `jaxpr.effects`: `ppermute` has no effect
         axes = _find_used_axes(jaxpr.eqns)
         needs_check = not axes.isdisjoint(names) or _has_annotation(jaxpr.eqns)
     else:
@@ -148,7 +147,7 @@ def _check_values(values: Any) -> None:
         if value.kind == Kind.INVALID:
             raise ValueError(
                 f"`each_group` must annotate {name} once and as a whole, but annotates it "
-                f"{value.cause}. The documentation on many devices has the remedy."
+                f'{value.cause}. See "Errors and remedies" in docs/devices.md.'
             )
         if value.kind == Kind.GRADIENT and value.axes:
             raise ValueError(

@@ -4,7 +4,7 @@ If a weight is sharded, the backward pass of its gather sums its gradient over d
 estimate must square each group's own gradient before that sum. In an estimate, the backward
 pass of `each_group` squares the gradient of the gathered weight and sums the squares over
 the parallel groups. The rest of the backward pass, to the shards of the weight, treats
-squares like gradients. So no device holds more of an estimate than of a gradient.
+squares like gradients. So the estimate is sharded like a gradient.
 """
 
 from typing import Any
@@ -16,9 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from sophia_optax.arrays import accumulator_dtype, cast_to_float32, varying_axes
 from sophia_optax.curvature.meshes import run_on_auto_axes
 
-# Names of mapped axes that are bound while an estimate is traced. A mapped axis, unlike a
-# global variable, is part of the key by which `jit` caches traces: a function that was
-# traced for a training step is traced again for an estimate.
+# Mapped axes that are bound while an estimate is traced. Unlike a global variable, they are
+# part of the key by which `jit` caches traces, of training steps and of estimates.
 GROUPS = "sophia_optax.groups"  # the parallel groups, under `jit`
 DEVICE = "sophia_optax.device"  # of size 1, under `pmap` and `shard_map`
 
@@ -31,12 +30,13 @@ def each_group(tree: Any) -> Any:
     This is the identity, except in an estimate of `gnb` or `empirical_fisher` with several
     groups or devices. There, the backward pass squares each group's gradient. Without the
     annotation each device holds the gathered parameters, one group's gradient and the
-    estimate. For `hutchinson` under `jit` use `groups=1` and several `num_probes` instead.
+    estimate. `hutchinson` ignores it: under `jit` use `groups=1` and several `num_probes`.
 
     Annotate each weight once, after it is gathered by `jax.reshard` or `jax.lax.all_gather`
     and before its uses and any cast. In a scan over layers, annotate the weights of one
-    layer in the body. On Auto axes the annotation may also come before the gather, with a
-    cast between them, so that devices exchange 16 bits.
+    layer in the body. If a weight is used twice, such as a tied embedding, annotate it once
+    and use the result twice. On Auto axes the annotation may also come before the gather,
+    with a cast between them, so that devices exchange 16 bits.
 
     Args:
       tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
@@ -44,9 +44,9 @@ def each_group(tree: Any) -> Any:
     Raises:
       TypeError: in an estimate, for weights in 16 bits, in which squares would be summed.
       ValueError: from the estimate, for an annotation that would make it wrong, and inside
-        `shard_map` for a gathered parameter without an annotation. The documentation on
-        many devices has a table of the causes and remedies.
-      NotImplementedError: in an estimate without `axis_name` in a checked `shard_map`.
+        `shard_map` for a gathered parameter without an annotation. The page "Many devices"
+        of the documentation has a table of the errors and remedies.
+      NotImplementedError: without `axis_name` in a `shard_map` with `check_vma=True`.
 
     Example:
       >>> import jax, jax.numpy as jnp

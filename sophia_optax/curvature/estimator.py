@@ -72,14 +72,13 @@ def prepare_params(params: Any, batch: Any, names: tuple[str, ...]) -> Any:
     if missing := varying_axes(batch) - varying_axes(params) - set(names):
         raise ValueError(
             f"`axis_name={names or None!r}` lacks the mapped axes {sorted(missing)}, along "
-            "which the batch differs: gradients would be summed before the square."
+            "which the batch differs: add them."
         )
-
     return cast_to_varying(jax.tree.map(jnp.asarray, params), names)
 
 
 def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Return a key for this device. Raise TypeError unless `key` is one PRNG key."""
+    """Return a threefry key for this device. Raise TypeError unless `key` is one key."""
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (is_typed or dtype == jnp.uint32) or jnp.ndim(key) != (0 if is_typed else 1):

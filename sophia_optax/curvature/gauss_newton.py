@@ -24,8 +24,6 @@ from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_
 from sophia_optax.curvature.groups import GroupedBatch, split_into_groups, sum_over_groups
 from sophia_optax.curvature.likelihoods import Categorical, Likelihood
 
-Weights = ArrayLike | None
-
 _CATEGORICAL = Categorical()
 
 
@@ -33,7 +31,7 @@ def gnb(
     logits_fn: Callable[..., Any], *, likelihood: Likelihood = _CATEGORICAL,
     groups: int = 1, parallel_groups: int | None = None, axis_name: AxisName = None,
 ) -> "GaussNewtonBartlett":  # fmt: skip
-    r"""Gauss-Newton-Bartlett: squared gradients of labels sampled from the model.
+    r"""Gauss-Newton-Bartlett: squared gradients for labels sampled from the model.
 
     Algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, with several groups:
 
@@ -50,14 +48,14 @@ def gnb(
         time: if a model mixes examples, as batch normalization does, use its evaluation
         mode or one group.
       likelihood: the distribution of a label given the outputs: `Categorical`, `Bernoulli`,
-        `Normal`, `Poisson`, or any object with their two methods.
+        `Normal`, `Poisson`, or any object with `sample` and `neg_log_prob`.
       groups: number of groups, blocks of consecutive examples. Must divide the leading axis
         of every array in the batch and of the weights.
       parallel_groups: number of groups that are computed in parallel, each with its own
         gradient in memory, except for weights that `each_group` annotates. Must divide
-        `groups`. Under `jit`, both must be multiples of the number of devices that the
-        batch is sharded over, which is the default. Along Auto axes that number is unknown
-        in tracing, and the default is all devices: pass the size of the data axes.
+        `groups`. Under `jit`, use multiples of the number of devices that the batch is
+        sharded over, which on Explicit axes is checked and is the default. On Auto axes the
+        default is all devices: pass the size of the data axes, so that none repeats groups.
       axis_name: name or names of the mapped axes that the batch is sharded over under
         `pmap` or `shard_map`. `groups` is then the number for each device. If `params` are
         sharded, so is the estimate, and `logits_fn` must annotate the parameters that it
@@ -137,7 +135,7 @@ class _SquaredGradients:
 
     def weight(
         self, params: Any, *batch: Any,
-        weights: Weights = None, key: jax.Array | None = None, targets: Any = None,
+        weights: ArrayLike | None = None, key: jax.Array | None = None, targets: Any = None,
     ) -> ArrayLike:  # fmt: skip
         """Return W, the number of predictions or the sum of their weights."""
         names = axis_names(self.axis_name)
@@ -161,7 +159,7 @@ class _SquaredGradients:
 
     def _estimate(
         self, params: Any, arrays: dict[str, Any], key: jax.Array | None,
-        weights: Weights, first_group: ArrayLike,
+        weights: ArrayLike | None, first_group: ArrayLike,
     ) -> Any:  # fmt: skip
         names = axis_names(self.axis_name)
         params = prepare_params(params, arrays["batch"], names)
@@ -222,7 +220,7 @@ class GaussNewtonBartlett(_SquaredGradients):
 
     def __call__(
         self, params: Any, *batch: Any, key: jax.Array,
-        weights: Weights = None, first_group: ArrayLike = 0,
+        weights: ArrayLike | None = None, first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `gnb` and `Estimator`."""
         key = prepare_key(key, axis_names(self.axis_name))
@@ -236,7 +234,7 @@ class EmpiricalFisher(_SquaredGradients):
 
     def __call__(
         self, params: Any, *batch: Any, targets: Any,
-        weights: Weights = None, first_group: ArrayLike = 0,
+        weights: ArrayLike | None = None, first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `empirical_fisher` and `Estimator`."""
         arrays = {"batch": batch, "targets": targets}
@@ -255,5 +253,5 @@ def _check_losses(losses: Any) -> jax.Array:
             "`logits_fn` must return logits; use `Bernoulli()` for one logit a prediction."
         )
     if not losses.size:
-        raise ValueError(f"`batch` has no predictions, got losses of {losses.shape}.")
+        raise ValueError(f"`batch` has no predictions, got losses of shape {losses.shape}.")
     return losses

@@ -39,7 +39,7 @@ class GroupedBatch:
     axes: Axes = ()  # the Explicit axes of the mesh that the batch is sharded over
 
     def gather(self, params: Any, is_summed: Any = None) -> Any:
-        """Return the parameters, gathered along `axes` unless `each_group` sums them."""
+        """Return the parameters, gathered along `axes` except where `is_summed`."""
         if not self.axes:
             return params
         gather = functools.partial(meshes.gather, mesh=self.mesh, axes=self.axes)
@@ -88,9 +88,9 @@ def sum_over_groups(
     # The parameters are not an argument of the mapped function: annotated parameters may be
     # sharded over the same axes of the mesh as the groups.
     of_group = functools.partial(fn, gathered)
-    axis_name = GROUPS if is_summed is not None else None
+    axis_name = GROUPS
     if is_summed is None:
-        is_summed = jax.tree.map(lambda _: False, params)
+        axis_name, is_summed = None, jax.tree.map(lambda _: False, params)
     # On a mesh the groups of a step may be on different devices, and a sum over them would
     # be an all-reduce at each step. So their results are summed after the last step.
     kept = 1 if grouped.mesh.empty else grouped.parallel
@@ -133,8 +133,7 @@ def _map_over_groups(
     try:
         return jax.vmap(of_group, out_axes=out_axes, axis_name=axis_name)(*groups)
     except ValueError as error:
-        # A sum over groups has an axis of groups only if its place in the parameter depends
-        # on the group.
+        # JAX's message, if the place of a sum in the parameter depends on the group.
         if f"(axis_name={GROUPS})" not in str(error):
             raise
         raise ValueError(
@@ -165,7 +164,7 @@ def _choose_parallel_groups(
                 f"`{name}={count}` is not a multiple of the {shards} devices that the "
                 f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
-    # Types do not record shardings along Auto axes. Assume that it is sharded over all.
+    # Types do not record shardings along Auto axes. Assume that all are used.
     auto_shards = math.prod(mesh.shape[name] for name in meshes.auto_axes(mesh))
     return parallel_groups or shards * math.gcd(groups // shards, auto_shards)
 

@@ -22,8 +22,6 @@ from sophia_optax.curvature import check_annotations
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
 from sophia_optax.curvature.groups import split_into_groups, sum_over_groups
 
-Gradient = Callable[[Any, Any], Any]  # of the parameters and a group's batch
-
 
 def hutchinson(
     loss_fn: Callable[..., jax.Array], *, groups: int = 1, num_probes: int = 1,
@@ -37,15 +35,14 @@ def hutchinson(
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
-    The products are forward-over-reverse, at two to three times the cost of the gradient.
-    If the loss has a `custom_vjp` without a JVP, they are reverse-over-reverse, which
-    takes more memory.
+    The products are forward-over-reverse, at two to three times the cost of the gradient,
+    or for a `custom_vjp` without a JVP reverse-over-reverse, which takes more memory.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (), of one group.
-        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`. If
-        the loss of the batch is not the mean of those of its groups, use one group: if the
-        model mixes examples, or the number of unmasked predictions differs between groups.
+        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`. Use
+        one group if the loss of the batch is not the mean of the losses of its groups, as
+        with batch normalization or different numbers of unmasked predictions.
       groups: number of groups, as for `gnb`. Each group has its own probes.
       num_probes: number of probes for each group, computed sequentially.
       parallel_groups: number of groups that are computed in parallel, as for `gnb`.
@@ -54,11 +51,11 @@ def hutchinson(
 
     Returns:
       A function `estimate(params, *batch, key)`, an `Estimator`. Key and result are as for
-      `gnb`, but entries may be negative. `accumulate` also takes `weight`, shape (), by
-      default the number of examples.
+      `gnb`, but entries may be negative. `accumulate(estimate).add` also takes `weight`,
+      shape (), by default the number of examples.
 
     Raises:
-      ValueError, TypeError: as `gnb`, and if `loss_fn` does not return a float scalar.
+      ValueError, TypeError: as `gnb`; ValueError if `loss_fn` returns no float scalar.
       NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
@@ -98,7 +95,7 @@ class Hutchinson:
         grouped = split_into_groups(
             {"batch": batch}, self.groups, self.parallel_groups, first_group
         )
-        probes = split_into_groups({}, self.num_probes)
+        probes = split_into_groups({}, self.num_probes)  # summed like groups
 
         def loss(params: Any, group: Any) -> jax.Array:
             return _check_loss(self.loss_fn(params, *group["batch"]))
@@ -139,7 +136,9 @@ class Hutchinson:
         return sizes.pop() * jax.lax.axis_size(names)
 
 
-def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) -> Any:
+def _hessian_product(
+    gradient: Callable[..., Any], params: Any, group: Any, probe: Any
+) -> Any:
     """Return probe ⊙ ∇²loss(params) probe."""
     # The parameters of an ensemble differ between devices, and so must the probe.
     probe = jax.tree.map(
@@ -153,10 +152,12 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
         _, vjp = jax.vjp(lambda p: gradient(p, group), params)
         return vjp(probe)[0]  # the Hessian is symmetric
 
+    cause = None
     for product_fn in (forward_over_reverse, reverse_over_reverse):
         try:
             product, jaxpr = check_annotations.trace(product_fn, params, probe)
-        except (NotImplementedError, TypeError, ValueError):
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            cause = error
             continue
         # The derivative of a `custom_vjp` without a JVP, which JAX rejects in compilation.
         operations = check_annotations.all_operations(jaxpr.eqns)
@@ -168,14 +169,14 @@ def _hessian_product(gradient: Gradient, params: Any, group: Any, probe: Any) ->
             "`loss_fn` uses an operation without a second derivative, such as cuDNN's "
             "attention. Use `gnb`, which needs gradients alone, or "
             "`jax.nn.dot_product_attention(..., implementation='xla')`."
-        )
+        ) from cause
     probe, product = arrays.cast_to_float32((probe, product(params, probe)))
     return jax.tree.map(jnp.multiply, probe, product)
 
 
 def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
-) -> Gradient:
+) -> Callable[..., Any]:
     """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
     named_gradient = check_annotations.named_gradient(loss)
     gradient, jaxpr = check_annotations.trace(named_gradient, params, group)

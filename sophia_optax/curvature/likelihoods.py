@@ -1,13 +1,10 @@
 """Distributions of a label given a model's outputs. The loss is -log p.
 
-A likelihood is any object with the two methods of `Likelihood`. A distribution `D(outputs)`
-of distrax or TensorFlow Probability becomes a likelihood in one expression:
+A likelihood is any object with the methods of `Likelihood`. Losses are in nats, at least
+float32. A distribution `D(outputs)` of distrax or TensorFlow Probability becomes one by
 
     types.SimpleNamespace(sample=lambda key, f: D(f).sample(seed=key),
                           neg_log_prob=lambda f, y: -D(f).log_prob(y))
-
-Losses are in nats, and at least float32. Except for `Categorical`, outputs, labels and
-losses have the same shape, which is any shape.
 """
 
 import dataclasses
@@ -36,7 +33,7 @@ class Likelihood(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """A class. The outputs are logits, and the loss is cross entropy.
+    """A label in {0, …, classes - 1}. The outputs are logits, the loss is cross entropy.
 
     Outputs: logits, shape (..., classes), -inf for an impossible class. Labels: shape
     (...), int32. Losses: shape (...).
@@ -64,12 +61,14 @@ class Categorical:
         is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
         chosen = jnp.where(is_target, shifted, 0).sum(-1)
         is_class = (targets >= 0) & (targets < logits.shape[-1])
-        return jnp.log(jnp.exp(shifted).sum(-1)) - jnp.where(is_class, chosen, jnp.nan)
+        return jnp.log(jnp.exp(shifted).sum(-1)) - jnp.where(is_class, chosen, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
     """A label in {0, 1}. The outputs are logits, and the loss is binary cross entropy.
+
+    Outputs, labels and losses have the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,8 +91,8 @@ class Bernoulli:
 class Normal:
     """A real label. The outputs are its mean, and the loss is half the squared error.
 
-    The loss is `((targets - outputs) / scale)² / 2` plus a constant. Each entry is one
-    prediction, so the mean loss divides by the number of entries.
+    The loss is `((targets - outputs) / scale)² / 2` plus a constant. Outputs, labels and
+    losses have the same shape, and each entry is one prediction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,10 +115,10 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class Poisson:
-    """A count. The outputs are the log of its rate.
+    """A count. The outputs are log rates, at most 21: counts in JAX are below 2**31.
 
-    The loss is `exp(outputs) - targets * outputs + log targets!`. Log rates are at most 21,
-    because counts in JAX are below 2**31.
+    The loss is `exp(outputs) - targets * outputs + log targets!`. Outputs, labels and
+    losses have the same shape.
 
     Example:
       >>> import jax.numpy as jnp

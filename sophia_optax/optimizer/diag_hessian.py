@@ -1,4 +1,4 @@
-"""The division by a moving average of the Hessian diagonal, which Optax does not have."""
+"""Division by a moving average of the Hessian diagonal."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unc
 from sophia_optax.optimizer.momentum import evaluate
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
-# The smallest divisor, even if `eps` is 0, so that 0 / 0 is impossible. `eps` may have been
-# rounded to 0: `inject_hyperparams` casts it to the dtype of the parameters.
+# The smallest divisor. `eps` may be 0, or rounded to 0 by `inject_hyperparams`.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+_NEVER = -(2**30)  # the update of the last estimate, before the first estimate
 
 
 class ScaleByDiagHessianState(NamedTuple):
     """State of `scale_by_diag_hessian`, without keys and functions."""
 
     num_updates: jax.Array  # shape=(), dtype=int32
-    next_refresh: jax.Array  # shape=(), dtype=int32, the update when `hessian_fn` is due
+    last_estimate: jax.Array  # shape=(), dtype=int32, the number of its update
     num_refreshes: jax.Array  # shape=(), dtype=int32, estimates that were accepted
     num_refused: jax.Array  # shape=(), dtype=int32, estimates that were rejected
     # The last division was by max(divisor_gamma * hessian, divisor_eps).
@@ -48,9 +48,9 @@ def scale_by_diag_hessian(
     `update` by one of two keyword arguments. Without them the average does not change:
 
     - `hessian_fn`: a function of a key that returns an estimate. It is called, under
-      `jax.lax.cond`, if there was no estimate in the last `update_interval` updates: if it
-      is always passed, on every `update_interval`-th update from the first. The key on
-      update number n (from 0) is `jax.random.fold_in(jax.random.key(seed), n)`.
+      `jax.lax.cond`, on the first update and whenever `update_interval` updates have passed
+      since the last estimate, accepted or not. The key on update number n (from 0) is
+      `jax.random.fold_in(jax.random.key(seed), n)`.
     - `hessian`: a computed estimate, accepted on any update. `optax.MultiSteps` passes on
       only that of the last micro-step: inside it, use `hessian_fn` with `accumulate`.
 
@@ -68,7 +68,8 @@ def scale_by_diag_hessian(
       ValueError: for an `update_interval` below 1. From `update`, for both `hessian` and
         `hessian_fn`, or an estimate without the structure and shapes of the updates (a node
         such as Flax's `nnx.Param` may wrap each array).
-      TypeError: for an unsupported `hessian_dtype`, and for parameters that are not real.
+      TypeError: for an unsupported `hessian_dtype`, for parameters or estimates that are
+        not real, and for a `hessian_fn` that does not take one key.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,15 +94,17 @@ def scale_by_diag_hessian(
 
     def init(params: optax.Params) -> ScaleByDiagHessianState:
         arrays.check_params(params)
-        return ScaleByDiagHessianState(
+        own_axes = estimate_checks.check_sharding(params, axis_name)
+        state = ScaleByDiagHessianState(
             num_updates=jnp.zeros([], jnp.int32),
-            next_refresh=jnp.zeros([], jnp.int32),
+            last_estimate=jnp.full([], _NEVER, jnp.int32),
             num_refreshes=jnp.zeros([], jnp.int32),
             num_refused=jnp.zeros([], jnp.int32),
             divisor_gamma=jnp.zeros([], jnp.float32),
             divisor_eps=jnp.zeros([], jnp.float32),
             hessian=optax.tree.zeros_like(params, dtype=hessian_dtype),
         )
+        return arrays.cast_to_varying(state, own_axes)
 
     def update(
         updates: Any, state: ScaleByDiagHessianState, params: Any = None, *,
@@ -111,13 +114,11 @@ def scale_by_diag_hessian(
         incoming, updates = updates, evaluate(updates)
         names = arrays.axis_names(axis_name)
         # Along other mapped axes devices are independent.
-        own_axes = estimate_checks.check_sharding((updates, state.hessian), names)
+        own_axes = estimate_checks.check_sharding((updates, state.hessian), axis_name)
 
-        is_due = state.num_updates >= state.next_refresh
-        is_due = jnp.array(hessian is not None) | (is_due & (hessian_fn is not None))
-
-        def refresh(average, estimate):
+        def refresh(average, estimate, is_due):
             """Return the next average, and whether the estimate was accepted."""
+            # Under `vmap`, members that are not due reach this as well.
             estimate = estimate_checks.match_structure(updates, estimate)
             is_accepted = is_due & _is_finite(estimate, average, names)
             is_accepted = arrays.cast_to_varying(is_accepted, own_axes)
@@ -126,14 +127,16 @@ def scale_by_diag_hessian(
             new = jax.tree.map(lambda n, h: jnp.where(is_accepted, n, h), new, average)
             return new, is_accepted
 
-        average, is_accepted = state.hessian, jnp.array(False)
+        average, is_due, is_accepted = state.hessian, jnp.array(False), jnp.array(False)
         if hessian is not None:
-            average, is_accepted = refresh(average, hessian)
+            is_due = jnp.array(True)
+            average, is_accepted = refresh(average, hessian, is_due)
         elif hessian_fn is not None:
+            is_due = state.num_updates - state.last_estimate >= update_interval
             key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
             average, is_accepted = jax.lax.cond(
                 _any_member(is_due),
-                lambda h: refresh(h, hessian_fn(key)),
+                lambda h: refresh(h, hessian_fn(key), is_due),
                 lambda h: (h, arrays.cast_to_varying(jnp.array(False), own_axes)),
                 average,
             )
@@ -143,13 +146,14 @@ def scale_by_diag_hessian(
             divisor_gamma = gamma.find_gamma(incoming, average, *counts, names)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
-            if debias:
-                # The sum of the weights of the average, which is 0 before a refresh.
-                weight = 1 - b2 ** num_refreshes.astype(jnp.float32)
-                weight = jnp.where(weight > 0, weight, 1)
-                divisor_gamma /= jnp.sqrt(weight) if rms else weight
             # A copy: the state must not share a buffer with a hyperparameter.
             divisor_gamma = jnp.array(divisor_gamma, jnp.float32)
+            if debias:
+                # The sum of the weights, 1 - b2^refreshes, which is 0 before a refresh.
+                count = jnp.maximum(num_refreshes, 1).astype(jnp.float32)
+                weight = -jnp.expm1(count * jnp.log1p(b2 - 1.0))
+                weight = jnp.where((num_refreshes > 0) & (weight > 0), weight, 1)
+                divisor_gamma /= jnp.sqrt(weight) if rms else weight
         divisor_eps = jnp.maximum(jnp.asarray(eps, jnp.float32), _TINY)
 
         def divide(u, h, like):
@@ -164,16 +168,16 @@ def scale_by_diag_hessian(
 
         like = updates if params is None else params
         updates = jax.tree.map(divide, updates, average, like, is_leaf=lambda u: u is None)
-        following = state.num_updates + jnp.asarray(update_interval).astype(jnp.int32)
-        return updates, ScaleByDiagHessianState(
+        state = ScaleByDiagHessianState(
             num_updates=state.num_updates + 1,
-            next_refresh=jnp.where(is_due, following, state.next_refresh),
+            last_estimate=jnp.where(is_due, state.num_updates, state.last_estimate),
             num_refreshes=num_refreshes,
             num_refused=state.num_refused + (is_due & ~is_accepted).astype(jnp.int32),
             divisor_gamma=divisor_gamma,
             divisor_eps=divisor_eps,
             hessian=average,
         )
+        return updates, arrays.cast_to_varying(state, own_axes)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 

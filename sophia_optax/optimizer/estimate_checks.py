@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from sophia_optax.arrays import varying_axes
+from sophia_optax.arrays import AxisName, split_names, varying_axes
 
 
 def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
@@ -35,7 +35,8 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
 def _is_function(x: Any) -> bool:
     """Return whether `x` is a function, and not a pytree with a `__call__`."""
     leaves = jax.tree.leaves(x)
-    return callable(x) and bool(leaves) and all(map(callable, leaves))
+    is_tree = not leaves or not all(map(callable, leaves))
+    return isinstance(x, jax.tree_util.Partial) or (callable(x) and not is_tree)
 
 
 def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
@@ -52,14 +53,14 @@ def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
         ) from error
 
 
-def check_sharding(tree: Any, names: tuple[str, ...]) -> frozenset[str]:
-    """Return the mapped axes, except `names`, along which all arrays of `tree` differ."""
-    axes = {varying_axes(x) - set(names) for x in jax.tree.leaves(tree)}
+def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
+    """Return the mapped axes, except `axis_name`, along which devices are independent."""
+    axes = {varying_axes(x) - set(split_names(axis_name)) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
         raise ValueError(
             "Only some parameters differ between devices along the mapped axes "
             f"{sorted(frozenset().union(*axes))}. If devices hold shards of parameters, "
-            f"pass these axes to the optimizer as `axis_name`, got `{names or None}`."
+            f"pass these axes to the optimizer as `axis_name`, got `{axis_name}`."
         )
     return next(iter(axes), frozenset())
 
@@ -105,12 +106,15 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     )
     paths = (("missing", expected - got), ("unexpected", got - expected))
     details = [f"{what} `params{path}`" for what, which in paths for path in sorted(which)]
-    details = details or [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
+    structures = f"got {jax.tree.structure(estimate)}, not {jax.tree.structure(updates)}"
+    advice = (
+        " Under `optax.masked` or `optax.partition` pass the estimate for all parameters, "
+        "or set `mask_compatible_extra_args=True`."
+    )
     return (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
         f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
-        f"{', '.join(details[:3])}. Under `optax.masked` or `optax.partition` pass the "
-        "estimate for all parameters, or set `mask_compatible_extra_args=True`."
+        f"{', '.join(details[:3]) or structures}." + advice * has_masked(updates)
     )
 
 
@@ -120,5 +124,5 @@ def _is_hidden(node: Any) -> bool:
 
 def has_masked(tree: Any) -> bool:
     """Return whether `optax.masked` or `optax.partition` hides leaves of the tree."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
     return any(isinstance(node, optax.MaskedNode) for node in nodes)

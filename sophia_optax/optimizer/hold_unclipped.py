@@ -72,7 +72,7 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
     counted, because gamma does not change their updates. If no entry is counted, as before
     the first refresh, the update is the sign of the momentum.
 
-    With more than 4,096 parameters, gamma is computed from a fixed sample of 4,096 entries,
+    With more than 4,096 entries, gamma is computed from a fixed sample of 4,096 entries,
     evenly distributed over all parameters in proportion to their size. If fewer than 1,024
     of them are counted, as for an embedding of which few rows were used, gamma is computed
     from all entries, in 32 passes over the parameters. The derivative of gamma is exact.
@@ -153,7 +153,7 @@ def _find_quantile_jvp(names, primals, tangents):
 def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
     """Return |u| / h in float32. Ratios that are 0 or infinite are not counted."""
     u, h = jnp.asarray(evaluate(u), jnp.float32), h.astype(jnp.float32)
-    return jnp.where(h > 0, jnp.abs(u) / h, jnp.inf)
+    return jnp.where(h > 0, jnp.abs(u) / jnp.where(h > 0, h, 1), jnp.inf)
 
 
 def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
@@ -211,9 +211,8 @@ def _bisect(
     """Return the smallest ratio r with more than `fraction` of the weight at most r.
 
     Also return the total weight of the counted ratios, which the first round finds. If it
-    is 0, r is 0. Each other round finds one bit of r, from the highest, because positive
-    floats have the order of their bit patterns. `ratios_of` maps the bits found so far to
-    the ratios, which differ along the mapped axes `own_axes`.
+    is 0, r is 0. Each other round finds one bit of r, from the highest: positive floats
+    have the order of their bit patterns. The ratios differ along the axes `own_axes`.
     """
 
     def find_bit(i, state):

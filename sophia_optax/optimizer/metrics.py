@@ -14,11 +14,11 @@ from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
 def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Array:
-    """Return the fraction of entries with |m| < max(γ h, ε), shape (), float32.
+    """Return the fraction of entries with |m| < ρ max(γ h, ε), shape (), float32.
 
-    The last update did not clip them. The `paper <https://arxiv.org/abs/2305.14342>`_
-    recommends a gamma for which it is between 0.1 and 0.5. With `nesterov` it is still the
-    fraction for m. Arguments and errors are those of `sophia_metrics`.
+    The last update did not clip these entries. The paper recommends a gamma for which the
+    fraction is between 0.1 and 0.5. With `nesterov`, it is that of m, and often larger than
+    that of the look-ahead. Arguments and errors are those of `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,8 +97,8 @@ def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
     if len(states) != 1:
         raise ValueError(
-            f"`opt_state` must have the state of one Sophia, got {len(states)}: pass one, "
-            "such as `opt_state.inner_states[label]` under `optax.partition`."
+            f"`opt_state` must have the state of one Sophia, got {len(states)}. If it has "
+            "several, pass one, such as `opt_state.inner_states[label]`."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
     shapes = _shapes(states[0].hessian)

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import cast_to_float32
+from sophia_optax.arrays import cast_to_float32, check_params
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
 
 class LookAhead(NamedTuple):
-    """The update b1 m_t + (1 - b1) g_t of one parameter, not yet computed.
+    """The update b1 m_t + (1 - b1) g_t of one parameter, not yet computed."""
 
-    `hold_unclipped` needs some entries before the division needs all. If the update were
-    computed once for both, XLA would write it to memory.
-    """
+    # `hold_unclipped` reads some entries, and then the division reads all. If the update
+    # were computed once for both, XLA would write it to memory.
 
     average: jax.Array
     grads: jax.Array
@@ -38,7 +37,7 @@ def evaluate(tree: Any) -> Any:
 def momentum(
     b1: ArrayLike, *, nesterov: bool, dtype: Any, seed: ArrayLike
 ) -> optax.GradientTransformation:
-    """Return m_t, or with `nesterov` b1 m_t + (1 - b1) g_t as a `LookAhead`.
+    """Return a transformation to m_t, or with `nesterov` to a `LookAhead`.
 
     In 32 bits or more this equals `optax.ema(b1, debias=False)` bit for bit. In 16 bits the
     average is computed in float32 and rounded stochastically.
@@ -56,5 +55,8 @@ def momentum(
             m = jax.tree.map(lambda m, g: LookAhead(m, g, b1), m, updates)
         return m, new
 
-    init = optax.ema(b1, debias=False, accumulator_dtype=dtype).init
+    def init(params):
+        check_params(params)
+        return optax.ema(b1, debias=False, accumulator_dtype=dtype).init(params)
+
     return optax.GradientTransformation(init, update)  # pyright: ignore

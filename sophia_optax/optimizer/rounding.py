@@ -1,8 +1,8 @@
 """Stochastic rounding for moving averages in 16 bits.
 
 If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
-is less than half the spacing of its dtype: in bfloat16 with b = 0.99, at up to a fifth
-below x. Rounded up with a probability equal to the part that is cut off, it is unbiased.
+is less than half the spacing of its dtype: in bfloat16 with b = 0.99, by as much as a
+quarter below x. Rounding up with probability equal to the part cut off is unbiased.
 """
 
 import math
@@ -50,13 +50,15 @@ def round_stochastically(
 
 
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Return `x` in `dtype`, rounded up if the part that is cut off plus `bits` carries."""
+    """Return `x` in `dtype`, rounded away from 0 if the part cut off and `bits` carry."""
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
     # The bit pattern of a float increases with its magnitude, so a carry out of the bits
     # that are cut off is a step to the next value of `dtype`.
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> (32 - cut))
     rounded = jax.lax.bitcast_convert_type(pattern >> cut << cut, jnp.float32)
+    bound = float(jnp.finfo(dtype).max)  # one large gradient must not make the average inf
+    rounded = jnp.clip(rounded, -bound, bound)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 
 
@@ -70,7 +72,7 @@ def _number_entries(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """Return a bijective hash of each uint32, in which every bit depends on every bit."""
+    """Return a bijective hash of each uint32. Each bit depends on all bits of the input."""
     # `lowbias32` of https://github.com/skeeto/hash-prospector. `jax.random.bits` takes
     # longer than the rest of the update.
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

@@ -33,18 +33,18 @@ def sophia(
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
         m_t / \max(\gamma h_t, \epsilon), \pm\rho) + \lambda \theta_{t-1})
 
-    This is a chain of `scale_by_sophia`, `optax.add_decayed_weights` and
-    `optax.scale_by_learning_rate`. Pass `hessian_fn` or `hessian` to `update`, as described
-    in `scale_by_diag_hessian`: an estimate of any estimator. Without any estimate this
-    reduces to sign momentum (Signum). Compile the step with `jax.jit`: outside it, JAX
-    compiles `hessian_fn` at every step. `sophia_g` is another name of this function.
+    This is a chain of `scale_by_sophia`, `optax.add_decayed_weights`,
+    `optax.scale_by_learning_rate` and a cast. Pass `hessian_fn` or `hessian` to `update`,
+    as described in `scale_by_diag_hessian`. Without any estimate this reduces to sign
+    momentum (Signum). Compile the step with `jax.jit`: outside it, JAX compiles
+    `hessian_fn` at every step. `sophia_g` is another name of this function.
 
     Args:
       learning_rate: η, or a schedule of it.
       b1: decay of the moving average of gradients.
       b2: decay of the moving average of the Hessian, per refresh.
-      gamma: the scale of the Hessian: the rule `hold_unclipped`, or a number or schedule
-        such that `unclipped_fraction` is between 0.1 and 0.5. It increases with gamma.
+      gamma: the scale of the Hessian: a number, a schedule, or `hold_unclipped(fraction)`.
+        `unclipped_fraction` increases with gamma, and should be between 0.1 and 0.5.
       eps: the smallest divisor.
       weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans, a prefix of the tree of
@@ -52,7 +52,8 @@ def sophia(
       clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
       update_interval: number of updates from one call of `hessian_fn` to the next.
       debias: divide the average of the Hessian by `1 - b2 ** refreshes`, as Adam does.
-        Otherwise it is too small in the first `update_interval / (1 - b2)` updates.
+        Otherwise it is too small in the first `update_interval / (1 - b2)` updates. This
+        has no effect with `hold_unclipped`.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
       mu_dtype: dtype of the average of gradients, by default that of the parameters.
         Averages in 16 bits are rounded stochastically.
@@ -61,10 +62,12 @@ def sophia(
       seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
       axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
         parameters are sharded. All devices then accept or reject an estimate together, and
-        have the same gamma of `hold_unclipped`. With None, devices are independent.
+        have the same gamma of `hold_unclipped`. With None, devices are independent. Under
+        `jit` with sharded arrays use None.
 
     Returns:
-      A transformation, with dtypes and errors as for `scale_by_diag_hessian`.
+      A transformation whose updates have the dtypes of `params`, which `update` requires.
+      Errors are those of `scale_by_diag_hessian`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -149,11 +152,12 @@ def _check_obj_fn(params: optax.Params | None, extra_args: dict[str, Any]) -> No
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
             raise ValueError(f"`update` got both `obj_fn` and `{name}`: pass one of them.")
-    if params is None or has_masked(params):
+    if params is None:
+        raise ValueError("`obj_fn` needs the parameters, but `params` is None.")
+    if has_masked(params):
         raise ValueError(
-            "`obj_fn` needs all parameters, but `params` is None, or `optax.masked` or "
-            "`optax.partition` hides some of them. Pass, with all parameters, "
-            "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
+            "`obj_fn` needs all parameters, but `optax.masked` or `optax.partition` hides "
+            "some. Pass `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
         )
 
 
@@ -210,7 +214,7 @@ def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
     if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
         return gamma
     if callable(gamma):
-        return lambda count: factor * gamma(count)
+        return lambda count: factor * jnp.asarray(gamma(count), jnp.float32)
     return factor * gamma  # pyright: ignore[reportReturnType]
 
 

@@ -25,6 +25,13 @@ def draw(uniform, logits):
     return np.asarray(sample(jnp.float32(uniform), jnp.float32(logits)))
 
 
+@pytest.mark.parametrize("classes", [3, 300, 512])
+def test_sample_categorical_promotes_neither_ranks_nor_dtypes(classes, x64):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        logits = jnp.zeros((2, 4, classes), jnp.float64)
+        assert categorical_sampler.sample_categorical(KEY, logits).shape == (2, 4)
+
+
 def logits_of(classes, kind, seed=0):
     rng = np.random.default_rng(seed)
     normal, few = rng.normal(size=classes), rng.random(classes) < 5 / classes

@@ -131,7 +131,7 @@ def test_scale_by_diag_hessian_rejects_an_estimate_out_of_range_of_the_average(
     ],
 )
 def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
-    tx, state, refreshes = scale_by_diag_hessian(), None, []
+    tx, refreshes = scale_by_diag_hessian(), []
     state = tx.init(PARAMS)
     for i in range(40):
         extra = {"hessian_fn": constant_hessian_fn(1.0)} if i in offered else {}
@@ -139,6 +139,27 @@ def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
         _, state = tx.update(GRADS, state, PARAMS, **extra)
         refreshes += [i] * int(state.num_refreshes - before)
     assert refreshes == called
+
+
+def test_scale_by_diag_hessian_uses_the_present_update_interval():
+    make = optax.inject_hyperparams(scale_by_diag_hessian, hyperparam_dtype=jnp.float32)
+    tx = make(update_interval=1000)
+    state, refreshes = tx.init(PARAMS), []
+    update = jax.jit(functools.partial(tx.update, hessian_fn=constant_hessian_fn(1.0)))
+    for i in range(12):
+        if i == 4:
+            state.hyperparams["update_interval"] = jnp.float32(5)
+        _, state = update(GRADS, state, PARAMS)
+        refreshes.append(int(state.inner_state.num_refreshes))
+    assert refreshes == [1] * 5 + [2] * 5 + [3] * 2
+
+
+@pytest.mark.parametrize("b2", [0.0, 0.5, 1 - 1e-8])
+def test_scale_by_diag_hessian_debias_makes_the_first_estimate_the_average(b2):
+    tx = scale_by_diag_hessian(b2, gamma=1.0, debias=True)
+    hessian = full_like(PARAMS, 4.0)
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=hessian)
+    assert_trees_all_close(updates, optax.tree.scale(0.25, GRADS), rtol=1e-6)
 
 
 def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
@@ -154,7 +175,7 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
 
     params = jnp.arange(12.0).reshape(2, 2, 3)  # two populations of two members
     state = jax.vmap(jax.vmap(tx.init))(params)
-    later = state._replace(next_refresh=jnp.array([[0, 1], [1, 0]], jnp.int32))
+    later = state._replace(last_estimate=jnp.array([[-4, -3], [-3, -4]], jnp.int32))
     for _ in range(8):
         last, later = later, jax.jit(jax.vmap(jax.vmap(step)))(params, later)
         for i, j in np.ndindex(2, 2):

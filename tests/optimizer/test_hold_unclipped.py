@@ -115,6 +115,12 @@ def test_hold_unclipped_samples_parameters_in_proportion_to_their_sizes():
     assert gamma_of(0.751, grads) == 1
 
 
+def test_hold_unclipped_computes_no_nan_for_sparse_parameters():
+    grads, hessian = embedding(0, 10)
+    with jax.debug_nans(True), jax.disable_jit():
+        first_update(0.2, grads, hessian)
+
+
 def test_hold_unclipped_samples_scalar_parameters():
     grads = {"w": np.full(SAMPLE_SIZE, 1e-3, np.float32), "scale": np.float32(1)}
     assert gamma_of(0.5, grads) == np.float32(1e-3)

@@ -29,6 +29,12 @@ def test_round_with_bits_averaged_over_all_bits_is_exact(dtype):
     np.testing.assert_array_equal(np.asarray(rounded, np.float64).mean(0), x)
 
 
+def test_round_with_bits_keeps_a_finite_number_finite():
+    for dtype, large in ((jnp.float16, 1e7), (jnp.bfloat16, 3.4e38)):
+        rounded = round_with_all_bits(np.float32([large, -large]), dtype)
+        assert np.isfinite(np.asarray(rounded, np.float32)).all()
+
+
 @NARROW
 def test_round_with_bits_returns_one_of_the_two_nearest_numbers(dtype):
     rounded = np.asarray(round_with_all_bits(X, dtype), np.float64)

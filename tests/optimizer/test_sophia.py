@@ -327,6 +327,29 @@ def test_scale_by_sophia_members_in_shard_map_equal_each_member_alone(argument, 
     np.testing.assert_array_equal(got[1], [0, 0, 0, 1])
 
 
+@pytest.mark.parametrize("gamma", [0.5, hold_unclipped(0.2)])
+@pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
+def test_sophia_members_in_a_checked_shard_map_train_in_a_scan(argument, gamma):
+    """The state keeps its type: its scalars differ between members from the start."""
+    mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
+    tx = sophia(0.1, gamma=gamma, mu_dtype="bfloat16")
+
+    def step(carry, _):
+        params, state = carry
+        extra = {argument: params if argument == "hessian" else lambda key: params}
+        updates, state = tx.update(params, state, params, **extra)
+        return (optax.apply_updates(params, updates), state), None
+
+    def train(params):
+        return jax.lax.scan(step, (params, tx.init(params)), length=3)[0][0]
+
+    spec = PartitionSpec("member")
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec)
+    params = jnp.arange(1.0, 25).reshape(4, 6)
+    expected = jnp.concatenate([train(params[i : i + 1]) for i in range(4)])
+    assert_trees_all_close(jax.jit(mapped)(params), expected, rtol=1e-5)
+
+
 def test_scale_by_sophia_requires_axis_name_for_parameters_of_which_some_are_sharded():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     spec = {"w": PartitionSpec("data"), "b": PartitionSpec()}
