@@ -1,9 +1,8 @@
 """The paper's baselines and ablations, each a composition of public stages.
 
 Arguments, and how `update` receives an estimate, are those of `sophia`. Updates have the
-dtype of JAX's type promotion. AdamW and Lion are in Optax. Sources: section 4 of
-`Sophia <https://arxiv.org/abs/2305.14342>`_; `AdaHessian
-<https://arxiv.org/abs/2006.00719>`_.
+dtype of JAX's type promotion. Sources: section 4 of `Sophia
+<https://arxiv.org/abs/2305.14342>`_; `AdaHessian <https://arxiv.org/abs/2006.00719>`_.
 """
 
 from typing import Any

@@ -37,8 +37,6 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An abstract value."""
-
     kind: Kind
     axes: Axes = frozenset()  # the mapped axes that it was summed over
     cause: str = ""
@@ -136,7 +134,7 @@ def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
 
 
 def _uses_groups(jaxpr: Any) -> bool:
-    """Return whether an annotation sums over the axis `GROUPS`, which leaves an effect."""
+    # An annotation sums over the axis `GROUPS`, which leaves an effect.
     return any(getattr(effect, "name", None) == GROUPS for effect in jaxpr.effects)
 
 

@@ -42,11 +42,8 @@ def each_group(tree: Any) -> Any:
       tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
 
     Raises:
-      TypeError: in an estimate, for weights in 16 bits, in which squares would be summed.
-      ValueError: from the estimate, for an annotation that would make it wrong, and inside
-        `shard_map` for a gathered parameter without an annotation. The page "Many devices"
-        of the documentation has a table of the errors and remedies.
-      NotImplementedError: without `axis_name` in a `shard_map` with `check_vma=True`.
+      TypeError, ValueError, NotImplementedError: in an estimate. The page "Many devices" of
+        the documentation has a table of the errors and remedies.
 
     Example:
       >>> import jax, jax.numpy as jnp

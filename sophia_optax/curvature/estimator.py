@@ -45,10 +45,7 @@ class Estimator(Protocol):
         ...
 
     def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
-        """Return the weight of this batch in a mean over batches, shape ().
-
-        The arguments are those of the estimator, except `first_group`.
-        """
+        """Return the weight of this batch in a mean over batches, shape ()."""
         ...
 
 

@@ -106,16 +106,14 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     )
     paths = (("missing", expected - got), ("unexpected", got - expected))
     details = [f"{what} `params{path}`" for what, which in paths for path in sorted(which)]
-    structures = f"got {jax.tree.structure(estimate)}, not {jax.tree.structure(updates)}"
-    advice = (
-        " Under `optax.masked` or `optax.partition` pass the estimate for all parameters, "
-        "or set `mask_compatible_extra_args=True`."
-    )
-    return (
+    details = details or [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
+    message = (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
         f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
-        f"{', '.join(details[:3]) or structures}." + advice * has_masked(updates)
+        f"{', '.join(details[:3])}."
     )
+    advice = " Pass it for all parameters, or set `mask_compatible_extra_args=True`."
+    return message + advice if has_masked(updates) else message
 
 
 def _is_hidden(node: Any) -> bool:

@@ -45,10 +45,9 @@ class HoldUnclipped:
         self, updates: Any, hessian: Any, num_updates: jax.Array,
         num_refreshes: jax.Array, names: tuple[str, ...] = (),
     ) -> jax.Array:  # fmt: skip
-        """Return the gamma for these updates, shape=(), dtype=float32.
+        """Return the gamma for these updates, arrays or `LookAhead`s, shape=(), float32.
 
-        The leaves of `updates` are arrays or `LookAhead`s. Along the mapped axes `names`,
-        devices hold shards of the same parameters.
+        Along the mapped axes `names`, devices hold shards of the same parameters.
         """
         fraction = self.fraction(num_updates) if callable(self.fraction) else self.fraction
         fraction = jnp.clip(jnp.asarray(fraction, jnp.float32), 0, _LARGEST_FRACTION)
@@ -74,8 +73,8 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
     With more than 4,096 entries, gamma is computed from a fixed sample of 4,096 entries,
     evenly distributed over all parameters in proportion to their size. If fewer than 1,024
-    of them are counted, as for an embedding of which few rows were used, gamma is computed
-    from all entries, in 32 passes over the parameters. The derivative of gamma is exact.
+    of them are counted, as for a sparse embedding, it is computed from all entries, in 32
+    passes over the parameters. The derivative of gamma is exact.
 
     Args:
       fraction: the target fraction f, in [0, 1], or a schedule of it by the number of

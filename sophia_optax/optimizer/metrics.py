@@ -36,8 +36,8 @@ def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, j
     """Return metrics of Sophia's state for a logger.
 
     Args:
-      opt_state: the state of any chain or wrapper with one `scale_by_diag_hessian`, and one
-        `optax.ema` with `debias=False`.
+      opt_state: the state of any chain or wrapper with exactly one `scale_by_diag_hessian`
+        and one `optax.ema` with `debias=False`, otherwise ValueError.
       axis_name: inside `shard_map` and `pmap`, as for `sophia`.
 
     Returns:
@@ -49,9 +49,6 @@ def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, j
       - `hessian_norm`: the norm of h without bias correction, in the unit of the Hessian;
       - `nonpositive_fraction`: fraction of the entries of h that are 0 or less;
       - `refreshes`, `refused`: numbers of accepted and of rejected estimates.
-
-    Raises:
-      ValueError: if the state does not have exactly one Sophia.
 
     Example:
       >>> import jax.numpy as jnp

@@ -203,7 +203,7 @@ def scale_by_sophia(
 def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> Any:
     """Return the updates in the dtypes of the parameters."""
 
-    def cast(u, p):
+    def cast(u: Any, p: Any) -> Any:
         return None if u is None else u.astype(jnp.result_type(p))
 
     return jax.tree.map(cast, updates, params, is_leaf=lambda u: u is None)
