@@ -175,17 +175,19 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
 
     params = jnp.arange(12.0).reshape(2, 2, 3)  # two populations of two members
     state = jax.vmap(jax.vmap(tx.init))(params)
-    later = state._replace(last_estimate=jnp.array([[-4, -3], [-3, -4]], jnp.int32))
+    staggered = state._replace(last_estimate=jnp.array([[-4, -3], [-3, -4]], jnp.int32))
+    run, run_alone = jax.jit(jax.vmap(jax.vmap(step))), jax.jit(step)
     for _ in range(8):
-        last, later = later, jax.jit(jax.vmap(jax.vmap(step)))(params, later)
-        for i, j in np.ndindex(2, 2):
-            member = jax.tree.map(lambda x, at=(i, j): x[at], last)
-            expected = step(params[i, j], member)
-            got = jax.tree.map(lambda x, at=(i, j): x[at], later)
-            assert_trees_all_close(got, expected, rtol=1e-6)
+        previous, staggered = staggered, run(params, staggered)
+        for at in np.ndindex(2, 2):
+            member, got = (
+                jax.tree.map(lambda x, at=at: x[at], tree) for tree in (previous, staggered)
+            )
+            assert_trees_all_close(got, run_alone(params[at], member), rtol=1e-6)
+    jax.effects_barrier()
     calls.clear()
     for _ in range(8):
-        state = jax.jit(jax.vmap(jax.vmap(step)))(params, state)
+        state = run(params, state)
     jax.effects_barrier()
     np.testing.assert_array_equal(state.num_refreshes, 2)
     assert len(calls) <= 2 * params[..., 0].size
