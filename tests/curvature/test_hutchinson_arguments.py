@@ -1,5 +1,7 @@
 """The loss and the settings of `hutchinson`, and kernels without a JVP."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,20 @@ def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
     p, x = jnp.array([0.3, -1.0, 2.0]), jnp.arange(1.0, 13).reshape(4, 3) / 9
     expected = jax.hessian(lambda p: jnp.mean(jax.nn.softplus(x * p) ** 2))(p)
     assert_trees_all_close(estimate(p, x, key=KEY), jnp.diag(expected), rtol=1e-5)
+
+
+def test_hutchinson_scans_layers_as_often_as_the_gradient():
+    """The product is forward-over-reverse. Reverse-over-reverse needs twice the scans."""
+
+    def loss_fn(layers):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jnp.ones(3), layers)
+        return jnp.mean(h)
+
+    def count_scans(fn):
+        return str(jax.make_jaxpr(fn)(jnp.ones((2, 3, 3)))).count(" scan[")
+
+    estimate = functools.partial(hutchinson(loss_fn), key=KEY)
+    assert count_scans(estimate) == count_scans(jax.grad(loss_fn)) > 0
 
 
 def test_gnb_requires_no_jvp_of_a_kernel():

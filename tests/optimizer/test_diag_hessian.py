@@ -343,9 +343,10 @@ def test_scale_by_diag_hessian_updates_have_dtypes_of_params(
 
 
 @pytest.mark.parametrize("frozen", [jnp.ones(3), jax.nn.relu, None])
-def test_scale_by_diag_hessian_accepts_none_in_the_updates(frozen):
+@pytest.mark.parametrize("tx", [scale_by_diag_hessian(0.0, 1.0), sophia_g(0.1)])
+def test_scale_by_diag_hessian_and_sophia_g_accept_none_in_the_updates(tx, frozen):
     """As Equinox does: `params` and the estimate are whole, the gradients are filtered."""
-    tx, whole = scale_by_diag_hessian(b2=0.0, gamma=1.0), PARAMS | {"frozen": frozen}
+    whole = PARAMS | {"frozen": frozen}
     grads, state = GRADS | {"frozen": None}, tx.init(PARAMS | {"frozen": None})
     for hessian in (HESSIAN | {"frozen": None}, HESSIAN | {"frozen": jnp.ones(3)}):
         updates, _ = tx.update(grads, state, whole, hessian=hessian)
@@ -359,6 +360,13 @@ def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_was_rounded_to_0
     tx = optax.inject_hyperparams(scale_by_diag_hessian)()
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_array_equal(updates, [0, 0, 0])
+
+
+def test_scale_by_diag_hessian_divides_gradients_of_float64_in_float64(x64):
+    params = jnp.ones(2, "float64")
+    tx = scale_by_diag_hessian(b2=0.0, gamma=0.5, hessian_dtype="float64")
+    updates, _ = tx.update(params, tx.init(params), params, hessian=6 * params)
+    np.testing.assert_allclose(updates, 1 / 3, rtol=1e-15)
 
 
 def test_scale_by_diag_hessian_averages_estimates_of_16_bits_in_float32():

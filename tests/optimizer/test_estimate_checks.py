@@ -152,6 +152,11 @@ def test_update_accepts_a_callable_pytree_as_hessian():
         for extra in ({"hessian": hessian}, {"hessian_fn": lambda _, h=hessian: h}):
             _, state = G.update(tree, G.init(tree), tree, **extra)
             assert sophia_metrics(state)["refreshes"] == 1
+    empty, whole = CallableTree(), CallableTree(PARAMS | {"activation": jax.nn.relu})
+    filtered = CallableTree(PARAMS | {"activation": None})
+    for grads, hessian in ((empty, empty), (filtered, whole)):
+        _, state = G.update(grads, G.init(grads), hessian, hessian=hessian)
+        assert sophia_metrics(state)["refreshes"] == 1
 
 
 def test_update_requires_params():

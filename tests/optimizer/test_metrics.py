@@ -1,4 +1,5 @@
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,17 @@ def test_sophia_metrics_name_wrapped_parameters_by_path():
     metrics = sophia_metrics(sophia_g(0.1).init(state))
     names = {name for name in metrics if "/" in name}
     assert names == {"unclipped_fraction/kernel", "unclipped_fraction/bias"}
+
+
+def test_sophia_metrics_keep_the_name_of_a_value_that_is_no_wrapper():
+    class Attention(NamedTuple):
+        query: jax.Array
+        value: jax.Array
+
+    params = {"attention": Attention(jnp.ones(1), jnp.ones(2)), "value": jnp.ones(3)}
+    metrics = sophia_metrics(sophia_g(0.1).init(params))
+    names = {name.partition("/")[2] for name in metrics if "/" in name}
+    assert names == {"attention/query", "attention/value", "value"}
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
