@@ -29,10 +29,12 @@ MODES = {
     "x64": lambda: jax.enable_x64(True),
     "disable_jit": lambda: jax.disable_jit(True),
 }
+DTYPES = ("float32", "bfloat16")
+LIKELIHOODS = (Categorical(), Bernoulli(), Normal(), Poisson())
 PROMOTION, OTHERS = list(MODES)[:2], list(MODES)[2:]
 EVERY_MODE = pytest.mark.parametrize(
     ("mode", "dtype"),
-    [(mode, dtype) for mode in PROMOTION for dtype in ("float32", "bfloat16")]
+    [(mode, dtype) for mode in PROMOTION for dtype in DTYPES]
     + [pytest.param(mode, "bfloat16", marks=pytest.mark.slow) for mode in OTHERS],
 )
 KEY = jax.random.key(0)
@@ -51,8 +53,11 @@ def is_finite(tree):
     return all(np.isfinite(leaf.astype(np.float32)).all() for leaf in jax.tree.leaves(tree))
 
 
-@EVERY_MODE
-@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Normal(), Poisson()])
+@pytest.mark.parametrize(
+    ("mode", "dtype", "likelihood"),
+    [(m, d, p) for m in PROMOTION for d in DTYPES for p in LIKELIHOODS]
+    + [pytest.param(m, "bfloat16", Categorical(), marks=pytest.mark.slow) for m in OTHERS],
+)
 def test_gnb_and_empirical_fisher_run_in_every_mode(mode, dtype, likelihood):
     with MODES[mode]():
         params, x = make_params(dtype), jnp.arange(40.0, dtype=dtype).reshape(8, 5) / 40

@@ -71,9 +71,9 @@ def accumulate(estimate: Estimator) -> Accumulator:
         return AccumulatorState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), zeros)
 
     def add(state: Any, params: Any, *batch: Any, **kwargs: Any) -> AccumulatorState:
-        weight = jnp.asarray(estimate.weight(params, *batch, **kwargs), jnp.float32)
         first_group = state.num_batches * estimate.groups
         new = estimate(params, *batch, first_group=first_group, **kwargs)
+        weight = jnp.asarray(estimate.weight(params, *batch, **kwargs), jnp.float32)
         fraction = weight / (state.weight + weight)
 
         def blend(mean: jax.Array, e: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ class Estimator(Protocol):
         ...
 
     def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
-        """Return the weight of this batch in a mean over batches, shape ()."""
+        """Return the weight of a batch in a mean, shape (). Keywords as in `__call__`."""
         ...
 
 

@@ -92,10 +92,10 @@ def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState
     stages = optax.EmaState | ScaleByDiagHessianState
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, stages))
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
-    if len(states) != 1:
+    if len(states) != 1 or jnp.ndim(states[0].num_updates):
         raise ValueError(
-            f"`opt_state` must have the state of one Sophia, got {len(states)}. If it has "
-            "several, pass one, such as `opt_state.inner_states[label]`."
+            f"`opt_state` must have the state of one Sophia, got {len(states)}. Of several "
+            "pass one, such as `opt_state.inner_states[label]`; `vmap` over a population."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
     shapes = _shapes(states[0].hessian)

@@ -26,6 +26,12 @@ EMA = optax.ema(0.5, debias=False)
 SOPHIA_G = sophia_g(0.1, **SETTINGS)
 
 
+POPULATION = optax.GradientTransformation(
+    lambda params: jax.tree.map(lambda x: jnp.stack([x] * 4), SOPHIA_G.init(params)),
+    SOPHIA_G.update,
+)
+
+
 def first_state(tx):
     return tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)[1]
 
@@ -194,6 +200,7 @@ def test_unclipped_fraction_counts_entries_in_integers():
     [
         (optax.adam(0.1), "state of one Sophia, got 0"),
         (optax.chain(SOPHIA_G, SOPHIA_G), "state of one Sophia, got 2"),
+        (POPULATION, "`vmap` over a population"),
         (scale_by_diag_hessian(), r"one `optax\.EmaState`.* got 0.*`optax\.ema\("),
         (
             optax.chain(EMA, SOPHIA_G),
