@@ -43,7 +43,7 @@ def visible_folders(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     pending, seen = collections.deque([folder] if folder.is_dir() else []), set()
     while pending:
         here, files = pending.popleft(), []
-        with errors_as(f"`data`, `sources`: {here} can't be read", OSError):
+        with errors_as(f"`data`, `sources`: {here} cannot be read", OSError):
             if (real := here.resolve()) in seen:
                 continue
             seen.add(real)

@@ -42,8 +42,9 @@ def each_group(tree: Any) -> Any:
       tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: in an estimate. The page "Many devices" of
-        the documentation has a table of the errors and remedies.
+      TypeError, ValueError: in an estimate, for weights in 16 bits, and for a wrong or
+        missing annotation. The page "Many devices" has a table of the errors and remedies.
+      NotImplementedError: without `axis_name` in a `shard_map` with `check_vma=True`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -38,7 +38,7 @@ def scale_by_diag_hessian(
     update_interval: ArrayLike = 10, debias: bool = False, rms: bool = False,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Divide by a moving average of estimates of the Hessian diagonal (Algorithm 3).
+    r"""Divide by a moving average of estimates of the Hessian diagonal.
 
     .. math::
       h_t = b_2 h_{t-1} + (1 - b_2) \hat h_t \text{ on a refresh, else } h_{t-1},

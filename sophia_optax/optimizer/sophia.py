@@ -27,7 +27,7 @@ def sophia(
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""`Sophia <https://arxiv.org/abs/2305.14342>`_, with the settings for Sophia-G.
+    r"""Algorithm 3 of `Sophia <https://arxiv.org/abs/2305.14342>`_, with gamma for `gnb`.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(

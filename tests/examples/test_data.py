@@ -321,7 +321,7 @@ def test_folders_behind_links_are_read_once(tmp_path):
     expected = [corpus / "inside" / "a.txt", corpus / "link" / "deep" / "a.txt"]
     assert folder.visible_files(corpus) == expected
     (elsewhere / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"can't be read: FileNotFound.*gone"):
+    with pytest.raises(ConfigError, match=r"cannot be read: FileNotFound.*gone"):
         data.load(corpus)
 
 

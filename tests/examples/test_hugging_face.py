@@ -218,7 +218,7 @@ def test_every_name_of_the_activation_is_accepted(folder, name):
 
 
 def test_accepted_activations_compute_the_function_of_the_model(folder, transformers):
-    """Of all activations in transformers those are accepted, and no others."""
+    """Activations of transformers that compute a different function are rejected."""
     import torch
 
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
