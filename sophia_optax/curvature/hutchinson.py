@@ -155,7 +155,7 @@ def _hessian_product(
     cause = None
     for product_fn in (forward_over_reverse, reverse_over_reverse):
         try:
-            product, jaxpr = check_annotations.trace(product_fn, params, probe)
+            product, jaxpr = check_annotations.trace(jax.jit(product_fn), params, probe)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             cause = error
             continue
