@@ -225,7 +225,7 @@ def _bisect(
             below += jnp.sum(jnp.where(is_below, weight, 0), dtype=jnp.float32)
         below = sum_over_devices(below, names)
         total = jnp.where(is_first, below, total)
-        return jnp.where(~is_first & (below <= fraction * total), candidate, bits), total
+        return jnp.where((i > 0) & (below <= fraction * total), candidate, bits), total
 
     state = cast_to_varying((jnp.int32(0), jnp.float32(0)), own_axes)
     bits, total = jax.lax.fori_loop(0, rounds, find_bit, state)
