@@ -14,7 +14,7 @@ from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
 def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Array:
-    """Return the fraction of entries with |m| < ρ max(γ h, ε), shape (), float32.
+    """Return the fraction of entries with abs(m) < ρ max(γ h, ε), shape (), float32.
 
     The last update did not clip these entries. The paper recommends a gamma for which the
     fraction is between 0.1 and 0.5. With `nesterov`, it is that of m, and often larger than
