@@ -36,7 +36,7 @@ from scipy.stats import qmc
 
 from benchmarks import measure, trials
 from benchmarks.trials import SPACES, Outcome, Settings, Trial
-from examples.gpt.config import Config as RunConfig
+from examples.gpt.core.config import Config as RunConfig
 
 KEPT = Path("runs/ablations.jsonl")
 NO_CLIP = 1e30  # JSON has no infinity

@@ -16,14 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape, abstract, count
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
-from examples.gpt import layout
-from examples.gpt.config import Config as RunConfig
-from examples.gpt.config import ModelConfig
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.presets import PRESETS
-from examples.gpt.recipes import Preset
-from examples.gpt.state import abstract_state
-from examples.gpt.step import make_train_step
+from examples.gpt.core import layout
+from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.presets import PRESETS
+from examples.gpt.core.recipes import Preset
+from examples.gpt.core.state import abstract_state
+from examples.gpt.core.step import make_train_step
 from sophia_optax import gnb
 
 
@@ -38,7 +38,7 @@ class Config:
     depths: tuple[int, ...] = (4, 8, 16, 32)  # of the layers of width 512
 
 
-# The axis of the mesh that has all devices; `examples.gpt.layout` says what lies there.
+# The axis of the mesh that has all devices; `examples/gpt/core/layout.py` has its rules.
 LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
 
 

@@ -31,10 +31,10 @@ import optax
 from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.rivals import Refresh, Refreshes
-from examples.gpt import data, layout
-from examples.gpt.config import Config as RunConfig
-from examples.gpt.model import bind, init
-from examples.gpt.train import train
+from examples.gpt.core import data, layout
+from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.model import bind, init
+from examples.gpt.core.train import train
 
 
 @dataclasses.dataclass(frozen=True)

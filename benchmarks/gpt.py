@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from examples.gpt import model
-from examples.gpt.config import ModelConfig
+from examples.gpt.core import model
+from examples.gpt.core.config import ModelConfig
 from sophia_optax import Categorical
 
 # A GPT of other sizes than these, GPT-2 small's. `dtype` is of the arithmetic.

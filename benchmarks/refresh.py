@@ -20,10 +20,10 @@ import optax
 from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.gpt import Model, Shape, abstract
-from examples.gpt.config import Config as RunConfig
-from examples.gpt.config import ModelConfig
-from examples.gpt.state import TrainState
-from examples.gpt.step import train_step
+from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.state import TrainState
+from examples.gpt.core.step import train_step
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 

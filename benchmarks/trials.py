@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.gpt import data, model
-from examples.gpt.config import Config as RunConfig
-from examples.gpt.state import TrainState
-from examples.gpt.step import loss, train_step
+from examples.gpt.core import data, model
+from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.state import TrainState
+from examples.gpt.core.step import loss, train_step
 from sophia_optax import (
     empirical_fisher,
     gnb,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure, rivals
 from benchmarks.gpt import Model, Shape, count
-from examples.gpt.config import ModelConfig
+from examples.gpt.core.config import ModelConfig
 from sophia_optax import gnb
 
 

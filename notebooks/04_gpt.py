@@ -18,7 +18,7 @@
 #
 # The byte-level GPT of `examples/gpt`, two layers of width 64, learns the source of Python's
 # standard library. AdamW and Sophia-G start from the same parameters and see the same batches,
-# each at the settings that a search by hand found for it (`examples/gpt/recipes.py`).
+# each at the settings that a search by hand found for it (`examples/gpt/core/recipes.py`).
 
 # %% tags=["skip-execution"]
 # !git clone --quiet --depth 1 https://github.com/sophia-optax/sophia_optax
@@ -31,10 +31,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from examples.gpt import data, model
-from examples.gpt.config import Config
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.sample import generate
+from examples.gpt.core import data, model
+from examples.gpt.core.config import Config
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.tools.sample import generate
 from sophia_optax import gnb, unclipped_fraction
 
 # %% [markdown]

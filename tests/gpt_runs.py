@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from examples.gpt.tokenizer import Tokenizer
+from examples.gpt.tools.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
@@ -20,7 +20,7 @@ TEXT = "".join(
 # after take a while, in which processes agree where to end.
 SIGNALLED = """
 import os, runpy, signal, sys, time
-from examples.gpt.processes import Signal
+from examples.gpt.operations.processes import Signal
 
 step_to_die_at, signal_to_send = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 came = Signal.came

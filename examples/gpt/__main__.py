@@ -6,12 +6,12 @@ import sys
 
 import tyro
 
-from examples.gpt import checkpoint, processes
-from examples.gpt.config import Config
-from examples.gpt.errors import ConfigError
-from examples.gpt.presets import PRESETS
-from examples.gpt.recipes import RECIPES
-from examples.gpt.train import main
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.presets import PRESETS
+from examples.gpt.core.recipes import RECIPES
+from examples.gpt.core.train import main
+from examples.gpt.operations import checkpoint, processes
 
 
 def parse(arguments: list[str] | None = None) -> Config:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import ablations, trials
 from benchmarks.trials import SPACES, Outcome, Trial
-from examples.gpt.config import Config as RunConfig
+from examples.gpt.core.config import Config as RunConfig
 
 SIZE = RunConfig().replace(
     **{"steps": 32, "layers": 1, "heads": 2, "width": 16, "context": 16},

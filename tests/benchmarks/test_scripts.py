@@ -11,7 +11,7 @@ from benchmarks import devices, estimate, refresh, report, second_task, tracing,
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
 from benchmarks.rivals import HESSIAN
-from examples.gpt.config import Config as RunConfig
+from examples.gpt.core.config import Config as RunConfig
 
 SHAPE = Shape(layers=1, heads=2, width=16, context=8, vocabulary=384)
 

@@ -6,9 +6,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from gpt_runs import TEXT, arguments, losses, run
 
-from examples.gpt.checkpoint import FOLDER, Checkpoints
-from examples.gpt.config import Config
-from examples.gpt.state import TrainState
+from examples.gpt.core.config import Config
+from examples.gpt.core.state import TrainState
+from examples.gpt.operations.checkpoint import FOLDER, Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import AxisType
 
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt import attention, layout, model
-from examples.gpt.config import Config
-from examples.gpt.errors import ConfigError
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.state import abstract_state, first_state
-from examples.gpt.step import make_train_step
+from examples.gpt.core import attention, layout, model
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.state import abstract_state, first_state
+from examples.gpt.core.step import make_train_step
 
 SMALL = Config().replace(
     layers=1,

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt import data, folder, prepare
-from examples.gpt.errors import ConfigError
+from examples.gpt.core import data
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.operations import folder
+from examples.gpt.tools import prepare
 
 CONTEXT = 8
 
@@ -357,7 +359,8 @@ import sys
 for name in ("datasets", "pyarrow", "tokenizers", "zstandard"):
     sys.modules[name] = None
 import examples.gpt.__main__
-from examples.gpt import data, tokenizer
+from examples.gpt.core import data
+from examples.gpt.tools import tokenizer
 corpus = data.load(None)
 assert isinstance(corpus.tokenizer, tokenizer.Bytes)
 assert b"def " in corpus.train.arrays[0].tobytes()

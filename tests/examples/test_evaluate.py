@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from gpt_runs import tiny_bpe
 
-from examples.gpt import checkpoint, data, evaluate, hugging_face, layout, model
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import ConfigError
-from examples.gpt.evaluate import Options
-from examples.gpt.tokenizer import Bytes
+from examples.gpt.core import data, layout, model
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.operations import checkpoint
+from examples.gpt.tools import evaluate, hugging_face
+from examples.gpt.tools.evaluate import Options
+from examples.gpt.tools.tokenizer import Bytes
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +135,7 @@ def test_what_the_weights_are_evaluated_on_must_fit(params, corpus, tmp_path):
 WITHOUT = """
 import sys
 sys.modules["lm_eval"] = None
-from examples.gpt.evaluate import Options, Path, main
+from examples.gpt.tools.evaluate import Options, Path, main
 
 weights, corpus = map(Path, sys.argv[1:])
 main(Options(weights=weights, data=corpus))

@@ -18,18 +18,20 @@ import optax
 import pytest
 from gpt_runs import TEXT
 
-from examples.gpt import checkpoint, evaluate, log, model, plot, prepare, sample, step
 from examples.gpt.__main__ import parse
-from examples.gpt.checkpoint import Checkpoints
-from examples.gpt.config import Config
-from examples.gpt.errors import ConfigError
-from examples.gpt.folder import alone
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.presets import PRESETS
-from examples.gpt.processes import Signal
-from examples.gpt.recipes import RECIPES, Optimizer
-from examples.gpt.state import first_state
-from examples.gpt.train import main
+from examples.gpt.core import model, step
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.presets import PRESETS
+from examples.gpt.core.recipes import RECIPES, Optimizer
+from examples.gpt.core.state import first_state
+from examples.gpt.core.train import main
+from examples.gpt.operations import checkpoint, log, plot
+from examples.gpt.operations.checkpoint import Checkpoints
+from examples.gpt.operations.folder import alone
+from examples.gpt.operations.processes import Signal
+from examples.gpt.tools import evaluate, prepare, sample
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

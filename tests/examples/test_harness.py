@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from gpt_runs import tiny_bpe
 
-from examples.gpt import evaluate, hugging_face, model
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import ConfigError
-from examples.gpt.evaluate import Options
-from examples.gpt.tokenizer import Bytes
+from examples.gpt.core import model
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.tools import evaluate, hugging_face
+from examples.gpt.tools.evaluate import Options
+from examples.gpt.tools.tokenizer import Bytes
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
-from examples.gpt import harness
+from examples.gpt.tools import harness
 
 harness.TaskManager = functools.cache(harness.TaskManager)  # it takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from examples.gpt import data, model
-from examples.gpt.config import Config
+from examples.gpt.core import data, model
+from examples.gpt.core.config import Config
 from sophia_optax import gnb, hold_unclipped, scale_by_sophia
 
 STEPS, FRACTION = 40, 0.2

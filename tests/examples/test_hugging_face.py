@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from examples.gpt import export, hugging_face, model
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import ConfigError
+from examples.gpt.core import model
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.tools import export, hugging_face
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from examples.gpt import layout, processes
 from examples.gpt.__main__ import parse
-from examples.gpt.config import Processes
-from examples.gpt.errors import ConfigError
-from examples.gpt.step import check_layout
+from examples.gpt.core import layout
+from examples.gpt.core.config import Processes
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.step import check_layout
+from examples.gpt.operations import processes
 
-LAUNCH = Path(processes.__file__).with_name("launch")
+LAUNCH = Path(processes.__file__).parents[1] / "launch"
 
 
 def test_processes_that_are_given_other_flags(monkeypatch):

@@ -12,14 +12,15 @@ from gpt_runs import arguments, losses, run, run_together
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt import layout, model, processes, replicas
-from examples.gpt.checkpoint import FOLDER
-from examples.gpt.config import Config
-from examples.gpt.errors import ConfigError
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.presets import PRESETS
-from examples.gpt.state import abstract_state
-from examples.gpt.step import check_layout, loss_and_grads, make_train_step
+from examples.gpt.core import layout, model
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.presets import PRESETS
+from examples.gpt.core.state import abstract_state
+from examples.gpt.core.step import check_layout, loss_and_grads, make_train_step
+from examples.gpt.operations import processes, replicas
+from examples.gpt.operations.checkpoint import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_what_one_replica_has_read_is_sent_bit_for_bit():
 
 SAYS_WHAT_IS_READ = """
 import jax
-from examples.gpt.checkpoint import ocp
+from examples.gpt.operations.checkpoint import ocp
 
 load, read = ocp.load_checkpointables, []
 
@@ -213,8 +214,8 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(corpus, tmp_path,
 
 
 ONE_FAILS = """
-from examples.gpt import data
-from examples.gpt.errors import ConfigError
+from examples.gpt.core import data
+from examples.gpt.core.errors import ConfigError
 
 load = data.load
 

@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from examples.gpt import layout, model
-from examples.gpt.config import ModelConfig
-from examples.gpt.presets import PRESETS
+from examples.gpt.core import layout, model
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.presets import PRESETS
 
 SMALL = ModelConfig(vocabulary=128, layers=2, heads=2, width=32, context=24)
 NEOX = dataclasses.replace(SMALL, architecture="neox", bias=True)

@@ -10,7 +10,7 @@ import pytest
 from gcp_storage_emulator.server import create_server
 from gpt_runs import TEXT, arguments, losses, run, run_together
 
-from examples.gpt.checkpoint import FOLDER
+from examples.gpt.operations.checkpoint import FOLDER
 
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.slow

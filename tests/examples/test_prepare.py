@@ -21,9 +21,10 @@ import tokenizers
 from gpt_runs import tiny_bpe
 from pyarrow import parquet
 
-from examples.gpt import data, prepare, sources, tokenizer
-from examples.gpt.errors import ConfigError
-from examples.gpt.prepare import Options, main
+from examples.gpt.core import data
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.tools import prepare, sources, tokenizer
+from examples.gpt.tools.prepare import Options, main
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "the", "bird", "æther", "sings", "of", "🐦", "and\n", "<|endoftext|>"]
@@ -349,7 +350,8 @@ def test_what_is_finished_is_not_encoded_again(jsonl, tmp_path, monkeypatch):
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from examples.gpt import folder, prepare, sources
+from examples.gpt.operations import folder
+from examples.gpt.tools import prepare, sources
 
 def write_bytes(path, content, left=[int(sys.argv[3])], original=folder.write_bytes):
     left[0] -= 1

@@ -7,7 +7,7 @@ import signal
 import pytest
 from gpt_runs import arguments, losses, run
 
-from examples.gpt.checkpoint import FOLDER
+from examples.gpt.operations.checkpoint import FOLDER
 
 
 def ended(corpus, out, step, number):

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from gpt_runs import tiny_bpe
 
-from examples.gpt import hugging_face, model, sample
-from examples.gpt.config import Config, ModelConfig
-from examples.gpt.errors import ConfigError
-from examples.gpt.sample import Options, generate
-from examples.gpt.tokenizer import Bytes
+from examples.gpt.core import model
+from examples.gpt.core.config import Config, ModelConfig
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.tools import hugging_face, sample
+from examples.gpt.tools.sample import Options, generate
+from examples.gpt.tools.tokenizer import Bytes
 
 pytestmark = pytest.mark.slow
 

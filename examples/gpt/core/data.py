@@ -14,9 +14,9 @@ import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import as_path, visible_files
-from examples.gpt.tokenizer import Bytes, Tokenizer, kept_name, make
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.operations.folder import as_path, visible_files
+from examples.gpt.tools.tokenizer import Bytes, Tokenizer, kept_name, make
 
 SPLITS = ("train", "validation")
 FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder

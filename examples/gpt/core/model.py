@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.gpt import attention, head
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import ConfigError
-from examples.gpt.layout import gather
+from examples.gpt.core import attention, head
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import ConfigError
+from examples.gpt.core.layout import gather
 from sophia_optax import Categorical
 
 

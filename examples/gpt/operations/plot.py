@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from examples.gpt.log import Row
+from examples.gpt.operations.log import Row
 
 
 class Curve(NamedTuple):

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from examples.gpt import attention, data, layout, plot, processes, sample, step
-from examples.gpt.checkpoint import FOLDER, Checkpoints, began
-from examples.gpt.config import Config
-from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import alone, as_path, visible_folders
-from examples.gpt.log import Log, Row, require_finite
-from examples.gpt.optimizer import make_optimizer, make_schedule
-from examples.gpt.state import TrainState, abstract_state, first_state
+from examples.gpt.core import attention, data, layout, step
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.state import TrainState, abstract_state, first_state
+from examples.gpt.operations import plot, processes
+from examples.gpt.operations.checkpoint import FOLDER, Checkpoints, began
+from examples.gpt.operations.folder import alone, as_path, visible_folders
+from examples.gpt.operations.log import Log, Row, require_finite
+from examples.gpt.tools import sample
 from sophia_optax import sophia_metrics
 
 PROFILED = 11  # the steps before compile, and fill what is to be read ahead

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.gpt.errors import need
+from examples.gpt.core.errors import need
 from sophia_optax import each_group
 
 AXES = ("data", "fsdp", "tensor")

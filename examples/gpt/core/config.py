@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.gpt.errors import need
-from examples.gpt.recipes import RECIPES, Optimizer, Preset, Recipe
+from examples.gpt.core.errors import need
+from examples.gpt.core.recipes import RECIPES, Optimizer, Preset, Recipe
 
 _PARTS = ("model", "training", "recipe", "refresh", "output", "processes")
 # Numbers that may be 0; every other must be positive.

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.gpt.config import Processes
-from examples.gpt.errors import ConfigError, errors_as, need
+from examples.gpt.core.config import Processes
+from examples.gpt.core.errors import ConfigError, errors_as, need
 
 LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from examples.gpt import layout, model
-from examples.gpt.config import Config
-from examples.gpt.errors import need
-from examples.gpt.state import TrainState, abstract_state
+from examples.gpt.core import layout, model
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import need
+from examples.gpt.core.state import TrainState, abstract_state
 from sophia_optax import gnb, hutchinson
 
 Estimate = Callable[[Any, jax.Array, jax.Array], Any]  # of parameters, batch and key

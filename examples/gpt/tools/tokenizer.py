@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import as_path
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.operations.folder import as_path
 
 BYTES, GPT2 = "bytes", "gpt2"
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from examples.gpt.errors import need
+from examples.gpt.core.errors import need
 
 Optimizer = Literal["sophia_g", "sophia_h", "adamw", "lion"]
 Preset = Literal[

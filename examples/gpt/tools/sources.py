@@ -12,8 +12,8 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import visible_files
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.operations.folder import visible_files
 
 NAMED = {
     "openwebtext": "hub:Skylion007/openwebtext",

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from examples.gpt.config import Config
+from examples.gpt.core.config import Config
 from sophia_optax import hold_unclipped, sophia_g, sophia_h
 
 

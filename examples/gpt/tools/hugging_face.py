@@ -14,10 +14,10 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from examples.gpt import model
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import errors_as, need
-from examples.gpt.folder import as_path, write_json
+from examples.gpt.core import model
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.operations.folder import as_path, write_json
 
 PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
 

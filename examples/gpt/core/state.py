@@ -7,8 +7,10 @@ import optax
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from examples.gpt import checkpoint, hugging_face, layout, model
-from examples.gpt.config import Config
+from examples.gpt.core import layout, model
+from examples.gpt.core.config import Config
+from examples.gpt.operations import checkpoint
+from examples.gpt.tools import hugging_face
 
 
 class TrainState(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from examples.gpt.config import Config
-from examples.gpt.errors import ConfigError, need
-from examples.gpt.folder import write_bytes, write_json, writing_to
-from examples.gpt.processes import is_first
+from examples.gpt.core.config import Config
+from examples.gpt.core.errors import ConfigError, need
+from examples.gpt.operations.folder import write_bytes, write_json, writing_to
+from examples.gpt.operations.processes import is_first
 
 METRICS = "metrics.jsonl"
 Row = dict[str, Any]  # the keys of metrics.jsonl

@@ -15,11 +15,12 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from examples.gpt import layout, model, processes, replicas
-from examples.gpt.config import Config, Output, Processes
-from examples.gpt.errors import ConfigError, need
-from examples.gpt.folder import absolute, as_path, writing_to
-from examples.gpt.hugging_face import SHAPE
+from examples.gpt.core import layout, model
+from examples.gpt.core.config import Config, Output, Processes
+from examples.gpt.core.errors import ConfigError, need
+from examples.gpt.operations import processes, replicas
+from examples.gpt.operations.folder import absolute, as_path, writing_to
+from examples.gpt.tools.hugging_face import SHAPE
 
 FOLDER = "checkpoints"  # within a run's
 

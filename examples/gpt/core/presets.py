@@ -1,7 +1,7 @@
 """The models of the paper, each with the run it was trained in, as configs."""
 
-from examples.gpt.config import Config
-from examples.gpt.recipes import Preset
+from examples.gpt.core.config import Config
+from examples.gpt.core.recipes import Preset
 
 # 480 sequences of 1,024 tokens, warm-up, k = 10 and the rest are the paper's; the refresh
 # is ours: 16 sequences in 16 groups, where the paper has 240 in one.

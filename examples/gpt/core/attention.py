@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from examples.gpt import layout
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import need
+from examples.gpt.core import layout
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import need
 
 
 def causal(

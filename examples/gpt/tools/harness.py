@@ -13,11 +13,11 @@ from lm_eval.models import utils
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from examples.gpt.config import ModelConfig
-from examples.gpt.errors import errors_as, need
-from examples.gpt.evaluate import Options, judge
-from examples.gpt.sample import generate, padded
-from examples.gpt.tokenizer import Tokenizer
+from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.errors import errors_as, need
+from examples.gpt.tools.evaluate import Options, judge
+from examples.gpt.tools.sample import generate, padded
+from examples.gpt.tools.tokenizer import Tokenizer
 
 ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; what lm-eval calls rte is GLUE's
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import fsspec
 from etils import epath
 
-from examples.gpt.errors import ConfigError, errors_as, need
+from examples.gpt.core.errors import ConfigError, errors_as, need
 
 UNFINISHED = ".unfinished"  # a file that is being written
 

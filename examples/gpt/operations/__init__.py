@@ -1,0 +1,1 @@
+"""What a run needs beside the training loop: checkpoints, processes, logs, folders."""
