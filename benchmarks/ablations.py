@@ -37,6 +37,7 @@ from scipy.stats import qmc
 from benchmarks import measure, trials
 from benchmarks.trials import SPACES, Outcome, Settings, Trial
 from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig, Refresh, Training
 
 KEPT = Path("runs/ablations.jsonl")
 NO_CLIP = 1e30  # JSON has no infinity
@@ -45,8 +46,10 @@ NO_CLIP = 1e30  # JSON has no infinity
 @dataclasses.dataclass(frozen=True)
 class Config:
     run: RunConfig = dataclasses.field(  # of its settings of an optimizer none is used
-        default_factory=lambda: RunConfig().replace(
-            steps=400, batch=32, vocabulary=256, refresh_batch=16, groups=16
+        default_factory=lambda: RunConfig(
+            model=ModelConfig(vocabulary=256),
+            training=Training(steps=400, batch=32),
+            refresh=Refresh(refresh_batch=16, groups=16),
         )
     )
     trials: int = 12  # of the search, for each optimizer
@@ -55,16 +58,10 @@ class Config:
 
 
 FULL = Config(
-    run=RunConfig().replace(
-        steps=4000,
-        layers=6,
-        heads=8,
-        width=512,
-        context=256,
-        batch=64,
-        vocabulary=256,
-        refresh_batch=16,
-        groups=16,
+    run=RunConfig(
+        model=ModelConfig(layers=6, heads=8, width=512, context=256, vocabulary=256),
+        training=Training(steps=4000, batch=64),
+        refresh=Refresh(refresh_batch=16, groups=16),
     ),
     trials=24,
 )

@@ -16,14 +16,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape, abstract, count
 from benchmarks.hlo import bytes_of, collectives, matrix_flops
-from examples.gpt.core import layout
+from examples.gpt.core import sharding
 from examples.gpt.core.config import Config as RunConfig
-from examples.gpt.core.config import ModelConfig
+from examples.gpt.core.config import ModelConfig, Preset, Training
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
-from examples.gpt.core.presets import PRESETS
-from examples.gpt.core.recipes import Preset
-from examples.gpt.core.state import abstract_state
-from examples.gpt.core.step import make_train_step
+from examples.gpt.core.step import abstract_state, make_train_step
+from examples.gpt.presets import RECIPES, preset_config
 from sophia_optax import gnb
 
 
@@ -38,7 +36,7 @@ class Config:
     depths: tuple[int, ...] = (4, 8, 16, 32)  # of the layers of width 512
 
 
-# The axis of the mesh that has all devices; `examples/gpt/core/layout.py` has its rules.
+# The axis of the mesh that has all devices; `examples/gpt/core/sharding.py` has its rules.
 LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
 
 
@@ -68,10 +66,11 @@ def measure_devices(config: Config) -> dict[str, Any]:
 
 
 def _models(config: Config) -> dict[str, RunConfig]:
-    models = {name: PRESETS[name] for name in config.presets}
+    models = {name: preset_config(name) for name in config.presets}
     for depth in config.depths:
         layers = Shape(layers=depth, heads=8, width=512, context=64, vocabulary=512)
-        models[f"{depth} layers of width 512"] = RunConfig(model=layers).replace(batch=64)
+        run = RunConfig(model=layers, training=Training(batch=64))
+        models[f"{depth} layers of width 512"] = run
     return models
 
 
@@ -80,20 +79,22 @@ def _temporary(config: RunConfig, text: str) -> dict[str, float]:
 
     A device has one sequence at a time, in the step as in the refresh.
     """
-    mesh = layout.make_mesh(text)
-    parts = layout.batch_devices(mesh)
+    mesh = sharding.make_mesh(text)
+    parts = sharding.batch_devices(mesh)
     batch = config.training.batch
-    config = config.replace(
-        vocabulary=config.model.vocabulary or 50304,
-        remat="full",
-        groups=parts,
-        refresh_batch=parts,
-        accumulate=batch // parts,
+    model, training = config.model, config.training
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model, vocabulary=model.vocabulary or 50304, remat="full"
+        ),
+        training=dataclasses.replace(training, accumulate=batch // parts),
+        refresh=dataclasses.replace(config.refresh, groups=parts, refresh_batch=parts),
     )
     tx = make_optimizer(config, make_schedule(config))
-    sharding = NamedSharding(mesh, PartitionSpec(layout.BATCH))
+    spec = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     shape = (batch, config.model.context + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spec)
 
     def never(grads, state, params, hessian_fn):
         del hessian_fn
@@ -115,18 +116,19 @@ def _on(mesh: Mesh, spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
 
 def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.Compiled]:
     mesh = jax.make_mesh(
-        tuple(devices if axis == LAYOUTS[name] else 1 for axis in layout.AXES),
-        layout.AXES,
+        tuple(devices if axis == LAYOUTS[name] else 1 for axis in sharding.AXES),
+        sharding.AXES,
         axis_types=(AxisType.Auto,) * 3,
         devices=jax.devices()[:devices],
     )
     model = Model(config.shape)
     params = model.abstract_params
-    params = jax.tree.map(lambda p, s: _on(mesh, s, p), params, layout.specs(params))
+    specs = sharding.partition_specs(params)
+    params = jax.tree.map(lambda p, s: _on(mesh, s, p), params, specs)
     estimate = gnb(
         model.logits,
         groups=config.refresh_batch,
-        parallel_groups=layout.batch_devices(mesh),
+        parallel_groups=sharding.batch_devices(mesh),
     )
 
     def gradient(params, tokens):
@@ -138,7 +140,7 @@ def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.C
         return estimate(params, part, key=key)
 
     tokens = abstract((config.batch, config.shape.context))
-    tokens = _on(mesh, PartitionSpec(layout.BATCH), tokens)
+    tokens = _on(mesh, PartitionSpec(sharding.BATCH), tokens)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     with jax.set_mesh(mesh):
         return {
@@ -176,7 +178,7 @@ def devices(results: dict[str, Any]) -> str:
 def memory(results: dict[str, Any], *, presets: bool = True) -> str:
     """The temporary memory of a step without and with a refresh, of presets or depths."""
     return measure.markdown(
-        [row for row in results["memory"] if (row["model"] in PRESETS) == presets],
+        [row for row in results["memory"] if (row["model"] in RECIPES) == presets],
         {
             "model": "model",
             "mesh": "mesh",

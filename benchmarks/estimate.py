@@ -18,9 +18,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,10 +29,11 @@ import optax
 from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.rivals import Refresh, Refreshes
-from examples.gpt.core import data, layout
+from examples.gpt.core import data, sharding
 from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig, Training
 from examples.gpt.core.model import bind, init
-from examples.gpt.core.train import train
+from examples.gpt.core.train import Run, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Config:
     reference_draws: int = 48  # estimates in the mean that stands for the truth
     repeats: int = 2
     run: RunConfig = dataclasses.field(
-        default_factory=lambda: RunConfig().replace(steps=300)
+        default_factory=lambda: RunConfig(training=Training(steps=300))
     )
 
 
@@ -58,7 +57,10 @@ FULL = Config(
     large_draws=24,
     reference_draws=64,
     repeats=5,
-    run=RunConfig().replace(layers=4, heads=4, width=256, context=128, steps=1000),
+    run=RunConfig(
+        model=ModelConfig(layers=4, heads=4, width=256, context=128),
+        training=Training(steps=1000),
+    ),
 )
 
 
@@ -154,12 +156,13 @@ class Errors:
 
 def measure_errors(config: Config) -> dict[str, Any]:
     """The rows of both tables, and how well the truths are known."""
-    corpus = data.load(None)
-    run = config.run.fitted(corpus.tokenizer.vocabulary)
+    corpus = data.read_standard_library()
+    run = config.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        with jax.set_mesh(layout.make_mesh("")):
-            state, rows_of_training = train(run, corpus, Path(folder))
+    opened = Run()
+    with contextlib.redirect_stdout(io.StringIO()):
+        with jax.set_mesh(sharding.make_mesh("")):
+            state = train(run, corpus, opened)
         trained = jax.device_put(state.params, jax.devices()[0])
     models = {"initial": init(run.model, run.seed), "trained": trained}
     of_model = Refreshes(lambda params, inputs: bind(run.model, params)(inputs))
@@ -183,7 +186,7 @@ def measure_errors(config: Config) -> dict[str, Any]:
     compared = of_model.compared(*sizes)
     return {
         "config": dataclasses.asdict(config) | {"run": run.as_json()},
-        "validation_loss": rows_of_training[-1]["val_loss"],
+        "validation_loss": opened.rows[-1]["val_loss"],
         "truths": known,
         "one_batch": rows([of_model.gnb(size, g) for g in config.groups], size, False),
         "fresh_batches": rows(compared, sizes[0], True),

@@ -21,9 +21,8 @@ from benchmarks import measure
 from benchmarks.flops import flops
 from benchmarks.gpt import Model, Shape, abstract
 from examples.gpt.core.config import Config as RunConfig
-from examples.gpt.core.config import ModelConfig
-from examples.gpt.core.state import TrainState
-from examples.gpt.core.step import train_step
+from examples.gpt.core.config import ModelConfig, Training
+from examples.gpt.core.step import TrainState, train_step
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 
@@ -90,7 +89,8 @@ def training_step(
     It refreshes by `estimate(params, tokens, key)`, if there is one, at each step.
     """
     tx = sophia_g(1e-3, update_interval=1)
-    run = RunConfig(model=model.shape).replace(accumulate=batch // micro_batch)
+    training = Training(accumulate=batch // micro_batch)
+    run = RunConfig(model=model.shape, training=training)
 
     def init(params):
         return TrainState(params, tx.init(params))

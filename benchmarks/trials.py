@@ -17,8 +17,7 @@ import optax
 
 from examples.gpt.core import data, model
 from examples.gpt.core.config import Config as RunConfig
-from examples.gpt.core.state import TrainState
-from examples.gpt.core.step import loss, train_step
+from examples.gpt.core.step import TrainState, mean_loss, train_step
 from sophia_optax import (
     empirical_fisher,
     gnb,
@@ -318,7 +317,7 @@ def programs(
             return state, None
 
         state, _ = jax.lax.scan(step, state, tokens)
-        of_batch = functools.partial(loss, size, state.params)
+        of_batch = functools.partial(mean_loss, size, state.params)
         return state, jax.lax.map(of_batch, validation).mean()
 
     return make_optimizer, train
@@ -331,7 +330,7 @@ def _estimator(size: RunConfig, name: str, groups: int) -> Any:
         return model.bind(size.model, params)(tokens_BxT)
 
     if name == "hutchinson":
-        products = hutchinson(functools.partial(loss, size), groups=groups)
+        products = hutchinson(functools.partial(mean_loss, size), groups=groups)
         return lambda params, tokens, key: products(params, tokens, key=key)
     if name in ("gnb", "gnb root"):
         sampled = gnb(logits_fn, groups=groups)
@@ -347,7 +346,7 @@ def _estimator(size: RunConfig, name: str, groups: int) -> Any:
     return None
 
 
-_corpus = functools.cache(lambda: data.load(None))
+_corpus = functools.cache(lambda: data.read_standard_library())
 
 
 def _batches(size: RunConfig, split: str, seed: int) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@
 #
 # The byte-level GPT of `examples/gpt`, two layers of width 64, learns the source of Python's
 # standard library. AdamW and Sophia-G start from the same parameters and see the same batches,
-# each at the settings that a search by hand found for it (`examples/gpt/core/recipes.py`).
+# each at the settings that a search by hand found for it (`examples/gpt/presets.py`).
 
 # %% tags=["skip-execution"]
 # !git clone --quiet --depth 1 https://github.com/sophia-optax/sophia_optax
@@ -26,14 +26,17 @@
 # %pip install --quiet -e ".[examples]"
 
 # %%
+import dataclasses
+
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 from examples.gpt.core import data, model
-from examples.gpt.core.config import Config
+from examples.gpt.core.config import Training
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.presets import preset_config
 from examples.gpt.tools.sample import generate
 from sophia_optax import gnb, unclipped_fraction
 
@@ -44,8 +47,9 @@ from sophia_optax import gnb, unclipped_fraction
 
 # %%
 STEPS = 200 if jax.default_backend() == "cpu" else 500
-corpus = data.load(None)
-config = Config().replace(steps=STEPS).fitted(corpus.tokenizer.vocabulary)
+corpus = data.read_standard_library()
+config = dataclasses.replace(preset_config(), training=Training(steps=STEPS))
+config = config.with_resolved_defaults(corpus.tokenizer.vocabulary)
 params = model.init(config.model)
 print(
     f"{optax.tree.size(params):,} parameters, {len(corpus.train):,} bytes of {corpus.name}; "
@@ -97,7 +101,8 @@ def validation_loss(params):
 
 
 def train(optimizer):
-    run = Config().replace(steps=STEPS, optimizer=optimizer)
+    run = preset_config(optimizer=optimizer)
+    run = dataclasses.replace(run, training=config.training)
     tx = make_optimizer(run, make_schedule(run))
     step, trained, state = make_step(tx), params, tx.init(params)
     batches = data.batches(corpus.train, **SIZES)

@@ -1,4 +1,4 @@
-"""Runs of `python -m examples.gpt` for the tests: small, in processes of their own."""
+"""Configs of small runs for the tests, and `python -m examples.gpt` in subprocesses."""
 
 import json
 import os
@@ -9,49 +9,44 @@ from pathlib import Path
 
 import tokenizers
 
-from examples.gpt.tools.tokenizer import Tokenizer
+from examples.gpt.core.config import Config
+from examples.gpt.presets import parse
+from examples.gpt.tools.tokenizers import JsonTokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
 )
-
-# Starts the command, and sends itself a signal when a step has been handed on. The steps
-# after take a while, in which processes agree where to end.
-SIGNALLED = """
-import os, runpy, signal, sys, time
-from examples.gpt.operations.processes import Signal
-
-step_to_die_at, signal_to_send = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-came = Signal.came
-
-
-def die(self, step):
-    if step == step_to_die_at:
-        os.kill(os.getpid(), signal_to_send)
-    if step >= step_to_die_at:
-        time.sleep(0.3)
-    return came(self, step)
-
-
-Signal.came = die
-sys.argv[0] = "examples.gpt"
-runpy.run_module("examples.gpt", run_name="__main__")
-"""
-
-
-STARTED = """
+RUN = """
 import runpy, sys
 
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
+# Sends itself a signal after a step. The next steps take a while, in which the processes
+# agree on the last one.
+SIGNAL = """
+import os, sys, time
+from examples.gpt.operations.processes import StopSignal
+
+signalled_step, signal_number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+came = StopSignal.came
 
 
+def send(self, step):
+    if step == signalled_step:
+        os.kill(os.getpid(), signal_number)
+    if step >= signalled_step:
+        time.sleep(0.3)
+    return came(self, step)
+
+
+StopSignal.came = send
+"""
 MERGES = (("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k"))
 
 
-def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> Tokenizer:
+def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     """Return a tokenizer with a token for each byte and each merge."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *map("".join, merges)]
@@ -60,12 +55,31 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> Tokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    return Tokenizer("tiny", bpe.to_str().encode())
+    return JsonTokenizer("tiny", bpe.to_str().encode())
+
+
+def flags(**values) -> list[str]:
+    """Return the command line with these values, by the names of the config's fields."""
+    arguments = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool) and name != "nesterov":
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{name}", *value]
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def make_config(**values) -> Config:
+    """Return the config of a command line with these values."""
+    return parse(flags(**values))
 
 
 def arguments(data: Path, out: Path, **changes) -> list[str]:
-    """Those of a run of seconds."""
-    settings = {
+    """Return the command line of a run that takes seconds."""
+    values = {
         "data": data,
         "out": out,
         "steps": 20,
@@ -83,31 +97,27 @@ def arguments(data: Path, out: Path, **changes) -> list[str]:
         "checkpoint_every": 5,
         "log_every": 1,
     }
-    flags = [(f"--{k.replace('_', '-')}", str(v)) for k, v in (settings | changes).items()]
-    return [text for flag in flags for text in flag]
+    return flags(**(values | changes))
 
 
 def start(
     args: list[str],
     devices: int = 1,
     signalled: tuple[int, int] | None = None,
-    patch: str | None = None,
+    patch: str = "",
 ) -> subprocess.Popen:
-    """The command with these arguments, on so many simulated devices.
+    """Start the command on simulated devices.
 
-    With `signalled`, a step and a signal, it sends itself the signal after the step; with
-    `patch`, it runs this code first.
+    With `signalled`, a step and a signal, the command sends itself the signal after the
+    step. `patch` is code that runs first.
     """
-    command = ["-m", "examples.gpt"]
-    if signalled is not None:
-        command = ["-c", SIGNALLED, *map(str, map(int, signalled))]
-    if patch is not None:
-        command = ["-c", patch + STARTED]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    sent = [] if signalled is None else [*map(str, map(int, signalled))]
+    code = patch + (SIGNAL if sent else "") + RUN
+    xla_flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, *command, *args],
+        [sys.executable, "-c", code, *sent, *args],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
+        env=os.environ | {"XLA_FLAGS": f"{xla_flags} --xla_backend_optimization_level=0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -115,36 +125,30 @@ def start(
 
 
 def run(args: list[str], **kwargs) -> tuple[int, str]:
-    """The exit code of the command, and what it printed."""
+    """Run the command, and return its exit code and output."""
     process = start(args, **kwargs)
     output = process.communicate(timeout=240)[0]
     return process.returncode, output
 
 
-def run_together(
-    args: list[str],
-    processes: int,
-    devices: int,
-    which: int | None = None,
-    signalled: tuple[int, int] | None = None,
-    patch: str | None = None,
-):
-    """The command in several processes: their exit codes, and what they printed.
+def run_processes(
+    args: list[str], count: int, which: int | None = None, signalled=None, **kwargs
+) -> tuple[list[int], list[str]]:
+    """Run the command in several processes, and return their exit codes and outputs.
 
-    All of them are signalled, or the one that `which` numbers.
+    All of them are signalled, or only process `which`.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    joined = ["--coordinator", f"localhost:{port}", "--num-processes", str(processes)]
+    joined = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
     running = [
         start(
             [*args, *joined, "--process-id", str(i)],
-            devices,
-            signalled if which in (None, i) else None,
-            patch,
+            signalled=signalled if which in (None, i) else None,
+            **kwargs,
         )
-        for i in range(processes)
+        for i in range(count)
     ]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in running]
@@ -154,14 +158,8 @@ def run_together(
     return [process.returncode for process in running], outputs
 
 
-def rows(out: Path) -> list[dict]:
-    """What a run wrote of each step."""
-    text = (out / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def losses(out: Path) -> list[float]:
-    """The loss of each step, and of each validation, as written."""
-    found = rows(out)
-    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
-    return [row[k] for row in found for k in ("loss", "val_loss") if k in row]
+    """Return the losses of all steps and validations of a run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row[k] for row in rows for k in ("loss", "val_loss") if k in row]

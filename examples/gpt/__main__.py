@@ -1,42 +1,110 @@
-"""The command: `python -m examples.gpt --help`."""
+"""The command `python -m examples.gpt`: train, compare, plot, and write a text."""
 
-import argparse
-import signal
-import sys
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import tyro
+import jax
 
-from examples.gpt.core.config import Config
-from examples.gpt.core.errors import ConfigError
-from examples.gpt.core.presets import PRESETS
-from examples.gpt.core.recipes import RECIPES
-from examples.gpt.core.train import main
-from examples.gpt.operations import checkpoint, processes
+from examples.gpt.core.config import Config, ConfigError
+from examples.gpt.core.data import Corpus
+from examples.gpt.core.sharding import batch_devices, make_mesh
+from examples.gpt.core.train import train
+from examples.gpt.operations import processes
+from examples.gpt.operations.checkpoints import (
+    CHECKPOINTS,
+    check_same_shape,
+    list_checkpoints,
+    load_params,
+    saved_values,
+)
+from examples.gpt.operations.folders import as_path
+from examples.gpt.operations.plot import Curve, plot_losses
+from examples.gpt.operations.run import open_run
+from examples.gpt.presets import RECIPES, parse
+from examples.gpt.tools import corpora, hugging_face, sample
+from examples.gpt.tools.command import run_command
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The config of a command line: what it says, on top of its preset and optimizer."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "optimizer", "gamma", "share"):
-        parser.add_argument(f"--{name}")
-    begin = parser.parse_known_args(arguments)[0]
-    start = PRESETS.get(begin.preset, Config())  # tyro says what is none
-    if begin.optimizer in RECIPES["bytes"]:
-        start = start.replace(optimizer=begin.optimizer)
-    flat = tyro.conf.OmitArgPrefixes[Config]
-    config = tyro.cli(flat, prog="python -m examples.gpt", args=arguments, default=start)
-    given = [name for name in ("gamma", "share") if getattr(begin, name) is not None]
-    return config.replace(**{name: getattr(config.recipe, name) for name in given})
+def main(config: Config) -> list[Curve]:
+    """Train with each optimizer, and write everything to the folder of the config."""
+    if str(config.folder).startswith(("s3:", "az:")):
+        raise ConfigError(f"`out` must be a folder or gs://NAME, got {config.folder}.")
+    out = as_path(config.folder)
+    local = ("data", "out", "process_id")  # may differ between machines
+    values = {k: v for k, v in config.as_json().items() if k not in local}
+    processes.check_same_flags(values)
+    mesh, count = make_mesh(config.training.mesh), jax.process_count()
+    with processes.raise_on_all_processes():
+        corpus = corpora.load(config.data, config.verify_data, jax.process_index(), count)
+    if processes.is_first_process():
+        print(
+            f"{corpus.name}: {len(corpus.train):,} tokens for training, "
+            f"{len(corpus.validation):,} for validation\n{mesh.size} device(s) of "
+            f"{jax.devices()[0].device_kind}"
+        )
+    curves, text = [], ""
+    with jax.set_mesh(mesh):
+        for run, folder in runs(config, out):
+            run = run.with_resolved_defaults(
+                corpus.tokenizer.vocabulary, batch_devices(mesh), saved_values(folder)
+            )
+            run.check()
+            corpus.check(run.model)
+            with open_run(run, corpus, folder, initial_params) as opened:
+                state = train(run, corpus, opened)
+            curves.append(Curve(run.optimizer, opened.rows))
+            text = text or write_text(run, state.params, corpus)
+    if not processes.is_first_process():
+        return curves
+    plot_losses(curves, out / "loss.png", corpus.name)
+    print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
+    print(f"{out}: config.json, metrics.jsonl, {CHECKPOINTS}, loss.png")
+    for curve in curves if config.compare else []:
+        print(f"{curve.name}: val loss {curve.val_loss:.3f}")
+    print(f"val loss {curves[0].val_loss:.3f}")
+    return curves
+
+
+def runs(config: Config, out: Path) -> Iterator[tuple[Config, Path]]:
+    """Yield the run and those with the optimizers of `compare`, each with its folder."""
+    yield config, out
+    for optimizer in config.compare:
+        recipe = RECIPES[config.preset][optimizer]
+        run = dataclasses.replace(config, optimizer=optimizer, recipe=recipe, compare=())
+        yield run, out / f"compare_{optimizer}"
+
+
+def initial_params(config: Config) -> Any:
+    """Return the parameters of `init_from`, or None for random ones."""
+    if config.init_from is None:
+        return None
+    if list_checkpoints(config.init_from):
+        saved, params = load_params(config.init_from, jax.sharding.get_mesh())
+        check_same_shape(config.model, saved, config.init_from)
+        return params
+    return hugging_face.load(config.init_from, config.model)
+
+
+def write_text(config: Config, params: Any, corpus: Corpus) -> str:
+    """Return text sampled after the first `context` tokens of the validation split."""
+    tokens = sample.generate(
+        config.model,
+        params,
+        corpus.validation.read(0, config.model.context),
+        400,
+        key=jax.random.key(config.seed),
+        vocabulary=corpus.tokenizer.vocabulary,
+    )
+    return sample.printable(corpus.tokenizer.decode(tokens))
+
+
+def run(config: Config) -> None:
+    config.check()
+    processes.join_processes(config.processes)
+    main(config)
 
 
 if __name__ == "__main__":
-    checkpoint.quiet()
-    try:
-        config = parse()
-        config.check()
-        processes.join(config.processes)
-        main(config)
-    except ConfigError as error:
-        sys.exit(error.text())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    run_command(run, parse)

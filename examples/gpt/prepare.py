@@ -1,7 +1,9 @@
 """The command `python -m examples.gpt.prepare`: turn text into tokens."""
 
+import tyro
+
+from examples.gpt.tools.command import run_command
 from examples.gpt.tools.prepare import Options, main
-from examples.gpt.tools.sample import command
 
 if __name__ == "__main__":
-    command(main, Options, "prepare")
+    run_command(main, lambda: tyro.cli(Options, prog="python -m examples.gpt.prepare"))

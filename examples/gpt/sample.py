@@ -1,6 +1,9 @@
-"""The command `python -m examples.gpt.sample`: write text with a trained GPT."""
+"""The command `python -m examples.gpt.sample`: write text."""
 
-from examples.gpt.tools.sample import Options, command, main
+import tyro
+
+from examples.gpt.tools.command import run_command
+from examples.gpt.tools.sample import Options, main
 
 if __name__ == "__main__":
-    command(main, Options, "sample")
+    run_command(main, lambda: tyro.cli(Options, prog="python -m examples.gpt.sample"))

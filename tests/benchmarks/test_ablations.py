@@ -9,11 +9,13 @@ import pytest
 from benchmarks import ablations, trials
 from benchmarks.trials import SPACES, Outcome, Trial
 from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig, Output, Refresh, Training
 
-SIZE = RunConfig().replace(
-    **{"steps": 32, "layers": 1, "heads": 2, "width": 16, "context": 16},
-    **{"batch": 8, "vocabulary": 256, "validation_batches": 2},
-    **{"refresh_batch": 4, "groups": 4},
+SIZE = RunConfig(
+    model=ModelConfig(layers=1, heads=2, width=16, context=16, vocabulary=256),
+    training=Training(steps=32, batch=8),
+    refresh=Refresh(refresh_batch=4, groups=4),
+    output=Output(validation_batches=2),
 )
 MIDDLE = np.full(3, 0.5)
 
@@ -140,5 +142,5 @@ def test_the_plan_its_tables_and_what_is_kept(tmp_path, monkeypatch, capsys):
     ablations.KEPT.write_text("\n".join(lines[:-1]) + "\n")
     assert ablations.measure_ablations(config) == results
     assert "1 trials to go" in capsys.readouterr().out
-    other = dataclasses.replace(config, run=SIZE.replace(width=32))
+    other = dataclasses.replace(config, run=dataclasses.replace(SIZE, seed=1))
     assert not ablations._kept(other.run)

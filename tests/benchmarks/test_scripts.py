@@ -12,6 +12,7 @@ from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
 from benchmarks.rivals import HESSIAN
 from examples.gpt.core.config import Config as RunConfig
+from examples.gpt.core.config import ModelConfig, Training
 
 SHAPE = Shape(layers=1, heads=2, width=16, context=8, vocabulary=384)
 
@@ -103,8 +104,9 @@ def test_error_falls_with_the_groups():
         large_draws=12,
         reference_draws=32,
         repeats=1,
-        run=RunConfig().replace(
-            steps=20, warmup=2, layers=1, heads=2, width=16, context=16, batch=16
+        run=RunConfig(
+            model=ModelConfig(layers=1, heads=2, width=16, context=16),
+            training=Training(steps=20, warmup=2, batch=16),
         ),
     )
     results = read_back(estimate.measure_errors(config))

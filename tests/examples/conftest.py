@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import fsspec
@@ -7,22 +8,23 @@ from fsspec.implementations.memory import MemoryFileSystem
 from gpt_runs import TEXT, arguments, losses, run
 
 from examples.gpt.core.config import Config
-from examples.gpt.core.state import TrainState
-from examples.gpt.operations.checkpoint import FOLDER, Checkpoints
+from examples.gpt.core.step import TrainState
+from examples.gpt.operations.checkpoints import CHECKPOINTS, Checkpoints
+from examples.gpt.operations.run import save_tokenizer
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A file of text for the runs of `gpt_runs`."""
+    """A text file for the runs of `gpt_runs`."""
     file = tmp_path_factory.mktemp("data") / "corpus.txt"
     file.write_text(TEXT)
     return file
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The losses of the run in a folder that nothing ends."""
-    out = tmp_path_factory.mktemp("whole")
+def uninterrupted(corpus, tmp_path_factory):
+    """The losses of a run that is not interrupted."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     code, output = run(arguments(corpus, out))
     assert code == 0, output
     assert len(losses(out)) == 22
@@ -31,14 +33,15 @@ def whole(corpus, tmp_path_factory):
 
 @pytest.fixture
 def save_run(tmp_path):
-    """A function that writes the folder of a run which ended with these parameters."""
+    """A function that writes the folder of a run with these parameters."""
 
-    def save(model, params, data=None):
+    def save(model, params, tokenizer, data=None):
         folder = tmp_path / "out"
-        config = Config(out=folder, model=model, data=data)
+        config = dataclasses.replace(Config(), out=folder, model=model, data=data)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config.as_json()))
-        with Checkpoints(folder / FOLDER, config, {}) as checkpoints:
+        save_tokenizer(folder, tokenizer)
+        with Checkpoints(folder / CHECKPOINTS, config, {}) as checkpoints:
             checkpoints.save(1, TrainState(params, {"count": np.zeros(())}), {})
         return folder
 
@@ -46,7 +49,7 @@ def save_run(tmp_path):
 
 
 class Bucket(MemoryFileSystem):
-    """Stands for S3, in memory."""
+    """S3, in memory."""
 
     protocol = "s3"
 
@@ -57,7 +60,7 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def bucket():
-    """What s3:// is during a test: an empty file system."""
+    """An empty file system for s3:// paths."""
     fsspec.register_implementation("s3", Bucket, clobber=True)
     Bucket.store, Bucket.pseudo_dirs = {}, [""]
     return Bucket()

@@ -7,17 +7,17 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from examples.gpt.core import layout, model
+from examples.gpt.core import model, sharding
 from examples.gpt.core.config import ModelConfig
-from examples.gpt.core.presets import PRESETS
+from examples.gpt.presets import preset_config
 
 SMALL = ModelConfig(vocabulary=128, layers=2, heads=2, width=32, context=24)
 NEOX = dataclasses.replace(SMALL, architecture="neox", bias=True)
 TOKENS = jax.random.randint(jax.random.key(1), (3, 25), 0, 128)
 
 
-def by_hand(layers, width, vocabulary, context, *, bias=False, neox=False):
-    """Parameters, counted from the shapes in the papers."""
+def count_parameters(layers, width, vocabulary, context, *, bias=False, neox=False):
+    """Return the number of parameters by the shapes in the papers."""
     matrices = 4 * width * width + 8 * width * width
     biases = (4 * width + 4 * width + width) * bias
     norm = width * (1 + bias)
@@ -37,18 +37,18 @@ def by_hand(layers, width, vocabulary, context, *, bias=False, neox=False):
         ("neox-6.6b", (32, 4096, 50432, 2048), 6857),
     ],
 )
-def test_presets_have_the_parameters_of_their_names(preset, shape, millions):
-    config = PRESETS[preset].model
+def test_presets_have_the_sizes_of_their_names(preset, shape, millions):
+    config = preset_config(preset).model
     neox = preset.startswith("neox")
     params = jax.eval_shape(lambda: model.init(config))
     count = sum(p.size for p in jax.tree.leaves(params))
-    assert count == by_hand(*shape, bias=neox, neox=neox)
+    assert count == count_parameters(*shape, bias=neox, neox=neox)
     assert round(count / 1e6) == millions
 
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
-def test_logits_depend_on_no_later_token(config):
-    """Seen by changing tokens: all logits before are the same, those after are not."""
+def test_attention_is_causal(config):
+    """A changed token changes the logits at its position and after it."""
     params = model.init(config)
     tokens = TOKENS[:, :24]
     changed = tokens.at[:, 10].add(1) % 128
@@ -59,14 +59,14 @@ def test_logits_depend_on_no_later_token(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
-def test_every_parameter_is_used(config):
+def test_every_parameter_has_a_gradient(config):
     params = model.init(config)
     grads = jax.grad(lambda p: model.bind(config, p).loss(TOKENS))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert bool((grad != 0).any()), path
 
 
-def test_names():
+def test_architecture_and_bias_determine_the_parameters():
     def names(config):
         params = jax.eval_shape(lambda: model.init(config))
         return str(jax.tree_util.tree_structure(params))
@@ -89,8 +89,7 @@ def test_names():
         ("bfloat16", "full", 7),
     ],
 )
-def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
-    """And so are its gradients, whatever is computed again."""
+def test_loss_chunk_and_remat_change_no_loss_or_gradient(dtype, remat, loss_chunk):
     plain = dataclasses.replace(SMALL, dtype=dtype)
     config = dataclasses.replace(plain, remat=remat, loss_chunk=loss_chunk)
     params = model.init(config)
@@ -112,8 +111,7 @@ def test_loss_in_chunks_is_the_loss(dtype, remat, loss_chunk):
 
 
 @pytest.mark.slow
-def test_no_float32_logits_of_a_whole_batch():
-    """The gradient's temporary memory, in chunks of a sixteenth, against all at once."""
+def test_loss_chunk_reduces_temporary_memory():
     B, T, V = 4, 256, 8192
     config = ModelConfig(
         layers=1, heads=1, width=8, context=T, vocabulary=V, dtype="bfloat16"
@@ -130,11 +128,11 @@ def test_no_float32_logits_of_a_whole_batch():
     at_once = memory(loss_chunk=T)
     assert at_once > 1.5 * logits
     assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
-    # What is kept is in 16 bits, of which XLA on CPU may make more.
+    # The stored gradients are in 16 bits, which XLA on CPU may widen.
     assert memory(loss_chunk=T // 16) < 0.8 * at_once
 
 
-def test_a_block_is_computed_in_bfloat16_with_parameters_in_float32():
+def test_bfloat16_products_have_float32_parameters():
     config = dataclasses.replace(SMALL, dtype="bfloat16")
     params = model.init(config)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -148,7 +146,7 @@ def test_a_block_is_computed_in_bfloat16_with_parameters_in_float32():
 
 
 def equations(jaxpr):
-    """All of them, those inside loops and functions too."""
+    """Yield all equations, also those inside loops and functions."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
@@ -157,7 +155,6 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
 def test_logits_are_not_rounded_to_bfloat16(config):
-    """They are the exact products of what is, to float32's rounding."""
     config = dataclasses.replace(config, dtype="bfloat16")
     params = model.init(config)
     bound = model.bind(config, params)
@@ -171,26 +168,26 @@ def test_logits_are_not_rounded_to_bfloat16(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
-def test_the_gradient_of_a_frequent_token_does_not_stall(mesh):
-    """4,096 times in a batch: in bfloat16 a sum stops at 256 times one of its terms."""
+def test_gradient_of_a_frequent_token_does_not_stall(mesh):
+    """It occurs 4,096 times. A bfloat16 sum stops at 256 times one of its terms."""
     config = ModelConfig(layers=1, heads=1, width=16, context=512, vocabulary=128)
     tokens = np.full((8, 513), 5)
     tokens[:, -1] = 7
     rows = []
     for dtype in ("float32", "bfloat16"):
         changed = dataclasses.replace(config, dtype=dtype, loss_chunk=64)
-        with jax.set_mesh(layout.make_mesh(mesh)):
-            params = jax.jit(lambda c=changed: layout.spread(model.init(c)))()
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            params = jax.jit(lambda c=changed: sharding.constrain(model.init(c)))()
             loss = jax.jit(jax.grad(lambda p, c=changed: model.bind(c, p).loss(tokens)))
             rows.append(np.asarray(loss(params)["tokens"]["embedding"])[5])
     np.testing.assert_allclose(rows[1], rows[0], rtol=0, atol=0.02 * np.abs(rows[0]).max())
 
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
-def test_embedding_and_head_are_sent_in_bfloat16_and_their_gradients_are_not(config):
-    """On CPU XLA has no collectives in 16 bits: seen in what it is given."""
+def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
+    """Read from the jaxpr, because XLA on CPU has no 16-bit collectives."""
     config = dataclasses.replace(config, dtype="bfloat16", context=25, vocabulary=256)
-    with jax.set_mesh(layout.make_mesh("fsdp=8")):
+    with jax.set_mesh(sharding.make_mesh("fsdp=8")):
         params = jax.eval_shape(lambda: model.init(config))
         loss = jax.grad(lambda p: model.bind(config, p).loss(TOKENS))
         traced = jax.make_jaxpr(loss)(params)
@@ -202,26 +199,25 @@ def test_embedding_and_head_are_sent_in_bfloat16_and_their_gradients_are_not(con
             and eqn.outvars[0].aval.shape == shape
             and "fsdp" not in str(eqn.params["sharding"].spec)
         ]
-        assert gathered == ["bfloat16", "float32"]  # there, and on the way back
+        assert gathered == ["bfloat16", "float32"]  # forward, and backward
 
 
-def test_rotated_products_depend_on_the_distance_alone():
+def test_rotary_products_depend_on_the_distance_only():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
-    turned_q, turned_k = (
-        model.rotate(jnp.broadcast_to(x, (1, 12, 1, 16)), jnp.arange(12))[0, :, 0]
-        for x in (q, k)
+    rotated_q, rotated_k = (
+        model.rotate(jnp.broadcast_to(x, (1, 12, 1, 16)))[0, :, 0] for x in (q, k)
     )
-    products = turned_q @ turned_k.T
+    products = rotated_q @ rotated_k.T
     for distance in range(-11, 12):
         diagonal = jnp.diagonal(products, distance)
         np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(turned_q[0], q, rtol=1e-6)
-    np.testing.assert_array_equal(turned_q[:, 4:], jnp.broadcast_to(q[4:], (12, 12)))
+    np.testing.assert_allclose(rotated_q[0], q, rtol=1e-6)
+    np.testing.assert_array_equal(rotated_q[:, 4:], jnp.broadcast_to(q[4:], (12, 12)))
     assert not np.allclose(products[0, 0], products[0, 5])
 
 
-def test_first_weights_have_the_size_that_is_asked_for():
+def test_init_std_is_the_standard_deviation_of_weights():
     config = dataclasses.replace(SMALL, init_std=0.02, width=128, layers=8)
     params = model.init(config)
     stds = jax.tree.map(jnp.std, params)

@@ -1,4 +1,4 @@
-"""Runs in Google Cloud Storage, for which a server on this machine stands."""
+"""Runs in Google Cloud Storage, emulated by a server on this machine."""
 
 import signal
 import socket
@@ -8,9 +8,9 @@ import sys
 import fsspec
 import pytest
 from gcp_storage_emulator.server import create_server
-from gpt_runs import TEXT, arguments, losses, run, run_together
+from gpt_runs import TEXT, arguments, losses, run, run_processes
 
-from examples.gpt.operations.checkpoint import FOLDER
+from examples.gpt.operations.checkpoints import CHECKPOINTS
 
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ OUT = "gs://bucket/runs/one"
 
 @pytest.fixture
 def store(monkeypatch):
-    """The file system of an empty `bucket`, as other processes see it at each moment."""
+    """The file system of an empty `bucket`, without a cache."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -30,31 +30,31 @@ def store(monkeypatch):
         yield fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
 
 
-def kept(store, tmp_path):
-    """The losses in the bucket, and the steps whose checkpoints are there."""
+def read_run(store, tmp_path):
+    """Return the losses in the bucket, and the steps of its checkpoints."""
     store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
-    steps = sorted(int(path.rpartition("/")[2]) for path in store.ls(f"{OUT}/{FOLDER}"))
-    return losses(tmp_path), steps
+    paths = store.ls(f"{OUT}/{CHECKPOINTS}")
+    return losses(tmp_path), sorted(int(path.rpartition("/")[2]) for path in paths)
 
 
-def test_a_killed_run_goes_on_as_one_in_a_folder(store, corpus, tmp_path, whole):
+def test_resume_after_sigkill_is_bit_for_bit(store, corpus, tmp_path, uninterrupted):
     code, _ = run(arguments(corpus, OUT), signalled=(13, signal.SIGKILL))
     assert code == -signal.SIGKILL
-    so_far, _ = kept(store, tmp_path)
-    assert len(so_far) >= 5
-    assert so_far == whole[: len(so_far)]
+    found, _ = read_run(store, tmp_path)
+    assert len(found) >= 5
+    assert found == uninterrupted[: len(found)]
     code, output = run(arguments(corpus, OUT))
     assert code == 0, output
-    assert "sophia_g goes on from step " in output
-    assert kept(store, tmp_path) == (whole, [15, 20])
+    assert "sophia_g resumes from step " in output
+    assert read_run(store, tmp_path) == (uninterrupted, [15, 20])
     assert store.cat(f"{OUT}/loss.png")[1:4] == b"PNG"
 
-    # A checkpoint that is being written is seen by others, and is none yet.
-    store.rm(f"{OUT}/{FOLDER}/20/commit_success.txt")
+    # A checkpoint that is being written is visible, but unfinished.
+    store.rm(f"{OUT}/{CHECKPOINTS}/20/commit_success.txt")
     code, output = run(arguments(corpus, tmp_path / "on", steps=25, resume_from=OUT))
     assert code == 0, output
-    assert f"{OUT}/{FOLDER}/20 is damaged or unfinished, and is passed over" in output
-    assert "sophia_g goes on from step 15 of 25" in output
+    assert f"Can't read the checkpoint {OUT}/{CHECKPOINTS}/20" in output
+    assert "sophia_g resumes from step 15 of 25" in output
 
     command = [sys.executable, "-m", "examples.gpt.sample", "--out", OUT, "--length", "9"]
     sampled = subprocess.run(command, capture_output=True, text=True)
@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_as_one_in_a_folder(store, corpus, tmp_path, whole)
     assert sampled.stdout
 
 
-def test_data_is_prepared_in_a_bucket_and_trained_on(store, tmp_path):
+def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text("".join(f'{{"text": "{line}"}}\n' for line in TEXT.splitlines()))
     command = [sys.executable, "-m", "examples.gpt.prepare", str(file)]
@@ -73,26 +73,20 @@ def test_data_is_prepared_in_a_bucket_and_trained_on(store, tmp_path):
     assert code == 0, output
 
 
-def test_a_run_that_fails_keeps_its_rows(store, corpus, tmp_path):
+def test_failed_run_keeps_its_rows(store, corpus, tmp_path):
     code, output = run(arguments(corpus, OUT, learning_rate=1e30))
     assert code == 1
-    assert "is nan: training is stopped" in output
+    assert "is nan: training stopped" in output
     store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
     assert losses(tmp_path)
 
 
-def test_a_profile_is_written_to_folders_alone(store, corpus):
-    code, output = run(arguments(corpus, OUT, profile=5))
-    assert code == 1
-    assert output.startswith("error: `profile` needs a folder of this machine as `out`")
-
-
-def test_two_processes(store, corpus, tmp_path, whole):
+def test_two_processes(store, corpus, tmp_path, uninterrupted):
     args = arguments(corpus, OUT, mesh="fsdp=2")
-    codes, outputs = run_together(args, 2, devices=1, signalled=(13, signal.SIGTERM))
+    codes, outputs = run_processes(args, 2, signalled=(13, signal.SIGTERM))
     assert codes == [128 + signal.SIGTERM] * 2, outputs
-    codes, outputs = run_together(args, 2, devices=1)
+    codes, outputs = run_processes(args, 2)
     assert codes == [0, 0], outputs
-    found, steps = kept(store, tmp_path)
-    assert found == pytest.approx(whole, rel=1e-4)
+    found, steps = read_run(store, tmp_path)
+    assert found == pytest.approx(uninterrupted, rel=1e-4)
     assert steps[-1] == 20

@@ -1,7 +1,7 @@
-"""Causal attention: by XLA, by cuDNN's kernel on GPUs, or by Pallas' splash kernel on TPUs.
+"""Causal attention by XLA, by the cuDNN kernel on GPUs, or by the splash kernel on TPUs.
 
-XLA's holds the (T, T) weights of every head and has derivatives of any order. The kernels
-hold none of them, and have a derivative backwards only.
+XLA's attention stores the (T, T) weights of each head and has derivatives of any order. The
+kernels do not store them, and have a first derivative only, in reverse mode.
 """
 
 import math
@@ -12,105 +12,91 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from examples.gpt.core import layout
-from examples.gpt.core.config import ModelConfig
-from examples.gpt.core.errors import need
+from .config import ConfigError, ModelConfig
+from .sharding import BATCH, batch_devices
 
 
-def causal(
-    config: ModelConfig,
-    qkv: tuple[jax.Array, ...],
-    positions_Q: jax.Array,
-    documents_BxT: Any,
+def causal_attention(
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-    """The mean of values, (B, T, H, K), up to the position of each query, (B, Q, H, K).
+    """Return the attended values. All arrays have shape (B, T, H, K)."""
+    kernel: Any = choose_kernel(config, q.shape[1])
+    if kernel == "splash":
+        return _splash(q * q.shape[-1] ** -0.5, k, v)  # pyright: ignore
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
 
-    Given the number of each token's document, or None, it is of values in the query's own.
+
+def platform() -> str:
+    """Return the platform of the mesh that is set, or of JAX's default devices.
+
+    The devices of a mesh need not be attached: a program may be compiled for others.
     """
-    q, k, v = qkv
-    T = k.shape[1]
-    chosen = choose(config, T) if q.shape == k.shape else "xla"
-    if chosen == "splash":
-        return _splash(documents_BxT, q * q.shape[-1] ** -0.5, k, v)  # pyright: ignore
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    seen = (positions_Q[:, None] >= jnp.arange(T))[None]  # (B or 1, Q, T)
-    if documents_BxT is not None:
-        seen &= documents_BxT[:, positions_Q, None] == documents_BxT[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="xla")
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def choose(config: ModelConfig, length: int) -> str:
-    """What computes attention over so many positions: "xla", "cudnn" or "splash"."""
-    backend, asked = jax.default_backend(), config.attention
-    width = config.width // config.heads
-    on_gpu = backend == "gpu" and config.dtype == "bfloat16"
-    # In cuDNN a mask of documents is as large as the weights that XLA holds.
-    cudnn_can = on_gpu and not config.within_documents
-    splash_can = backend != "gpu" and width % 64 == 0 and config.context % 128 == 0
-    need(
-        {"cudnn": cudnn_can, "splash": splash_can}.get(asked, True),
-        "`attention`: cudnn is for bfloat16 on GPUs, without `within_documents`; for "
-        "splash, on TPUs, 128 must divide `context`, and 64 the width of a head. Choose "
-        f"auto. Got {asked} for {config.dtype} on {backend}, {config.context} and {width}.",
-    )
-    if splash_can and (asked == "splash" or (asked == "auto" and backend == "tpu")):
+def choose_kernel(config: ModelConfig, length: int) -> str:
+    """Return what computes attention over this length: "xla", "cudnn" or "splash"."""
+    devices, requested = platform(), config.attention
+    head_width = config.width // config.heads
+    cudnn = devices == "gpu" and config.dtype == "bfloat16"
+    splash = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
+    if not {"cudnn": cudnn, "splash": splash}.get(requested, True):
+        raise ConfigError(
+            "`attention`: cudnn needs a GPU and bfloat16; splash a TPU, a `context` that "
+            "is a multiple of 128, and heads whose width is a multiple of 64. Got "
+            f"{requested} on {devices}, {config.dtype}, {config.context}, {head_width}."
+        )
+    if splash and (requested == "splash" or (requested == "auto" and devices == "tpu")):
         return "splash" if length % 128 == 0 else "xla"  # a sample may be shorter
-    return "cudnn" if cudnn_can and asked != "xla" else "xla"
+    return "cudnn" if cudnn and requested != "xla" else "xla"
 
 
-def _kernel(documents, *qkv):
+def _kernel(*qkv):
     _, T, H, _ = qkv[0].shape
-    sizes: Any = [math.gcd(T, 512)] * 8  # of all blocks, there and back
+    blocks: Any = [math.gcd(T, 512)] * 8  # of the forward and the backward pass
     kernel: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
-        block_sizes=splash.BlockSizes(*sizes),
-        interpret=jax.default_backend() != "tpu",
+        block_sizes=splash.BlockSizes(*blocks),
+        interpret=platform() != "tpu",
     )
-    ids = None if documents is None else splash.SegmentIds(documents, documents)
-    q, k, v = (x.swapaxes(1, 2) for x in qkv)
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+    return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in qkv)).swapaxes(1, 2)
 
 
 def _on_each_device(fn):
-    """`fn` of each device's sequences and heads: XLA can't cut a kernel in parts.
+    """Apply `fn` to the sequences and heads of each device: XLA can't partition a kernel.
 
-    Under `vmap` the mapped axis joins the batch, and may be spread over devices as it is.
+    Under `vmap` the mapped axis is merged into the batch, with its sharding.
     """
 
     @jax.custom_batching.custom_vmap
-    def apply(documents, *arrays):
+    def apply(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return fn(documents, *arrays)
-        is_even = len(arrays[0]) % layout.batch_devices(mesh) == 0
-        batch = P(layout.BATCH if is_even else None)
-        heads = P(*batch, None, "tensor")
-        specs = (batch, *[heads] * len(arrays))
-        each = jax.shard_map(fn, in_specs=specs, out_specs=heads, check_vma=False)
-        return each(documents, *arrays)
+            return fn(*arrays)
+        is_even = len(arrays[0]) % batch_devices(mesh) == 0
+        spec = P(BATCH if is_even else None, None, "tensor")
+        return jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
     @apply.def_vmap
-    def rule(size, is_mapped, *args):
-        def join(x, is_mapped):
+    def rule(size, is_mapped, *arrays):
+        def merge(x, is_mapped):
             x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        results = apply(*jax.tree.map(join, args, tuple(is_mapped)))
-        parts = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return parts, jax.tree.map(lambda _: True, parts)
+        results = apply(*map(merge, arrays, is_mapped))
+        split = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, split)
 
     return apply
 
 
-def _gradients(documents, gradient, *qkv):
-    """By the forward pass again, for what the kernel's backward pass needs of it."""
-    return jax.vjp(lambda *qkv: _kernel(documents, *qkv), *qkv)[1](gradient)
+def _gradients(gradient, *qkv):
+    """Return gradients. The forward pass is recomputed for the kernel's residuals."""
+    return jax.vjp(_kernel, *qkv)[1](gradient)
 
 
 @jax.custom_gradient
-def _splash(documents, *qkv):
-    def pull(gradient):
-        return (None, *_on_each_device(_gradients)(documents, gradient, *qkv))
-
-    return _on_each_device(_kernel)(documents, *qkv), pull
+def _splash(*qkv):
+    return _on_each_device(_kernel)(*qkv), lambda g: _on_each_device(_gradients)(g, *qkv)

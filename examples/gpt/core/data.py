@@ -1,31 +1,60 @@
-"""What a model is trained on: a corpus of tokens, cut into sequences, read by Grain."""
+"""The data loader: a corpus of tokens, cut into sequences and shuffled by Grain."""
 
-import contextlib
 import dataclasses
 import hashlib
-import json
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt.core.errors import errors_as, need
-from examples.gpt.operations.folder import as_path, visible_files
-from examples.gpt.tools.tokenizer import Bytes, Tokenizer, kept_name, make
+from .config import ConfigError, ModelConfig
 
-SPLITS = ("train", "validation")
-FORMAT, MANIFEST, PROGRESS = 1, "manifest.json", "progress.json"  # of a prepared folder
-AGAIN = "Copy it once more, or prepare the data again in an empty folder."
+
+class Tokenizer(Protocol):
+    """Text to tokens and back. `separator` is the token after each document."""
+
+    name: str
+    vocabulary: int
+    separator: int
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, tokens: Iterable[int]) -> str: ...
+    def count_bytes(self, tokens: np.ndarray) -> int: ...
+    def save(self) -> tuple[str, bytes]: ...
+
+
+class Bytes:
+    """UTF-8, a token for each byte. Byte 0 separates documents and is removed from them."""
+
+    name, vocabulary, separator = "bytes", 256, 0
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(t.encode().replace(b"\0", b""), np.uint8) for t in texts]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        """Return the number of bytes of text. Separators count 0 bytes."""
+        return int(np.count_nonzero(tokens != self.separator))
+
+    def save(self) -> tuple[str, bytes]:
+        """Return the name and content of a file that `tools.tokenizers.load` reads."""
+        return self.name, b""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a split: an array a shard, in memory or mapped from a file."""
+    """The tokens of a split: an array for each shard, in memory or mapped from a file."""
 
     arrays: tuple[np.ndarray, ...]
 
@@ -34,19 +63,19 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` to `stop`, int32, across shards."""
-        begins = np.cumsum([0, *map(len, self.arrays)])
+        offsets = np.cumsum([0, *map(len, self.arrays)])
         parts = [
-            array[max(start - begin, 0) : max(stop - begin, 0)]
-            for begin, array in zip(begins, self.arrays, strict=False)
+            array[max(start - offset, 0) : max(stop - offset, 0)]
+            for offset, array in zip(offsets, self.arrays, strict=False)
         ]
         return np.concatenate(parts, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and, of other documents, to validate with."""
+    """Tokens for training and, from other documents, for validation."""
 
-    name: str  # for people
+    name: str  # for messages
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
@@ -54,7 +83,7 @@ class Corpus:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What has to be the same when a run goes on, wherever the data lies; JSON."""
+        """The values that must not change when a run is resumed, as JSON."""
         return {
             "tokenizer": self.tokenizer.name,
             "vocabulary": self.tokenizer.vocabulary,
@@ -63,141 +92,76 @@ class Corpus:
             "checksum": self.checksum,
         }
 
-    def check(self, context: int, separator: int | None = None) -> None:
-        """Raises ConfigError if a split has no sequence and its targets, or separator."""
-        ends = [(array == separator).any() for array in self.validation.arrays]
-        what = f"{self.name} has no token {separator} at a document's end"
-        need(separator is None or any(ends), f"`separator`, `within_documents`: {what}.")
-        for split in SPLITS:
-            fits = max(map(len, getattr(self, split).arrays), default=0) > context
-            what = f"the {split} part of {self.name} is too short: `context` {context}"
-            need(fits, f"`data`: {what} needs {context + 1} tokens in a shard.")
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError if the data does not fit the model."""
+        check_vocabulary(config, self.tokenizer.vocabulary)
+        for name in ("train", "validation"):
+            longest = max(map(len, getattr(self, name).arrays), default=0)
+            if longest <= config.context:
+                raise ConfigError(
+                    f"`data`: the {name} split of {self.name} is too short: `context` "
+                    f"needs {config.context + 1} tokens in a shard, got {longest}."
+                )
 
 
-def _cut(tokens: Tokens, context: int) -> Any:
-    """A split cut into sequences of `context` tokens and one after, int32, by Grain.
-
-    Neighbours share one token, the last target and the first input, so that every token of
-    a shard is a target once, but its first and what is left at its end.
-    """
-    arrays = [array for array in tokens.arrays if len(array) > context]
-    cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
-    whole = grain.MapDataset.concatenate([grain.MapDataset.source(rows) for rows in cut])
-    return whole.map(lambda row: row.astype(np.int32))
+def check_vocabulary(config: ModelConfig, size: int) -> None:
+    """Raise ConfigError if the model has fewer tokens than the data."""
+    if config.vocabulary is not None and config.vocabulary < size:
+        raise ConfigError(
+            f"`vocabulary` must be at least the data's {size}, got {config.vocabulary}."
+        )
 
 
 def batches(
     tokens: Tokens, batch: int, context: int, seed: int, rows: Sequence[slice] | None = None
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Batches of sequences for ever: all of them in one order, then all in another.
+    """Return an endless iterator of shuffled batches, in another order each epoch.
 
-    Each is int32 of shape (rows, context + 1), of the `rows` that this process reads of the
-    global batch; all by default. `get_state()` of the iterator, the number of batches, is
-    the same on every process. `close` it, or its 8 threads stay, and what they have read.
+    Each batch is int32 of shape (rows, context + 1): the `rows` of the global batch that
+    this process reads, by default all. Sequences do not cross shards. Neighbors share a
+    token, the last target and the first input. `get_state()` of the iterator, the number of
+    batches, is equal on all processes. It reads ahead in 8 threads until it is closed.
     """
-    order = _cut(tokens, context).seed(seed).shuffle().repeat()
-    mine = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
+    arrays = [array for array in tokens.arrays if len(array) > context]
+    cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
+    sequences = grain.MapDataset.concatenate([grain.MapDataset.source(x) for x in cut])
+    order: Any = (
+        sequences.map(lambda row: row.astype(np.int32)).seed(seed).shuffle().repeat()
+    )
+    local = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
 
     def read(step: int) -> np.ndarray:
-        return np.stack([order[int(row)] for row in step * batch + mine])
+        return np.stack([order[int(row)] for row in step * batch + local])
 
     steps = grain.MapDataset.range(len(order) // batch).map(read)
-    # A few batches ahead are enough: each is large.
     return iter(steps.to_iter_dataset(grain.ReadOptions(8, 16)))
 
 
-def load(
-    name: str | Path | None, verify: bool = True, process: int = 0, processes: int = 1
-) -> Corpus:
-    """The corpus of a prepared folder, of text, or the source of the standard library.
-
-    To `verify` a prepared one is to compare checksums: each process compares its part.
-    """
-    if name is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        # Only what every installation has: some leave the tests out, and no packages.
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
-        files = sorted(root.rglob("*.py"))
-        files = [f for f in files if not left_out & {*f.relative_to(root).parts}]
-        return _read_text("the Python standard library", root, files)
-    path = as_path(name)
-    need(path.exists(), f"`data` must be a text file or a folder, got {path}: not there.")
-    if path.is_file():
-        return _read_text(str(path), path.parent, [path])
-    if (path / MANIFEST).exists():
-        return _read_prepared(path, verify, process, processes)
-    is_begun = any((path / name).exists() for name in (PROGRESS, "train-00000.bin"))
-    message = f"`data`: {path} has no {MANIFEST}: it is not finished, or copied in part."
-    need(isinstance(path, Path) and not is_begun, message)
-    return _read_text(str(path), path, visible_files(path), says=process == 0)
+def read_standard_library() -> Corpus:
+    """Return the source code of Python's standard library as bytes."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Only files that every installation has: some leave out the tests.
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+    files = sorted(root.rglob("*.py"))
+    files = [f for f in files if not excluded & {*f.relative_to(root).parts}]
+    return read_text("the Python standard library", root, files)
 
 
-def _read_text(name: str, root: Path, files: list[Path], says: bool = True) -> Corpus:
-    """Files as bytes; the first tenth, by a hash of their names, is for validation."""
+def read_text(name: str, root: Path, files: list[Path]) -> Corpus:
+    """Return text files as bytes. A tenth, by a hash of their names, is for validation."""
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
-    documents = (".jsonl", ".json", ".parquet")
-    texts = [file.read_bytes() for file in files if file.suffix.lower() not in documents]
-    texts = [text for text in texts if b"\0" not in text]
-    advice = "`python -m examples.gpt.prepare` reads .jsonl, .json, .parquet, .gz and .zst."
-    need(bool(texts), f"`data` must be text, got {name}: no text files in it. {advice}")
-    if says and len(texts) < len(files):
-        print(f"{name}: {len(files) - len(texts)} file(s) are left out. {advice}")
+    texts = [text for text in (file.read_bytes() for file in files) if b"\0" not in text]
+    if not texts:
+        raise ConfigError(f"`data` must be text, got {name}: no text files in it.")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
-    if ends[count - 1] >= ends[-1] / 5:  # too few or too large: the last tenth of all
+    if (
+        ends[count - 1] >= ends[-1] / 5
+    ):  # too few files, or too large: the last tenth of all
         text = b"\n".join(texts)
         middle = round(len(text) * 0.9)
         texts, count = [text[middle:], text[:middle]], 1
-    parts = b"\n".join(texts[count:]), b"\n".join(texts[:count])
-    train, validation = (Tokens((np.frombuffer(part, np.uint8),)) for part in parts)
-    checksum = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    splits = b"\n".join(texts[count:]), b"\n".join(texts[:count])
+    train, validation = (Tokens((np.frombuffer(split, np.uint8),)) for split in splits)
+    checksum = hashlib.sha256(b"\0".join(splits)).hexdigest()
     return Corpus(name, Bytes(), train, validation, checksum)
-
-
-def _read_prepared(path: Path, verify: bool, process: int, processes: int) -> Corpus:
-    manifest = read_manifest(path / MANIFEST)
-    train, validation = (manifest[name]["shards"] for name in SPLITS)
-    arrays = [
-        _read_shard(path, shard, manifest["dtype"], verify and i % processes == process)
-        for i, shard in enumerate(train + validation)
-    ]
-    splits = Tokens(tuple(arrays[: len(train)])), Tokens(tuple(arrays[len(train) :]))
-    tokenizer = make(kept_name(path / manifest["tokenizer"]))
-    checksums = json.dumps([shard["checksum"] for shard in train + validation]).encode()
-    return Corpus(str(path), tokenizer, *splits, hashlib.sha256(checksums).hexdigest())
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What `examples.gpt.prepare` wrote of a folder's shards."""
-    kinds = (OSError, ValueError, TypeError, KeyError)
-    with errors_as(f"`data`: {path} is no manifest", *kinds, advice=AGAIN):
-        manifest = json.loads(path.read_text())
-        version, *_ = (manifest[name] for name in ("format", *SPLITS))
-        need(version == FORMAT, f"its format is {version}, not {FORMAT}")
-    return manifest
-
-
-def _read_shard(folder: Path, shard: dict, dtype: str, verify: bool) -> np.ndarray:
-    """The tokens of a shard: as many as were prepared and, to `verify`, the same.
-
-    A note beside a local file says that its checksum was compared. A copy is another file,
-    whatever its times say: its inode is another, and its change time can't be set.
-    """
-    path, size, checksum = folder / shard["file"], shard["tokens"], shard["checksum"]
-    note, verified = path.with_suffix(".verified"), ""
-    what = f"`data`: {path} is not what was prepared"
-    with errors_as(what, OSError, ValueError, advice=AGAIN):
-        if isinstance(path, Path):
-            tokens, file = np.asarray(np.memmap(path, dtype, "r")), path.stat()
-            verified = f"{checksum} {file.st_ino} {file.st_size} {file.st_ctime_ns}"
-        else:  # of an object store
-            tokens = np.frombuffer(path.read_bytes(), dtype)
-        need(len(tokens) == size, f"it has {len(tokens)} tokens, and had {size}")
-        is_noted = verified and note.exists() and note.read_text() == verified
-        if verify and not is_noted:
-            came = hashlib.sha256(tokens).hexdigest()
-            need(came == checksum, f"its checksum is {came}, and was {checksum}")
-            with contextlib.suppress(OSError):  # not our folder: compared again next time
-                if verified:
-                    note.write_text(verified)
-    return tokens

@@ -1,12 +1,11 @@
-"""The picture of a run: the loss, and below it how much of each update is unclipped."""
+"""The plot of a run: the loss, and below it the unclipped fraction of the updates."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from examples.gpt.operations.log import Row
+from examples.gpt.core.train import Row
 
 
 class Curve(NamedTuple):
@@ -14,7 +13,7 @@ class Curve(NamedTuple):
     rows: list[Row]
 
     def points(self, key: str) -> tuple[list, list]:
-        rows = [row for row in self.rows if math.isfinite(row.get(key) or math.nan)]
+        rows = [row for row in self.rows if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     @property
@@ -22,8 +21,8 @@ class Curve(NamedTuple):
         return self.points("val_loss")[1][-1]
 
 
-def losses(curves: list[Curve], path: Path, data: str) -> None:
-    """Draws training and validation loss, and the unclipped fraction, over the steps."""
+def plot_losses(curves: list[Curve], path: Path, data: str) -> None:
+    """Plot training and validation losses, and unclipped fractions, over the steps."""
     figure = Figure((8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, curve in enumerate(curves):
@@ -31,15 +30,12 @@ def losses(curves: list[Curve], path: Path, data: str) -> None:
         label = f"{name}, validation: {curve.val_loss:.3f} at the end"
         top.plot(*curve.points("loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
         top.plot(*curve.points("val_loss"), f"{color}o-", ms=4, label=label)
-        if curve.points("unclipped_fraction")[0]:  # Sophia's alone
-            bottom.plot(*curve.points("unclipped_fraction"), color, label=name)
+        bottom.plot(*curve.points("unclipped_fraction"), color)
     low = top.dataLim.ymin
-    top.set(ylabel="loss (nats per token)", ylim=(low - 0.1, low + 2.0))
-    top.set_title(f"{' and '.join(curve.name for curve in curves)} on {data}")
-    bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
+    top.set(ylabel="loss (nats per token)", ylim=(low - 0.1, low + 2.0), title=data)
+    bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="advice of the paper")
     bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    top.legend(fontsize="small")
+    bottom.legend(fontsize="small")
     with path.open("wb") as file:
         figure.savefig(file, dpi=120)

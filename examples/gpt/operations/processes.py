@@ -1,32 +1,30 @@
-"""Several processes as one run, and the signal to leave it."""
+"""Several processes as one run, and signals to stop it."""
 
 import contextlib
-import dataclasses
 import glob
 import importlib.util
 import os
 import re
 import signal
 import sys
-import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.gpt.core.config import Processes
-from examples.gpt.core.errors import ConfigError, errors_as, need
+from examples.gpt.core.config import ConfigError, Processes
+from examples.gpt.operations.folders import reraise_as_config_error
 
-LOST = os.EX_TEMPFAIL  # 75: start again, it was another process that was lost
+LOST = os.EX_TEMPFAIL  # 75: start again, another process was lost
+_LOST_PROCESS = "unavailable|heartbeat|preempt|connection (closed|reset)|socket closed"
 
 
-def join(config: Processes) -> None:
-    """Joins the other processes, if there are any, before anything is computed."""
-    given = dataclasses.astuple(config)
+def join_processes(config: Processes) -> None:
+    """Connect to the other processes, if there are any, before any computation."""
+    given = tuple(vars(config).values())
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")
     has_others = (
         None not in given
@@ -34,93 +32,84 @@ def join(config: Processes) -> None:
         or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
     )
-    if not has_others:
-        return
-    with errors_as("The processes did not find each other", RuntimeError, ValueError):
-        # Where collectives do not fail themselves, a lost process is known by its silence.
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
+    if has_others:
+        message = "The processes did not find each other"
+        with reraise_as_config_error(message, RuntimeError, ValueError):
+            # Where collectives do not fail, only the heartbeat tells that one was lost.
+            jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+def is_first_process() -> bool:
+    """Return whether this process writes and prints."""
     return jax.process_index() == 0
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any process."""
+def any_process(flag: bool) -> bool:
+    """Return whether the flag is set on any process."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
-def check_same(choices: dict[str, Any]) -> None:
-    """Raises ConfigError, on all processes, if they were not given the same."""
-    mine = np.uint32(zlib.crc32(repr(sorted(choices.items())).encode()))
-    same = np.all(multihost_utils.process_allgather(mine) == mine)
-    need(bool(same), "All processes need the same flags, but for `process_id`.")
+def check_same_flags(values: dict[str, Any]) -> None:
+    """Raise ConfigError on all processes if their values differ."""
+    local = np.uint32(zlib.crc32(repr(sorted(values.items())).encode()))
+    if not np.all(multihost_utils.process_allgather(local) == local):
+        raise ConfigError("All processes need the same flags, except `process_id`.")
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A part of the run that all processes leave, or none: else the others would wait."""
+def raise_on_all_processes() -> Iterator[None]:
+    """Raise ConfigError on all processes if it is raised on one. The others would wait."""
     error = None
     try:
         yield
     except ConfigError as raised:
         error = raised
-    if anywhere(error is not None):
-        raise error or ConfigError("Another process can't go on, and says why.")
+    if any_process(error is not None):
+        raise error or ConfigError("Another process failed: see its error.")
 
 
 @contextlib.contextmanager
-def ends_if_one_is_lost() -> Iterator[None]:
-    """Where another process was lost, this one ends at once: JAX would wait for it."""
-    lost = "unavailable|heartbeat|preempt|connection (closed|reset)|socket closed"
+def exit_if_a_process_is_lost() -> Iterator[None]:
+    """Exit with a code for launchers if another process is lost. JAX would wait for it."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
-        if jax.process_count() == 1 or not re.search(lost, reason, re.IGNORECASE):
+        if jax.process_count() == 1 or not re.search(_LOST_PROCESS, reason, re.IGNORECASE):
             raise
-        message = f"error: Another process of the run was lost ({reason}). Start all again."
+        message = f"error: Another process was lost ({reason}). Start all processes again."
         print(message, file=sys.stderr, flush=True)
         os._exit(LOST)
 
 
-def check_shared(path: Path) -> None:
-    """Raises ConfigError if this process does not see what the first has written."""
-    end = time.monotonic() + 30  # file systems of clusters may take a while
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    need(path.exists(), f"`out` must be a folder that all processes see: no {path} here.")
+class StopSignal:
+    """SIGTERM and Ctrl-C stop the run after a step, with a checkpoint.
 
-
-class Signal:
-    """SIGTERM and Ctrl-C end the run after a step, and it loses nothing.
-
-    A second one ends it at once. Of several processes, one to any of them is for all.
+    A second signal ends it at once. With several processes, a signal to one stops all.
     """
 
-    def __enter__(self) -> "Signal":
-        self._came: int | None = None
+    def __enter__(self) -> "StopSignal":
+        self.number: int | None = None
         self._is_shared = jax.distributed.is_initialized()
-        # With several processes JAX takes SIGTERM, and passes it on to all.
-        noted = (signal.SIGINT,) if self._is_shared else (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._note) for number in noted}
+        # With several processes JAX handles SIGTERM, and forwards it to all.
+        handled = (signal.SIGINT,) if self._is_shared else (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def came(self, step: int) -> int | None:
-        """The signal to end after this step, if there is one: the same in all processes."""
+    def came(self, step: int) -> bool:
+        """Return whether to stop after this step. It is the same on all processes."""
         if self._is_shared and multihost_utils.reached_preemption_sync_point(step):
-            self._came = signal.SIGTERM
-        return self._came
+            self.number = signal.SIGTERM
+        return self.number is not None
 
-    def _note(self, number: int, _) -> None:
+    def _handle(self, number: int, _) -> None:
         self.__exit__()
         if self._is_shared:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._came = number
-            print("\nThe run ends after this step, and is saved.", file=sys.stderr)
+            self.number = number
+            print("\nThe run stops after this step and is saved.", file=sys.stderr)

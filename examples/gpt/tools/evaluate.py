@@ -1,4 +1,4 @@
-"""How good a model is: `python -m examples.gpt.evaluate --help`."""
+"""The loss of a model on a validation split, or its scores in lm-eval's tasks."""
 
 import dataclasses
 import functools
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from examples.gpt.core import data, layout
-from examples.gpt.core.config import ModelConfig
-from examples.gpt.core.errors import errors_as, need, need_positive
+from examples.gpt.core.config import ConfigError, ModelConfig
+from examples.gpt.core.data import Corpus, check_vocabulary
 from examples.gpt.core.model import bind
+from examples.gpt.core.sharding import batch_devices, constrain_batch, gathered, make_mesh
+from examples.gpt.operations.checkpoints import saved_values
+from examples.gpt.tools import corpora
 from examples.gpt.tools.sample import open_model, open_tokenizer
 
 
@@ -22,69 +24,76 @@ from examples.gpt.tools.sample import open_model, open_tokenizer
 class Options:
     """Print the loss of a model on the whole validation split, or its scores in tasks."""
 
-    out: Path | None = None  # The folder of a run, whose newest checkpoint is evaluated.
+    out: Path | None = None  # Folder of a run, whose newest checkpoint is used.
     weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
-    # The data, or for tasks the one whose tokenizer to use; the run's by default.
+    # The data, or for tasks the data whose tokenizer to use. The default is the run's.
     data: Path | None = None
-    batch: int = 16  # Number of sequences that are computed at once.
-    tasks: str = ""  # Names of lm-eval's tasks, as boolq,cb,copa,rte (needs lm-eval).
-    shots: int = 0  # Number of examples that a prompt begins with.
-    limit: int | None = None  # Number of questions of each task; all by default.
-    # Folder of boolq/{train,validation}.jsonl and so on; the hub by default.
+    batch: int = 16  # Number of sequences in a batch.
+    tasks: str = ""  # Names of lm-eval's tasks, such as boolq,cb,copa,rte (needs lm-eval).
+    shots: int = 0  # Number of examples at the start of a prompt.
+    limit: int | None = None  # Number of questions of each task. The default is all.
+    # Folder with boolq/{train,validation}.jsonl and so on. The default is the hub.
     task_data: Path | None = None
-    mesh: str = ""  # How devices are laid out, as data=8,tensor=4; all data by default.
+    mesh: str = (
+        ""  # Layout of the devices, such as data=8,tensor=4. The default is all data.
+    )
 
 
 def main(options: Options) -> None:
-    """Prints the loss, or the scores."""
-    out, weights, batch = options.out, options.weights, options.batch
-    need_positive(batch=batch, limit=options.limit)
-    need(options.shots >= 0, f"`shots` must not be negative, got {options.shots}.")
-    with jax.set_mesh(layout.make_mesh(options.mesh)):
-        config, params = open_model(out, weights)
+    """Print the loss, or the scores."""
+    numbers = (options.batch, options.limit, options.shots + 1)
+    if min(n for n in numbers if n is not None) <= 0:
+        raise ConfigError("`batch` and `limit` must be positive, and `shots` at least 0.")
+    with jax.set_mesh(make_mesh(options.mesh)):
+        config, params = open_model(options.out, options.weights)
         if options.tasks:
-            with errors_as("`tasks`", ImportError, advice='pip install -e ".[evaluate]"'):
-                from examples.gpt.tools import harness  # needs lm-eval
-            tokenizer = open_tokenizer(config, out, options.data)
-            harness.run(harness.Harness(config.model, params, tokenizer, batch), options)
+            from examples.gpt.tools import few_shot  # needs the extra `evaluate`
+
+            tokenizer = open_tokenizer(config, options.out, options.data)
+            few_shot.run(few_shot.Model(config, params, tokenizer, options.batch), options)
             return
-        need(bool(out or options.data), "`data` must be given for a loss of `weights`.")
-        corpus = data.load(options.data or config.data)
-        config.model.check_vocabulary(corpus.tokenizer.vocabulary)
-        loss, tokens, size = evaluate(config.model, params, corpus, batch)
-    bits = loss * tokens / size / math.log(2)
-    print(f"{corpus.name}: {tokens:,} tokens of validation, {size:,} bytes of text")
+        data = options.data
+        if data is None:
+            if options.out is None:
+                raise ConfigError("`weights` requires `data` for a loss, got None.")
+            data = saved_values(options.out)["data"]  # None for the standard library
+        corpus = corpora.load(data)
+        check_vocabulary(config, corpus.tokenizer.vocabulary)
+        loss, tokens, size = evaluate(config, params, corpus, options.batch)
+    bits = loss * (tokens + 1) / size / math.log(2)  # the first token is not scored
+    print(f"{corpus.name}: {tokens:,} validation tokens, {size:,} bytes of text")
     perplexity = f"perplexity {np.exp(loss):.3f}"
-    print(f"loss {loss:.4f} nats a token, {perplexity}, {bits:.4f} bits a byte")
+    print(f"loss {loss:.4f} nats per token, {perplexity}, {bits:.4f} bits per byte")
 
 
 def evaluate(
-    config: ModelConfig, params: Any, corpus: data.Corpus, batch: int
+    config: ModelConfig, params: Any, corpus: Corpus, batch: int
 ) -> tuple[float, int, int]:
-    """Return the mean loss of the scored tokens, their number, and their bytes of text.
+    """Return the mean loss of the scored tokens, their number, and the bytes of the text.
 
     Every token of the validation split except the first is scored once, in windows of
     `context` tokens.
     """
-    split, context, nats, size = corpus.validation, config.context, 0.0, 0
+    split, context, nats = corpus.validation, config.context, 0.0
     count = len(split) - 1
-    message = f"`data`: the validation part of {corpus.name} needs 2 tokens or more."
-    need(count > 0, message)
+    if count < 1:
+        raise ConfigError(f"`data`: {corpus.name} must have 2 validation tokens or more.")
     for start in range(0, count, batch * context):
         tokens = split.read(start, start + batch * context + 1)
         scored = len(tokens) - 1
         padded = np.pad(tokens, (0, -scored % context))
         tokens_BxS = sliding_window_view(padded, context + 1)[::context]
-        losses_BxT, _ = jax.device_get(judge(config, params, tokens_BxS))
+        losses_BxT, _ = jax.device_get(score_tokens(config, params, tokens_BxS))
         nats += losses_BxT.ravel()[:scored].sum(dtype=np.float64)
-        size += corpus.tokenizer.count_bytes(tokens)
-    return nats / count, count, size
+    return nats / count, count, corpus.tokenizer.count_bytes(split.read(0, count + 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def judge(config: ModelConfig, params: Any, tokens_BxS: Any) -> tuple[jax.Array, jax.Array]:
-    """What `GPT.judge` says of sequences; each of the batch's devices has a share."""
+def score_tokens(
+    config: ModelConfig, params: Any, tokens_BxS: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return `GPT.score_tokens` of sequences, sharded over the batch's devices."""
     mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
-    rows = jnp.pad(tokens_BxS, ((0, -size % layout.batch_devices(mesh)), (0, 0)))
-    losses_BxT, likeliest_BxT = bind(config, params).judge(layout.spread_batch(rows))
-    return layout.whole((losses_BxT[:size], likeliest_BxT[:size]))
+    rows = jnp.pad(tokens_BxS, ((0, -size % batch_devices(mesh)), (0, 0)))
+    losses_BxT, is_argmax_BxT = bind(config, params).score_tokens(constrain_batch(rows))
+    return gathered((losses_BxT[:size], is_argmax_BxT[:size]))

@@ -1,6 +1,6 @@
 """GPT-2's weights in Hugging Face's format: config.json and model.safetensors.
 
-Each of our parameters is theirs in another shape, or the stack of theirs over layers.
+Each parameter here is one there in another shape, or the stack of one over all layers.
 """
 
 import dataclasses
@@ -15,13 +15,12 @@ import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt.core import model
-from examples.gpt.core.config import ModelConfig
-from examples.gpt.core.errors import errors_as, need
-from examples.gpt.operations.folder import as_path, write_json
+from examples.gpt.core.config import ConfigError, ModelConfig
+from examples.gpt.operations.checkpoints import check_same_shape
+from examples.gpt.operations.folders import as_path, reraise_as_config_error, write_json
 
-PREFIX = "transformer."  # of the names, in what GPT2LMHeadModel saves
-
-# Our modules, and theirs; the number of a layer stands for the braces.
+PREFIX = "transformer."  # of the names that GPT2LMHeadModel saves
+# Names of modules here and there, with the index of the layer in braces.
 MODULES = {
     "tokens": "wte",
     "positions": "wpe",
@@ -33,17 +32,14 @@ MODULES = {
     "blocks/down": "h.{}.mlp.c_proj",
     "norm": "ln_f",
 }
-
-# What a config has, and their name of it.
-SHAPE = {
+SIZES = {
     "layers": "n_layer",
     "heads": "n_head",
     "width": "n_embd",
     "context": "n_positions",
-    "vocabulary": "vocab_size",
 }
-
-# What else our model is; another choice would be another function.
+SIZES |= {"vocabulary": "vocab_size"}
+# Values of their config that the model here requires.
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -52,71 +48,68 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-
-# Names in transformers of one function: GELU approximated with tanh, as in jax.nn.gelu.
+# Names in transformers of the tanh approximation of GELU, as in jax.nn.gelu.
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
 TANH_GELU += ("gelu_python_tanh",)
 
 
-def config_of(folder: Path) -> ModelConfig:
-    """The model whose weights a folder holds; all else is as in the default run."""
+def read_config(folder: Path) -> ModelConfig:
+    """Return the model whose weights a folder holds."""
     path = as_path(folder) / "config.json"
-    message = f"`init_from`, `weights`: GPT-2's must be in a folder here, got {path}."
-    need(isinstance(path, Path), message)
+    if not isinstance(path, Path):
+        raise ConfigError(f"`init_from`, `weights`: GPT-2's must be local, got {path}.")
     kinds = (OSError, ValueError, TypeError, KeyError)
-    with errors_as(f"`init_from`, `weights`: {path} is no GPT-2's", *kinds):
+    message = f"`init_from`, `weights`: {path} is not a config of GPT-2"
+    with reraise_as_config_error(message, *kinds):
         theirs = {"model_type": None} | json.loads(path.read_text())
-        for name, ours in FIXED.items():
-            found = theirs.get(name, ours)
-            found = ours if ours in TANH_GELU and found in TANH_GELU else found
-            need(found == ours, f"`{name}` must be {ours}, got {found}")
-        shape = {ours: theirs[name] for ours, name in SHAPE.items()}
-    return ModelConfig(architecture="gpt2", bias=True, **shape)
-
-
-def check_shape(ours: ModelConfig, saved: ModelConfig, folder: Path) -> None:
-    """Raises ConfigError unless our parameters have the shapes of the saved ones."""
-    for name in ("architecture", "bias", *SHAPE):
-        given, theirs = getattr(ours, name), getattr(saved, name)
-        need(given == theirs, f"`{name}` must be {theirs}, as in {folder}, got {given}.")
+        for name, required in FIXED.items():
+            found = theirs.get(name, required)
+            is_gelu = required in TANH_GELU and found in TANH_GELU
+            if found != required and not is_gelu:
+                raise ConfigError(f"`{name}` must be {required}, got {found}")
+        sizes = {ours: theirs[name] for ours, name in SIZES.items()}
+    return ModelConfig(bias=True, **sizes)
 
 
 def load(folder: Path, config: ModelConfig) -> Any:
-    """The parameters in a folder, float32, a tree like that of `model.init`."""
-    check_shape(config, dataclasses.replace(config_of(folder), bias=config.bias), folder)
+    """Return the parameters in a folder, float32, as a tree like that of `model.init`."""
+    saved = dataclasses.replace(read_config(folder), bias=config.bias)
+    check_same_shape(config, saved, folder)
     tensors, (params, views) = {}, _allocate(config)
-    whole = folder / "model.safetensors"
-    for file in [whole] if whole.exists() else folder.glob("model-*.safetensors"):
-        what = f"`init_from`, `weights`: {file} can't be read"
-        with errors_as(what, OSError, safetensors.SafetensorError):
+    single = folder / "model.safetensors"
+    for file in [single] if single.exists() else folder.glob("model-*.safetensors"):
+        message = f"`init_from`, `weights`: can't read {file}"
+        with reraise_as_config_error(message, OSError, safetensors.SafetensorError):
             read = safetensors.numpy.load_file(file)
         tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
-    need(bool(tensors), f"`init_from`, `weights`: no model.safetensors is in {folder}.")
     for key, view in views.items():
         found = tensors[key].shape if key in tensors else None
-        need(found == view.shape, f"`{key}` must have shape {view.shape}, got {found}.")
-        view[...] = tensors[key]  # bfloat16 too, which JAX teaches to NumPy
+        if found != view.shape:
+            raise ConfigError(f"`{key}` in {folder} must be {view.shape}, got {found}.")
+        view[...] = tensors[key]  # also from bfloat16, which JAX adds to NumPy
     head = tensors.get("lm_head.weight")
-    is_tied = head is None or np.array_equal(head, tensors["wte.weight"])
-    need(is_tied, f"`lm_head.weight` must be the embedding, in {folder}.")
+    if head is not None and not np.array_equal(head, tensors["wte.weight"]):
+        raise ConfigError(f"`lm_head.weight` in {folder} must equal the embedding.")
     for name in [name for name in params if name.endswith("/bias") and not config.bias]:
-        is_zero = not params.pop(name).any()
-        need(is_zero, f"`bias` is off, but {name} is not 0: give --bias.")
+        if params.pop(name).any():
+            raise ConfigError(
+                f"`bias` is off, but {name} in {folder} is not 0: use --bias."
+            )
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def save(folder: Path, config: ModelConfig, params: Any) -> None:
-    """Writes a folder that transformers' `GPT2LMHeadModel.from_pretrained` takes."""
-    need(config.architecture == "gpt2", "`architecture` must be gpt2, to be exported.")
+    """Write a folder that transformers' `GPT2LMHeadModel.from_pretrained` reads."""
+    if config.architecture != "gpt2":
+        raise ConfigError(f"`architecture` must be gpt2, got {config.architecture}.")
     ours, views = _allocate(config)
     for name, p in traverse_util.flatten_dict(params, sep="/").items():
         ours[name][...] = p
     tensors = {PREFIX + key: view for key, view in views.items()}
-    fields = FIXED | {theirs: getattr(config, name) for name, theirs in SHAPE.items()}
-    fields |= {"architectures": ["GPT2LMHeadModel"]}
+    fields: dict[str, Any] = {theirs: getattr(config, n) for n, theirs in SIZES.items()}
+    fields |= FIXED | {"architectures": ["GPT2LMHeadModel"]}
     fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    # Which tokens begin and end a text is known to the tokenizer alone.
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # known to the tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
@@ -124,7 +117,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
 
 
 def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Parameters of 0, biases included: by our names, and the same memory by theirs."""
+    """Return zeros with biases, by the names here, and views of them by the names there."""
     shapes = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
     params, views = dict[str, Any](traverse_util.flatten_dict(shapes, sep="/")), {}
     for name, p in params.items():

@@ -1,8 +1,8 @@
-"""Turns text into the shards that a run reads: `python -m examples.gpt.prepare --help`.
+"""Text to the shards of tokens that a run reads.
 
-What comes out depends on the sources and the choices alone: not on the number of threads,
-and not on how often it was killed. The manifest is written last of all; until then
-`progress.json` is in its place.
+The output depends on the sources and the options only, not on the number of threads or on
+how often the command was killed. The manifest is written last; until then `progress.json`
+lists the finished shards.
 """
 
 import dataclasses
@@ -18,63 +18,65 @@ import numpy as np
 import tqdm
 import tyro
 
-from examples.gpt.core.data import FORMAT, MANIFEST, PROGRESS, SPLITS, read_manifest
-from examples.gpt.core.errors import errors_as, need, need_positive
-from examples.gpt.operations import folder
-from examples.gpt.tools.tokenizer import Tokenizer, make
+from examples.gpt.core.config import ConfigError
+from examples.gpt.core.data import Tokenizer
+from examples.gpt.operations import folders
+from examples.gpt.tools import corpora, tokenizers
+from examples.gpt.tools.corpora import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Turn text into shards of tokens that `python -m examples.gpt --data OUT` reads.
 
-    Documents are separated by a token, and split into training and validation by a hash
-    of their text, so that copies of one are on one side. Killed at any time and started
-    again with the same choices, it goes on after the last shard that it finished.
+    A token separates documents. A hash of its text assigns each document to training or
+    validation, so copies are in the same split. If the command is killed, run it again: it
+    resumes after the last finished shard.
     """
 
-    # openwebtext, pile, or any hub:NAME[:CONFIG][@REVISION] of the Hugging Face hub, whose
-    # split `train` is streamed; or .txt, .jsonl, .json (a document a line) or .parquet
-    # files, but the last as .gz or .zst too; or folders of them.
+    # openwebtext, pile, or hub:NAME[:CONFIG][@REVISION] for any data set of the Hugging
+    # Face hub, whose split `train` is streamed; or files: .txt, .jsonl, .json (a document a
+    # line), also as .gz or .zst, and .parquet; or folders of such files.
     sources: tyro.conf.Positional[tuple[str, ...]]
-    out: Path  # Folder for what comes out, here or as gs://BUCKET/NAME.
+    out: Path  # Output folder, local or gs://BUCKET/NAME.
     tokenizer: str = "gpt2"  # gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`.
-    field: str = "text"  # The field, or column, that holds a document's text.
-    # Share of the documents that is for validation. By default 0.0005 of a data set of
-    # the hub; of files so many as are some 5 MB of them, and a tenth at most.
+    field: str = "text"  # Field or column with the text of a document.
+    # Fraction of the documents for validation. The default is 0.0005 for a data set of the
+    # hub; for files the fraction that gives about 5 MB, at most a tenth.
     validation: float | None = None
-    # Number of tokens of training after which a shard ends; so many are held in memory.
+    # Training tokens after which a shard ends. They are held in memory.
     shard_tokens: int = 100_000_000
-    # Number of threads that turn text into tokens.
+    # Number of threads that tokenize.
     threads: Annotated[int, tyro.conf.arg(aliases=["--processes"])] = os.cpu_count() or 1
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Prepares the data, or what is left to do of it, and returns its manifest."""
-    out, share = folder.as_path(options.out), options.validation
-    need(len(options.sources) > 0, "`sources`: give at least one.")
-    need(share is None or 0 < share < 1, f"`validation` must be in (0, 1), got {share}.")
-    need_positive(shard_tokens=options.shard_tokens, threads=options.threads)
+    """Prepare the data, or the part that is missing, and return the manifest."""
+    if not 0 < (options.validation or 0.1) < 1 or not options.sources:
+        raise ConfigError("`sources` must be given, and `validation` be in (0, 1).")
+    if min(options.shard_tokens, options.threads) <= 0:
+        raise ConfigError("`shard_tokens` and `threads` must be positive.")
+    out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
-    del choices["out"], choices["threads"]  # all others decide what comes out
-    advice = "What was finished is kept: the same command, started again, goes on."
-    with folder.alone(out, "preparing"), folder.writing_to(out, advice):
-        # Killed in its first moment, it left no more than an unfinished file.
-        names = {path.name for path in out.iterdir()} if out.exists() else set()
-        files = names - {folder.UNFINISHED}
-        name = MANIFEST if MANIFEST in files else PROGRESS
-        is_ours = name in files or not files
-        need(is_ours, f"`out` must be empty, but {out} has {', '.join(sorted(files))}.")
-        manifest = {"format": FORMAT, "choices": choices, "found": {}, "position": None}
+    del choices["out"], choices["threads"]  # all others determine the output
+    with folders.lock_folder(out, "preparing"), folders.writing_to(out):
+        manifest: dict[str, Any] = {"format": corpora.FORMAT, "choices": choices}
         manifest |= {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
-        if name in files:
-            before = read_manifest(out / name)
-            if name == MANIFEST or before["position"]:  # something is prepared
-                _check_same(out, before["choices"], choices)
-                manifest = before
-        if name == PROGRESS:
-            _prepare(options, out, manifest)
-        (out / PROGRESS).unlink(missing_ok=True)
+        manifest["position"] = None
+        files = {path.name for path in out.iterdir()} if out.exists() else set()
+        is_finished = corpora.MANIFEST in files
+        if is_finished or corpora.PROGRESS in files:
+            name = corpora.MANIFEST if is_finished else corpora.PROGRESS
+            saved = corpora.read_manifest(out / name)
+            if is_finished or saved["position"]:  # at least one shard is finished
+                manifest = saved
+        elif files - {".unfinished"}:
+            raise ConfigError(f"`out` must be empty, got {out} with {sorted(files)}.")
+        for name, value in choices.items():
+            if (before := manifest["choices"][name]) != value:
+                raise ConfigError(f"{out} was started with `{name}` {before}, not {value}.")
+        if not is_finished:
+            write_shards(options, out, manifest)
     for name in SPLITS:
         split = manifest[name]
         counts = f"{split['tokens']:,} tokens of {split['documents']:,} documents"
@@ -82,76 +84,75 @@ def main(options: Options) -> dict[str, Any]:
     return manifest
 
 
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in before | now:
-        was, is_now = before.get(name), now.get(name)
-        need(was == is_now, f"`out`: {out} was begun with `{name}` {was}, not {is_now}.")
+def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
+    """Write the shards that the manifest does not list, and the manifest."""
+    from examples.gpt.tools import sources  # needs the extra `data`
 
-
-def _prepare(options: Options, out: Path, manifest: dict[str, Any]) -> None:
-    with errors_as("`sources`", ImportError, advice='pip install -e ".[data]"'):
-        from examples.gpt.tools import sources
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
-    tokenizer = make(options.tokenizer)
+    tokenizer = tokenizers.load(options.tokenizer)
     file, content = tokenizer.save()
-    known = itertools.zip_longest(options.sources, manifest["found"].get("sources", []))
-    inputs = [sources.find(name, options.field, found) for name, found in known]
-    found = {  # what the choices led to: revisions, sizes, a checksum
-        "sources": [source.found for source in inputs],
-        "tokenizer": hashlib.sha256(content).hexdigest() if content else None,
-    }
-    _check_same(out, manifest["found"] or found, found)
-    manifest |= {
-        "found": found,
+    inputs = [
+        sources.open_source(name, options.field, version)
+        for name, version in itertools.zip_longest(
+            options.sources, manifest.get("versions", [])
+        )
+    ]
+    dtype = "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32"
+    found = {
+        "versions": [source.version for source in inputs],
         "tokenizer": file,
-        "vocabulary": tokenizer.vocabulary,
+        "tokenizer checksum": hashlib.sha256(content).hexdigest(),
         "separator": tokenizer.separator,
-        "dtype": "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32",
+        "dtype": dtype,
     }
-    folder.write_json(out / PROGRESS, manifest)
+    if manifest["position"] and any(manifest[k] != found[k] for k in found):
+        raise ConfigError(f"The sources or the tokenizer of {out} have changed.")
+    manifest |= found
+    folders.write_json(out / corpora.PROGRESS, manifest)
     if content:
-        folder.write_bytes(out / file, content)
-
-    # What is in no shard yet is in memory alone: after a kill it is encoded again.
-    held, dtype = {name: bytearray() for name in SPLITS}, np.dtype(manifest["dtype"])
+        folders.write_bytes(out / file, content)
+    # Tokens that are in no shard yet are lost in a kill, and encoded again.
+    held = {name: bytearray() for name in SPLITS}
     size = max(sum(source.size for source in inputs), 1)
-    share = options.validation or min(0.1, max(0.0005, 5e6 / size))
+    fraction = options.validation or min(0.1, max(0.0005, 5e6 / size))
+    full = options.shard_tokens * np.dtype(dtype).itemsize
     with tqdm.tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
-        for texts, position in sources.read(inputs, options.field, manifest["position"]):
-            for name, tokens in encode_batch(texts, tokenizer, share):
+        batches = sources.read_batches(inputs, options.field, manifest["position"])
+        for texts, position in batches:
+            for name, tokens in encode_batch(texts, tokenizer, fraction):
                 held[name] += tokens.astype(dtype).tobytes()
                 bar.update(len(tokens))
-            is_full = len(held["train"]) >= options.shard_tokens * dtype.itemsize
-            if is_full or position[0] == len(inputs):
+            if len(held["train"]) >= full or position[0] == len(inputs):
                 for name in SPLITS:
-                    append(out, manifest, name, np.frombuffer(held.pop(name), dtype))
+                    write_shard(out, manifest, name, np.frombuffer(held.pop(name), dtype))
                     held[name] = bytearray()
                 manifest["position"] = position
-                folder.write_json(out / PROGRESS, manifest)
-                bar.write(f"{out}: {len(manifest['train']['shards'])} shard(s) of training")
+                folders.write_json(out / corpora.PROGRESS, manifest)
     for name in SPLITS:
-        is_there = manifest[name]["documents"] > 0
-        need(is_there, f"`validation`: {share} of the documents leaves none for {name}.")
-    manifest["position"] = None
-    folder.write_json(out / MANIFEST, manifest)
+        if not manifest[name]["documents"]:
+            raise ConfigError(f"`validation` {fraction} leaves no documents for {name}.")
+    folders.write_json(out / corpora.MANIFEST, manifest)
+    (out / corpora.PROGRESS).unlink()
 
 
-def encode_batch(texts: list[str], tokenizer: Tokenizer, share: float) -> Iterator[Any]:
-    """The split of each document that is not empty, and its tokens with a separator."""
-    # JSON can hold halves of characters, which are no text.
+def encode_batch(
+    texts: list[str], tokenizer: Tokenizer, fraction: float
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the split and the tokens, with a separator, of each document with text."""
+    # JSON may have halves of characters, which UTF-8 can't encode.
     kept = [text.encode(errors="replace").decode() for text in texts if text]
     for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
-        split = "validation" if zlib.crc32(text.encode()) < share * 2**32 else "train"
+        split = "validation" if zlib.crc32(text.encode()) < fraction * 2**32 else "train"
         yield split, np.append(tokens, tokenizer.separator)
 
 
-def append(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:
-    """Writes documents as the next shard of a split, if there are any."""
+def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:
+    """Write documents as the next shard of a split, if there are any."""
     if len(tokens):
-        split = manifest[name]
-        file = f"{name}-{len(split['shards']):05}.bin"
-        checksum = hashlib.sha256(tokens).hexdigest()
-        folder.write_bytes(out / file, tokens.tobytes())
+        split, content = manifest[name], tokens.tobytes()
+        file, sha = f"{name}-{len(split['shards']):05}.bin", hashlib.sha256(content)
+        folders.write_bytes(out / file, content)
         split["tokens"] += len(tokens)
         split["documents"] += int(np.count_nonzero(tokens == manifest["separator"]))
-        split["shards"].append({"file": file, "tokens": len(tokens), "checksum": checksum})
+        shard = {"file": file, "tokens": len(tokens), "checksum": sha.hexdigest()}
+        split["shards"].append(shard)

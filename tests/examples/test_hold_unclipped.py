@@ -18,7 +18,7 @@ STEPS, FRACTION = 40, 0.2
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_hold_unclipped_keeps_the_target_fraction_of_the_gpt(nesterov):
     """Entries without momentum do not move. They are not counted."""
-    config = Config().fitted(256)
+    config = Config().with_resolved_defaults(256)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         scale_by_sophia(b1=0.8, gamma=hold_unclipped(FRACTION), nesterov=nesterov),
@@ -41,13 +41,9 @@ def test_hold_unclipped_keeps_the_target_fraction_of_the_gpt(nesterov):
 
     params = model.init(config.model)
     state = tx.init(params)
-    batches = data.batches(
-        data.load(None).train,
-        batch=config.training.batch,
-        context=config.model.context,
-        seed=0,
-    )
-    unclipped = []
+    batch, context = config.training.batch, config.model.context
+    text, unclipped = data.read_standard_library().train, []
+    batches = data.batches(text, batch, context, seed=0)
     for tokens in itertools.islice(batches, STEPS):
         params, state, fraction = step(params, state, tokens)
         unclipped.append(fraction)

@@ -1,0 +1,154 @@
+"""Sharding of parameters and batches over devices.
+
+The mesh has three axes. The batch is sharded over `data` and `fsdp`, parameters over `fsdp`
+and `tensor`. Parameters are gathered over `fsdp` where they are used, a layer at a time.
+They stay sharded over `tensor`.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sophia_optax import each_group
+
+from .config import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+BATCH_SHARDS = "batch_shards"  # the mapped axis of a training step: one shard for a device
+
+# Part of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
+# rule are replicated.
+RULES: dict[str, tuple[str | None, ...]] = {
+    "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
+    "positions/embedding": (None, "fsdp"),  # position, width
+    "head/kernel": ("fsdp", "tensor"),  # width, vocabulary
+    "qkv/kernel": ("fsdp", None, "tensor", None),  # width, (q, k, v), head, entry
+    "qkv/bias": (None, "tensor", None),
+    "project/kernel": ("tensor", None, "fsdp"),  # head, entry, width
+    "up/kernel": ("fsdp", "tensor"),
+    "up/bias": ("tensor",),
+    "down/kernel": ("tensor", "fsdp"),
+}
+
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+
+
+def make_mesh(text: str) -> jax.sharding.Mesh:
+    """Return the mesh of all devices that a text such as `data=8,fsdp=4` describes."""
+    if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
+        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
+    given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
+    count = jax.device_count()
+    remaining = max(count // math.prod(given.values()), 1)
+    sizes = {"data": remaining, "fsdp": 1, "tensor": 1} | given
+    if math.prod(sizes.values()) != count:
+        got = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def one_device_mesh() -> jax.sharding.Mesh:
+    """Return a mesh of the first device."""
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
+    """Return the PartitionSpec of each parameter, restricted to these mesh axes."""
+
+    def spec(path, x):
+        rule = next((axes for part, axes in RULES.items() if part in _name(path)), ())
+        kept = [axis if axis in axes else None for axis in rule]
+        return P(*[None] * (x.ndim - len(rule)), *kept)
+
+    return jax.tree.map_with_path(spec, tree)
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return the sharding of each parameter. Raise ConfigError for an uneven one."""
+
+    def sharding(path, x, spec):
+        for size, axis in zip(x.shape, spec, strict=True):
+            if size % mesh.shape.get(axis, 1):
+                raise ConfigError(
+                    f"`mesh`: {axis}={mesh.shape[axis]} must divide the sharded dimension, "
+                    f"got {x.shape} for {_name(path)}."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(sharding, tree, partition_specs(tree))
+
+
+def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return abstract arrays, such as `jax.eval_shape` gives, with their shardings."""
+    return jax.tree.map(lambda x, s: x.update(sharding=s), tree, shardings(tree, mesh))
+
+
+def constrain(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
+    """Constrain parameters to their specs on these axes. Without a mesh, do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, partition_specs(tree, axes))
+
+
+def gathered(tree: Any) -> Any:
+    """Constrain a tree to be replicated over all axes except `tensor`."""
+    return constrain(tree, axes=("tensor",))
+
+
+def gather(params: Any, dtype: str) -> Any:
+    """Return parameters gathered over `fsdp`, float32, for a layer to use.
+
+    They are sent in `dtype`, and their gradients come back in float32. On the backward pass
+    a training step averages gradients over the batch's devices there, and a refresh sums
+    their squares. Neither holds a gathered gradient for long.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return gathered(params)
+
+    @jax.custom_gradient
+    def send(params):
+        def average(gradients):
+            gradients = gathered(gradients)
+            with contextlib.suppress(NameError):  # only a training step has the axis
+                gradients = jax.lax.pmean(gradients, BATCH_SHARDS)
+            return (gradients,)
+
+        sent = gathered(optax.tree.cast(params, dtype))
+        return optax.tree.cast(sent, "float32"), average
+
+    return send(each_group(constrain(params)))
+
+
+def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Return the number of shards of the batch."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:
+    """Return the rows of a batch on the devices of this process, as sorted blocks."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    indices: Any = sharding.addressable_devices_indices_map((batch,)).values()
+    blocks = {index[0].indices(batch)[:2] for index in indices}
+    return [slice(start, stop) for start, stop in sorted(blocks)]
+
+
+def shard_batch(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
+    """Return the global batch, of which this process has these rows."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    return jax.make_array_from_process_local_data(sharding, rows, (batch, *rows.shape[1:]))
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Constrain the leading axis to the batch's devices. Without a mesh, do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH))

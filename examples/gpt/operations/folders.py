@@ -1,0 +1,94 @@
+"""Folders: local paths and those of object stores, atomic writes, and a lock."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+from etils import epath
+
+from examples.gpt.core.config import ConfigError
+
+
+@contextlib.contextmanager
+def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Reraise errors of these kinds as a ConfigError."""
+    try:
+        yield
+    except kinds as error:
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{message}: {kind}{str(error).strip()}") from error
+
+
+def writing_to(
+    folder: Path, kind: type[Exception] = OSError
+) -> contextlib.AbstractContextManager[None]:
+    """Reraise errors of the file system, such as a full disk, as a ConfigError."""
+    return reraise_as_config_error(f"`out`: can't write to {folder}", kind)
+
+
+def as_path(name: str | os.PathLike[str]) -> Path:
+    """Return a local path, or a path of an object store (gs, s3, az), used as a `Path`."""
+    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # a `Path` has one slash
+    if "://" not in url:
+        return Path(name)
+    with reraise_as_config_error(f"{url} needs a package", ImportError):
+        fsspec.get_filesystem_class(url.partition("://")[0])
+    return cast(Path, epath.Path(url))
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder, except hidden ones. Follow links, each folder once."""
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON atomically."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: after a failure it is as it was."""
+    if not isinstance(path, Path):  # object stores write objects atomically
+        with writing_to(path, Exception):  # and have their own errors
+            path.write_bytes(content)
+        return
+    unfinished = path.with_name(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, doing: str) -> Iterator[None]:
+    """Make the folder and lock it, so that no two processes write to it."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(folder, Path):  # object stores have no locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # shared file systems may have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"`out`: another process is {doing} {folder}.") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""Multiple-choice tasks of lm-eval, which determines prompts, examples and scores."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from datasets.exceptions import DatasetsError
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import Collator
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from examples.gpt.core.config import ConfigError, ModelConfig
+from examples.gpt.core.data import Tokenizer
+from examples.gpt.operations.folders import reraise_as_config_error
+from examples.gpt.tools.evaluate import Options, score_tokens
+from examples.gpt.tools.sample import padded_length
+
+ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; lm-eval calls GLUE's rte
+
+
+class Model(TemplateLM):
+    """A GPT with the interface of lm-eval."""
+
+    def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int):
+        super().__init__()
+        self._config, self._params = config, params
+        self._tokenizer, self._batch = tokenizer, batch
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.separator
+
+    def tok_encode(self, string: str, *_, **__) -> list[int]:
+        return self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether it is the argmax.
+
+        A context that is too long loses its start. The longest come first: less padding.
+        """
+        context, rows = self._config.context, []
+        for _, before, after in requests:
+            size = len(after)
+            if size > context:
+                raise ConfigError(f"`context` is {context}, and a text has {size} tokens.")
+            rows.append(((before + after)[-(context + 1) :], size))
+        sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
+        results = []
+        for batch in sorted_rows.get_batched(n=self._batch):
+            size = padded_length(len(batch[0][0]) - 1, context) + 1
+            tokens = np.array([row + [0] * (size - len(row)) for row, _ in batch])
+            scores = jax.device_get(score_tokens(self._config, self._params, tokens))
+            for (row, after), losses, is_argmax in zip(batch, *scores, strict=True):
+                scored = slice(len(row) - 1 - after, len(row) - 1)
+                log_prob = -float(losses[scored].sum(dtype=np.float64))
+                results.append((log_prob, bool(is_argmax[scored].all())))
+        return sorted_rows.get_original(results)
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> Any:
+        raise ConfigError(
+            "`tasks` must be multiple-choice tasks, such as boolq,cb,copa,rte."
+        )
+
+    loglikelihood_rolling = generate_until
+
+
+def run(lm: Model, options: Options) -> Any:
+    """Print the results of the tasks as a table, and return lm-eval's results."""
+    # Resampling of metrics would fork the process, without JAX's threads.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    manager, tasks, folder = TaskManager(), [], options.task_data
+    for name in options.tasks.split(","):
+        if name not in manager.all_subtasks:
+            raise ConfigError(f"`tasks`: lm-eval has no task {name}.")
+        task = {"task": ALIASES.get(name, name), "num_fewshot": options.shots}
+        if folder is not None:
+            files = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
+            source = {"data_files": files}
+            task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
+        tasks.append(task)
+    message = f"`tasks`, `task_data`: can't read the data of {options.tasks}"
+    with reraise_as_config_error(message, OSError, DatasetsError):
+        # As a group: its members may differ from lm-eval's tasks of the same name.
+        loaded = manager.load({"group": "chosen", "task": tasks})["tasks"]
+    for task in loaded.values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    results = evaluate(lm, {"tasks": loaded}, limit=options.limit, log_samples=False)
+    print(make_table(results))
+    return results

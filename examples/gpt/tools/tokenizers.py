@@ -1,0 +1,81 @@
+"""Tokenizers: bytes, GPT-2's BPE, or a JSON file of Hugging Face's `tokenizers`.
+
+A tokenizer is saved beside its tokens, so that training needs no network.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from examples.gpt.core.config import ConfigError
+from examples.gpt.core.data import Bytes, Tokenizer
+from examples.gpt.operations.folders import as_path, reraise_as_config_error
+
+GPT2 = "gpt2"
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class JsonTokenizer:
+    """A tokenizer that Hugging Face's `tokenizers` saved as JSON."""
+
+    def __init__(self, name: str, content: bytes):
+        import tokenizers  # bytes need no such package
+
+        self.name, self._content = name, content
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # text can't contain the separator
+        tokens = self._tokenizer.get_vocab()
+        found = [tokens[text] for text in SEPARATORS if text in tokens]
+        if not found:
+            raise ConfigError(f"it has none of {', '.join(SEPARATORS)} to end a document")
+        self.vocabulary, self.separator = max(tokens.values()) + 1, found[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the tokens of each text, without a separator."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text. Tokens that a model has beyond the vocabulary have none."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        """Return the number of bytes of text. Separators count 0 bytes.
+
+        Each document is decoded as a whole, because a token may be a part of a character,
+        and without a space that the tokenizer adds before it.
+        """
+        added = len(self.decode(self.encode("a"))) - 1
+        documents = np.split(tokens, np.flatnonzero(tokens == self.separator))
+        texts = [self.decode(d[d != self.separator]) for d in documents]
+        return sum(len(text.encode()) - added * text.startswith(" ") for text in texts)
+
+    def save(self) -> tuple[str, bytes]:
+        """Return the name and content of a file that `load` reads."""
+        return "tokenizer.json", self._content
+
+
+def saved_name(file: Path) -> str:
+    """Return the name by which `load` finds a tokenizer that was saved as this file."""
+    return Bytes.name if file.name == Bytes.name else str(file)
+
+
+def load(name: str) -> Tokenizer:
+    """Return `bytes`, `gpt2`, or the tokenizer of a JSON file."""
+    if name == Bytes.name:
+        return Bytes()
+    kinds = f"{Bytes.name}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
+    # The hub has its own errors, and `tokenizers` raises no more specific one.
+    with reraise_as_config_error(f"`tokenizer` must be {kinds}, got {name}", Exception):
+        file = as_path(name)
+        if name == GPT2:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
+        return JsonTokenizer(as_path(name).stem, file.read_bytes())

@@ -1,0 +1,138 @@
+"""Configs, presets and the command line."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+from gpt_runs import ROOT, make_config
+
+from examples.gpt.core.config import Config, ConfigError, ModelConfig, Optimizer
+from examples.gpt.presets import RECIPES, parse, preset_config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"groups": 3, "refresh_batch": 4},
+            "`groups` must divide `refresh_batch`.* 3 and 4",
+        ),
+        ({"refresh_batch": 48}, "`refresh_batch` must divide `batch`.* 48 and 64"),
+        ({"accumulate": 3}, "`accumulate` must divide `batch`.* 3 and 64"),
+        ({"heads": 3}, "`heads` must divide `width`"),
+        ({"steps": 0}, "`steps` must be positive, got 0"),
+        ({"loss_chunk": -1}, "`loss_chunk` must be positive, got -1"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"weight_decay": "nan"}, "`weight_decay` must be at least 0, got nan"),
+        ({"b1": 1.0}, "`b1` must be less than 1, got 1.0"),
+        ({"share": 1.5}, "`share` must be less than 1, got 1.5"),
+        ({"share": 0.1, "gamma": 0.1}, "`share` determines gamma.* 0.1 and 0.1"),
+        ({"optimizer": "lion", "gamma": 0.1}, "`gamma` is for Sophia, got lion"),
+        ({"optimizer": "nadamw", "share": 0.1}, "`share` is for Sophia, got nadamw"),
+        ({"optimizer": "lion", "nesterov": True}, "`nesterov` must not be set, got lion"),
+        ({"optimizer": "nadamw", "nesterov": False}, "`nesterov` must not .* got nadamw"),
+        ({"warmup": 500}, "`warmup` and `decay` must fit `steps`, got 500, 0 and 500"),
+        ({"schedule": "wsd", "decay": 451}, "must fit `steps`, got 50, 451 and 500"),
+        ({"architecture": "neox", "heads": 16}, "`heads` of neox must be 8 wide, got 16"),
+        ({"compare": ("adamw", "sophia_g")}, "`compare` must differ from `optimizer`"),
+        ({"init_from": "a", "resume_from": "b"}, "exclude each other"),
+        ({"coordinator": "here:1"}, "`num_processes` and `process_id` must be given tog"),
+    ],
+)
+def test_check_rejects_invalid_values(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**values).check()
+
+
+def test_flags_override_the_preset():
+    config = parse(["--preset", "gpt2-355m", "--batch", "32", "--optimizer=adamw"])
+    preset = preset_config("gpt2-355m", "adamw")
+    assert config.recipe.learning_rate == 3e-4
+    assert config.training.batch == 32
+    training = dataclasses.replace(config.training, batch=480)
+    assert dataclasses.replace(config, training=training) == preset
+    assert parse([]) == preset_config() == Config()
+
+
+@pytest.mark.parametrize("preset", ["bytes", "gpt2-125m"])
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
+def test_share_and_gamma_replace_each_other(preset, optimizer):
+    for given in ({"share": 0.3, "gamma": None}, {"share": None, "gamma": 0.3}):
+        flag = {name: value for name, value in given.items() if value is not None}
+        config = make_config(preset=preset, optimizer=optimizer, **flag)
+        config.check()
+        assert {name: getattr(config.recipe, name) for name in given} == given
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_presets_are_valid_and_have_all_recipes(preset):
+    for optimizer in get_args(Optimizer):
+        config = preset_config(preset, optimizer)
+        config.check()
+        assert (config.preset, config.optimizer) == (preset, optimizer)
+        assert None not in dataclasses.astuple(config.recipe)[:4]
+    values = json.loads(json.dumps(config.as_json()))
+    model = ModelConfig(**{name: values[name] for name in vars(config.model)})
+    assert model == config.model
+
+
+@pytest.mark.parametrize(
+    ("devices", "values", "expected"),
+    [
+        (1, {}, (16, 16)),
+        (8, {}, (16, 16)),
+        (32, {}, (32, 32)),
+        (20, {}, (20, 20)),
+        (32, {"groups": 1}, (32, 1)),
+        (1, {"groups": 8}, (16, 8)),
+        (8, {"refresh_batch": 80}, (80, 80)),
+        (8, {"batch": 8}, (8, 8)),
+    ],
+)
+def test_default_groups_fit_the_devices(devices, values, expected):
+    config = make_config(**({"batch": 480} | values)).with_resolved_defaults(100, devices)
+    assert (config.refresh.refresh_batch, config.refresh.groups) == expected
+
+
+@pytest.mark.parametrize("devices", [1, 12, 64])
+@pytest.mark.parametrize("groups", [None, 4])
+def test_resumed_run_keeps_its_groups(devices, groups):
+    saved = make_config(batch=480, groups=groups).with_resolved_defaults(100).as_json()
+    config = make_config(batch=480).with_resolved_defaults(100, devices, saved)
+    assert (config.refresh.refresh_batch, config.refresh.groups) == (16, groups or 16)
+
+
+def test_default_folder_names_all_optimizers():
+    assert str(make_config(compare=("adamw", "lion")).folder) == "runs/sophia_g_adamw_lion"
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "examples.gpt", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_has_a_text_for_every_flag_and_the_values_of_the_preset():
+    text = command("--help", "--preset", "gpt2-125m").stdout
+    for name in Config().as_json():
+        assert "--" + name.replace("_", "-") in text
+    assert not re.search(r"(--\S+|[}\]]|[A-Z])[\s│]*\(default", text)
+    assert "(default: 0.0006)" in text
+
+
+@pytest.mark.slow
+def test_command_prints_an_error_without_a_trace(tmp_path):
+    result = command("--data", str(tmp_path / "nowhere"))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: `data` must be a text file or a folder")
+    result = command("--optimizer", "sofia")
+    assert result.returncode != 0
+    assert "sophia_g" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,0 +1,193 @@
+"""Invalid inputs of `prepare`, and its command."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pyarrow
+import pytest
+from gpt_runs import ROOT
+from prepared_data import DOCUMENTS, Fault, Killed, checksums, options, write_jsonl
+from pyarrow import parquet
+
+from examples.gpt.core.config import ConfigError
+from examples.gpt.operations import folders
+from examples.gpt.tools import corpora, sources
+from examples.gpt.tools.prepare import main
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(sources, "BATCH", 7)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
+
+
+def test_finished_data_is_not_changed(jsonl, tmp_path, capsys):
+    main(options(tmp_path / "out", jsonl))
+    before = checksums(tmp_path / "out")
+    jsonl.unlink()
+    capsys.readouterr()
+    main(options(tmp_path / "out", jsonl))
+    assert re.match(r"train: [\d,]+ tokens of \d+ documents in", capsys.readouterr().out)
+    with pytest.raises(ConfigError, match=r"started with `validation` 0.2, not 0.3"):
+        main(options(tmp_path / "out", jsonl, validation=0.3))
+    assert checksums(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "other.json"}, "`tokenizer` bytes, not other.json"),
+        ({"shard_tokens": 7}, "`shard_tokens` 3000, not 7"),
+        ({"sources": ("elsewhere",)}, r"`sources` .*jsonl'\], not \['elsewhere"),
+        ({}, "sources or the tokenizer of .* changed"),
+    ],
+)
+def test_started_data_is_not_resumed_with_other_options(
+    changes, message, jsonl, tmp_path, monkeypatch
+):
+    fault = Fault(monkeypatch, Killed())
+    fault.left = 40
+    with pytest.raises(Killed):
+        main(options(tmp_path / "out", jsonl))
+    before = checksums(tmp_path / "out")
+    if not changes:
+        write_jsonl(jsonl, [*DOCUMENTS, "one more"])
+    with pytest.raises(ConfigError, match=message):
+        main(dataclasses.replace(options(tmp_path / "out", jsonl), **changes))
+    assert checksums(tmp_path / "out") == before
+
+
+def test_folder_with_other_files_is_rejected(jsonl, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    with pytest.raises(ConfigError, match=r"`out` must be empty, .*\['precious'\]"):
+        main(options(tmp_path / "out", jsonl))
+    with pytest.raises(ConfigError, match=r"can't write to .*File exists"):
+        main(options(jsonl, jsonl))
+    with (
+        folders.lock_folder(tmp_path / "new", "preparing"),
+        pytest.raises(ConfigError, match="another process is preparing"),
+    ):
+        main(options(tmp_path / "new", jsonl))
+
+
+def write_lines(*rows):
+    return lambda path: path.with_suffix(".jsonl").write_text("\n".join(rows))
+
+
+def write_garbage(suffix):
+    return lambda path: path.with_name(f"file{suffix}").write_bytes(b"\x80PNG" * 99)
+
+
+def write_table(**columns):
+    return lambda path: parquet.write_table(
+        pyarrow.table(columns), path.with_suffix(".parquet")
+    )
+
+
+def write_truncated(path):
+    file = write_jsonl(path.with_suffix(".jsonl.gz"), DOCUMENTS)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_lines('{"text": "a"}', "", '{"text": '), r"file.jsonl, document 2: JSON"),
+        (write_lines('{"txt": "a"}'), r"file.jsonl, document 1: KeyError\('text'\)"),
+        (write_lines('{"text": 7}'), "document 1: .*`field` text must be text, got 7"),
+        (write_lines('{"text": "a"}'), "0.2 leaves no documents for validation"),
+        (write_garbage(".jsonl"), "file.jsonl, document 1: UnicodeDecodeError"),
+        (write_garbage(".jsonl.zst"), "file.jsonl.zst, document 1: .*ZSTD"),
+        (write_garbage(".parquet"), "file.parquet, document 1: .*magic bytes"),
+        (write_garbage(".png"), "source is not a file or folder of .txt, "),
+        (write_table(text=["a", None]), "file.parquet, document 2: .*got None"),
+        (write_table(body=["a"]), "file.parquet, document 1: "),
+        (write_truncated, "file.jsonl.gz, document .*: .*Truncated"),
+    ],
+)
+def test_error_names_the_file_and_the_document(write, message, tmp_path):
+    (tmp_path / "source").mkdir()
+    write(tmp_path / "source" / "file")
+    with pytest.raises(ConfigError, match=message):
+        main(options(tmp_path / "out", tmp_path / "source"))
+    assert not (tmp_path / "out" / corpora.MANIFEST).exists()
+
+
+def test_options_may_change_before_the_first_shard(jsonl, tmp_path):
+    with pytest.raises(ConfigError, match="KeyError"):
+        main(options(tmp_path / "out", jsonl, field="body"))
+    assert main(options(tmp_path / "out", jsonl))["train"]["documents"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": ("nowhere.txt",)}, "`sources`: nowhere.txt is not a file or folder"),
+        ({"sources": ()}, "`sources` must be given"),
+        ({"validation": 1.5}, r"`validation` be in \(0, 1\)"),
+        ({"tokenizer": "gpt3"}, "`tokenizer` must be bytes, .* got gpt3: .*No such"),
+        ({"shard_tokens": 0}, "`shard_tokens` and `threads` must be positive"),
+    ],
+)
+def test_invalid_options_are_rejected(changes, message, jsonl, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        main(dataclasses.replace(options(tmp_path / "out", jsonl), **changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offline", "message"),
+    [
+        (["openwebtext", "--tokenizer", "bytes"], "0", "can't read hub:Skylion007/openweb"),
+        # Online, `huggingface_hub` would retry for 20 seconds.
+        ([__file__, "--processes", "1"], "1", "`tokenizer` must be bytes, gpt2"),
+    ],
+)
+def test_command_fails_at_once_without_a_network(arguments, offline, message, tmp_path):
+    nowhere, start = "http://127.0.0.1:9", time.time()
+    result = subprocess.run(
+        [sys.executable, "-m", "examples.gpt.prepare", *arguments, "--out", tmp_path / "o"],
+        cwd=ROOT,
+        env=os.environ
+        | {"HF_ENDPOINT": nowhere, "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
+        | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline, "NO_PROXY": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.time() - start < 30
+
+
+def test_hub_revision_is_resolved_to_a_commit(monkeypatch):
+    requested = []
+
+    class Dataset:
+        def select_columns(self, names):
+            raise ValueError(f"{names} not among body, url")
+
+    def dataset_info(api, path, revision, timeout):
+        requested.append((path, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    load = lambda *a, **k: requested.append((a, k)) or Dataset()  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ConfigError, match=r"can't read hub:o/n:c@r.*not among body"):
+        sources.open_source("hub:o/n:c@r", "text")
+    loaded = {"revision": "c0ffee", "split": "train", "streaming": True}
+    assert requested == [("o/n", "r"), (("o/n", "c"), loaded)]
+    with pytest.raises(ConfigError):
+        sources.open_source("hub:o/n", "text", "prepared before")
+    assert requested[2] == ("o/n", "prepared before")

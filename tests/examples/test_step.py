@@ -1,0 +1,90 @@
+"""The training step: gradients, the optimizer and its learning rate."""
+
+from functools import partial
+from typing import get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpt_runs import make_config
+from jax.sharding import AxisType
+
+from examples.gpt.core import model, sharding, step
+from examples.gpt.core.config import Optimizer
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+
+TINY = {"layers": 1, "heads": 2, "width": 16, "context": 16, "vocabulary": 64, "batch": 16}
+TOKENS = jax.random.randint(jax.random.key(0), (16, 17), 0, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_weight_decay_applies_to_matrices_and_embeddings_only(optimizer):
+    config = make_config(**TINY, optimizer=optimizer, bias=True)
+    params = jax.tree.map(jnp.ones_like, model.init(config.model))
+    tx = make_optimizer(config, lambda step: 1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    decayed = {"scale": False, "bias": False, "kernel": True, "embedding": True}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool((update != 0).all()) == decayed[path[-1].key]
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"),
+    [
+        ({"optimizer": "adamw"}, -1),
+        ({"optimizer": "adamw", "nesterov": True}, 1),
+        ({"optimizer": "nadamw"}, 1),
+        ({"nesterov": False}, -1),
+        ({"nesterov": True}, 1),
+    ],
+)
+def test_nesterov_follows_a_gradient_that_changes_sign(values, sign):
+    config = make_config(b1=0.85, weight_decay=0.0, warmup=0, **values)
+    tx = make_optimizer(config, make_schedule(config))
+    params = {"blocks": {"kernel": jnp.ones(1)}}
+    state = tx.init(params)
+    for gradient in (1.0, -0.5):
+        grads = jax.tree.map(lambda p, g=gradient: g * p, params)
+        updates, state = tx.update(grads, state, params)
+    assert float(jnp.sign(updates["blocks"]["kernel"][0])) == sign
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"schedule": "constant"}, [0, 1, 1, 1, 1]),
+        ({"schedule": "wsd", "decay": 2}, [0, 1, 1, 1, 0.5]),
+        ({"schedule": "wsd", "decay": 2, "final_fraction": 0.5}, [0, 1, 1, 1, 0.75]),
+        ({}, [0, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_schedules(values, expected):
+    config = make_config(steps=5, warmup=1, learning_rate=1.0, **values)
+    schedule = make_schedule(config)
+    np.testing.assert_allclose([schedule(i) for i in range(5)], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    "shape", [None, (4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)], ids=str
+)
+def test_gradient_is_that_of_the_mean_loss(shape, accumulate):
+    """On every mesh and with every number of micro-batches."""
+    config = make_config(**TINY, accumulate=accumulate)
+    params = model.init(config.model)
+    expected = jax.value_and_grad(partial(step.mean_loss, config))(params, TOKENS)
+    loss_and_grads = jax.jit(partial(step.loss_and_grads, config))
+    if shape is None:
+        found = loss_and_grads(params, TOKENS)
+        validation = step.validation_loss(config, params, TOKENS)
+        np.testing.assert_allclose(validation, expected[0], rtol=1e-6)
+    else:
+        axes = (sharding.AXES, (AxisType.Auto,) * 3)
+        with jax.set_mesh(jax.make_mesh(shape, *axes, devices=jax.devices()[:4])):
+            found = loss_and_grads(params, TOKENS)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)

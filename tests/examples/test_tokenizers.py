@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import tokenizers as hf
+from gpt_runs import tiny_bpe
+from prepared_data import DOCUMENTS, documents_of, expected, options, write_jsonl
+
+from examples.gpt.core.config import ConfigError
+from examples.gpt.core.data import Bytes
+from examples.gpt.tools import corpora, prepare, tokenizers
+
+
+@pytest.fixture(params=["bytes", "json"])
+def name(request, tmp_path):
+    """The name of each kind of tokenizer."""
+    if request.param == "bytes":
+        return "bytes"
+    bpe = hf.ByteLevelBPETokenizer()
+    special = ["<|endoftext|>"]
+    bpe.train_from_iterator(DOCUMENTS, 400, special_tokens=special, show_progress=False)
+    bpe.enable_truncation(5)
+    bpe.save(str(tmp_path / "tiny.json"))
+    return str(tmp_path / "tiny.json")
+
+
+def test_decode_returns_the_encoded_text(name, tmp_path):
+    tokenizer = tokenizers.load(name)
+    for text in DOCUMENTS:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text
+        assert tokenizer.separator not in tokens
+        assert max(tokens) < tokenizer.vocabulary
+    above = tokenizer.vocabulary + 7  # a model may have more tokens
+    assert tokenizer.decode([*tokenizer.encode("text"), above]) == "text"
+    # A prepared folder contains its tokenizer.
+    jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    prepare.main(options(tmp_path / "out", jsonl, tokenizer=name))
+    (tmp_path / "tiny.json").unlink(missing_ok=True)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert documents_of(tmp_path / "elsewhere") == expected(DOCUMENTS)
+
+
+def with_prefix_space():
+    """A byte-level BPE that puts a space before each text."""
+    bpe = hf.Tokenizer.from_str(tiny_bpe().save()[1].decode())
+    bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizers.JsonTokenizer("prefix", bpe.to_str().encode())
+
+
+def with_byte_fallback():
+    """A BPE such as that of Llama: `▁` for a space, and `<0xC3>` for a byte."""
+    tokens = [*(f"<0x{i:02X}>" for i in range(256)), *"▁aeinoprtwx", "▁w"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    bpe = hf.Tokenizer(hf.models.BPE(vocabulary, [("▁", "w")], byte_fallback=True))
+    d, n = hf.decoders, hf.normalizers
+    bpe.normalizer = n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")])
+    bpe.decoder = d.Sequence(
+        [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+    )
+    bpe.add_special_tokens(["</s>"])
+    return tokenizers.JsonTokenizer("fallback", bpe.to_str().encode())
+
+
+@pytest.mark.parametrize("make", [Bytes, tiny_bpe, with_prefix_space, with_byte_fallback])
+def test_count_bytes_is_the_size_of_the_text(make):
+    tokenizer = make()
+    texts = ["être", "wo wo\r\n", "é🐦 \ufffd", "", "two  ", *DOCUMENTS]
+    encoded = tokenizer.encode_batch(texts)
+    documents = [np.append(ids, tokenizer.separator) for ids in encoded]
+    tokens = np.concatenate([[tokenizer.separator], *documents]).astype(np.int32)
+    assert tokenizer.count_bytes(tokens) == sum(len(text.encode()) for text in texts)
+
+
+def test_bytes_remove_the_separator_from_text():
+    assert Bytes().encode("a\0b") == [97, 98]
+    assert Bytes().decode([255, 97]) == "\ufffda"
+
+
+@pytest.mark.parametrize("largest", [65_535, 65_536])
+def test_dtype_of_a_shard_fits_the_vocabulary(largest, tmp_path, monkeypatch):
+    tokenizer = Bytes()
+    tokenizer.vocabulary = largest + 1
+    tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)
+    monkeypatch.setattr(tokenizers, "load", lambda name: tokenizer)
+    jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    prepare.main(options(tmp_path / "out", jsonl))
+    array = corpora.load(tmp_path / "out").train.arrays[0]
+    assert array.itemsize == (2 if largest < 1 << 16 else 4)
+    np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
+
+
+def test_tokenizer_without_a_separator_is_rejected(tmp_path):
+    bare = hf.Tokenizer(hf.models.BPE({"a": 0}, []))
+    bare.save(str(tmp_path / "bare.json"))
+    with pytest.raises(ConfigError, match=r"bare.json: it has none of <|endoftext|>, "):
+        tokenizers.load(str(tmp_path / "bare.json"))
+
+
+def test_gpt2_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+    requested, file = [], tmp_path / "tokenizer.json"
+    file.write_bytes(tiny_bpe().save()[1])
+    download = lambda *args: requested.append(args) or str(file)  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = tokenizers.load("gpt2")
+    assert (found.name, found.vocabulary, found.separator) == ("gpt2", 262, 261)
+    assert requested == [("openai-community/gpt2", "tokenizer.json")]

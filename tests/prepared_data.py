@@ -1,0 +1,94 @@
+"""Documents, and what `examples.gpt.prepare` makes of them, for the tests."""
+
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from examples.gpt.core.data import Bytes
+from examples.gpt.operations import folders
+from examples.gpt.tools import corpora, prepare
+from examples.gpt.tools.prepare import Options
+
+WORDS = ["a", "the", "bird", "æther", "sings", "of", "🐦", "and\n", "<|endoftext|>"]
+draw = random.Random(0)
+DOCUMENTS = [
+    f"{i}: " + " ".join(draw.choices(WORDS, k=draw.randrange(1, 60))) for i in range(200)
+]
+
+
+def write_jsonl(path, documents):
+    rows = [{"text": text, "meta": {"number": i}} for i, text in enumerate(documents)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".zst":
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_parquet(path, documents):
+    table = pyarrow.table({"text": documents, "number": [1.0] * len(documents)})
+    parquet.write_table(table, path, row_group_size=30)
+
+
+def options(out, *names, **changes):
+    values = {"tokenizer": "bytes", "validation": 0.2, "shard_tokens": 3000, "threads": 1}
+    return Options(tuple(map(str, names)), Path(out), **(values | changes))
+
+
+def checksums(folder):
+    """Return the checksum of each file."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def documents_of(folder):
+    """Return the documents of each split."""
+    corpus, documents = corpora.load(folder), {}
+    for name in corpora.SPLITS:
+        tokens = np.concatenate(getattr(corpus, name).arrays)
+        ends = np.flatnonzero(tokens == corpus.tokenizer.separator)
+        assert ends[-1] == len(tokens) - 1
+        parts = np.split(tokens, ends + 1)[:-1]
+        documents[name] = [corpus.tokenizer.decode(part[:-1]) for part in parts]
+    return documents
+
+
+def expected(documents, fraction=0.2):
+    found = {name: [] for name in corpora.SPLITS}
+    for text in documents:
+        [(name, _)] = prepare.encode_batch([text], Bytes(), fraction)
+        found[name].append(text)
+    return found
+
+
+class Killed(BaseException):
+    pass
+
+
+class Fault:
+    """Raises an error before, during or after a write. `left` counts these moments."""
+
+    def __init__(self, monkeypatch, error):
+        self.left, self._error, self._write = 0, error, folders.write_bytes
+        monkeypatch.setattr(folders, "write_bytes", self.write_bytes)
+
+    def write_bytes(self, path, content):
+        self.left -= 3
+        if self.left == -2:
+            raise self._error
+        if self.left == -1:
+            path.with_name(".unfinished").write_bytes(content[: len(content) // 2])
+            raise self._error
+        self._write(path, content)
+        if self.left == 0:
+            raise self._error
