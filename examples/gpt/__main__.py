@@ -11,14 +11,7 @@ from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.data import Corpus
 from examples.gpt.core.sharding import batch_devices, make_mesh
 from examples.gpt.core.train import train
-from examples.gpt.operations import processes
-from examples.gpt.operations.checkpoints import (
-    CHECKPOINTS,
-    check_same_shape,
-    list_checkpoints,
-    load_params,
-    saved_values,
-)
+from examples.gpt.operations import checkpoints, processes
 from examples.gpt.operations.folders import as_path
 from examples.gpt.operations.plot import Curve, plot_losses
 from examples.gpt.operations.run import open_run
@@ -48,7 +41,9 @@ def main(config: Config) -> list[Curve]:
     with jax.set_mesh(mesh):
         for run, folder in runs(config, out):
             run = run.with_resolved_defaults(
-                corpus.tokenizer.vocabulary, batch_devices(mesh), saved_values(folder)
+                corpus.tokenizer.vocabulary,
+                batch_devices(mesh),
+                checkpoints.saved_values(folder),
             )
             run.check()
             corpus.check(run.model)
@@ -60,7 +55,7 @@ def main(config: Config) -> list[Curve]:
         return curves
     plot_losses(curves, out / "loss.png", corpus.name)
     print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
-    print(f"{out}: config.json, metrics.jsonl, {CHECKPOINTS}, loss.png")
+    print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
     for curve in curves if config.compare else []:
         print(f"{curve.name}: val loss {curve.val_loss:.3f}")
     print(f"val loss {curves[0].val_loss:.3f}")
@@ -80,9 +75,9 @@ def initial_params(config: Config) -> Any:
     """Return the parameters of `init_from`, or None for random ones."""
     if config.init_from is None:
         return None
-    if list_checkpoints(config.init_from):
-        saved, params = load_params(config.init_from, jax.sharding.get_mesh())
-        check_same_shape(config.model, saved, config.init_from)
+    if checkpoints.find_checkpoint(config.init_from) is not None:
+        saved, params = checkpoints.load_params(config.init_from, jax.sharding.get_mesh())
+        checkpoints.check_same_shape(config.model, saved, config.init_from)
         return params
     return hugging_face.load(config.init_from, config.model)
 

@@ -1,6 +1,7 @@
 """The paper's models with their runs, and the command line, whose flags override them."""
 
 import dataclasses
+from typing import Any
 
 import tyro
 
@@ -117,9 +118,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     The preset and the optimizer are read first: all other defaults depend on them.
     """
     prog = "python -m examples.gpt"
-    start, _ = tyro.cli(
-        _Start, prog=prog, args=arguments, return_unknown_args=True, add_help=False
-    )
+    first: Any = {"prog": prog, "return_unknown_args": True, "add_help": False}
+    start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
     if start.gamma is not None or start.share is not None:  # one replaces the other
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)

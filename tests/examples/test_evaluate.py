@@ -113,7 +113,9 @@ def test_loss_on_a_mesh_equals_that_of_one_device(params, corpus, save_run):
 def test_missing_or_mismatched_inputs_are_rejected(params, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"`out` or `weights` must"):
         evaluate.main(Options())
-    with pytest.raises(ConfigError, match=r"`out` must be the folder of a run, got .*nowh"):
+    with pytest.raises(
+        ConfigError, match=r"`out` must be the folder of a run, got .*no checkp"
+    ):
         evaluate.main(Options(out=tmp_path / "nowhere"))
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     with pytest.raises(ConfigError, match="`weights` requires `data`"):

@@ -53,7 +53,6 @@ def test_resume_after_sigkill_is_bit_for_bit(store, corpus, tmp_path, uninterrup
     store.rm(f"{OUT}/{CHECKPOINTS}/20/commit_success.txt")
     code, output = run(arguments(corpus, tmp_path / "on", steps=25, resume_from=OUT))
     assert code == 0, output
-    assert f"Can't read the checkpoint {OUT}/{CHECKPOINTS}/20" in output
     assert "sophia_g resumes from step 15 of 25" in output
 
     command = [sys.executable, "-m", "examples.gpt.sample", "--out", OUT, "--length", "9"]

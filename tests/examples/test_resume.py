@@ -58,21 +58,6 @@ def test_signal_saves_a_checkpoint_and_sets_the_exit_code(
     assert resume(corpus, tmp_path)[0] == uninterrupted
 
 
-@pytest.mark.parametrize("part", ["params", "opt_state"])
-def test_resume_from_the_checkpoint_before_a_damaged_one(
-    corpus, tmp_path, uninterrupted, part
-):
-    interrupt(corpus, tmp_path, 13, signal.SIGTERM)
-    files = [p for p in (tmp_path / CHECKPOINTS / "13" / part).rglob("*") if p.is_file()]
-    largest = max(files, key=lambda p: p.stat().st_size)
-    with largest.open("r+b") as file:
-        file.truncate(largest.stat().st_size // 2)
-    found, output = resume(corpus, tmp_path)
-    assert found == uninterrupted
-    assert "Can't read the checkpoint" in output
-    assert "resumes from step 10 of 20" in output
-
-
 def test_finished_run_is_not_repeated(corpus, tmp_path, uninterrupted):
     assert resume(corpus, tmp_path)[0] == uninterrupted
     before = (tmp_path / "metrics.jsonl").read_text()

@@ -42,23 +42,18 @@ RULES: dict[str, tuple[str | None, ...]] = {
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def make_mesh(text: str) -> jax.sharding.Mesh:
-    """Return the mesh of all devices that a text such as `data=8,fsdp=4` describes."""
+def make_mesh(text: str, count: int | None = None) -> jax.sharding.Mesh:
+    """Return the mesh of a text such as `data=8,fsdp=4`, of all devices by default."""
     if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
         raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
     given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
-    count = jax.device_count()
+    count = count or jax.device_count()
     remaining = max(count // math.prod(given.values()), 1)
     sizes = {"data": remaining, "fsdp": 1, "tensor": 1} | given
     if math.prod(sizes.values()) != count:
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def one_device_mesh() -> jax.sharding.Mesh:
-    """Return a mesh of the first device."""
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
@@ -145,10 +140,3 @@ def shard_batch(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Ar
     """Return the global batch, of which this process has these rows."""
     sharding = NamedSharding(mesh, P(BATCH))
     return jax.make_array_from_process_local_data(sharding, rows, (batch, *rows.shape[1:]))
-
-
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Constrain the leading axis to the batch's devices. Without a mesh, do nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH))

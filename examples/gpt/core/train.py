@@ -24,7 +24,7 @@ SOPHIA_METRICS = ("unclipped_fraction", "refreshes", "refused")
 
 
 class Run:
-    """The side effects of a run. This one prints metrics, and saves and resumes nothing.
+    """The side effects of a run. This one prints metrics, and saves nothing.
 
     `operations.run.open_run` opens one with checkpoints, metrics.jsonl and signals.
     """

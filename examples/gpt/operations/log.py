@@ -37,11 +37,9 @@ class Log:
             import wandb  # pyright: ignore[reportMissingImports]
 
             # The same folder is the same run, also when it is resumed.
-            name = f"{folder.name}-{zlib.crc32(str(folder.absolute()).encode()):08x}"
-            project, values = config.output.wandb, config.as_json()
-            self._wandb = wandb.init(
-                project=project, id=name, resume="allow", config=values
-            )
+            run = {"id": f"{zlib.crc32(str(folder.absolute()).encode()):08x}"}
+            run |= {"project": config.output.wandb, "config": config.as_json()}
+            self._wandb = wandb.init(**run, resume="allow")
 
     def add(self, row: Row, is_logged: bool) -> None:
         """Take the row of a step that was started, and write the one before meanwhile."""

@@ -11,15 +11,9 @@ import jax
 from examples.gpt.core import data, step
 from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.train import Row, Run, require_finite
+from examples.gpt.operations import folders, processes
 from examples.gpt.operations.checkpoints import CHECKPOINTS, Checkpoints
-from examples.gpt.operations.folders import lock_folder, write_bytes, writing_to
 from examples.gpt.operations.log import Log
-from examples.gpt.operations.processes import (
-    StopSignal,
-    exit_if_a_process_is_lost,
-    is_first_process,
-    raise_on_all_processes,
-)
 
 TOKENIZER = "tokenizer"  # a folder in that of a run
 
@@ -37,18 +31,18 @@ def open_run(
     At the end all checkpoints are written. After a signal the process exits.
     """
     with contextlib.ExitStack() as stack:
-        with raise_on_all_processes():  # the first process holds the lock for all
-            if is_first_process():
-                stack.enter_context(lock_folder(folder, "training in"))
-        signal = stack.enter_context(StopSignal())
+        with processes.raise_on_all_processes():  # the first process holds the lock for all
+            if processes.is_first_process():
+                stack.enter_context(folders.lock_folder(folder, "training in"))
+        signal = stack.enter_context(processes.StopSignal())
         checkpoints = Checkpoints(folder / CHECKPOINTS, config, corpus.identity)
         stack.enter_context(checkpoints)
         run = SavedRun(folder, corpus.tokenizer, initial_params, checkpoints, signal)
         stack.callback(run.close)
-        stack.enter_context(exit_if_a_process_is_lost())
+        stack.enter_context(processes.exit_if_a_process_is_lost())
         yield run
     if signal.number is not None:
-        if is_first_process():
+        if processes.is_first_process():
             print(f"Step {run.done} is saved in {folder}. The same command resumes it.")
         sys.exit(128 + signal.number)  # tells a launcher to start the run again
 
@@ -72,14 +66,14 @@ class SavedRun(Run):
             restored = 0, step.init_state(config, tx, mesh, params), None
         elif restored[0] > steps:
             raise ConfigError(f"`steps` must be at least {restored[0]}, got {steps}.")
-        elif is_first_process():
+        elif processes.is_first_process():
             what = "is done at" if restored[0] == steps else "resumes from"
             print(f"{config.optimizer} {what} step {restored[0]} of {steps}.")
         self.done = restored[0]
-        with raise_on_all_processes():
+        with processes.raise_on_all_processes():
             self._log = Log(config, self._folder, self.done)
             self.rows = self._log.rows
-            if is_first_process():
+            if processes.is_first_process():
                 save_tokenizer(self._folder, self._tokenizer)
         return restored
 
@@ -91,7 +85,7 @@ class SavedRun(Run):
         return self._signal.came(number)
 
     def flush(self, validate: Callable[[], float] | None) -> None:
-        with raise_on_all_processes():
+        with processes.raise_on_all_processes():
             require_finite(jax.device_get(self._row))  # before it is saved
             self._log.write(validate)
             self._log.flush()
@@ -109,6 +103,6 @@ class SavedRun(Run):
 def save_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
     """Write the tokenizer to the folder of a run: one file, which `tools` read."""
     name, content = tokenizer.save()
-    with writing_to(folder):
+    with folders.writing_to(folder):
         (folder / TOKENIZER).mkdir(exist_ok=True)
-        write_bytes(folder / TOKENIZER / name, content)
+        folders.write_bytes(folder / TOKENIZER / name, content)

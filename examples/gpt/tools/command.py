@@ -1,4 +1,4 @@
-"""How every command runs: an error is one line, and the exit code tells of signals."""
+"""Errors of all commands: one line, and the exit code of a signal."""
 
 import logging
 import signal
@@ -18,5 +18,4 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
     except (ConfigError, ModuleNotFoundError) as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
-        print("interrupted: start the same command again", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from numpy.lib.stride_tricks import sliding_window_view
 
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Corpus, check_vocabulary
 from examples.gpt.core.model import bind
-from examples.gpt.core.sharding import batch_devices, constrain_batch, gathered, make_mesh
+from examples.gpt.core.sharding import BATCH, batch_devices, gathered, make_mesh
 from examples.gpt.operations.checkpoints import saved_values
 from examples.gpt.tools import corpora
 from examples.gpt.tools.sample import open_model, open_tokenizer
@@ -95,5 +96,6 @@ def score_tokens(
     """Return `GPT.score_tokens` of sequences, sharded over the batch's devices."""
     mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
     rows = jnp.pad(tokens_BxS, ((0, -size % batch_devices(mesh)), (0, 0)))
-    losses_BxT, is_argmax_BxT = bind(config, params).score_tokens(constrain_batch(rows))
+    rows = rows if mesh.empty else jax.lax.with_sharding_constraint(rows, P(BATCH))
+    losses_BxT, is_argmax_BxT = bind(config, params).score_tokens(rows)
     return gathered((losses_BxT[:size], is_argmax_BxT[:size]))

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from examples.gpt.core.config import ConfigError
-from examples.gpt.core.sharding import one_device_mesh
+from examples.gpt.core.sharding import make_mesh
 from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params
 from examples.gpt.operations.folders import as_path
 from examples.gpt.operations.run import TOKENIZER
@@ -20,7 +20,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    config, params = load_params(options.out, one_device_mesh())
+    config, params = load_params(options.out, make_mesh("", count=1))
     to = as_path(options.to)
     if (to / CHECKPOINTS).exists():
         raise ConfigError(f"`to` must not be the folder of a run, got {to}.")

@@ -13,7 +13,7 @@ import numpy as np
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Tokenizer, check_vocabulary
 from examples.gpt.core.model import bind
-from examples.gpt.core.sharding import gathered, make_mesh, one_device_mesh, shardings
+from examples.gpt.core.sharding import gathered, make_mesh, shardings
 from examples.gpt.operations.checkpoints import load_params
 from examples.gpt.operations.folders import as_path
 from examples.gpt.operations.run import TOKENIZER
@@ -44,7 +44,7 @@ def main(options: Options) -> None:
         raise ConfigError("`length`, `top_k` and `count` must be positive.")
     if options.temperature < 0:
         raise ConfigError(f"`temperature` must be at least 0, got {options.temperature}.")
-    with jax.set_mesh(make_mesh(options.mesh) if options.mesh else one_device_mesh()):
+    with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else 1)):
         config, params = open_model(options.out, options.weights)
         tokenizer = open_tokenizer(config, options.out, options.data)
         for i in range(options.count):
