@@ -6,8 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
-import time
 
 import grain
 import numpy as np
@@ -109,18 +107,6 @@ def test_order_equals_that_of_batches_by_grain():
     expected = shuffled.batch(8, drop_remainder=True)
     found, _ = take(20, split, batch=8, context=CONTEXT, seed=3)
     np.testing.assert_array_equal(found, [expected[i] for i in range(20)])
-
-
-def test_closed_batches_leave_no_thread():
-    before = threading.active_count()
-    batches = data.batches(make_tokens(50 * CONTEXT + 1), 8, CONTEXT, seed=0)
-    next(batches)
-    assert threading.active_count() > before
-    batches.close()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_identity_depends_on_the_content_only(tmp_path):

@@ -6,12 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from gpt_runs import tiny_bpe
 
 from examples.gpt.core import model
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Bytes
-from examples.gpt.tools import evaluate, hugging_face
 from examples.gpt.tools.evaluate import Options
 
 pytest.importorskip("lm_eval")
@@ -32,11 +30,6 @@ def random_params(config):
 @pytest.fixture(scope="module")
 def params():
     return random_params(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return tiny_bpe()
 
 
 def request(method, *arguments):
@@ -73,38 +66,6 @@ def test_continuations_of_all_lengths_are_scored(params):
         expected = score(CONFIG, params, context.encode(), continuation.encode())
         np.testing.assert_allclose(log_prob, expected[0], rtol=1e-5)
         assert greedy == expected[1]
-
-
-def test_argmax_of_a_continuation_excludes_context_and_padding(params, bpe):
-    lm = few_shot.Model(CONFIG, params, bpe, 16)
-    best = []
-    for _ in range(3):
-        logits = model.bind(CONFIG, params)(np.array([[120, *best]]))
-        best.append(int(logits[0, -1].argmax()))
-    other = [*best[:2], (best[2] + 1) % 256]
-    requests = [(None, [120], best), (None, [120], other), (None, [120], other[:2])]
-    results = lm._loglikelihood_tokens(requests)
-    assert [greedy for _, greedy in results] == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("context", "continuation", "tokens"),
-    [
-        ("x", " wood", ([b"x"], [b" wo", b"o", b"d"])),
-        ("x ", "wood", ([b"x"], [b" wo", b"o", b"d"])),  # the blank goes with the word
-        ("a", "b qu", ([b"a"], [b" ", b"qu"])),  # "ab" is one token, and the first
-        ("", "qux", (["separator"], [b"qu", b"x"])),
-    ],
-)
-def test_context_and_continuation_are_encoded_together(
-    params, bpe, context, continuation, tokens
-):
-    ranks = {bpe.decode([i]).encode(): i for i in range(261)}
-    ranks["separator"] = bpe.separator
-    before, after = ([ranks[token] for token in part] for part in tokens)
-    lm = few_shot.Model(CONFIG, params, bpe, 16)
-    [(log_prob, _)] = request(lm.loglikelihood, (context, continuation))
-    np.testing.assert_allclose(log_prob, score(CONFIG, params, before, after)[0], rtol=1e-5)
 
 
 def test_continuation_longer_than_the_context_is_rejected(params):
@@ -198,23 +159,6 @@ def test_shots_are_examples_of_the_training_split(folder, monkeypatch):
     for prompt in prompts:
         assert prompt.count("Question:") == 3
         assert sum(premise in prompt for premise in train) == 2
-
-
-def test_command_prints_a_table(folder, tmp_path, capsys):
-    hugging_face.save(tmp_path / "gpt2", ROOMY, random_params(ROOMY))
-    (tmp_path / "corpus.txt").write_text("text\n" * 1000)
-    evaluate.main(
-        Options(
-            weights=tmp_path / "gpt2",
-            data=tmp_path / "corpus.txt",
-            tasks="boolq,cb",
-            shots=2,
-            task_data=folder,
-        )
-    )
-    printed = capsys.readouterr().out
-    for words in ("boolq", "cb", "acc", "f1"):
-        assert words in printed
 
 
 def test_unknown_tasks_and_unreadable_data_are_rejected(folder, params, monkeypatch):

@@ -71,12 +71,6 @@ def test_join_processes_on_cloud_tpu(initialized, monkeypatch):
     assert len(initialized) == 1
 
 
-def test_join_processes_with_flags(initialized, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    processes.join_processes(Processes("here:1", num_processes=2, process_id=1))
-    assert initialized == [("here:1", 2, 1)]
-
-
 @pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])
 def test_scripts_are_bash_with_a_valid_example(file):
     text = (LAUNCH / file).read_text()

@@ -72,14 +72,6 @@ def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     assert code == 0, output
 
 
-def test_failed_run_keeps_its_rows(store, corpus, tmp_path):
-    code, output = run(arguments(corpus, OUT, learning_rate=1e30))
-    assert code == 1
-    assert "is nan: training stopped" in output
-    store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
-    assert losses(tmp_path)
-
-
 def test_two_processes(store, corpus, tmp_path, uninterrupted):
     args = arguments(corpus, OUT, mesh="fsdp=2")
     codes, outputs = run_processes(args, 2, signalled=(13, signal.SIGTERM))

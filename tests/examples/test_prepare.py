@@ -1,10 +1,8 @@
 """Text to shards: sources, splits, and resume after a kill."""
 
 import errno
-import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from prepared_data import (
     DOCUMENTS,
@@ -154,19 +152,6 @@ def test_object_store_receives_the_same_files(jsonl, tmp_path, monkeypatch, buck
     main(options("s3://bucket/out", jsonl))
     bucket.get("s3://bucket/out/*", str(tmp_path / "copy") + "/")
     assert checksums(tmp_path / "copy") == checksums(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("size", "fraction"), [(10, 0.1), (500_000_000, 0.01), (10**12, 5e-4), (math.inf, 5e-4)]
-)
-def test_default_validation_is_5_megabytes(size, fraction, jsonl, tmp_path, monkeypatch):
-    fractions, open_source, encode = [], sources.open_source, prepare.encode_batch
-    sized = lambda *a: open_source(*a)._replace(size=size)  # noqa: E731
-    monkeypatch.setattr(sources, "open_source", sized)
-    record = lambda *a: fractions.append(a[2]) or encode(*a[:2], 0.2)  # noqa: E731
-    monkeypatch.setattr(prepare, "encode_batch", record)
-    main(options(tmp_path / "out", jsonl, validation=None))
-    np.testing.assert_allclose(fractions, fraction)
 
 
 def test_full_disk_is_an_error_and_loses_no_shard(jsonl, tmp_path, monkeypatch):

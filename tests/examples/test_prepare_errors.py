@@ -123,27 +123,6 @@ def test_error_names_the_file_and_the_document(write, message, tmp_path):
     assert not (tmp_path / "out" / corpora.MANIFEST).exists()
 
 
-def test_options_may_change_before_the_first_shard(jsonl, tmp_path):
-    with pytest.raises(ConfigError, match="KeyError"):
-        main(options(tmp_path / "out", jsonl, field="body"))
-    assert main(options(tmp_path / "out", jsonl))["train"]["documents"] > 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sources": ("nowhere.txt",)}, "`sources`: nowhere.txt is not a file or folder"),
-        ({"sources": ()}, "`sources` must be given"),
-        ({"validation": 1.5}, r"`validation` be in \(0, 1\)"),
-        ({"tokenizer": "gpt3"}, "`tokenizer` must be bytes, .* got gpt3: .*No such"),
-        ({"shard_tokens": 0}, "`shard_tokens` and `threads` must be positive"),
-    ],
-)
-def test_invalid_options_are_rejected(changes, message, jsonl, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        main(dataclasses.replace(options(tmp_path / "out", jsonl), **changes))
-
-
 @pytest.mark.parametrize(
     ("arguments", "offline", "message"),
     [

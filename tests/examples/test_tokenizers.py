@@ -70,11 +70,6 @@ def test_count_bytes_is_the_size_of_the_text(make):
     assert tokenizer.count_bytes(tokens) == sum(len(text.encode()) for text in texts)
 
 
-def test_bytes_remove_the_separator_from_text():
-    assert Bytes().encode("a\0b") == [97, 98]
-    assert Bytes().decode([255, 97]) == "\ufffda"
-
-
 @pytest.mark.parametrize("largest", [65_535, 65_536])
 def test_dtype_of_a_shard_fits_the_vocabulary(largest, tmp_path, monkeypatch):
     tokenizer = Bytes()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# GPT-2 on a Cloud TPU pod: makes it, copies this checkout to its hosts, and trains.
+# GPT-2 on a Cloud TPU pod: create it, copy this checkout to its hosts, and train.
 #
 #   ZONE=us-east5-a examples/gpt/launch/tpu.sh gpt v5p-64 \
 #     --preset gpt2-125m --data gs://my-bucket/openwebtext --out gs://my-bucket/runs/gpt
 #
-# Where the pod was taken away, the same command makes it again, and the run goes on. To
+# If the pod was preempted, the same command creates it again, and the run resumes. To
 # delete it:
 #   gcloud compute tpus tpu-vm delete gpt --zone "$ZONE"
 set -euo pipefail
@@ -13,7 +13,7 @@ shift 2
 at=("$name" --zone "${ZONE:?a zone}")
 
 state=$(gcloud compute tpus tpu-vm describe "${at[@]}" --format 'value(state)' 2>/dev/null || true)
-case "$state" in # one that was taken away is still there by its name
+case "$state" in # a preempted pod still has its name
   PREEMPTED | TERMINATED | STOPPED) gcloud compute tpus tpu-vm delete "${at[@]}" --quiet && state="" ;;
 esac
 [ -n "$state" ] ||
@@ -28,5 +28,5 @@ on_each_host "set -e
   curl -LsSf https://astral.sh/uv/install.sh | sh
   ~/.local/bin/uv venv -q --allow-existing --python 3.12 env
   ~/.local/bin/uv pip install -q --python env/bin/python -e 'sophia_optax[examples,data,gcs]' 'jax[tpu]'"
-# Every host runs the same command: the processes find each other.
+# Every host runs the same command, and the processes find each other.
 on_each_host "cd sophia_optax && ../env/bin/python -m examples.gpt $(printf '%q ' "$@")"
