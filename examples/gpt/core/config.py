@@ -84,11 +84,10 @@ class Training:
 class Recipe:
     """Settings of the optimizer. Each preset has a recipe for each optimizer."""
 
-    learning_rate: float | None = None  # Peak of the learning rate.
-    b1: float | None = None  # Decay of the moving average of gradients.
-    # Decay of the moving average of the Hessian, or of the squared gradients.
-    b2: float | None = None
-    weight_decay: float | None = None  # Decoupled; only for matrices and embeddings.
+    learning_rate: float  # Peak of the learning rate.
+    b1: float  # Decay of the moving average of gradients.
+    b2: float  # Decay of the moving average of the Hessian, or of the squared gradients.
+    weight_decay: float  # Decoupled weight decay of matrices and embeddings.
     # Scale of Sophia's Hessian. A larger value clips less. Excludes `share`.
     gamma: float | None = None
     # Target fraction of unclipped entries, from which Sophia finds gamma at every step.

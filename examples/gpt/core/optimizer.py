@@ -11,7 +11,6 @@ from .config import Config
 def make_schedule(config: Config) -> optax.Schedule:
     """Return the learning rate: a linear warm-up, then the schedule of the config."""
     training, peak = config.training, config.recipe.learning_rate
-    assert peak is not None
     steps, warmup = training.steps, training.warmup_steps()
     final = peak * training.final_fraction
     if training.schedule == "cosine":

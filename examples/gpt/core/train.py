@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -83,8 +84,7 @@ def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
             stops = run.end_step(number, state, row, is_logged)
             saves = stops or is_last or number % output.checkpoint_every == 0
             if validates or saves:
-                params = state.params
-                run.flush((lambda: validate(params)) if validates else None)  # noqa: B023
+                run.flush(partial(validate, state.params) if validates else None)
             if saves:
                 run.save(number, state, batches.get_state())
             if stops:

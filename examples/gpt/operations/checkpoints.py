@@ -11,24 +11,14 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from examples.gpt.core import model, sharding
-from examples.gpt.core.config import Config, ConfigError, ModelConfig
+from examples.gpt.core.config import Config, ConfigError, ModelConfig, Output, Processes
 from examples.gpt.operations import folders, processes
 
 CHECKPOINTS = "checkpoints"  # a folder in that of a run
 MODEL_SHAPE = ("architecture", "bias", "layers", "heads", "width", "context", "vocabulary")
 # Values that a resumed run may change in its folder. All others would change its losses.
-FREE = {"log_every", "validate_every", "validation_batches", "checkpoint_every", "keep"}
-FREE |= {"keep_every", "wandb", "coordinator", "num_processes", "process_id", "out", "data"}
-FREE |= {
-    "verify_data",
-    "init_from",
-    "resume_from",
-    "compare",
-    "mesh",
-    "accumulate",
-    "remat",
-}
-FREE |= {"loss_chunk", "attention"}
+FREE = {*vars(Output()), *vars(Processes()), "out", "data", "verify_data", "init_from"}
+FREE |= {"resume_from", "compare", "mesh", "accumulate", "remat", "loss_chunk", "attention"}
 # Values that it may change too, with a message: they change the steps to come.
 SCHEDULE = {"steps", "learning_rate", "schedule", "warmup", "decay", "final_fraction"}
 
