@@ -221,6 +221,9 @@ def test_visible_files_follows_links_once(tmp_path):
         link.symlink_to(target)
     expected = [corpus / "inside" / "a.txt", corpus / "link" / "deep" / "a.txt"]
     assert folders.visible_files(corpus) == expected
+    (elsewhere / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"can't read .*: FileNotFound.*gone"):
+        folders.visible_files(corpus)
 
 
 def test_files_that_need_preparing_are_skipped(tmp_path, capsys):

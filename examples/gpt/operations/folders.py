@@ -45,13 +45,22 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 def visible_files(folder: Path) -> list[Path]:
     """Return the files in a folder, except hidden ones. Follow links, each folder once."""
     files, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        files += [Path(root, name) for name in names if not name.startswith(".")]
+    if not folder.is_dir():
+        return files
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    with reraise_as_config_error(f"`data`, `sources`: can't read {folder}", OSError):
+        for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+            folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+        for file in files:
+            file.stat()  # raises for a link whose target is missing
     return sorted(files)
 
 

@@ -15,7 +15,7 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(parse())
-    except (ConfigError, ModuleNotFoundError) as error:
+    except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
