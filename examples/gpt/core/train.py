@@ -55,7 +55,7 @@ class Run:
             print(f"val loss {self.rows[-1]['val_loss']:.3f}", flush=True)
 
     def save(self, number: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Save a checkpoint."""
+        """Do nothing: this run has no checkpoints."""
 
 
 def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
