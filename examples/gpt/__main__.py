@@ -28,9 +28,9 @@ def main(config: Config) -> list[Curve]:
     local = ("data", "out", "process_id")  # may differ between machines
     values = {k: v for k, v in config.as_json().items() if k not in local}
     processes.check_same_flags(values)
-    mesh, count = make_mesh(config.training.mesh), jax.process_count()
+    mesh = make_mesh(config.training.mesh)
     with processes.raise_on_all_processes():
-        corpus = corpora.load(config.data, config.verify_data, jax.process_index(), count)
+        corpus = corpora.load(config.data)
     if processes.is_first_process():
         print(
             f"{corpus.name}: {len(corpus.train):,} tokens for training, "
@@ -77,9 +77,10 @@ def initial_params(config: Config) -> Any:
         return None
     if checkpoints.find_checkpoint(config.init_from) is not None:
         saved, params = checkpoints.load_params(config.init_from, jax.sharding.get_mesh())
-        checkpoints.check_same_shape(config.model, saved, config.init_from)
-        return params
-    return hugging_face.load(config.init_from, config.model)
+    else:
+        saved, params = hugging_face.load(config.init_from)
+    checkpoints.check_same_shape(config.model, saved, config.init_from)
+    return params
 
 
 def write_text(config: Config, params: Any, corpus: Corpus) -> str:
@@ -92,7 +93,7 @@ def write_text(config: Config, params: Any, corpus: Corpus) -> str:
         key=jax.random.key(config.seed),
         vocabulary=corpus.tokenizer.vocabulary,
     )
-    return sample.printable(corpus.tokenizer.decode(tokens))
+    return corpus.tokenizer.decode(tokens)
 
 
 def run(config: Config) -> None:

@@ -1,9 +1,6 @@
 """The command `python -m examples.gpt.evaluate`: score a model."""
 
-import tyro
-
-from examples.gpt.tools.command import run_command
-from examples.gpt.tools.evaluate import Options, main
+from examples.gpt.tools import command, evaluate
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, prog="python -m examples.gpt.evaluate"))
+    command.run_tool(evaluate)

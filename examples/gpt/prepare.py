@@ -1,9 +1,6 @@
 """The command `python -m examples.gpt.prepare`: turn text into tokens."""
 
-import tyro
-
-from examples.gpt.tools.command import run_command
-from examples.gpt.tools.prepare import Options, main
+from examples.gpt.tools import command, prepare
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, prog="python -m examples.gpt.prepare"))
+    command.run_tool(prepare)

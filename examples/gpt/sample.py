@@ -1,9 +1,6 @@
 """The command `python -m examples.gpt.sample`: write text."""
 
-import tyro
-
-from examples.gpt.tools.command import run_command
-from examples.gpt.tools.sample import Options, main
+from examples.gpt.tools import command, sample
 
 if __name__ == "__main__":
-    run_command(main, lambda: tyro.cli(Options, prog="python -m examples.gpt.sample"))
+    command.run_tool(sample)

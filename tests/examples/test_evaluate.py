@@ -59,11 +59,6 @@ def test_evaluate_scores_every_token_except_the_first(params, size, cuts):
         assert (count, text) == (size - 1, size)
 
 
-def test_evaluate_rejects_a_split_of_one_token(params):
-    with pytest.raises(ConfigError, match="`data`: text must have 2 validation tokens"):
-        evaluate.evaluate(CONFIG, params, corpus_of(Bytes(), [1]), 4)
-
-
 def test_bits_per_byte_are_equal_for_two_tokenizers(params):
     """Both tokenizers have a token for each byte, and every token is equally likely."""
     params, found = jax.tree.map(lambda p: 0 * p, params), []

@@ -1,13 +1,15 @@
 """Text to shards: sources, splits, and resume after a kill."""
 
+import contextlib
 import errno
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from prepared_data import (
     DOCUMENTS,
     Fault,
-    Killed,
     checksums,
     documents_of,
     expected,
@@ -17,7 +19,8 @@ from prepared_data import (
 )
 
 from examples.gpt.core.config import ConfigError
-from examples.gpt.tools import corpora, prepare, sources
+from examples.gpt.core.data import Bytes
+from examples.gpt.tools import corpora, prepare, sources, tokenizers
 from examples.gpt.tools.prepare import main
 
 
@@ -74,50 +77,40 @@ def source(request, tmp_path, monkeypatch):
     return name
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_sources_are_prepared_in_order_and_resumed_after_a_kill(
     source, tmp_path, monkeypatch
 ):
     fault = Fault(monkeypatch, Killed())
-    manifest = main(options(tmp_path / "reference", source))
-    moments, reference = -fault.left, checksums(tmp_path / "reference")
-    assert documents_of(tmp_path / "reference") == expected(DOCUMENTS)
-    counts = [manifest[name]["documents"] for name in corpora.SPLITS]
-    assert sum(counts) == len(DOCUMENTS)
-    shards = manifest["train"]["shards"]
-    assert all(3000 <= shard["tokens"] < 4500 for shard in shards[:-1])
-    assert moments > 60
-    for moment in {*range(1, moments, 10), *range(moments - 3, moments)}:
-        out, fault.left = tmp_path / str(moment), moment
-        with pytest.raises(Killed):
-            main(options(out, source))
-        if moment < 40:  # also while it resumes
-            fault.left = 11
-            with pytest.raises(Killed):
-                main(options(out, source))
-        fault.left = 0
-        main(options(out, source))
+    more = write_jsonl(tmp_path / "more.jsonl", DOCUMENTS[::-1])
+    main(options(tmp_path / "reference", source, more))
+    writes, reference = -fault.left, checksums(tmp_path / "reference")
+    assert documents_of(tmp_path / "reference") == expected(DOCUMENTS + DOCUMENTS[::-1])
+    sizes = [len(shard) for shard in corpora.load(tmp_path / "reference").train.arrays]
+    assert all(3000 <= size < 4500 for size in sizes[:-1])
+    assert writes > 40
+    for moment in {*range(1, writes, 7), writes - 1, writes}:
+        out = tmp_path / str(moment)
+        for left in (moment, 5, 0):  # killed, also while it resumes, and finished
+            fault.left = left
+            with contextlib.suppress(Killed):
+                main(options(out, source, more))
         assert checksums(out) == reference
 
 
 def test_finished_shards_are_not_encoded_again(jsonl, tmp_path, monkeypatch):
     seen, encode = [], prepare.encode_batch
     monkeypatch.setattr(prepare, "encode_batch", lambda *a: seen.extend(a[0]) or encode(*a))
-    fault = Fault(monkeypatch, Killed())
-    fault.left = 40
+    Fault(monkeypatch, Killed()).left = 14
     with pytest.raises(Killed):
         main(options(tmp_path / "out", jsonl))
-    progress = corpora.read_manifest(tmp_path / "out" / corpora.PROGRESS)
-    done = sum(progress[name]["documents"] for name in corpora.SPLITS)
-    assert 0 < done < len(seen) < len(DOCUMENTS)
     seen.clear()
     main(options(tmp_path / "out", jsonl))
-    assert seen == DOCUMENTS[done:]
-
-
-def test_output_does_not_depend_on_the_threads(jsonl, tmp_path):
-    for n in (1, 3):
-        main(options(tmp_path / str(n), jsonl, threads=n))
-    assert checksums(tmp_path / "1") == checksums(tmp_path / "3")
+    assert 0 < len(seen) < len(DOCUMENTS) - 50
+    assert seen == DOCUMENTS[-len(seen) :]
 
 
 def test_copies_of_a_document_are_in_the_same_split(tmp_path):
@@ -143,10 +136,21 @@ def test_long_text_is_split_at_ends_of_lines(tmp_path):
     assert sorted("".join(held).split("\r\n")) == sorted("".join(lines).split("\r\n"))
 
 
+@pytest.mark.parametrize("largest", [65_535, 65_536])
+def test_dtype_of_a_shard_fits_the_vocabulary(largest, jsonl, tmp_path, monkeypatch):
+    tokenizer = Bytes()
+    tokenizer.vocabulary = largest + 1
+    tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)
+    monkeypatch.setattr(tokenizers, "load", lambda name: tokenizer)
+    main(options(tmp_path / "out", jsonl))
+    array = corpora.load(tmp_path / "out").train.arrays[0]
+    assert array.itemsize == (2 if largest < 1 << 16 else 4)
+    np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
+
+
 def test_object_store_receives_the_same_files(jsonl, tmp_path, monkeypatch, bucket):
     main(options(tmp_path / "out", jsonl))
-    fault = Fault(monkeypatch, Killed())
-    fault.left = 33
+    Fault(monkeypatch, Killed()).left = 11
     with pytest.raises(Killed):
         main(options("s3://bucket/out", jsonl))
     main(options("s3://bucket/out", jsonl))
@@ -157,9 +161,41 @@ def test_object_store_receives_the_same_files(jsonl, tmp_path, monkeypatch, buck
 def test_full_disk_is_an_error_and_loses_no_shard(jsonl, tmp_path, monkeypatch):
     main(options(tmp_path / "reference", jsonl))
     message = "No space left on device"
-    fault = Fault(monkeypatch, OSError(errno.ENOSPC, message))
-    fault.left = 40
+    Fault(monkeypatch, OSError(errno.ENOSPC, message)).left = 14
     with pytest.raises(ConfigError, match=f"`out`: can't write to .*{message}"):
         main(options(tmp_path / "out", jsonl))
     main(options(tmp_path / "out", jsonl))
     assert checksums(tmp_path / "out") == checksums(tmp_path / "reference")
+
+
+def test_finished_data_is_not_changed(jsonl, tmp_path):
+    main(options(tmp_path / "out", jsonl))
+    path = tmp_path / "out" / corpora.MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["finished"]  # as version 0.1.0 wrote it
+    path.write_text(json.dumps(manifest))
+    before = checksums(tmp_path / "out")
+    jsonl.unlink()
+    main(options(tmp_path / "out", jsonl))
+    assert checksums(tmp_path / "out") == before
+    with pytest.raises(ConfigError, match=r"started with .*0.2.*, not .*0.3"):
+        main(options(tmp_path / "out", jsonl, validation=0.3))
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "shard_tokens", "sources", "content"])
+def test_started_data_is_not_resumed_with_other_inputs(
+    change, jsonl, tmp_path, monkeypatch
+):
+    Fault(monkeypatch, Killed()).left = 14
+    with pytest.raises(Killed):
+        main(options(tmp_path / "out", jsonl))
+    before = checksums(tmp_path / "out")
+    names, changes = [jsonl], {"tokenizer": "gpt2", "shard_tokens": 7}
+    if change == "sources":
+        names.append("elsewhere")
+    if change == "content":
+        write_jsonl(jsonl, [*DOCUMENTS, "one more"])
+    changes = {name: value for name, value in changes.items() if name == change}
+    with pytest.raises(ConfigError, match=r"was started with|sources .* have changed"):
+        main(options(tmp_path / "out", *names, **changes))
+    assert checksums(tmp_path / "out") == before

@@ -6,7 +6,7 @@ from prepared_data import DOCUMENTS, documents_of, expected, options, write_json
 
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.data import Bytes
-from examples.gpt.tools import corpora, prepare, tokenizers
+from examples.gpt.tools import prepare, tokenizers
 
 
 @pytest.fixture(params=["bytes", "json"])
@@ -68,19 +68,6 @@ def test_count_bytes_is_the_size_of_the_text(make):
     documents = [np.append(ids, tokenizer.separator) for ids in encoded]
     tokens = np.concatenate([[tokenizer.separator], *documents]).astype(np.int32)
     assert tokenizer.count_bytes(tokens) == sum(len(text.encode()) for text in texts)
-
-
-@pytest.mark.parametrize("largest", [65_535, 65_536])
-def test_dtype_of_a_shard_fits_the_vocabulary(largest, tmp_path, monkeypatch):
-    tokenizer = Bytes()
-    tokenizer.vocabulary = largest + 1
-    tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)
-    monkeypatch.setattr(tokenizers, "load", lambda name: tokenizer)
-    jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    prepare.main(options(tmp_path / "out", jsonl))
-    array = corpora.load(tmp_path / "out").train.arrays[0]
-    assert array.itemsize == (2 if largest < 1 << 16 else 4)
-    np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
 
 
 def test_tokenizer_without_a_separator_is_rejected(tmp_path):

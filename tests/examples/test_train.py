@@ -99,7 +99,7 @@ def test_prepare_train_sample_and_evaluate(tiny, tmp_path, capsys):
     [
         ({"data": "nowhere.txt"}, "`data` must be .*nowhere.txt: not found"),
         ({"context": 5000}, "`data`: the validation split .* needs 5001"),
-        ({"init_from": "nowhere"}, "`init_from`.*: nowhere/config.json .*FileNotFound"),
+        ({"init_from": "nowhere"}, "`init_from`.* in nowhere: FileNotFound"),
         ({"resume_from": "nowhere"}, "`resume_from`: no checkpoint in nowhere"),
         ({"vocabulary": 100}, "`vocabulary` must be at least the data's 256, got 100"),
         ({"mesh": "data=3"}, "`mesh` must fit the devices"),

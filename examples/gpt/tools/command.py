@@ -1,4 +1,4 @@
-"""Errors of all commands: one line, and the exit code of a signal."""
+"""Command lines of the tools, and errors of all commands: one line without a trace."""
 
 import logging
 import signal
@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import tyro
+
 from examples.gpt.core.config import ConfigError
+
+
+def run_tool(tool: Any) -> None:
+    """Run the `main` of a module of this folder with its `Options`."""
+    prog = "python -m " + tool.__name__.replace(".tools", "")
+    run_command(tool.main, lambda: tyro.cli(tool.Options, prog=prog))
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:

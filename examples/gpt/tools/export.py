@@ -20,12 +20,11 @@ class Options:
 
 
 def main(options: Options) -> None:
+    """Write the weights, and the tokenizer unless it is that of bytes."""
     config, params = load_params(options.out, make_mesh("", count=1))
     to = as_path(options.to)
     if (to / CHECKPOINTS).exists():
         raise ConfigError(f"`to` must not be the folder of a run, got {to}.")
     hugging_face.save(to, config, params)
-    # The tokenizer of bytes is a name without a suffix, and is not exported.
-    for file in (as_path(options.out) / TOKENIZER).glob("*.*"):
+    for file in (as_path(options.out) / TOKENIZER).glob("*.json"):
         (to / file.name).write_bytes(file.read_bytes())
-    print(f"{to}: {', '.join(sorted(f.name for f in to.iterdir()))}")

@@ -1,5 +1,6 @@
 """Multiple-choice tasks of lm-eval, which determines prompts, examples and scores."""
 
+import math
 import os
 from typing import Any
 
@@ -17,7 +18,6 @@ from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Tokenizer
 from examples.gpt.operations.folders import reraise_as_config_error
 from examples.gpt.tools.evaluate import Options, score_tokens
-from examples.gpt.tools.sample import padded_length
 
 ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; lm-eval calls GLUE's rte
 
@@ -51,7 +51,8 @@ class Model(TemplateLM):
         sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
         results = []
         for batch in sorted_rows.get_batched(n=self._batch):
-            size = padded_length(len(batch[0][0]) - 1, context) + 1
+            size = len(batch[0][0]) - 1
+            size = min(math.ceil(size / 64) * 64, context) + 1  # few lengths to compile
             tokens = np.array([row + [0] * (size - len(row)) for row, _ in batch])
             scores = jax.device_get(score_tokens(self._config, self._params, tokens))
             for (row, after), losses, is_argmax in zip(batch, *scores, strict=True):

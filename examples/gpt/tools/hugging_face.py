@@ -10,13 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 from examples.gpt.core import model
 from examples.gpt.core.config import ConfigError, ModelConfig
-from examples.gpt.operations.checkpoints import check_same_shape
 from examples.gpt.operations.folders import as_path, reraise_as_config_error, write_json
 
 PREFIX = "transformer."  # of the names that GPT2LMHeadModel saves
@@ -37,8 +35,8 @@ SIZES = {
     "heads": "n_head",
     "width": "n_embd",
     "context": "n_positions",
+    "vocabulary": "vocab_size",
 }
-SIZES |= {"vocabulary": "vocab_size"}
 # Values of their config that the model here requires.
 FIXED = {
     "model_type": "gpt2",
@@ -48,54 +46,32 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-# Names in transformers of the tanh approximation of GELU, as in jax.nn.gelu.
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
-TANH_GELU += ("gelu_python_tanh",)
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are jax.nn.gelu
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Return the model whose weights a folder holds."""
-    path = as_path(folder) / "config.json"
-    if not isinstance(path, Path):
-        raise ConfigError(f"`init_from`, `weights`: GPT-2's must be local, got {path}.")
-    kinds = (OSError, ValueError, TypeError, KeyError)
-    message = f"`init_from`, `weights`: {path} is not a config of GPT-2"
-    with reraise_as_config_error(message, *kinds):
-        theirs = {"model_type": None} | json.loads(path.read_text())
+def load(folder: Path) -> tuple[ModelConfig, Any]:
+    """Return a model and its parameters, float32, as a tree like that of `model.init`."""
+    folder, tensors = as_path(folder), {}
+    message = f"`init_from`, `weights`: can't read GPT-2's weights in {folder}"
+    with reraise_as_config_error(message, Exception):
+        theirs = json.loads((folder / "config.json").read_text())
+        if theirs.get("activation_function") in TANH_GELU:
+            theirs["activation_function"] = FIXED["activation_function"]
         for name, required in FIXED.items():
-            found = theirs.get(name, required)
-            is_gelu = required in TANH_GELU and found in TANH_GELU
-            if found != required and not is_gelu:
+            if (found := theirs.get(name, required)) != required:
                 raise ConfigError(f"`{name}` must be {required}, got {found}")
         sizes = {ours: theirs[name] for ours, name in SIZES.items()}
-    return ModelConfig(bias=True, **sizes)
-
-
-def load(folder: Path, config: ModelConfig) -> Any:
-    """Return the parameters in a folder, float32, as a tree like that of `model.init`."""
-    saved = dataclasses.replace(read_config(folder), bias=config.bias)
-    check_same_shape(config, saved, folder)
-    tensors, (params, views) = {}, _allocate(config)
-    single = folder / "model.safetensors"
-    for file in [single] if single.exists() else folder.glob("model-*.safetensors"):
-        message = f"`init_from`, `weights`: can't read {file}"
-        with reraise_as_config_error(message, OSError, safetensors.SafetensorError):
-            read = safetensors.numpy.load_file(file)
-        tensors |= {key.removeprefix(PREFIX): tensor for key, tensor in read.items()}
-    for key, view in views.items():
-        found = tensors[key].shape if key in tensors else None
-        if found != view.shape:
-            raise ConfigError(f"`{key}` in {folder} must be {view.shape}, got {found}.")
-        view[...] = tensors[key]  # also from bfloat16, which JAX adds to NumPy
-    head = tensors.get("lm_head.weight")
-    if head is not None and not np.array_equal(head, tensors["wte.weight"]):
-        raise ConfigError(f"`lm_head.weight` in {folder} must equal the embedding.")
-    for name in [name for name in params if name.endswith("/bias") and not config.bias]:
-        if params.pop(name).any():
-            raise ConfigError(
-                f"`bias` is off, but {name} in {folder} is not 0: use --bias."
-            )
-    return traverse_util.unflatten_dict(params, sep="/")
+        config = ModelConfig(bias=True, **sizes)
+        for file in folder.glob("model*.safetensors"):
+            tensors |= safetensors.numpy.load_file(file)
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        params, views = _allocate(config)
+        for key, view in views.items():
+            found = tensors[key].shape if key in tensors else None
+            if found != view.shape:
+                raise ConfigError(f"`{key}` must be {view.shape}, got {found}")
+            view[...] = tensors[key]  # also from bfloat16, which JAX adds to NumPy
+    return config, traverse_util.unflatten_dict(params, sep="/")
 
 
 def save(folder: Path, config: ModelConfig, params: Any) -> None:

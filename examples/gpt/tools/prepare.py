@@ -1,21 +1,17 @@
 """Text to the shards of tokens that a run reads.
 
-The output depends on the sources and the options only, not on the number of threads or on
-how often the command was killed. The manifest is written last; until then `progress.json`
-lists the finished shards.
+The output depends on the sources and the options only, not on how often the command was
+killed. The manifest lists the finished shards, and where in the sources they end.
 """
 
 import dataclasses
 import hashlib
-import itertools
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tqdm
 import tyro
 
 from examples.gpt.core.config import ConfigError
@@ -41,98 +37,71 @@ class Options:
     out: Path  # Output folder, local or gs://BUCKET/NAME.
     tokenizer: str = "gpt2"  # gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`.
     field: str = "text"  # Field or column with the text of a document.
-    # Fraction of the documents for validation. The default is 0.0005 for a data set of the
-    # hub; for files the fraction that gives about 5 MB, at most a tenth.
-    validation: float | None = None
+    # Fraction of the documents for validation. Small corpora need more, such as 0.1.
+    validation: float = 0.0005
     # Training tokens after which a shard ends. They are held in memory.
     shard_tokens: int = 100_000_000
-    # Number of threads that tokenize.
-    threads: Annotated[int, tyro.conf.arg(aliases=["--processes"])] = os.cpu_count() or 1
 
 
-def main(options: Options) -> dict[str, Any]:
-    """Prepare the data, or the part that is missing, and return the manifest."""
-    if not 0 < (options.validation or 0.1) < 1 or not options.sources:
+def main(options: Options) -> None:
+    """Prepare the data, or the part that is missing."""
+    if not 0 < options.validation < 1 or not options.sources:
         raise ConfigError("`sources` must be given, and `validation` be in (0, 1).")
-    if min(options.shard_tokens, options.threads) <= 0:
-        raise ConfigError("`shard_tokens` and `threads` must be positive.")
     out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
-    del choices["out"], choices["threads"]  # all others determine the output
+    del choices["out"]  # all others determine the output
     with folders.lock_folder(out, "preparing"), folders.writing_to(out):
-        manifest: dict[str, Any] = {"format": corpora.FORMAT, "choices": choices}
-        manifest |= {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
-        manifest["position"] = None
-        files = {path.name for path in out.iterdir()} if out.exists() else set()
-        is_finished = corpora.MANIFEST in files
-        if is_finished or corpora.PROGRESS in files:
-            name = corpora.MANIFEST if is_finished else corpora.PROGRESS
-            saved = corpora.read_manifest(out / name)
-            if is_finished or saved["position"]:  # at least one shard is finished
-                manifest = saved
-        elif files - {".unfinished"}:
-            raise ConfigError(f"`out` must be empty, got {out} with {sorted(files)}.")
-        for name, value in choices.items():
-            if (before := manifest["choices"][name]) != value:
-                raise ConfigError(f"{out} was started with `{name}` {before}, not {value}.")
-        if not is_finished:
+        if (out / corpora.MANIFEST).exists():
+            manifest = corpora.read_manifest(out / corpora.MANIFEST)
+        else:
+            manifest = {"format": corpora.FORMAT, "finished": False, "choices": choices}
+            manifest |= {"position": None, "versions": [None] * len(options.sources)}
+            manifest |= {name: {"tokens": 0, "shards": []} for name in SPLITS}
+        if (before := manifest["choices"]) != choices:
+            raise ConfigError(f"{out} was started with {before}, not {choices}.")
+        if not manifest["finished"]:
             write_shards(options, out, manifest)
     for name in SPLITS:
         split = manifest[name]
-        counts = f"{split['tokens']:,} tokens of {split['documents']:,} documents"
-        print(f"{name}: {counts} in {len(split['shards'])} shard(s)")
-    return manifest
+        print(f"{name}: {split['tokens']:,} tokens in {len(split['shards'])} shard(s)")
 
 
 def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
     """Write the shards that the manifest does not list, and the manifest."""
     from examples.gpt.tools import sources  # needs the extra `data`
 
-    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of `tokenizers`
+    versions = zip(options.sources, manifest["versions"], strict=True)
+    opened = [sources.open_source(name, options.field, v) for name, v in versions]
     tokenizer = tokenizers.load(options.tokenizer)
     file, content = tokenizer.save()
-    inputs = [
-        sources.open_source(name, options.field, version)
-        for name, version in itertools.zip_longest(
-            options.sources, manifest.get("versions", [])
-        )
-    ]
     dtype = "uint16" if tokenizer.vocabulary <= 1 << 16 else "uint32"
-    found = {
-        "versions": [source.version for source in inputs],
+    inputs = {
+        "versions": [version for _, version in opened],
         "tokenizer": file,
         "tokenizer checksum": hashlib.sha256(content).hexdigest(),
-        "separator": tokenizer.separator,
-        "dtype": dtype,
     }
-    if manifest["position"] and any(manifest[k] != found[k] for k in found):
+    if manifest["position"] and any(manifest[name] != inputs[name] for name in inputs):
         raise ConfigError(f"The sources or the tokenizer of {out} have changed.")
-    manifest |= found
-    folders.write_json(out / corpora.PROGRESS, manifest)
+    manifest |= inputs | {"dtype": dtype}
     if content:
         folders.write_bytes(out / file, content)
     # Tokens that are in no shard yet are lost in a kill, and encoded again.
     held = {name: bytearray() for name in SPLITS}
-    size = max(sum(source.size for source in inputs), 1)
-    fraction = options.validation or min(0.1, max(0.0005, 5e6 / size))
     full = options.shard_tokens * np.dtype(dtype).itemsize
-    with tqdm.tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
-        batches = sources.read_batches(inputs, options.field, manifest["position"])
-        for texts, position in batches:
-            for name, tokens in encode_batch(texts, tokenizer, fraction):
-                held[name] += tokens.astype(dtype).tobytes()
-                bar.update(len(tokens))
-            if len(held["train"]) >= full or position[0] == len(inputs):
-                for name in SPLITS:
-                    write_shard(out, manifest, name, np.frombuffer(held.pop(name), dtype))
-                    held[name] = bytearray()
-                manifest["position"] = position
-                folders.write_json(out / corpora.PROGRESS, manifest)
-    for name in SPLITS:
-        if not manifest[name]["documents"]:
-            raise ConfigError(f"`validation` {fraction} leaves no documents for {name}.")
-    folders.write_json(out / corpora.MANIFEST, manifest)
-    (out / corpora.PROGRESS).unlink()
+    rows = [rows for rows, _ in opened]
+    for texts, position in sources.read_batches(rows, options.field, manifest["position"]):
+        for name, tokens in encode_batch(texts, tokenizer, options.validation):
+            held[name] += tokens.astype(dtype).tobytes()
+        is_last = position is None
+        if len(held["train"]) >= full or is_last:
+            for name in SPLITS:
+                write_shard(out, manifest, name, np.frombuffer(held[name], dtype))
+                held[name] = bytearray()
+                if is_last and not manifest[name]["tokens"]:
+                    fraction = options.validation
+                    raise ConfigError(f"`validation` {fraction} leaves no text for {name}.")
+            manifest |= {"position": position, "finished": is_last}
+            folders.write_json(out / corpora.MANIFEST, manifest)
 
 
 def encode_batch(
@@ -153,6 +122,6 @@ def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarr
         file, sha = f"{name}-{len(split['shards']):05}.bin", hashlib.sha256(content)
         folders.write_bytes(out / file, content)
         split["tokens"] += len(tokens)
-        split["documents"] += int(np.count_nonzero(tokens == manifest["separator"]))
         shard = {"file": file, "tokens": len(tokens), "checksum": sha.hexdigest()}
         split["shards"].append(shard)
+        print(f"{out / file}: {len(tokens):,} tokens", flush=True)

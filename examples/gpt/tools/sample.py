@@ -39,27 +39,26 @@ class Options:
 
 def main(options: Options) -> None:
     """Print the texts."""
-    numbers = (options.length, options.top_k, options.count)
-    if min(n for n in numbers if n is not None) <= 0:
-        raise ConfigError("`length`, `top_k` and `count` must be positive.")
-    if options.temperature < 0:
-        raise ConfigError(f"`temperature` must be at least 0, got {options.temperature}.")
+    if min(options.length, options.count) < 1 or options.temperature < 0:
+        raise ConfigError("`length`, `count` must be positive, `temperature` at least 0.")
     with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else 1)):
         config, params = open_model(options.out, options.weights)
         tokenizer = open_tokenizer(config, options.out, options.data)
+        prompt = tokenizer.encode(options.prompt) or [tokenizer.separator]
         for i in range(options.count):
             tokens = generate(
                 config,
                 params,
-                tokenizer.encode(options.prompt) or [tokenizer.separator],
+                prompt,
                 options.length,
                 key=jax.random.fold_in(jax.random.key(options.seed), i),
                 temperature=options.temperature,
                 top_k=options.top_k,
                 vocabulary=tokenizer.vocabulary,
             )
-            text = options.prompt + printable(tokenizer.decode(tokens))
-            print(f"---\n{text}" if i else text, flush=True)
+            if i:
+                print("---")
+            print(options.prompt + tokenizer.decode(tokens), flush=True)
 
 
 def generate(
@@ -78,51 +77,30 @@ def generate(
     Only tokens below `vocabulary` are sampled: the model may have more than the tokenizer.
     A temperature of 0 takes the argmax.
     """
-    assert len(prompt), "the first token needs a token before it"
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    window = np.zeros(padded_length(len(prompt) + length, config.context), np.int32)
-    kept = prompt[-len(window) :]
-    window[: len(kept)] = kept
-    keys = jax.random.split(key, length)
-    tokens = _sample(
-        config, top_k, vocabulary, params, window, len(kept), keys, temperature
-    )
-    return np.asarray(tokens)
+    tokens, size = list(prompt), min(len(prompt) + length, config.context)
+    for token_key in jax.random.split(key, length):
+        window = np.zeros(size, np.int32)
+        kept = tokens[-size:]
+        window[: len(kept)] = kept
+        token = _next_token(
+            config, top_k, vocabulary, params, window, len(kept), token_key, temperature
+        )
+        tokens.append(int(token))
+    return np.array(tokens[len(prompt) :], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(config, top_k, vocabulary, params, window_T, size, keys, temperature):
-    """Return a token for each key, after the first `size` tokens of the window.
-
-    Each token takes a forward pass over the window, which moves when it is full.
-    """
-    model, last = bind(config, params), len(window_T) - 1
-
-    def step(window_T, position_and_key):
-        position, key = position_and_key
-        x_TxD = model.hidden(window_T[None])[0]
-        logits_K = model.head_logits(x_TxD[jnp.minimum(position - 1, last)])[:vocabulary]
-        tokens_K = jnp.arange(len(logits_K))
-        if top_k is not None:
-            logits_K, tokens_K = jax.lax.top_k(logits_K, min(top_k, len(logits_K)))
-        token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
-        window_T = jnp.where(position > last, jnp.roll(window_T, -1), window_T)
-        return window_T.at[jnp.minimum(position, last)].set(token), token
-
-    positions = size + jnp.arange(len(keys))
-    _, tokens = jax.lax.scan(step, window_T, (positions, keys))
-    return gathered(tokens)
-
-
-def padded_length(size: int, context: int) -> int:
-    """Return a power of two from 64 on, or the context: few lengths are compiled."""
-    return min(context, max(64, 1 << (size - 1).bit_length()))
-
-
-def printable(text: str) -> str:
-    """Return the text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def _next_token(config, top_k, vocabulary, params, window_T, size, key, temperature):
+    """Return a token after the first `size` tokens of the window."""
+    model = bind(config, params)
+    x_TxD = model.hidden(window_T[None])[0]
+    logits_K = model.head_logits(x_TxD[size - 1])[:vocabulary]
+    tokens_K = jnp.arange(len(logits_K))
+    if top_k:
+        logits_K, tokens_K = jax.lax.top_k(logits_K, min(top_k, len(logits_K)))
+    return gathered(tokens_K[jax.random.categorical(key, logits_K / temperature)])
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any]:
@@ -132,18 +110,18 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any
         return load_params(out, mesh)
     if out is not None or weights is None:
         raise ConfigError("`out` or `weights` must be given, and not both.")
-    config = hugging_face.read_config(weights)
-    params = hugging_face.load(weights, config)
+    config, params = hugging_face.load(weights)
     return config, jax.device_put(params, shardings(params, mesh))
 
 
 def open_tokenizer(config: ModelConfig, out: Path | None, data: Path | None) -> Tokenizer:
     """Return the tokenizer of the data, of a run, or of GPT-2 if neither is given."""
-    saved = [] if out is None else [*(as_path(out) / TOKENIZER).glob("*")]
     if data is not None:
-        tokenizer = corpora.load(data, verify=False).tokenizer
+        tokenizer = corpora.load(data).tokenizer
+    elif out is not None:
+        [file] = (as_path(out) / TOKENIZER).iterdir()
+        tokenizer = tokenizers.load(str(file))
     else:
-        name = tokenizers.saved_name(saved[0]) if saved else tokenizers.GPT2
-        tokenizer = tokenizers.load(name)
+        tokenizer = tokenizers.load(tokenizers.GPT2)
     check_vocabulary(config, tokenizer.vocabulary)
     return tokenizer

@@ -2,10 +2,9 @@
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -15,25 +14,22 @@ from pyarrow import parquet
 from examples.gpt.core.config import ConfigError
 from examples.gpt.operations.folders import reraise_as_config_error, visible_files
 
-NAMED = {"openwebtext": "hub:Skylion007/openwebtext"}
-NAMED |= {"pile": "hub:monology/pile-uncopyrighted"}
+NAMED = {
+    "openwebtext": "hub:Skylion007/openwebtext",
+    "pile": "hub:monology/pile-uncopyrighted",
+}
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all except the last also compressed
 TEXT_SIZE = 1 << 16  # of a document: a longer text file is several documents
 BATCH = 256  # documents
 
 
-class Source(NamedTuple):
-    """Documents to read."""
+def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
+    """Return a `datasets.IterableDataset` of documents, and JSON that changes with them.
 
-    name: str
-    rows: Any  # a `datasets.IterableDataset`, with a document in each row
-    version: Any  # JSON that changes with the content
-    size: float  # of its files, in bytes; infinite on the hub
-
-
-def open_source(name: str, field: str, version: Any = None) -> Source:
-    """Return the source of a name, in the version that was prepared before, if any."""
+    With the `version` of an earlier call, a data set of the hub is read as it was then.
+    """
     name = NAMED.get(name, name)
+    features = datasets.Features({field: datasets.Value("string")})
     if name.startswith("hub:"):
         path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
@@ -44,48 +40,42 @@ def open_source(name: str, field: str, version: Any = None) -> Source:
             rows = datasets.load_dataset(
                 path, config or None, revision=commit, split="train", streaming=True
             )
-            return Source(name, rows.select_columns([field]), commit, math.inf)
-    files = [file for file in visible_files(Path(name)) if _suffix(file) in SUFFIXES]
-    files = [Path(name)] if Path(name).is_file() else files  # with any suffix
+            return rows.select_columns([field]).cast(features), commit
+    files = [Path(name)]  # with any suffix
+    if not files[0].is_file():
+        files = [file for file in visible_files(files[0]) if _suffix(file) in SUFFIXES]
     if not files:
-        suffixes = ", ".join(SUFFIXES)
-        raise ConfigError(f"`sources`: {name} is not a file or folder of {suffixes}.")
-    size = sum(file.stat().st_size for file in files)
+        raise ConfigError(f"`sources`: {name} has no files of {', '.join(SUFFIXES)}.")
     # Not the reader of `datasets`, which infers the types of all columns from a few lines.
     rows = datasets.IterableDataset.from_generator(
-        _documents, gen_kwargs={"files": [str(file) for file in files], "field": field}
+        _documents, features, gen_kwargs={"files": list(map(str, files)), "field": field}
     )
-    return Source(name, rows, {"files": len(files), "bytes": size}, size)
+    return rows, {"files": len(files), "bytes": sum(f.stat().st_size for f in files)}
 
 
 def read_batches(
-    sources: list[Source], field: str, position: Any
+    sources: list[Any], field: str, position: Any
 ) -> Iterator[tuple[list[str], Any]]:
-    """Yield batches of documents, source by source, each with the position after it.
+    """Yield batches of texts, each with the position after it, as JSON.
 
-    A position is JSON. The last one is `(len(sources), None)`.
+    They start after `position`. After the last one come no texts, and the position None.
     """
-    first, state = position or (0, None)
-    if state is not None:
-        sources[first].rows.load_state_dict(state)
-    for number, source in enumerate(sources[first:], first):
-        with reraise_as_config_error(f"`sources`: can't read {source.name}", Exception):
-            for batch in source.rows.iter(BATCH):
-                yield batch[field], (number, source.rows.state_dict())
-        yield [], (number + 1, None)
+    rows = datasets.concatenate_datasets(sources)
+    if position is not None:
+        rows.load_state_dict(position)
+    with reraise_as_config_error("`sources`: can't read the documents", Exception):
+        for batch in rows.iter(BATCH):
+            yield batch[field], rows.state_dict()
+    yield [], None
 
 
 def _documents(files: list[str], field: str) -> Iterator[dict[str, str]]:
     for file in files:
-        number = 1
-        try:
+        with reraise_as_config_error(file, Exception):
             for text in _texts(Path(file), field):
                 if not isinstance(text, str):
-                    raise ValueError(f"`field` {field} must be text, got {text!s:.200}")
+                    raise ConfigError(f"`field` {field} must be text, got {text!s:.200}")
                 yield {field: text}
-                number += 1
-        except Exception as error:
-            raise ValueError(f"{file}, document {number}: {error!r}") from error
 
 
 def _texts(path: Path, field: str) -> Iterator[Any]:

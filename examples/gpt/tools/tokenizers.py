@@ -61,14 +61,9 @@ class JsonTokenizer:
         return "tokenizer.json", self._content
 
 
-def saved_name(file: Path) -> str:
-    """Return the name by which `load` finds a tokenizer that was saved as this file."""
-    return Bytes.name if file.name == Bytes.name else str(file)
-
-
 def load(name: str) -> Tokenizer:
     """Return `bytes`, `gpt2`, or the tokenizer of a JSON file."""
-    if name == Bytes.name:
+    if as_path(name).name == Bytes.name:  # also the file of a run
         return Bytes()
     kinds = f"{Bytes.name}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
     # The hub has its own errors, and `tokenizers` raises no more specific one.
