@@ -71,15 +71,19 @@ def expected(documents, fraction=0.2):
     return found
 
 
-class Fault:
-    """Raises an error during a write. `left` counts the writes until then."""
+class Killed(BaseException):
+    pass
 
-    def __init__(self, monkeypatch, error):
-        self.left, self._error, self._write = 0, error, folders.write_bytes
+
+class Fault:
+    """Raises Killed in the place of a write. `left` counts the writes until then."""
+
+    def __init__(self, monkeypatch):
+        self.left, self._write = 0, folders.write_bytes
         monkeypatch.setattr(folders, "write_bytes", self.write_bytes)
 
     def write_bytes(self, path, content):
         self.left -= 1
         if self.left == 0:
-            raise self._error
+            raise Killed
         self._write(path, content)

@@ -75,7 +75,6 @@ def test_tokenizer_is_that_of_the_run_or_of_the_data(tmp_path, tokenizer):
     found = sample.open_tokenizer(config, tmp_path, None)
     assert type(found) is type(tokenizer)
     assert found.encode("être") == tokenizer.encode("être")
-    assert found.separator == tokenizer.separator
     (tmp_path / "other.txt").write_text("other")
     other = sample.open_tokenizer(config, tmp_path, tmp_path / "other.txt")
     assert isinstance(other, Bytes)
@@ -98,8 +97,7 @@ def test_frequencies_of_samples_are_probabilities(params, top_k):
     tokens = jax.jit(jax.vmap(first))(jax.random.split(KEY, draws))
     counts = np.bincount(np.ravel(tokens), minlength=256)
     deviation = np.sqrt(draws * expected * (1 - expected))
-    assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + 1)
-    assert np.all(counts[expected == 0] == 0)
+    assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + (expected > 0))
 
 
 def test_tokens_beyond_the_vocabulary_are_not_sampled(params):
@@ -110,22 +108,16 @@ def test_tokens_beyond_the_vocabulary_are_not_sampled(params):
 
 
 @pytest.mark.parametrize(("prompt", "start"), [("The quick", b"The quick"), ("", [0])])
-def test_command_prints_prompt_and_text(out, params, capsys, prompt, start):
+def test_command_prints_prompt_and_text(out, params, capsys, tmp_path, prompt, start):
     """An empty prompt is the start of a document, after the separator."""
     tokens = generate(CONFIG, params, list(start), 6, key=KEY, temperature=0)
-    text = Bytes().decode(tokens)
     sample.main(Options(prompt, out=out, length=6, temperature=0))
-    assert capsys.readouterr().out == f"{prompt}{text}\n"
-
-
-def test_command_prints_several_texts_of_weights(out, params, tmp_path, capsys):
-    sample.main(Options("The", out=out, length=30, count=3))
     printed = capsys.readouterr().out
-    assert len(set(printed.split("---\n"))) == 3
+    assert printed == f"{prompt}{Bytes().decode(tokens)}\n"
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     (tmp_path / "text.txt").write_text("bytes")
     weights, data = tmp_path / "gpt2", tmp_path / "text.txt"
-    sample.main(Options("The", weights=weights, data=data, length=30, count=3))
+    sample.main(Options(prompt, weights=weights, data=data, length=6, temperature=0))
     assert capsys.readouterr().out == printed
 
 

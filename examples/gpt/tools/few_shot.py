@@ -42,14 +42,12 @@ class Model(TemplateLM):
 
         A context that is too long loses its start. The longest come first: less padding.
         """
-        context, rows = self._config.context, []
-        for _, before, after in requests:
-            size = len(after)
-            if size > context:
-                raise ConfigError(f"`context` is {context}, and a text has {size} tokens.")
-            rows.append(((before + after)[-(context + 1) :], size))
+        context, results = self._config.context, []
+        longest = max(len(after) for _, _, after in requests)
+        if longest > context:
+            raise ConfigError(f"`context` is {context}, and a text has {longest} tokens.")
+        rows = [((b + after)[-(context + 1) :], len(after)) for _, b, after in requests]
         sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
-        results = []
         for batch in sorted_rows.get_batched(n=self._batch):
             size = len(batch[0][0]) - 1
             size = min(math.ceil(size / 64) * 64, context) + 1  # few lengths to compile
@@ -62,9 +60,7 @@ class Model(TemplateLM):
         return sorted_rows.get_original(results)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> Any:
-        raise ConfigError(
-            "`tasks` must be multiple-choice tasks, such as boolq,cb,copa,rte."
-        )
+        raise ConfigError("`tasks` must be multiple-choice tasks, such as boolq,copa.")
 
     loglikelihood_rolling = generate_until
 
@@ -80,8 +76,8 @@ def run(lm: Model, options: Options) -> Any:
         task = {"task": ALIASES.get(name, name), "num_fewshot": options.shots}
         if folder is not None:
             files = {s: f"{folder / name / s}.jsonl" for s in ("train", "validation")}
-            source = {"data_files": files}
-            task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
+            task |= {"dataset_path": "json", "dataset_name": None}
+            task |= {"dataset_kwargs": {"data_files": files}}
         tasks.append(task)
     message = f"`tasks`, `task_data`: can't read the data of {options.tasks}"
     with reraise_as_config_error(message, OSError, DatasetsError):

@@ -32,33 +32,29 @@ class Options:
     length: int = 400  # Number of tokens to write.
     temperature: float = 0.8  # Divisor of the logits. 0 takes the argmax.
     top_k: int | None = None  # Sample among the K most likely tokens. The default is all.
-    count: int = 1  # Number of texts.
     seed: int = 0  # Seed of the samples.
     mesh: str = ""  # Layout of the parameters, such as tensor=4. The default is one device.
 
 
 def main(options: Options) -> None:
-    """Print the texts."""
-    if min(options.length, options.count) < 1 or options.temperature < 0:
-        raise ConfigError("`length`, `count` must be positive, `temperature` at least 0.")
+    """Print the prompt and the text after it."""
+    if options.length < 1 or options.temperature < 0:
+        raise ConfigError("`length` must be positive, and `temperature` at least 0.")
     with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else 1)):
         config, params = open_model(options.out, options.weights)
         tokenizer = open_tokenizer(config, options.out, options.data)
         prompt = tokenizer.encode(options.prompt) or [tokenizer.separator]
-        for i in range(options.count):
-            tokens = generate(
-                config,
-                params,
-                prompt,
-                options.length,
-                key=jax.random.fold_in(jax.random.key(options.seed), i),
-                temperature=options.temperature,
-                top_k=options.top_k,
-                vocabulary=tokenizer.vocabulary,
-            )
-            if i:
-                print("---")
-            print(options.prompt + tokenizer.decode(tokens), flush=True)
+        tokens = generate(
+            config,
+            params,
+            prompt,
+            options.length,
+            key=jax.random.key(options.seed),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            vocabulary=tokenizer.vocabulary,
+        )
+    print(options.prompt + tokenizer.decode(tokens))
 
 
 def generate(

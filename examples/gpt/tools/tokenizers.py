@@ -1,7 +1,4 @@
-"""Tokenizers: bytes, GPT-2's BPE, or a JSON file of Hugging Face's `tokenizers`.
-
-A tokenizer is saved beside its tokens, so that training needs no network.
-"""
+"""Tokenizers: bytes, GPT-2's BPE, or a JSON file of Hugging Face's `tokenizers`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,9 +62,8 @@ def load(name: str) -> Tokenizer:
     """Return `bytes`, `gpt2`, or the tokenizer of a JSON file."""
     if as_path(name).name == Bytes.name:  # also the file of a run
         return Bytes()
-    kinds = f"{Bytes.name}, {GPT2} or a JSON file of `tokenizers` (in the extra `data`)"
-    # The hub has its own errors, and `tokenizers` raises no more specific one.
-    with reraise_as_config_error(f"`tokenizer` must be {kinds}, got {name}", Exception):
+    message = f"`tokenizer` must be bytes, {GPT2} or a file of `tokenizers`, got {name}"
+    with reraise_as_config_error(message, Exception):
         file = as_path(name)
         if name == GPT2:
             from huggingface_hub import hf_hub_download
