@@ -35,7 +35,7 @@ def folder(tmp_path):
     return tmp_path / "gpt2"
 
 
-def tensors_in(folder):
+def read_tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
@@ -47,6 +47,7 @@ def assert_loads(folder, expected):
     """Check the model and the parameters in a folder."""
     config, params = hugging_face.load(folder)
     assert config == CONFIG
+    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -63,7 +64,7 @@ def test_load_returns_what_save_wrote(tmp_path, bias):
 
 def test_load_reads_other_formats(folder):
     """No prefix, buffers of old versions, a saved head, several files, another name."""
-    tensors = {k.removeprefix("transformer."): v for k, v in tensors_in(folder).items()}
+    tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(folder).items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
     tensors["lm_head.weight"] = tensors["wte.weight"]
     names = sorted(tensors)
@@ -78,12 +79,9 @@ def test_load_reads_other_formats(folder):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_weights_are_loaded_as_float32(folder, dtype):
     dtype = jax.numpy.dtype(dtype)
-    write(folder, {k: v.astype(dtype) for k, v in tensors_in(folder).items()})
+    write(folder, {k: v.astype(dtype) for k, v in read_tensors(folder).items()})
     expected = jax.tree.map(lambda p: p.astype(dtype).astype("f4"), random_params(CONFIG))
     assert_loads(folder, expected)
-    assert {p.dtype.name for p in jax.tree.leaves(hugging_face.load(folder)[1])} == {
-        "float32"
-    }
 
 
 def change_config(folder, **fields):
@@ -106,29 +104,14 @@ def test_load_rejects_other_models(folder, field, message):
         hugging_face.load(folder)
 
 
-def remove_layer_norm(folder):
-    tensors = tensors_in(folder)
-    del tensors["transformer.h.1.ln_2.weight"]
-    write(folder, tensors)
-
-
-def transpose_projection(folder):
-    tensors = tensors_in(folder)
-    name = "transformer.h.0.mlp.c_fc.weight"
+def test_load_rejects_damaged_weights(folder):
+    tensors, name = read_tensors(folder), "transformer.h.0.mlp.c_fc.weight"
     write(folder, tensors | {name: np.ascontiguousarray(tensors[name].T)})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (remove_layer_norm, r"`h\.1\.ln_2\.weight` must be \(12,\), got None"),
-        (transpose_projection, r"`h\.0\.mlp\.c_fc\.weight` .*\(12, 48\).*\(48, 12"),
-        (lambda f: (f / "model.safetensors").unlink(), "must be .*, got None"),
-    ],
-)
-def test_load_rejects_damaged_weights(folder, damage, message):
-    damage(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"c_fc\.weight` must be .*, got \(48, 12"):
+        hugging_face.load(folder)
+    del tensors[name]
+    write(folder, tensors)
+    with pytest.raises(ConfigError, match=r"c_fc\.weight` must be .*, got None"):
         hugging_face.load(folder)
 
 

@@ -54,27 +54,19 @@ def pile_files(folder):
     write_jsonl(folder / "01.jsonl.zst", DOCUMENTS[90:])
 
 
-def openwebtext_files(folder):
-    """A data set of the hub in the format of OpenWebText."""
-    (folder / "data").mkdir()
-    write_parquet(folder / "data" / "train-00000-of-00002.parquet", DOCUMENTS[:90])
-    write_parquet(folder / "data" / "train-00001-of-00002.parquet", DOCUMENTS[90:])
-
-
-@pytest.fixture(params=[text_files, mixed_files, pile_files, openwebtext_files])
+@pytest.fixture(params=[text_files, mixed_files, pile_files])
 def source(request, tmp_path, monkeypatch):
     """The name of a source with all documents."""
     path = tmp_path / "source"
     path.mkdir()
     request.param(path)
-    if request.param in (text_files, mixed_files):
+    if request.param is not pile_files:
         return str(path)
     info = "huggingface_hub.HfApi.dataset_info"
     monkeypatch.setattr(info, lambda *_, **__: SimpleNamespace(sha=None))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    name = "pile" if request.param is pile_files else "openwebtext"
-    monkeypatch.setitem(sources.NAMED, name, f"hub:{path}")
-    return name
+    monkeypatch.setitem(sources.NAMED, "pile", f"hub:{path}")
+    return "pile"
 
 
 def test_sources_are_prepared_in_order_and_resumed_after_a_kill(
