@@ -19,16 +19,11 @@ from examples.gpt.tools import few_shot
 
 few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # it takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
-ROOMY = ModelConfig(layers=1, heads=2, width=16, context=512, vocabulary=256, bias=True)
-
-
-def random_params(config):
-    return jax.tree.map(lambda p: 2 * p, model.init(config))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG)
+    return jax.tree.map(lambda p: 2 * p, model.init(CONFIG))
 
 
 def request(method, *arguments):
@@ -36,17 +31,17 @@ def request(method, *arguments):
     return method([Instance("loglikelihood", {}, args, 0) for args in arguments])
 
 
-@functools.cache
-def compiled(config):
-    return jax.jit(lambda params, tokens: model.bind(config, params)(tokens))
+@jax.jit
+def logits_of(params, tokens):
+    return model.bind(CONFIG, params)(tokens)
 
 
-def score(config, params, context, continuation):
+def score(params, context, continuation):
     """Return the log-probability of a continuation, and whether it is the argmax."""
-    tokens = [*context, *continuation][-(config.context + 1) :]
-    inputs = np.zeros((1, config.context), int)
+    tokens = [*context, *continuation][-(CONFIG.context + 1) :]
+    inputs = np.zeros((1, CONFIG.context), int)
     inputs[0, : len(tokens) - 1] = tokens[:-1]
-    logits = compiled(config)(params, inputs)[0, : len(tokens) - 1]
+    logits = logits_of(params, inputs)[0, : len(tokens) - 1]
     table = np.asarray(jax.nn.log_softmax(logits), np.float64)[-len(continuation) :]
     log_prob = table[np.arange(len(continuation)), list(continuation)].sum()
     return log_prob, bool(np.all(table.argmax(-1) == continuation))
@@ -62,7 +57,7 @@ def test_continuations_of_all_lengths_are_scored(params):
     ]
     found = request(lm.loglikelihood, *pairs)
     for (context, continuation), (log_prob, greedy) in zip(pairs, found, strict=True):
-        expected = score(CONFIG, params, context.encode(), continuation.encode())
+        expected = score(params, context.encode(), continuation.encode())
         np.testing.assert_allclose(log_prob, expected[0], rtol=1e-5)
         assert greedy == expected[1]
 
@@ -103,17 +98,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_task_data_of_all_tasks_is_read(folder):
-    lm = few_shot.Model(ROOMY, random_params(ROOMY), Bytes(), 16)
+def test_task_data_of_all_tasks_is_read(folder, params):
+    lm = few_shot.Model(CONFIG, params, Bytes(), 16)
     results = few_shot.run(lm, Options(tasks=",".join(COLUMNS), task_data=folder))
     assert results["results"].keys() == {"boolq", "cb", "copa", "sglue_rte"}
     assert {n["effective"] for n in results["n-samples"].values()} == {7}
 
 
-def test_accuracy_and_shots(folder, monkeypatch):
+def test_accuracy_and_shots(folder, params, monkeypatch):
     """The shots are examples of the training split."""
-    params, prompts, right = random_params(ROOMY), [], []
-    lm = few_shot.Model(ROOMY, params, Bytes(), 16)
+    prompts, right, lm = [], [], few_shot.Model(CONFIG, params, Bytes(), 16)
     score_pairs = lm.loglikelihood
 
     def spy(requests, **kwargs):
@@ -128,7 +122,7 @@ def test_accuracy_and_shots(folder, monkeypatch):
         assert prompt.count("Question:") == 3
         assert sum(premise in prompt for premise in train) == 2
         answers = b" True", b" False"
-        scores = [score(ROOMY, params, prompt.encode(), answer)[0] for answer in answers]
+        scores = [score(params, prompt.encode(), answer)[0] for answer in answers]
         right.append(np.argmax(scores) == row["label"])
     assert results["sglue_rte"]["acc,none"] == pytest.approx(np.mean(right))
 
