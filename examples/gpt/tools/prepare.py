@@ -57,8 +57,9 @@ def main(options: Options) -> None:
             manifest = {"format": corpora.FORMAT, "finished": False, "choices": choices}
             manifest |= {"position": None, "versions": [None] * len(options.sources)}
             manifest |= {name: {"tokens": 0, "shards": []} for name in SPLITS}
-        if (before := manifest["choices"]) != choices:
-            raise ConfigError(f"{out} was started with {before}, not {choices}.")
+        before = {k: v for k, v in manifest["choices"].items() if choices.get(k) != v}
+        if before:
+            raise ConfigError(f"{out} was started with {before}: use another `out`.")
         if not manifest["finished"]:
             write_shards(options, out, manifest)
     for name in SPLITS:
