@@ -48,28 +48,18 @@ def test_error_names_the_file(file, content, message, tmp_path):
     assert not (tmp_path / "out" / corpora.MANIFEST).exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "offline", "message"),
-    [
-        (["openwebtext", "--tokenizer", "bytes"], "0", "can't read hub:Skylion007/openweb"),
-        # Online, `huggingface_hub` would retry for 20 seconds.
-        ([__file__], "1", "`tokenizer` must be bytes, gpt2"),
-    ],
-)
-def test_command_fails_at_once_without_a_network(arguments, offline, message, tmp_path):
+def test_command_fails_at_once_without_a_network(tmp_path):
     nowhere, start = "http://127.0.0.1:9", time.time()
+    environment = {"HF_ENDPOINT": nowhere, "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
     result = subprocess.run(
-        [sys.executable, "-m", "examples.gpt.prepare", *arguments, "--out", tmp_path / "o"],
+        [sys.executable, "-m", "examples.gpt.prepare", "openwebtext", "--out", tmp_path],
         cwd=ROOT,
-        env=os.environ
-        | {"HF_ENDPOINT": nowhere, "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
-        | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline, "NO_PROXY": ""},
+        env=os.environ | environment | {"HF_HOME": str(tmp_path), "NO_PROXY": ""},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert result.stderr.startswith("error: `sources`: can't read hub:Skylion007/openweb")
     assert "Traceback" not in result.stderr
     assert time.time() - start < 30
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def generate(
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    tokens, size = list(prompt), min(len(prompt) + length, config.context)
+    tokens, size = list(prompt), 64 * math.ceil((len(prompt) + length) / 64)
+    size = min(size, config.context)  # a multiple of 64 suits all attention kernels
     for token_key in jax.random.split(key, length):
         window = np.zeros(size, np.int32)
         kept = tokens[-size:]
