@@ -94,14 +94,20 @@ class GPT(nnx.Module):
             return neg_log_prob(logits, targets), logits.argmax(-1) == targets
 
         inputs = self.hidden(tokens_BxS[:, :-1]), tokens_BxS[:, 1:]
-        if self.config.loss_chunk >= inputs[1].shape[1]:
+        B, T = inputs[1].shape
+        if self.config.loss_chunk >= T:
             return score(inputs)
         saved = [] if self.config.remat == "full" else [_LOGIT_GRADIENTS]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
-        by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), inputs)
         score = jax.checkpoint(score, policy=policy)
-        results = jax.lax.map(score, by_position, batch_size=self.config.loss_chunk)
-        return jax.tree.map(jnp.transpose, results)
+        # Chunks of equal size, (chunks, B, chunk, ...). A `vmap` over positions would keep a
+        # gradient of the head for each position on GPUs.
+        chunk = max(n for n in range(1, self.config.loss_chunk + 1) if T % n == 0)
+        split = jax.tree.map(
+            lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1), inputs
+        )
+        results = jax.lax.map(score, split)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, T), results)
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the inputs of the head, shape (B, T, D)."""
