@@ -92,11 +92,32 @@ def _on_each_device(fn):
     return apply
 
 
-def _gradients(gradient, *qkv):
-    """Return gradients. The forward pass is recomputed for the kernel's residuals."""
-    return jax.vjp(_kernel, *qkv)[1](gradient)
+def _forward(*qkv):
+    """Return the attended values, and the logarithm of each softmax's sum: (B, T, H)."""
+    attended, backward = jax.vjp(_kernel, *qkv)
+    *_, log_sums = _floating(jax.tree.leaves(backward))
+    return attended, log_sums.swapaxes(1, 2)
+
+
+def _backward(gradient, attended, log_sums, *qkv):
+    """Return gradients from the results of `_forward`.
+
+    `jax.vjp` traces the kernel again for the structure of its backward pass. XLA drops the
+    forward pass, because its results are replaced.
+    """
+    _, backward = jax.vjp(_kernel, *qkv)
+    leaves, structure = jax.tree.flatten(backward)
+    *_, traced, traced_sums = _floating(leaves)  # after q, k and v
+    saved = {id(traced): attended.swapaxes(1, 2), id(traced_sums): log_sums.swapaxes(1, 2)}
+    leaves = [saved.get(id(leaf), leaf) for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)(gradient)
+
+
+def _floating(leaves):
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 @jax.custom_gradient
 def _splash(*qkv):
-    return _on_each_device(_kernel)(*qkv), lambda g: _on_each_device(_gradients)(g, *qkv)
+    results = _on_each_device(_forward)(*qkv)
+    return results[0], lambda g: _on_each_device(_backward)(g, *results, *qkv)
