@@ -9,11 +9,13 @@ import contextlib
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,18 +44,32 @@ RULES: dict[str, tuple[str | None, ...]] = {
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def make_mesh(text: str, count: int | None = None) -> jax.sharding.Mesh:
-    """Return the mesh of a text such as `data=8,fsdp=4`, of all devices by default."""
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Return the mesh of a text such as `data=8,fsdp=4`, of all devices by default.
+
+    Among several TPU slices, which a slower network connects, only `data` crosses slices.
+    """
     if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
         raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
     given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
-    count = count or jax.device_count()
-    remaining = max(count // math.prod(given.values()), 1)
+    devices = jax.devices() if devices is None else devices
+    remaining = max(len(devices) // math.prod(given.values()), 1)
     sizes = {"data": remaining, "fsdp": 1, "tensor": 1} | given
-    if math.prod(sizes.values()) != count:
+    slices = (
+        len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
+    )
+    if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(f"`mesh` must fit the devices, got {got} for {count} device(s).")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+        raise ConfigError(
+            f"`mesh` must fit {len(devices)} device(s), and `data` {slices} slice(s), got "
+            f"{got}."
+        )
+    axis_types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types, devices=devices)
+    in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    array = mesh_utils.create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices)
+    return jax.sharding.Mesh(array, AXES, axis_types=axis_types)
 
 
 def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.sharding import make_mesh
 from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params
@@ -21,7 +23,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Write the weights, and the tokenizer unless it is that of bytes."""
-    config, params = load_params(options.out, make_mesh("", count=1))
+    config, params = load_params(options.out, make_mesh("", jax.devices()[:1]))
     to = as_path(options.to)
     if (to / CHECKPOINTS).exists():
         raise ConfigError(f"`to` must not be the folder of a run, got {to}.")

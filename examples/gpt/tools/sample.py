@@ -41,7 +41,7 @@ def main(options: Options) -> None:
     """Print the prompt and the text after it."""
     if options.length < 1 or options.temperature < 0:
         raise ConfigError("`length` must be positive, and `temperature` at least 0.")
-    with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else 1)):
+    with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else jax.devices()[:1])):
         config, params = open_model(options.out, options.weights)
         tokenizer = open_tokenizer(config, options.out, options.data)
         prompt = tokenizer.encode(options.prompt) or [tokenizer.separator]
