@@ -18,7 +18,7 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
 
     Two for each multiplication of a matrix product, one for each entry of the result of
     anything else; none for what no result depends on, which a compiler drops. Of the
-    branches of a `cond` the dearest counts.
+    branches of a `cond` the dearest counts, and the body of a `while` counts once.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -36,8 +36,6 @@ def _of_equation(equation: core.JaxprEqn) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         lhs = _shape(equation.invars[0])
         return 2 * results * math.prod(lhs[dimension] for dimension in contracted)
-    if name == "while":
-        raise NotImplementedError("The number of trips of a `while` is not known.")
     inner = [_of_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in _jaxprs_of(params)]
     if name == "cond":
         return max(inner)

@@ -1,4 +1,8 @@
-"""What a compiled program computes and sends between devices, read from its HLO."""
+"""Bytes and operations of a compiled program, read from its HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once. These functions multiply it by the
+number of iterations, and count all branches of a conditional.
+"""
 
 import math
 import re
@@ -7,36 +11,59 @@ from typing import NamedTuple
 
 import jax
 
-_BYTES = {"pred": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
-_COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
+BETWEEN_SLICES = "between slices"  # an exchange over the network of several TPU slices
+_COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter", BETWEEN_SLICES}
+# Instructions that read and write no memory themselves.
+_NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
+_NO_TRAFFIC |= {"conditional", "call", "after-all", "partition-id", "replica-id", "iota"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 class Collective(NamedTuple):
     op: str
     bytes: int  # of its result on one device
-    times: int  # how often it runs: more than once inside a loop
+    times: int  # number of times that it runs: more than once inside a loop
 
 
 class _Instruction(NamedTuple):
     op: str
     result: str  # its shapes, as text
     line: str
+
+    def operands(self) -> list[str]:
+        """Return the names of the operands."""
+        return re.findall(
+            r"%([\w.\-]+)", self.line.partition(f" {self.op}(")[2].partition(")")[0]
+        )
+
+
+_Computation = dict[str, _Instruction]  # by the names of the instructions
+
+
+class _Executed(NamedTuple):
+    instruction: _Instruction
+    computation: _Computation
     times: int
-    shapes: dict[str, str]  # of the other instructions of its computation, by name
+    is_fused: bool  # part of a fusion, which keeps its intermediate values in registers
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
-    """Every collective that one run executes, with those of both branches of a cond."""
-    return [
-        Collective(i.op, sum(_size(*s) for s in _shapes(i.result)), i.times)
-        for i in _executed(compiled)
-        if i.op in _COLLECTIVES
-    ]
+    """Return all collectives that one run executes."""
+    found = []
+    for i, _, times, _ in _executed(_parse(compiled)):
+        op = i.op.removesuffix("-start")
+        if op == "send" and "megascale" in i.line:
+            op = BETWEEN_SLICES
+        if op in _COLLECTIVES:
+            found.append(Collective(op, _size(i.result), times))
+    return found
 
 
 def bytes_of(found: list[Collective]) -> dict[str, int]:
-    """Bytes that one run moves, by kind of collective."""
+    """Return the bytes of the results by kind of collective."""
     total: dict[str, int] = {}
     for c in found:
         total[c.op] = total.get(c.op, 0) + c.bytes * c.times
@@ -44,69 +71,165 @@ def bytes_of(found: list[Collective]) -> dict[str, int]:
 
 
 def matrix_flops(compiled: jax.stages.Compiled) -> float:
-    """Operations of the matrix products that one run executes on one device."""
+    """Return the operations of the matrix products that one run executes on one device."""
     total = 0.0
-    for i in _executed(compiled):
+    for i, computation, times, _ in _executed(_parse(compiled)):
         if i.op == "dot":
-            [(_, result)] = _shapes(i.result)
-            operand = re.search(r" dot\((?:[^,%]* )?%?([\w.\-]+)[,)]", i.line)
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)
-            assert operand is not None
             assert contracted is not None
-            [(_, lhs)] = _shapes(i.shapes[operand[1]])
-            sizes = [_dims(lhs)[d] for d in _dims(contracted[1])]
-            total += 2.0 * i.times * math.prod(_dims(result)) * math.prod(sizes)
+            [lhs] = _dims(computation[i.operands()[0]].result)
+            [result] = _dims(i.result)
+            sizes = [lhs[int(d)] for d in contracted[1].split(",") if d]
+            total += 2.0 * times * math.prod(result) * math.prod(sizes)
     return total
 
 
-def _executed(compiled: jax.stages.Compiled) -> Iterator[_Instruction]:
-    """Every instruction that one run executes, with those of both branches of a cond."""
-    computations, name, entry = {}, None, None
+def instructions(compiled: jax.stages.Compiled) -> list[str]:
+    """Return the kinds of instructions outside of fusions, those of a loop once."""
+    return [i.op for i, _, _, is_fused in _executed(_parse(compiled)) if not is_fused]
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return the bytes that one run reads and writes in the memory of one device.
+
+    Arrays that the TPU's compiler places in a chip's fast memory, S(1), are not counted.
+    """
+    computations = _parse(compiled)
+    return sum(
+        times * _traffic(i, computation, computations)
+        for i, computation, times, is_fused in _executed(computations)
+        if not is_fused
+    )
+
+
+def _traffic(
+    i: _Instruction, computation: _Computation, computations: dict[str, _Computation]
+) -> int:
+    """Return the bytes that an instruction reads and writes."""
+    if i.op in _NO_TRAFFIC or i.op.endswith("-start"):
+        return 0
+    if i.op in ("copy-done", "slice-done"):  # between the two kinds of memory
+        return _size(i.result)
+    operands = [_size(computation[name].result, "S(1)") for name in i.operands()]
+    result = _size(i.result, "S(1)")
+    if i.op in _SLICES:
+        return 2 * result
+    if i.op == "dynamic-update-slice":
+        return 2 * operands[1]
+    if i.op != "fusion":
+        return sum(operands) + result
+    fused = computations[_called(i.line)[0]]
+    read = [_bytes_read(n, fused, computations) for n in _parameters(fused)]
+    return sum(map(min, operands, read)) + min(result, _bytes_written(fused))
+
+
+def _bytes_read(
+    name: str, fused: _Computation, computations: dict[str, _Computation]
+) -> int:
+    """Return the bytes that a fusion reads of a value: less than all if it slices it."""
+    total = 0
+    for user_name, user in fused.items():
+        operands = user.operands()
+        if name not in operands:
+            continue
+        if user.op == "bitcast":
+            total += _bytes_read(user_name, fused, computations)
+        elif user.op == "fusion":
+            inner = computations[_called(user.line)[0]]
+            parameter = _parameters(inner)[operands.index(name)]
+            total += _bytes_read(parameter, inner, computations)
+        elif user.op in _SLICES:
+            total += _size(user.result)
+        elif user.op != "dynamic-update-slice" or name != operands[0]:
+            return _size(fused[name].result)
+    return total
+
+
+def _bytes_written(fused: _Computation) -> int:
+    """Return the bytes that a fusion writes: less than its results if it updates slices."""
+    [root] = [i for i in fused.values() if i.line.lstrip().startswith("ROOT")]
+    total = 0
+    for i in [fused[n] for n in root.operands()] if root.op == "tuple" else [root]:
+        while i.op == "bitcast":
+            i = fused[i.operands()[0]]
+        updates = i.op == "dynamic-update-slice"
+        total += _size((fused[i.operands()[1]] if updates else i).result)
+    return total
+
+
+def _parameters(fused: _Computation) -> list[str]:
+    """Return the names of a computation's parameters in their order."""
+    numbers = {
+        name: int(i.line.partition(" parameter(")[2].partition(")")[0])
+        for name, i in fused.items()
+        if i.op == "parameter"
+    }
+    return sorted(numbers, key=lambda name: numbers[name])
+
+
+def _parse(compiled: jax.stages.Compiled) -> dict[str, _Computation]:
+    """Return the computations of a program by name. "" is the entry."""
+    computations, name = {}, None
     for line in (compiled.as_text() or "").splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif name:
-            computations[name].append(line)
-
-    def of_computation(name, times):
-        found = [
-            (re.search(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line), line)
-            for line in computations[name]
-        ]
-        shapes = {match[1]: match[2] for match, _ in found if match}
-        for match, line in found:
-            if not match:
-                continue
-            op = match[3].removesuffix("-start")
-            yield _Instruction(op, match[2], line, times, shapes)
-            inside = times
-            if op == "while":
-                # If the number is unknown, one: the loop of `hold_unclipped` over all
-                # entries, which usually runs no round.
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                inside *= int(trips[1]) if trips else 1
-            called = re.findall(
-                r"(?:\w*body|\w*condition|\w*calls|to_apply|\w+_computation)=%?([\w.\-]+)",
-                line,
-            )
-            called += re.findall(
-                r"[\w.\-]+", "".join(re.findall(r"branch_computations=\{(.*?)\}", line))
-            )
-            for other in called:
-                yield from of_computation(other, inside)
-
-    return of_computation(entry, 1)
+            name = "" if header[1] else header[2]
+            computations[name] = {}
+        match = re.search(r"%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
+        if match and name is not None:
+            computations[name][match[1]] = _Instruction(match[3], match[2], line)
+    return computations
 
 
-def _shapes(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"(\w+)\[([\d,]*)\]", text)
+def _executed(
+    computations: dict[str, _Computation],
+    name: str = "",
+    times: int = 1,
+    is_fused: bool = False,
+) -> Iterator[_Executed]:
+    """Yield each instruction that one run executes."""
+    for i in computations[name].values():
+        yield _Executed(i, computations[name], times, is_fused)
+        inside = times * _iterations(i, computations) if i.op == "while" else times
+        for called in _called(i.line):
+            yield from _executed(computations, called, inside, is_fused or i.op == "fusion")
 
 
-def _dims(text: str) -> list[int]:
-    return [int(d) for d in text.split(",") if d]
+def _called(line: str) -> list[str]:
+    """Return the names of the computations that an instruction calls."""
+    pattern = r"(?:\w*body|\w*condition|\w*calls|to_apply|\w+_computation)=%?([\w.\-]+)"
+    branches = "".join(re.findall(r"branch_computations=\{(.*?)\}", line))
+    return re.findall(pattern, line) + re.findall(r"[\w.\-]+", branches)
 
 
-def _size(dtype: str, dims: str) -> int:
-    return _BYTES[dtype] * math.prod(_dims(dims))
+def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
+    """Return the number of iterations of a loop, or 1 if it is unknown.
+
+    It is unknown for the loop of `hold_unclipped` over all entries, which usually does not
+    run at all. The TPU's compiler does not state the number of a `scan`, but the condition
+    of its loop compares an index with it.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", i.line)
+    lines = [j.line for j in computations[condition[1]].values()] if condition else []
+    limits = [re.search(r"s32\[\]\S* constant\((\d+)\)", line) for line in lines]
+    compares = any("direction=LT" in line for line in lines)
+    found = [int(limit[1]) for limit in limits if limit]
+    return found[0] if compares and len(found) == 1 else 1
+
+
+def _dims(text: str) -> list[list[int]]:
+    """Return the dimensions of each shape in a text."""
+    return [
+        [int(d) for d in dims.split(",") if d]
+        for dims in re.findall(r"\w\[([\d,]*)\]", text)
+    ]
+
+
+def _size(text: str, excluded: str = "no layout") -> int:
+    """Return the bytes of the shapes in a text, except those with this in their layout."""
+    return sum(
+        _BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
+        for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{.*?\})?", text)
+        if excluded not in layout
+    )
