@@ -112,17 +112,18 @@ class _Start:
     share: float | None = None
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """Return the config of a command line.
-
-    The preset and the optimizer are read first: all other defaults depend on them.
-    """
-    prog = "python -m examples.gpt"
-    first: Any = {"prog": prog, "return_unknown_args": True, "add_help": False}
+def default_config(arguments: list[str] | None = None) -> Config:
+    """Return the defaults of a command line, which depend on its preset and optimizer."""
+    first: Any = {"return_unknown_args": True, "add_help": False}
     start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
     if start.gamma is not None or start.share is not None:  # one replaces the other
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)
         config = dataclasses.replace(config, recipe=recipe)
-    flags = tyro.conf.OmitArgPrefixes[Config]
-    return tyro.cli(flags, prog=prog, args=arguments, default=config)
+    return config
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Return the config of a command line."""
+    flags, default = tyro.conf.OmitArgPrefixes[Config], default_config(arguments)
+    return tyro.cli(flags, prog="python -m examples.gpt", args=arguments, default=default)

@@ -1,0 +1,117 @@
+"""The presets compiled for slices of TPUs and hosts of GPUs that need not be attached.
+
+    python -m benchmarks.topologies
+
+Each row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW, takes
+some minutes, and is skipped if its results are kept. `python -m benchmarks.report` writes
+the table.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+KEPT = measure.RESULTS / "topologies"
+OPTIMIZERS = ("sophia_g", "adamw")
+# Preset, topology and additional flags. 480 sequences do not divide over 64 devices.
+ROWS = [
+    ("gpt2-30m", "v5e:2x4", ""),
+    ("gpt2-30m", "v6e:2x4", ""),
+    ("gpt2-30m", "h200:8", ""),
+    ("gpt2-125m", "v5e:4x4", ""),
+    ("gpt2-125m", "v5p:2x2x2", ""),
+    ("gpt2-125m", "v6e:2x4", ""),
+    ("gpt2-125m", "h200:8", ""),
+    ("gpt2-355m", "v5e:4x8", ""),
+    ("gpt2-355m", "v5p:2x2x4", ""),
+    ("gpt2-355m", "v6e:4x4", ""),
+    ("gpt2-355m", "h200:8", ""),
+    ("gpt2-770m", "v5e:8x8", "--batch 512"),
+    ("gpt2-770m", "v5p:2x2x4", ""),
+    ("gpt2-770m", "v6e:4x8", ""),
+    ("gpt2-770m", "h200:16", ""),
+    ("gpt2-1.5b", "v5e:8x16", "--batch 512"),
+    ("gpt2-1.5b", "v5p:2x4x4", ""),
+    ("gpt2-1.5b", "v6e:8x8", "--batch 512"),
+    ("gpt2-1.5b", "h200:32", ""),
+    ("neox-1.5b", "v5e:16x16", ""),
+    ("neox-1.5b", "v5p:4x4x4", ""),
+    ("neox-1.5b", "v6e:8x16", ""),
+    ("neox-1.5b", "h200:64", ""),
+    ("neox-6.6b", "v5e:16x16", ""),
+    ("neox-6.6b", "v5p:4x4x8", ""),
+    ("neox-6.6b", "v6e:16x16", ""),
+    ("neox-6.6b", "h200:128", ""),
+]
+
+
+def path(preset: str, topology: str, optimizer: str) -> Path:
+    """Return the file with the results of a row and an optimizer."""
+    return KEPT / f"{preset}_{topology.replace(':', '-')}_{optimizer}.json"
+
+
+def table() -> str:
+    """Return the kept results in Markdown."""
+    rows = []
+    for preset, topology, flags in ROWS:
+        files = [path(preset, topology, optimizer) for optimizer in OPTIMIZERS]
+        if not all(file.exists() for file in files):
+            continue
+        sophia, adamw = (json.loads(file.read_text()) for file in files)
+        rows.append(_row(sophia, adamw, flags))
+    return measure.markdown(rows, {name: name for name in rows[0]})
+
+
+def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.Row:
+    programs = sophia["programs"]
+    plain, refresh = programs["without a refresh"], programs["with a refresh"]
+    memory = [
+        sum(run["memory"][kind] for kind in ("parameters", "optimizer state"))
+        + program["temporaries"]
+        for run, program in (
+            (adamw, adamw["programs"]["without a refresh"]),
+            (sophia, plain),
+            (sophia, refresh),
+        )
+    ]
+    mesh = ",".join(f"{axis}={n}" for axis, n in sophia["mesh"].items() if n > 1)
+    layout = f"{flags} --mesh {mesh} --accumulate {sophia['accumulate']}".strip()
+    if sophia["remat"] != "none":
+        layout += f" --remat {sophia['remat']}"
+    sent = [sum(program["exchanged"].values()) / 1e9 for program in (plain, refresh)]
+    return {
+        "Preset": f"`{sophia['preset']}`",
+        "Slice": f"`{sophia['topology']}`",
+        "Devices": f"{sophia['devices']} {sophia['device']}",
+        "`--mesh auto`": f"`{layout}`",
+        "Memory (GiB)": (
+            f"{memory[0]:.1f}, {memory[1]:.1f}, {memory[2]:.1f} of "
+            f"{sophia['memory']['capacity']:.1f}"
+        ),
+        "Exchanged (GB)": f"{sent[0]:.2f}, {sent[1]:.2f}",
+        "Operations (TFLOP)": (
+            f"{plain['operations'] / 1e12:.1f}, {refresh['operations'] / 1e12:.1f}"
+        ),
+        "Least time (ms)": f"{1e3 * max(plain['seconds'].values()):.0f}",
+    }
+
+
+def main() -> None:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "examples.gpt.compile", "--mesh", "auto"]
+    for preset, topology, flags in ROWS:
+        for optimizer in OPTIMIZERS:
+            file = path(preset, topology, optimizer)
+            if not file.exists():
+                chosen = ["--preset", preset, "--optimizer", optimizer, *flags.split()]
+                where = ["--topology", topology, "--json", str(file)]
+                subprocess.run([*command, *chosen, *where], check=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Layouts that fit devices, and programs compiled for devices that are not attached."""
+
+import dataclasses
+import importlib.util
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import hlo, topologies
+from examples.gpt.core.config import Config, ConfigError
+from examples.gpt.core.fit import MEMORY, fit_to_devices, layouts
+from examples.gpt.presets import parse
+from examples.gpt.tools import compile as tool
+
+KEPT = sorted(topologies.KEPT.glob("*.json"))
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs pip install "jax[tpu]"'
+)
+SMALL = ["--layers", "2", "--heads", "2", "--width", "128", "--vocabulary", "1024"]
+SMALL += ["--preset", "gpt2-30m", "--batch", "16", "--context", "128"]
+
+
+def devices(kind, count):
+    return [types.SimpleNamespace(device_kind=kind)] * count
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_fit_to_devices_chooses_the_layouts_of_the_docs(file):
+    kept = json.loads(file.read_text())
+    [flags] = [f for preset, topology, f in topologies.ROWS
+               if (preset, topology) == (kept["preset"], kept["topology"])]  # fmt: skip
+    config = parse(["--preset", kept["preset"], "--mesh", "auto", *flags.split()])
+    config = dataclasses.replace(config, optimizer=kept["optimizer"])
+    fitted = fit_to_devices(config, devices(kept["device"], kept["devices"]))
+    mesh = {axis: n for axis, n in kept["mesh"].items() if n > 1 and axis != "data"}
+    assert fitted.training.mesh == ",".join(f"{axis}={n}" for axis, n in mesh.items())
+    assert fitted.training.accumulate == kept["accumulate"]
+    assert fitted.model.remat == kept["remat"]
+    for program in kept["programs"].values():  # each part: the compiler may overlap them
+        assert program["temporaries"] < kept["memory"]["capacity"]
+
+
+def test_fit_to_devices_keeps_given_layouts_and_those_of_other_devices():
+    config = Config()
+    assert fit_to_devices(config, devices("TPU v5", 8)) is config
+    auto = parse(["--mesh", "auto"])
+    assert fit_to_devices(auto, devices("cpu", 8)).training.mesh == ""
+
+
+def test_fit_to_devices_raises_if_nothing_fits():
+    config = parse(["--preset", "neox-6.6b", "--mesh", "auto"])
+    with pytest.raises(ConfigError, match="does not fit 2 of TPU v5 lite"):
+        fit_to_devices(config, devices("TPU v5 lite", 2))
+
+
+def test_layouts_divide_the_batch_and_start_with_the_run():
+    config = parse(["--preset", "gpt2-30m", "--accumulate", "2"])
+    found = list(layouts(config, 8))
+    assert found[0] == dataclasses.replace(config)
+    assert all(480 // run.training.accumulate % 8 == 0 for run in found)
+    assert {run.model.remat for run in found} == {"none", "dots", "full"}
+    assert {run.training.mesh for run in found} == {"", "fsdp=2", "fsdp=4", "fsdp=8"}
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "h200:2x2", "v5e:8", ""])
+def test_open_topology_rejects_unknown_names(name):
+    with pytest.raises(ConfigError, match="`topology` must be a chip"):
+        tool.open_topology(name)
+
+
+def test_open_topology_names_the_missing_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'needs libtpu: pip install "jax\[tpu\]"'):
+        tool.open_topology("v5e:2x4")
+
+
+def test_chips_and_memory_have_the_same_kinds():
+    assert {chip.kind for chip in tool.CHIPS.values()} == set(MEMORY)
+
+
+def test_memory_bytes_count_slices_in_loops_once_per_iteration():
+    def scaled_sum(stacked_LxN, y_N):
+        step = lambda y_N, x_N: (y_N + 2 * x_N, None)  # noqa: E731
+        return jax.lax.scan(step, y_N, stacked_LxN)[0]
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 1024), (1024,))]
+    compiled = jax.jit(scaled_sum).lower(*shapes).compile()
+    arrays = hlo.memory_bytes(compiled) / (4 * 1024)
+    assert 8 * 3 <= arrays < 8 * 5  # each iteration: x and y are read, y is written
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
+def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, mesh, monkeypatch):
+    texts = []
+    read = hlo.collectives
+    monkeypatch.setattr(hlo, "collectives", lambda c: texts.append(c.as_text()) or read(c))
+    config = parse([*SMALL, "--mesh", mesh, "--optimizer", "adamw"])
+    results = tool.compile_run(config, *tool.open_topology(topology))
+    assert results["attention"] == "splash"
+    kernels = [
+        line.split(" = ")[0] for line in texts[0].splitlines() if "splash_mha" in line
+    ]
+    assert sum("splash_mha_fwd" in name for name in kernels) == 1
+    assert sum("splash_mha_dq" in name for name in kernels) == 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_only_gradients_cross_slices():
+    """A step exchanges one gradient between slices, a step with a refresh one more."""
+    config = parse([*SMALL, "--mesh", "fsdp=2"])
+    results = tool.compile_run(config, *tool.open_topology("v5e:2x2", slices=2))
+    plain, refresh = (
+        results["programs"][f"{name} a refresh"]["exchanged"][hlo.BETWEEN_SLICES]
+        for name in ("without", "with")
+    )
+    gradient = results["memory"]["parameters"] * 2**30 / 2  # sharded over `data` too
+    assert gradient <= plain < 1.1 * gradient
+    assert 2 * gradient <= refresh < 2.2 * gradient
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_main_tries_layouts_until_one_fits(capsys, tmp_path):
+    config = parse(
+        [*SMALL, "--batch", "4096", "--context", "1024", "--vocabulary", "50304"]
+    )
+    options = tool.Options("v5e:2x2", config, json=tmp_path / "results.json")
+    results = tool.main(options)
+    assert results == json.loads(options.json.read_text())
+    assert results["accumulate"] > 1
+    assert "--accumulate 1 --remat none: does not fit." in capsys.readouterr().out
