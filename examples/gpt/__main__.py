@@ -44,6 +44,7 @@ def main(config: Config) -> list[Curve]:
                 corpus.tokenizer.vocabulary,
                 batch_devices(mesh),
                 checkpoints.saved_values(folder),
+                corpus.tokenizer.separator,
             )
             run.check()
             corpus.check(run.model)

@@ -11,7 +11,7 @@ from gpt_runs import make_config
 from jax.sharding import AxisType
 
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt.core import attention, sharding
+from examples.gpt.core import attention, model, sharding
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from examples.gpt.core.step import abstract_state, init_state, make_train_step
@@ -36,6 +36,27 @@ def unattached(platform, **sizes):
     device = dataclasses.replace(mesh.abstract_device, platform=platform)
     with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
         yield
+
+
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_tokens_attend_to_their_own_document_only(name):
+    config = dataclasses.replace(
+        MODEL, attention=name, architecture="neox", within_documents=True, separator=0
+    )
+    params = model.init(config)
+    logits_of = jax.jit(lambda tokens: model.bind(config, params)(tokens))
+    document = np.asarray(jax.random.randint(jax.random.key(2), (50,), 1, 128))
+
+    def logits(before):
+        """Return the logits of the document and its separator, after these tokens."""
+        tokens = np.concatenate([before, document, [0], np.full(128, 5)])[:128]
+        tokens = tokens.astype(np.int32)
+        return logits_of(tokens[None])[0, len(before) : len(before) + 51]
+
+    expected = logits([3, 1, 4, 0])
+    for before in ([], [7, 7, 7, 0], [0, 9, 0, 8, 8, 8, 0]):
+        np.testing.assert_allclose(expected, logits(before), atol=1e-5)
+    assert not np.allclose(expected, logits([3, 1, 4, 1]), atol=1e-3)
 
 
 def test_splash_equals_xla_attention():
@@ -73,7 +94,8 @@ def run_step(mesh, **values):
 @pytest.mark.slow
 def test_splash_on_8_devices_equals_xla_on_one():
     """Also in the refresh, whose groups are mapped over an axis that is not a mesh axis."""
-    eight, values = make_mesh(data=2, fsdp=2, tensor=2), {"gamma": 0.05, "remat": "full"}
+    values = {"gamma": 0.05, "remat": "full", "within_documents": True, "separator": 0}
+    eight = make_mesh(data=2, fsdp=2, tensor=2)
     _, found, compiled = run_step(eight, **values, attention="splash")
     _, expected, _ = run_step(make_mesh(), **values)
     _, _, with_xla = run_step(eight, **values)

@@ -17,13 +17,26 @@ from .sharding import BATCH, batch_devices
 
 
 def causal_attention(
-    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array
+    config: ModelConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    documents_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the attended values. All arrays have shape (B, T, H, K)."""
+    """Return the attended values. Arrays have shape (B, T, H, K).
+
+    Given the number of each token's document, a token attends to its own document only.
+    """
     kernel: Any = choose_kernel(config, q.shape[1])
     if kernel == "splash":
-        return _splash(q * q.shape[-1] ** -0.5, k, v)  # pyright: ignore
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+        documents = () if documents_BxT is None else (documents_BxT,)
+        return _splash(q * q.shape[-1] ** -0.5, k, v, *documents)  # pyright: ignore
+    mask = None
+    if documents_BxT is not None:
+        mask = documents_BxT[:, None, :, None] == documents_BxT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, implementation=kernel
+    )
 
 
 def platform() -> str:
@@ -40,12 +53,14 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
     """Return what computes attention over this length: "xla", "cudnn" or "splash"."""
     devices, requested = platform(), config.attention
     head_width = config.width // config.heads
-    cudnn = devices == "gpu" and config.dtype == "bfloat16"
+    # For cuDNN a mask of documents is an array as large as the weights of XLA's attention.
+    cudnn = devices == "gpu" and config.dtype == "bfloat16" and not config.within_documents
     splash = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
     if not {"cudnn": cudnn, "splash": splash}.get(requested, True):
         raise ConfigError(
-            "`attention`: cudnn needs a GPU and bfloat16; splash a TPU, a `context` that "
-            "is a multiple of 128, and heads whose width is a multiple of 64. Got "
+            "`attention`: cudnn needs a GPU and bfloat16, without `within_documents`; "
+            "splash a TPU, a `context` that is a multiple of 128, and heads whose width is "
+            "a multiple of 64. Got "
             f"{requested} on {devices}, {config.dtype}, {config.context}, {head_width}."
         )
     if splash and (requested == "splash" or (requested == "auto" and devices == "tpu")):
@@ -53,15 +68,17 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
     return "cudnn" if cudnn and requested != "xla" else "xla"
 
 
-def _kernel(*qkv):
-    _, T, H, _ = qkv[0].shape
+def _kernel(q, k, v, documents=None):
+    _, T, H, _ = q.shape
     blocks: Any = [math.gcd(T, 512)] * 8  # of the forward and the backward pass
     kernel: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
         block_sizes=splash.BlockSizes(*blocks),
         interpret=platform() != "tpu",
     )
-    return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in qkv)).swapaxes(1, 2)
+    segments = None if documents is None else splash.SegmentIds(documents, documents)
+    qkv = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(*qkv, segments).swapaxes(1, 2)
 
 
 def _on_each_device(fn):
@@ -77,7 +94,10 @@ def _on_each_device(fn):
             return fn(*arrays)
         is_even = len(arrays[0]) % batch_devices(mesh) == 0
         spec = P(BATCH if is_even else None, None, "tensor")
-        return jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+        # Documents have no axis of heads.
+        specs = tuple(spec if x.ndim > 2 else P(spec[0]) for x in arrays)
+        each = jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)
+        return each(*arrays)
 
     @apply.def_vmap
     def rule(size, is_mapped, *arrays):
@@ -92,20 +112,20 @@ def _on_each_device(fn):
     return apply
 
 
-def _forward(*qkv):
+def _forward(q, k, v, *documents):
     """Return the attended values, and the logarithm of each softmax's sum: (B, T, H)."""
-    attended, backward = jax.vjp(_kernel, *qkv)
+    attended, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     *_, log_sums = _floating(jax.tree.leaves(backward))
     return attended, log_sums.swapaxes(1, 2)
 
 
-def _backward(gradient, attended, log_sums, *qkv):
+def _backward(gradient, attended, log_sums, q, k, v, *documents):
     """Return gradients from the results of `_forward`.
 
     `jax.vjp` traces the kernel again for the structure of its backward pass. XLA drops the
     forward pass, because its results are replaced.
     """
-    _, backward = jax.vjp(_kernel, *qkv)
+    _, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     leaves, structure = jax.tree.flatten(backward)
     *_, traced, traced_sums = _floating(leaves)  # after q, k and v
     saved = {id(traced): attended.swapaxes(1, 2), id(traced_sums): log_sums.swapaxes(1, 2)}
@@ -118,6 +138,12 @@ def _floating(leaves):
 
 
 @jax.custom_gradient
-def _splash(*qkv):
-    results = _on_each_device(_forward)(*qkv)
-    return results[0], lambda g: _on_each_device(_backward)(g, *results, *qkv)
+def _splash(*arrays):
+    """Return the attended values of q, k, v, (B, T, H, K), and maybe documents, (B, T)."""
+    results = _on_each_device(_forward)(*arrays)
+
+    def backward(gradient):
+        gradients = _on_each_device(_backward)(gradient, *results, *arrays)
+        return (*gradients, *[None] * (len(arrays) - 3))
+
+    return results[0], backward

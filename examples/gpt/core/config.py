@@ -48,6 +48,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     # Positions of a sequence whose float32 logits are in memory at a time.
     loss_chunk: int = 256
+    within_documents: bool = False  # Let a token attend to its own document only.
+    separator: int | None = None  # Token that ends a document. The default is the data's.
     # Attention by XLA, by the cuDNN kernel on a GPU, or by the Pallas splash kernel on a
     # TPU. The kernels do not store the (T, T) weights. `auto` takes a kernel if possible.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -182,6 +184,7 @@ class Config:
         vocabulary: int,
         batch_devices: int = 1,
         saved: Mapping[str, Any] = {},
+        separator: int | None = None,
     ) -> "Config":
         """Return the config with the values that depend on the data and the devices.
 
@@ -194,6 +197,8 @@ class Config:
         size = refresh.refresh_batch or saved.get("refresh_batch") or smallest
         groups = refresh.groups or saved.get("groups") or size
         vocabulary = model.vocabulary or -(-vocabulary // 128) * 128
+        if model.within_documents and model.separator is None:
+            model = dataclasses.replace(model, separator=separator)
         # No attention kernel has the second derivative that Hutchinson's estimates need.
         attention = "xla" if self.optimizer == "sophia_h" else model.attention
         return dataclasses.replace(

@@ -95,6 +95,12 @@ class Corpus:
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if the data does not fit the model."""
         check_vocabulary(config, self.tokenizer.vocabulary)
+        ends = (np.any(array == config.separator) for array in self.validation.arrays)
+        if config.within_documents and not any(ends):
+            raise ConfigError(
+                f"`within_documents`: {self.name} has no token {config.separator} at the "
+                "end of a document: prepare the documents."
+            )
         for name in ("train", "validation"):
             longest = max(map(len, getattr(self, name).arrays), default=0)
             if longest <= config.context:

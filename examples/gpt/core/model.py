@@ -40,12 +40,12 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * D, D, **last, **shared)
         self.config = config
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, documents_BxT: jax.Array | None) -> jax.Array:
         is_neox = self.config.architecture == "neox"
         q, k, v = jnp.moveaxis(self.qkv(self.norm_1(x_BxTxD)), -3, 0)  # (B, T, H, K)
         if is_neox:
             q, k = rotate(q), rotate(k)
-        mixed_BxTxHxK = causal_attention(self.config, q, k, v)
+        mixed_BxTxHxK = causal_attention(self.config, q, k, v, documents_BxT)
         attended_BxTxD = x_BxTxD + self.project(mixed_BxTxHxK)
         up = self.up(self.norm_2(x_BxTxD if is_neox else attended_BxTxD))
         return attended_BxTxD + self.down(jax.nn.gelu(up))
@@ -100,8 +100,8 @@ class GPT(nnx.Module):
         saved = [] if self.config.remat == "full" else [_LOGIT_GRADIENTS]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         score = jax.checkpoint(score, policy=policy)
-        # Chunks of equal size, (chunks, B, chunk, ...). A `vmap` over positions would keep a
-        # gradient of the head for each position on GPUs.
+        # Chunks of equal size, (chunks, B, chunk, ...). For a `vmap` over positions, XLA
+        # would keep a gradient of the head for each position on GPUs.
         chunk = max(n for n in range(1, self.config.loss_chunk + 1) if T % n == 0)
         split = jax.tree.map(
             lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1), inputs
@@ -115,11 +115,12 @@ class GPT(nnx.Module):
         x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
             x_BxTxD += self.positions.embedding[...][: tokens_BxT.shape[1]]
+        documents_BxT = self._documents(tokens_BxT)
         graph, layers = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
             block = nnx.merge(graph, gather(layer, self.config.dtype))
-            return block(x_BxTxD), None
+            return block(x_BxTxD, documents_BxT), None
 
         if self.config.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -127,6 +128,14 @@ class GPT(nnx.Module):
             apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
         x_BxTxD, _ = jax.lax.scan(apply, x_BxTxD.astype(self.config.dtype), layers)
         return self.norm(x_BxTxD)
+
+    def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
+        """Return the number of each token's document, whose last token is a separator."""
+        if not self.config.within_documents:
+            return None
+        assert self.config.separator is not None
+        ends_BxT = (tokens_BxT == self.config.separator).astype(jnp.int32)
+        return jnp.cumsum(ends_BxT, axis=1) - ends_BxT
 
     def head_logits(self, x: jax.Array) -> jax.Array:
         """Return the logits, shape (..., vocabulary), float32, of the head's inputs."""

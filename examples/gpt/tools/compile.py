@@ -155,7 +155,9 @@ def compile_run(config: Config, chip: Chip, devices: list[jax.Device]) -> dict[s
     config.check()
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
-        config.model.vocabulary or Bytes.vocabulary, sharding.batch_devices(mesh)
+        config.model.vocabulary or Bytes.vocabulary,
+        sharding.batch_devices(mesh),
+        separator=Bytes.separator,
     )
     with jax.set_mesh(mesh):
         step.check_mesh(config, mesh)
