@@ -95,12 +95,12 @@ def test_memory_bytes_count_slices_in_loops_once_per_iteration():
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
-def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, mesh, monkeypatch):
+@pytest.mark.parametrize("flags", ["", "--mesh data=2,fsdp=2,tensor=2 --within-documents"])
+def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monkeypatch):
     texts = []
     read = hlo.collectives
     monkeypatch.setattr(hlo, "collectives", lambda c: texts.append(c.as_text()) or read(c))
-    config = parse([*SMALL, "--mesh", mesh, "--optimizer", "adamw"])
+    config = parse([*SMALL, *flags.split(), "--optimizer", "adamw"])
     results = tool.compile_run(config, *tool.open_topology(topology))
     assert results["attention"] == "splash"
     kernels = [

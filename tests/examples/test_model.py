@@ -88,6 +88,17 @@ def test_loss_chunk_and_remat_change_no_loss_or_gradient(dtype, remat, loss_chun
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
 
 
+def test_gradient_of_a_chunk_is_one_matrix_product():
+    """XLA for GPUs kept a gradient of the head for each position of a chunk."""
+    config = ModelConfig(context=64, vocabulary=160, dtype="bfloat16", loss_chunk=16)
+    params = jax.eval_shape(lambda: model.init(config))
+    tokens = jax.ShapeDtypeStruct((3, 65), jnp.int32)
+    loss = lambda params, tokens: model.bind(config, params).loss(tokens)  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).as_text()
+    assert "tensor<64x160xf32>" in text  # width and vocabulary
+    assert "tensor<16x64x160xf32>" not in text
+
+
 @pytest.mark.slow
 def test_loss_chunk_reduces_temporary_memory():
     B, T, V = 4, 256, 8192
