@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import types
 
 import jax
@@ -103,36 +104,35 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
     config = parse([*SMALL, *flags.split(), "--optimizer", "adamw"])
     results = tool.compile_run(config, *tool.open_topology(topology))
     assert results["attention"] == "splash"
-    kernels = [
-        line.split(" = ")[0] for line in texts[0].splitlines() if "splash_mha" in line
-    ]
-    assert sum("splash_mha_fwd" in name for name in kernels) == 1
-    assert sum("splash_mha_dq" in name for name in kernels) == 1
+    kernels = re.findall(r"%(splash_mha_(?:fwd|dq|dkv))_\S* = .* custom-call", texts[0])
+    assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_only_gradients_cross_slices():
     """A step exchanges one gradient between slices, a step with a refresh one more."""
-    config = parse([*SMALL, "--mesh", "fsdp=2"])
+    config = parse(SMALL)
     results = tool.compile_run(config, *tool.open_topology("v5e:2x2", slices=2))
     plain, refresh = (
         results["programs"][f"{name} a refresh"]["exchanged"][hlo.BETWEEN_SLICES]
         for name in ("without", "with")
     )
-    gradient = results["memory"]["parameters"] * 2**30 / 2  # sharded over `data` too
-    assert gradient <= plain < 1.1 * gradient
-    assert 2 * gradient <= refresh < 2.2 * gradient
+    gradient = results["memory"]["parameters"] * 2**30 / 4  # of the devices of a slice
+    assert gradient <= plain < 2 * gradient  # small parameters are not scattered before
+    assert 1.5 * plain < refresh < 2.1 * plain
 
 
-@needs_libtpu
-@pytest.mark.slow
-def test_main_tries_layouts_until_one_fits(capsys, tmp_path):
-    config = parse(
-        [*SMALL, "--batch", "4096", "--context", "1024", "--vocabulary", "50304"]
-    )
-    options = tool.Options("v5e:2x2", config, json=tmp_path / "results.json")
-    results = tool.main(options)
-    assert results == json.loads(options.json.read_text())
-    assert results["accumulate"] > 1
-    assert "--accumulate 1 --remat none: does not fit." in capsys.readouterr().out
+def test_main_tries_layouts_until_one_fits(monkeypatch, capsys, tmp_path):
+    def compile_run(config, chip, devices):
+        if config.training.accumulate < 4:
+            raise tool.DoesNotFit("Out of memory.")
+        return {"accumulate": config.training.accumulate}
+
+    monkeypatch.setattr(tool, "compile_run", compile_run)
+    monkeypatch.setattr(tool, "open_topology", lambda *_: (None, devices("TPU v5", 4)))
+    monkeypatch.setattr(tool, "print_results", print)
+    options = tool.Options("v5p:2x2x1", parse(SMALL), json=tmp_path / "results.json")
+    assert tool.main(options)["accumulate"] == 4
+    assert json.loads(options.json.read_text())["topology"] == "v5p:2x2x1"
+    assert "--accumulate 2 --remat none: does not fit. Out" in capsys.readouterr().out
