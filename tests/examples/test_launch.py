@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import types
 
 import jax
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from gpt_runs import ROOT
 from jax.sharding import AbstractMesh, AxisType
 
+from benchmarks import topologies
 from examples.gpt.core import sharding
 from examples.gpt.core.config import ConfigError, Processes
+from examples.gpt.core.fit import fit_to_devices
 from examples.gpt.core.step import check_mesh
 from examples.gpt.operations import processes
 from examples.gpt.presets import parse
@@ -100,11 +103,14 @@ def test_kubernetes_objects_refer_to_each_other():
 
 
 def check_on_32_devices(arguments):
-    """A v5p-64 has 32 chips, and four nodes have 32 GPUs."""
+    """A v5p-64 has 32 chips, and four nodes have 32 GPUs: rows of a table in the docs."""
     config = parse(arguments)
     config.check()
-    assert config.preset == "gpt2-125m"
-    mesh = AbstractMesh((32, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    config = config.with_resolved_defaults(50257, sharding.batch_devices(mesh))
-    check_mesh(config, mesh)
-    assert config.refresh.groups == 32
+    assert config.training.mesh == "auto"
+    for topology, kind in (("v5p:2x4x4", "TPU v5"), ("h200:32", "NVIDIA H200")):
+        assert (config.preset, topology, "") in topologies.ROWS
+        devices = [types.SimpleNamespace(device_kind=kind)] * 32
+        fitted = fit_to_devices(config, devices)
+        assert fitted.training.mesh == ""
+        mesh = AbstractMesh((32, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        check_mesh(fitted.with_resolved_defaults(50257, 32), mesh)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GPT-2 on a Cloud TPU pod: create it, copy this checkout to its hosts, and train.
+# GPT-2 on a Cloud TPU slice: create it, copy this checkout to its hosts, and train.
 #
 #   ZONE=us-east5-a examples/gpt/launch/tpu.sh gpt v5p-64 \
-#     --preset gpt2-125m --data gs://my-bucket/openwebtext --out gs://my-bucket/runs/gpt
+#     --preset gpt2-1.5b --mesh auto --data gs://my-bucket/openwebtext --out gs://my-bucket/runs/gpt
 #
 # If the pod was preempted, the same command creates it again, and the run resumes. To
 # delete it:
