@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt`: train, compare, plot, and write a text."""
+"""The command `python -m examples.gpt`: train, compare and plot."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,26 +8,25 @@ from typing import Any
 import jax
 
 from examples.gpt.core.config import Config, ConfigError
-from examples.gpt.core.data import Corpus
 from examples.gpt.core.sharding import batch_devices, make_mesh
-from examples.gpt.core.train import train
+from examples.gpt.core.train import Row, train
 from examples.gpt.operations import checkpoints, processes
 from examples.gpt.operations.folders import as_path
-from examples.gpt.operations.plot import Curve, plot_losses
+from examples.gpt.operations.plot import plot_losses
 from examples.gpt.operations.run import open_run
 from examples.gpt.presets import RECIPES, parse
-from examples.gpt.tools import corpora, hugging_face, sample
+from examples.gpt.tools import corpora, hugging_face
 from examples.gpt.tools.command import run_command
 
 
-def main(config: Config) -> list[Curve]:
-    """Train with each optimizer, and write everything to the folder of the config."""
+def main(config: Config) -> dict[str, list[Row]]:
+    """Train with each optimizer, and write everything to the folder of the config.
+
+    Return the rows of metrics.jsonl by optimizer.
+    """
     if str(config.folder).startswith(("s3:", "az:")):
         raise ConfigError(f"`out` must be a folder or gs://NAME, got {config.folder}.")
     out = as_path(config.folder)
-    local = ("data", "out", "process_id")  # may differ between machines
-    values = {k: v for k, v in config.as_json().items() if k not in local}
-    processes.check_same_flags(values)
     mesh = make_mesh(config.training.mesh)
     with processes.raise_on_all_processes():
         corpus = corpora.load(config.data)
@@ -37,7 +36,7 @@ def main(config: Config) -> list[Curve]:
             f"{len(corpus.validation):,} for validation\n{mesh.size} device(s) of "
             f"{jax.devices()[0].device_kind}"
         )
-    curves, text = [], ""
+    curves = {}
     with jax.set_mesh(mesh):
         for run, folder in runs(config, out):
             run = run.with_resolved_defaults(
@@ -49,17 +48,13 @@ def main(config: Config) -> list[Curve]:
             run.check()
             corpus.check(run.model)
             with open_run(run, corpus, folder, initial_params) as opened:
-                state = train(run, corpus, opened)
-            curves.append(Curve(run.optimizer, opened.rows))
-            text = text or write_text(run, state.params, corpus)
-    if not processes.is_first_process():
-        return curves
-    plot_losses(curves, out / "loss.png", corpus.name)
-    print(f"\n--- text by {config.optimizer} ---\n{text}\n---")
-    print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
-    for curve in curves if config.compare else []:
-        print(f"{curve.name}: val loss {curve.val_loss:.3f}")
-    print(f"val loss {curves[0].val_loss:.3f}")
+                train(run, corpus, opened)
+            curves[run.optimizer] = opened.rows
+    if processes.is_first_process():
+        plot_losses(curves, out / "loss.png", corpus.name)
+        print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
+        for name, rows in curves.items():
+            print(f"{name}: val loss {rows[-1]['val_loss']:.3f}")
     return curves
 
 
@@ -84,20 +79,8 @@ def initial_params(config: Config) -> Any:
     return params
 
 
-def write_text(config: Config, params: Any, corpus: Corpus) -> str:
-    """Return text sampled after the first `context` tokens of the validation split."""
-    tokens = sample.generate(
-        config.model,
-        params,
-        corpus.validation.read(0, config.model.context),
-        400,
-        key=jax.random.key(config.seed),
-        vocabulary=corpus.tokenizer.vocabulary,
-    )
-    return corpus.tokenizer.decode(tokens)
-
-
 def run(config: Config) -> None:
+    """Join the other processes, and train."""
     config.check()
     processes.join_processes(config.processes)
     main(config)

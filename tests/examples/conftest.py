@@ -1,16 +1,25 @@
+import contextlib
 import dataclasses
 import json
 
 import fsspec
-import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from gpt_runs import TEXT, arguments, losses, run
+from gpt_runs import TEXT, arguments, losses, make_config, run
 
 from examples.gpt.core.config import Config
-from examples.gpt.core.step import TrainState
-from examples.gpt.operations.checkpoints import CHECKPOINTS, Checkpoints
+from examples.gpt.operations.checkpoints import open_checkpointer
 from examples.gpt.operations.run import save_tokenizer
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A function from values to the config of a run of 4 steps."""
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    values = {"data": tmp_path / "corpus.txt", "out": tmp_path / "out", "steps": 4}
+    values |= {"warmup": 1, "layers": 1, "heads": 2, "width": 16, "context": 16}
+    values |= {"batch": 8, "refresh_batch": 4, "groups": 4, "log_every": 1}
+    return lambda **changes: make_config(**(values | {"validation_batches": 2} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +50,8 @@ def save_run(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config.as_json()))
         save_tokenizer(folder, tokenizer)
-        with Checkpoints(folder / CHECKPOINTS, config, {}) as checkpoints:
-            checkpoints.save(1, TrainState(params, {"count": np.zeros(())}), {})
+        with contextlib.closing(open_checkpointer(folder, config.output)) as checkpointer:
+            checkpointer.save_checkpointables_async(1, {"params": params})
         return folder
 
     return save

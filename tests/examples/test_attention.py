@@ -84,7 +84,7 @@ def run_step(mesh, **values):
         config = config.with_resolved_defaults(128, sharding.batch_devices(mesh))
         tx = make_optimizer(config, make_schedule(config))
         rows = np.asarray(TOKENS[:, : config.model.context + 1])
-        tokens = sharding.shard_batch(mesh, rows, 8)
+        tokens = sharding.shard_batch(mesh, rows)
         state = init_state(config, tx, mesh)
         compiled = make_train_step(config, tx, mesh).lower(state, tokens).compile()
         state, metrics = compiled(state, tokens)

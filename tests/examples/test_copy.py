@@ -30,5 +30,5 @@ def test_copied_core_trains_on_another_text(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    [loss] = re.findall(r"val loss (\d\.\d+)", result.stdout)
+    [loss] = re.findall(r"val_loss (\d\.\d+)", result.stdout)
     assert float(loss) < 5

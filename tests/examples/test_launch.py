@@ -5,33 +5,19 @@ import subprocess
 import types
 
 import jax
-import numpy as np
 import pytest
 from gpt_runs import ROOT
 from jax.sharding import AbstractMesh, AxisType
 
 from benchmarks import topologies
 from examples.gpt.core import sharding
-from examples.gpt.core.config import ConfigError, Processes
+from examples.gpt.core.config import Processes
 from examples.gpt.core.fit import fit_to_devices
 from examples.gpt.core.step import check_mesh
 from examples.gpt.operations import processes
 from examples.gpt.presets import parse
 
 LAUNCH = ROOT / "examples" / "gpt" / "launch"
-
-
-def test_check_same_flags_rejects_different_values(monkeypatch):
-    others = np.array([20, 20])
-    monkeypatch.setattr(
-        processes.multihost_utils,
-        "process_allgather",
-        lambda local: local + others - others[0],
-    )
-    processes.check_same_flags({"steps": 20})
-    others[1] = 30
-    with pytest.raises(ConfigError, match="All processes need the same flags"):
-        processes.check_same_flags({"steps": 20})
 
 
 @pytest.fixture
@@ -41,7 +27,7 @@ def initialized(monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **_: calls.append(args)
     )
-    for name in ("SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+    for name in ("SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
     return calls
@@ -53,8 +39,7 @@ def initialized(monkeypatch):
         ({}, False),
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
     ],
 )
 def test_join_processes_if_there_are_others(initialized, monkeypatch, environment, joins):

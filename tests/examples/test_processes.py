@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from gpt_runs import arguments, losses, run, run_processes
 
-from examples.gpt.operations import processes
 from examples.gpt.operations.checkpoints import CHECKPOINTS
 
 pytestmark = pytest.mark.slow
@@ -51,45 +50,6 @@ def test_8_devices_and_2_processes_equal_one_device(
     assert "loss" not in outputs[1]  # the first process prints
 
 
-SHUFFLE_DEVICES = """
-import jax
-
-make_mesh = jax.make_mesh
-
-
-def shuffled(*args, **kwargs):
-    devices = jax.devices()
-    order = [devices[i] for i in (0, 5, 2, 1, 7, 4, 3, 6)]
-    assert len({d.process_index for d in order[:2]}) == 2
-    return make_mesh(*args, **kwargs, devices=order)
-
-
-jax.make_mesh = shuffled
-"""
-
-
-def test_rows_of_a_process_need_not_be_contiguous(corpus, tmp_path, on_one_device):
-    """As on a TPU pod, whose devices are ordered by their place in the torus."""
-    args = arguments(corpus, tmp_path)
-    codes, outputs = run_processes(args, 2, devices=4, patch=SHUFFLE_DEVICES)
-    assert codes == [0, 0], outputs
-    assert_equal_losses(losses(tmp_path), on_one_device("sophia_g"))
-
-
-def test_checkpoint_that_one_process_cannot_read_ends_all(corpus, tmp_path):
-    args = arguments(corpus, tmp_path, mesh="fsdp=2")
-    codes, outputs = run_processes(args, 2, signalled=(13, signal.SIGTERM))
-    assert codes == [128 + signal.SIGTERM] * 2, outputs
-    newest = max((tmp_path / CHECKPOINTS).iterdir(), key=lambda p: int(p.name))
-    files = (newest / "params" / "ocdbt.process_1").rglob("*")
-    largest = max(filter(lambda p: p.is_file(), files), key=lambda p: p.stat().st_size)
-    with largest.open("r+b") as file:
-        file.truncate(largest.stat().st_size // 2)
-    codes, outputs = run_processes(args, 2)
-    assert codes == [1, 1], outputs
-    assert any(f"error: `out`: can't read {newest}" in output for output in outputs)
-
-
 FAIL_IN_SECOND = """
 import jax
 from examples.gpt.core.config import ConfigError
@@ -117,14 +77,12 @@ def test_error_of_one_process_ends_all(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_killed_process_ends_the_other_with_a_code(corpus, tmp_path, which):
+def test_killed_process_ends_the_other(corpus, tmp_path, which):
     args = arguments(corpus, tmp_path / "out", mesh="fsdp=2")
     signalled = (13, signal.SIGKILL)
     codes, outputs = run_processes(args, 2, which=which, signalled=signalled)
     assert codes[which] == -signal.SIGKILL
-    assert codes[1 - which] == processes.LOST
-    assert outputs[1 - which].count("error: Another process was lost") == 1
-    assert "Traceback" not in outputs[1 - which]
+    assert codes[1 - which] not in (0, 128 + signal.SIGTERM), outputs
 
 
 def test_elastic_resume_from_two_processes_to_one(corpus, tmp_path, on_one_device):
@@ -141,13 +99,12 @@ def test_elastic_resume_from_two_processes_to_one(corpus, tmp_path, on_one_devic
 
 @pytest.mark.parametrize("mesh", ["", "fsdp=4"])
 def test_elastic_resume_on_fewer_and_more_devices(corpus, tmp_path, on_one_device, mesh):
-    """From 8 to 4 devices, and to 16, which the 8 groups do not fill."""
+    """From 8 to 4 devices, and to 16 with 8 groups."""
     for devices, step in ((8, 7), (4, 13), (16, None)):
         signalled = None if step is None else (step, signal.SIGTERM)
         args = arguments(corpus, tmp_path, mesh=mesh)
         code, output = run(args, devices=devices, signalled=signalled)
         assert code == (0 if step is None else 128 + signal.SIGTERM), output
-    assert "8 groups are not a multiple of 16 devices" in output
     assert_equal_losses(losses(tmp_path), on_one_device("sophia_g"))
 
 

@@ -1,8 +1,4 @@
-"""The choices of a run. The comment on each field is its text in `--help`.
-
-`check` rejects invalid values. `with_resolved_defaults` fills in the values that depend on
-the data and the devices; training, checkpoints and config.json use its result.
-"""
+"""The choices of a run. The comment on each field is its text in `--help`."""
 
 import dataclasses
 import math
@@ -16,9 +12,9 @@ Preset = Literal["bytes", _Gpt2, "neox-1.5b", "neox-6.6b"]
 
 _MAY_BE_ZERO = {"seed", "warmup", "decay", "final_fraction", "b1", "b2"}
 _MAY_BE_ZERO |= {"weight_decay", "process_id"}
+_FRACTIONS = {"b1", "b2", "share"}
 _DIVISORS = {"heads": "width", "accumulate": "batch", "refresh_batch": "batch"}
 _DIVISORS |= {"groups": "refresh_batch"}
-_FRACTIONS = {"b1", "b2", "share"}
 
 
 class ConfigError(ValueError):
@@ -150,7 +146,6 @@ class Config:
     # A folder that `python -m examples.gpt.prepare` wrote, a text file, or a folder of text
     # files. The default is the source code of the standard library.
     data: Path | None = None
-    verify_data: bool = True  # Check the checksums of a prepared folder before training.
     # Start from weights: of a run's folder, of one of its checkpoints, or of a folder of
     # GPT-2 in Hugging Face's format, which requires `bias` and a `vocabulary` of 50257.
     init_from: Path | None = None
@@ -190,10 +185,11 @@ class Config:
 
         A run that is resumed keeps the groups of its `saved` values.
         """
-        model, refresh, batch = self.model, self.refresh, self.training.batch
+        model, training, refresh = self.model, self.training, self.refresh
         unit = math.lcm(refresh.groups or 1, batch_devices)
-        sizes = [n for n in range(unit, batch, unit) if batch % n == 0 and n >= 16]
-        smallest = min(sizes, default=batch)
+        sizes = range(unit, training.batch, unit)
+        fitting = [n for n in sizes if training.batch % n == 0 and n >= 16]
+        smallest = min(fitting, default=training.batch)
         size = refresh.refresh_batch or saved.get("refresh_batch") or smallest
         groups = refresh.groups or saved.get("groups") or size
         vocabulary = model.vocabulary or -(-vocabulary // 128) * 128
@@ -204,15 +200,13 @@ class Config:
         return dataclasses.replace(
             self,
             model=dataclasses.replace(model, vocabulary=vocabulary, attention=attention),
-            training=dataclasses.replace(
-                self.training, warmup=self.training.warmup_steps()
-            ),
+            training=dataclasses.replace(training, warmup=training.warmup_steps()),
             refresh=dataclasses.replace(refresh, refresh_batch=size, groups=groups),
         )
 
     def check(self) -> None:
         """Raise ConfigError for the first invalid value."""
-        values, recipe, steps = self.as_json(), self.recipe, self.training.steps
+        values, model, recipe = self.as_json(), self.model, self.recipe
         for name, value in values.items():
             is_number = type(value) in (int, float)
             if is_number and not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):
@@ -224,29 +218,27 @@ class Config:
             a, b = values[name], values[multiple]
             if None not in (a, b) and b % a:
                 raise ConfigError(f"`{name}` must divide `{multiple}`, got {a} and {b}.")
-        if self.model.architecture == "neox" and self.model.width // self.model.heads < 8:
-            raise ConfigError(f"`heads` of neox must be 8 wide, got {self.model.heads}.")
-        warmup, decay = self.training.warmup_steps(), self.training.decay_steps()
+        if model.architecture == "neox" and model.width // model.heads < 8:
+            raise ConfigError(f"`heads` of neox must be 8 wide, got {model.heads}.")
+        steps, warmup = self.training.steps, self.training.warmup_steps()
+        decay = self.training.decay_steps()
         if warmup >= steps or warmup + decay > steps:
             raise ConfigError(
                 f"`warmup` and `decay` must fit `steps`, got {warmup}, {decay} and {steps}."
             )
-        if "sophia" in self.optimizer and (recipe.gamma is None) == (recipe.share is None):
+        given = [name for name in ("gamma", "share") if values[name] is not None]
+        if len(given) != ("sophia" in self.optimizer):
             raise ConfigError(
-                "`share` determines gamma: give one of `gamma` and `share`, got "
-                f"{recipe.gamma} and {recipe.share}."
+                "Sophia needs one of `gamma` and `share`, and other optimizers none, got "
+                f"{recipe.gamma} and {recipe.share} for {self.optimizer}."
             )
-        for name in ("gamma", "share"):
-            if values[name] is not None and "sophia" not in self.optimizer:
-                raise ConfigError(f"`{name}` is for Sophia, got {self.optimizer}.")
         if (self.optimizer, recipe.nesterov) in (("lion", True), ("nadamw", False)):
             raise ConfigError(f"`nesterov` must not be set, got {self.optimizer}.")
         if self.optimizer in self.compare:
             raise ConfigError(f"`compare` must differ from `optimizer` {self.optimizer}.")
         if self.init_from is not None and self.resume_from is not None:
             raise ConfigError("`init_from` and `resume_from` exclude each other.")
-        given = [value is not None for value in vars(self.processes).values()]
-        if any(given) and not all(given):
+        if len({value is None for value in vars(self.processes).values()}) == 2:
             raise ConfigError(
                 "`coordinator`, `num_processes` and `process_id` must be given together."
             )

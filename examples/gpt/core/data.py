@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import sysconfig
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,18 +79,7 @@ class Corpus:
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
-    checksum: str
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The values that must not change when a run is resumed, as JSON."""
-        return {
-            "tokenizer": self.tokenizer.name,
-            "vocabulary": self.tokenizer.vocabulary,
-            "train tokens": len(self.train),
-            "validation tokens": len(self.validation),
-            "checksum": self.checksum,
-        }
+    checksum: str  # of the tokens; it must not change when a run is resumed
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if the data does not fit the model."""
@@ -119,28 +108,21 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
 
 
 def batches(
-    tokens: Tokens, batch: int, context: int, seed: int, rows: Sequence[slice] | None = None
+    tokens: Tokens, batch: int, context: int, seed: int, start: int = 0
 ) -> grain.DatasetIterator[np.ndarray]:
     """Return an endless iterator of shuffled batches, in another order each epoch.
 
-    Each batch is int32 of shape (rows, context + 1): the `rows` of the global batch that
-    this process reads, by default all. Sequences do not cross shards. Neighbors share a
-    token, the last target and the first input. `get_state()` of the iterator, the number of
-    batches, is equal on all processes. It reads ahead in 8 threads until it is closed.
+    Each batch is int32 of shape (batch, context + 1). Sequences do not cross shards.
+    Neighbors share a token, the last target and the first input. A run that resumes after
+    `start` steps skips their batches. The iterator reads ahead in 8 threads until it is
+    closed.
     """
     arrays = [array for array in tokens.arrays if len(array) > context]
     cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
     sequences = grain.MapDataset.concatenate([grain.MapDataset.source(x) for x in cut])
-    order: Any = (
-        sequences.map(lambda row: row.astype(np.int32)).seed(seed).shuffle().repeat()
-    )
-    local = np.concatenate([np.arange(batch)[block] for block in rows or [slice(None)]])
-
-    def read(step: int) -> np.ndarray:
-        return np.stack([order[int(row)] for row in step * batch + local])
-
-    steps = grain.MapDataset.range(len(order) // batch).map(read)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(8, 16)))
+    shuffled = sequences.map(lambda row: row.astype(np.int32)).seed(seed).shuffle()
+    batched = shuffled.repeat().batch(batch, drop_remainder=True)[start:]
+    return iter(batched.to_iter_dataset(grain.ReadOptions(8, 16)))
 
 
 def read_standard_library() -> Corpus:
@@ -161,9 +143,7 @@ def read_text(name: str, root: Path, files: list[Path]) -> Corpus:
         raise ConfigError(f"`data` must be text, got {name}: no text files in it.")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
-    if (
-        ends[count - 1] >= ends[-1] / 5
-    ):  # too few files, or too large: the last tenth of all
+    if ends[count - 1] >= ends[-1] / 5:  # few or large files: the last tenth of all
         text = b"\n".join(texts)
         middle = round(len(text) * 0.9)
         texts, count = [text[middle:], text[:middle]], 1

@@ -144,15 +144,7 @@ def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 
 
-def local_rows(mesh: jax.sharding.Mesh, batch: int) -> list[slice]:
-    """Return the rows of a batch on the devices of this process, as sorted blocks."""
+def shard_batch(mesh: jax.sharding.Mesh, batch: np.ndarray) -> jax.Array:
+    """Return a sharded batch. Every process has all rows, for any order of devices."""
     sharding = NamedSharding(mesh, P(BATCH))
-    indices: Any = sharding.addressable_devices_indices_map((batch,)).values()
-    blocks = {index[0].indices(batch)[:2] for index in indices}
-    return [slice(start, stop) for start, stop in sorted(blocks)]
-
-
-def shard_batch(mesh: jax.sharding.Mesh, rows: np.ndarray, batch: int) -> jax.Array:
-    """Return the global batch, of which this process has these rows."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    return jax.make_array_from_process_local_data(sharding, rows, (batch, *rows.shape[1:]))
+    return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

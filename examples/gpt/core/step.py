@@ -143,20 +143,11 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if the model or the batch does not fit the mesh."""
-    sharding.shardings(jax.eval_shape(lambda: model.init(config.model)), mesh)
+    """Raise ConfigError if the mesh does not divide the batch."""
     batch, accumulate = config.training.batch, config.training.accumulate
     devices = sharding.batch_devices(mesh)
-    next_batch = -(-batch // (accumulate * devices)) * accumulate * devices
-    if batch != next_batch:
+    if batch % (accumulate * devices):
         raise ConfigError(
-            f"`batch` must be sharded evenly, got {batch // accumulate} sequences in a "
-            f"micro-batch for {devices} devices (data x fsdp). --batch {next_batch} fits."
-        )
-    groups = config.refresh.groups or 1
-    uneven = "sophia" in config.optimizer and groups > 1 and groups % devices
-    if uneven and jax.process_index() == 0:
-        print(
-            f"{groups} groups are not a multiple of {devices} devices (data x fsdp): in a "
-            "refresh some devices are idle or compute the same group."
+            f"`batch` must be a multiple of `accumulate` x {devices} devices (data x fsdp)"
+            f", got {batch} and {accumulate}."
         )

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from . import data, step
 from .attention import choose_kernel
 from .config import Config, ConfigError
 from .optimizer import make_optimizer, make_schedule
-from .sharding import local_rows, shard_batch
+from .sharding import shard_batch
 from .step import TrainState
 
 Row = dict[str, Any]  # of metrics.jsonl
@@ -27,7 +27,8 @@ SOPHIA_METRICS = ("unclipped_fraction", "refreshes", "refused")
 class Run:
     """The side effects of a run. This one prints metrics, and saves nothing.
 
-    `operations.run.open_run` opens one with checkpoints, metrics.jsonl and signals.
+    The settings of checkpoints and of Weights & Biases have no effect here. A run of
+    `operations.run.open_run` uses them.
     """
 
     def __init__(self):
@@ -35,27 +36,21 @@ class Run:
 
     def start(
         self, config: Config, tx: optax.GradientTransformation, mesh: Mesh
-    ) -> tuple[int, TrainState, dict[str, Any] | None]:
-        """Return the number of steps done, the state, and the position in the data."""
-        return 0, step.init_state(config, tx, mesh), None
+    ) -> tuple[int, TrainState]:
+        """Return the number of steps done, and the state after them."""
+        return 0, step.init_state(config, tx, mesh)
 
-    def end_step(self, number: int, state: TrainState, row: Row, is_logged: bool) -> bool:
-        """Log the metrics of a step. Return whether the run must stop after it."""
-        self._row, self._is_logged = row | {"step": number}, is_logged
-        if is_logged:
-            self.rows.append(jax.device_get(self._row))
-            print(", ".join(f"{k} {v:.4g}" for k, v in self.rows[-1].items()), flush=True)
+    def must_stop(self, number: int) -> bool:
+        """Return whether training must stop after this step."""
         return False
 
-    def flush(self, validate: Callable[[], float] | None) -> None:
-        """Raise ConfigError for a loss that is not finite; validate, and log the result."""
-        require_finite(jax.device_get(self._row))
-        if validate is not None:
-            self.rows[-1]["val_loss"] = validate()
-            print(f"val loss {self.rows[-1]['val_loss']:.3f}", flush=True)
+    def log(self, row: Row) -> None:
+        """Keep and print the metrics of a step."""
+        self.rows.append(row)
+        print(", ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
 
-    def save(self, number: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Do nothing: this run has no checkpoints."""
+    def save(self, number: int, state: TrainState) -> None:
+        """Save the state after a step."""
 
 
 def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
@@ -67,51 +62,71 @@ def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
     tx = make_optimizer(config, schedule)
     train_step = step.make_train_step(config, tx, mesh)
     validate = make_validation(config, corpus.validation, mesh)
-    done, state, position = run.start(config, tx, mesh)
-    with open_batches(config, corpus.train, config.seed, mesh) as batches:
-        if position is not None:
-            batches.set_state(position)
+    done, state = run.start(config, tx, mesh)
+    timed_from = None  # a step and the time of its end; the first steps compile
+    with open_batches(config, corpus.train, config.seed, done) as batches:
         for number in range(done + 1, steps + 1):
-            tokens = shard_batch(mesh, next(batches), config.training.batch)
-            state, row = train_step(state, tokens)
+            tokens = shard_batch(mesh, next(batches))
+            state, metrics = train_step(state, tokens)
             is_last = number == steps
+            stops = run.must_stop(number)
             validates = is_last or number % output.validate_every == 0
-            is_logged = validates or number % output.log_every == 0
-            if is_logged:
-                row["lr"] = schedule(number - 1)
-                if "sophia" in config.optimizer:
-                    row |= sophia_row(state.opt_state)
-            stops = run.end_step(number, state, row, is_logged)
-            saves = stops or is_last or number % output.checkpoint_every == 0
-            if validates or saves:
-                run.flush(partial(validate, state.params) if validates else None)
+            logs = validates or number % output.log_every == 0
+            saves = is_last or stops or number % output.checkpoint_every == 0
+            if not (logs or saves):
+                continue
+            row = make_row(config, number, schedule, metrics, state.opt_state)
+            if timed_from is not None:
+                seconds = (time.perf_counter() - timed_from[1]) / (number - timed_from[0])
+                row["tokens_per_second"] = tokens[:, 1:].size / seconds
+            if validates:
+                row["val_loss"] = validate(state.params)
+            if logs:
+                run.log(row)
             if saves:
-                run.save(number, state, batches.get_state())
+                run.save(number, state)
             if stops:
                 break
+            timed_from = number, time.perf_counter()
     return state
-
-
-def open_batches(config: Config, tokens: data.Tokens, seed: int, mesh: Mesh) -> Any:
-    """Open the batches of a split, with the rows that this process's devices hold."""
-    batch, context = config.training.batch, config.model.context
-    rows = local_rows(mesh, batch)
-    return contextlib.closing(data.batches(tokens, batch, context, seed, rows))
 
 
 def make_validation(
     config: Config, tokens: data.Tokens, mesh: Mesh
 ) -> Callable[[Any], float]:
     """Return a function from parameters to the mean loss of a split's first batches."""
-    with open_batches(config, tokens, 0, mesh) as batches:
+    with open_batches(config, tokens, seed=0) as batches:
         held = [next(batches) for _ in range(config.output.validation_batches)]
 
     def validate(params: Any) -> float:
-        sharded = (shard_batch(mesh, rows, config.training.batch) for rows in held)
+        sharded = (shard_batch(mesh, batch) for batch in held)
         losses = [step.validation_loss(config, params, tokens) for tokens in sharded]
         return float(np.mean(jax.device_get(losses)))
 
     return validate
+
+
+def open_batches(config: Config, tokens: data.Tokens, seed: int, start: int = 0) -> Any:
+    """Open the batches of a split, without the first ones."""
+    batch, context = config.training.batch, config.model.context
+    return contextlib.closing(data.batches(tokens, batch, context, seed, start))
+
+
+def make_row(
+    config: Config, number: int, schedule: optax.Schedule, metrics: Row, opt_state: Any
+) -> Row:
+    """Wait for a step and return its metrics. Raise ConfigError if they are not finite."""
+    values = metrics | {"lr": schedule(number - 1)}
+    if "sophia" in config.optimizer:
+        values |= sophia_row(opt_state)
+    row = {name: float(value) for name, value in jax.device_get(values).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise ConfigError(
+                f"`{name}` of step {number} is {row[name]}: training stopped. "
+                "Try a lower --learning-rate."
+            )
+    return {"step": number} | row
 
 
 @jax.jit
@@ -119,13 +134,3 @@ def sophia_row(opt_state: optax.OptState) -> Row:
     """Return the metrics that Sophia's state has."""
     metrics = sophia_metrics(opt_state)
     return {name: metrics[name] for name in SOPHIA_METRICS}
-
-
-def require_finite(row: Row) -> None:
-    """Raise ConfigError if the loss or the gradient of a step is not finite."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(row[name]):
-            raise ConfigError(
-                f"`{name}` of step {row['step']} is {float(row[name])}: training stopped. "
-                "Try a lower --learning-rate."
-            )

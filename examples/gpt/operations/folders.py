@@ -43,24 +43,17 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder, except hidden ones. Follow links, each folder once."""
-    files, seen = [], set()
-    if not folder.is_dir():
-        return files
+    """Return the files in a folder, except hidden ones. Symbolic links are followed."""
 
     def fail(error: OSError) -> None:
-        raise error
+        raise ConfigError(f"`data`, `sources`: can't read {folder}: {error}")
 
-    with reraise_as_config_error(f"`data`, `sources`: can't read {folder}", OSError):
-        for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-            folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
-            if (real := os.path.realpath(root)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            files += [Path(root, name) for name in names if not name.startswith(".")]
-        for file in files:
-            file.stat()  # raises for a link whose target is missing
+    files = []
+    if not folder.is_dir():
+        return files
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
@@ -76,10 +69,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             path.write_bytes(content)
         return
     unfinished = path.with_name(".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished.write_bytes(content)
     unfinished.replace(path)
 
 
@@ -93,11 +83,12 @@ def lock_folder(folder: Path, doing: str) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # shared file systems may have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"`out`: another process is {doing} {folder}.") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"`out`: another process is {doing} {folder}.") from None
+    except OSError:
+        pass  # some shared file systems have no locks
+    try:
         yield
     finally:
         os.close(descriptor)

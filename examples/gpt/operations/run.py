@@ -1,20 +1,19 @@
 """A run with a folder: checkpoints, metrics, and signals to stop it."""
 
 import contextlib
+import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from examples.gpt.core import data, step
-from examples.gpt.core.config import Config, ConfigError
-from examples.gpt.core.train import Row, Run, require_finite
-from examples.gpt.operations import folders, processes
-from examples.gpt.operations.checkpoints import CHECKPOINTS, Checkpoints
-from examples.gpt.operations.log import Log
+from examples.gpt.core.config import Config
+from examples.gpt.core.train import Row, Run
+from examples.gpt.operations import checkpoints, folders, processes
 
+METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer"  # a folder in that of a run
 
 
@@ -34,75 +33,110 @@ def open_run(
         with processes.raise_on_all_processes():  # the first process holds the lock for all
             if processes.is_first_process():
                 stack.enter_context(folders.lock_folder(folder, "training in"))
-        signal = stack.enter_context(processes.StopSignal())
-        checkpoints = Checkpoints(folder / CHECKPOINTS, config, corpus.identity)
-        stack.enter_context(checkpoints)
-        run = SavedRun(folder, corpus.tokenizer, initial_params, checkpoints, signal)
+            checkpoint = checkpoints.find_to_resume(config, corpus.checksum, folder)
+        signal = processes.StopSignal()
+        with processes.raise_on_all_processes():
+            run = SavedRun(config, corpus, folder, checkpoint, initial_params, signal)
         stack.callback(run.close)
-        stack.enter_context(processes.exit_if_a_process_is_lost())
         yield run
     if signal.number is not None:
         if processes.is_first_process():
-            print(f"Step {run.done} is saved in {folder}. The same command resumes it.")
+            print(f"The run is saved in {folder}. The same command resumes it.")
         sys.exit(128 + signal.number)  # tells a launcher to start the run again
 
 
 class SavedRun(Run):
     """The side effects of a run in a folder: see `open_run`."""
 
-    def __init__(self, folder, tokenizer, initial_params, checkpoints, signal):
+    def __init__(self, config, corpus, folder, checkpoint, initial_params, signal):
         super().__init__()
-        self.done = 0  # steps
-        self._folder, self._tokenizer = folder, tokenizer
-        self._initial_params = initial_params
-        self._checkpoints, self._signal = checkpoints, signal
-        self._log: Any = None
+        self._folder, self._signal = folder, signal
+        self._checkpoint, self._initial_params = checkpoint, initial_params
+        self._wandb = None
+        self._checkpointer = checkpoints.open_checkpointer(folder, config.output)
+        if not processes.is_first_process():
+            return
+        done = 0 if checkpoint is None else int(checkpoint.name)
+        self.rows = [row for row in read_rows(folder) if row["step"] <= done]
+        values = config.as_json() | {checkpoints.CHECKSUM: corpus.checksum}
+        with folders.writing_to(folder):
+            folders.write_json(folder / "config.json", values)
+            self._write_rows()
+            save_tokenizer(folder, corpus.tokenizer)
+        if config.output.wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
 
-    def start(self, config, tx, mesh) -> tuple[int, step.TrainState, Any]:
-        steps = config.training.steps
-        restored = self._checkpoints.restore(step.abstract_state(config, tx, mesh))
-        if restored is None:
-            params = self._initial_params(config)
-            restored = 0, step.init_state(config, tx, mesh, params), None
-        elif restored[0] > steps:
-            raise ConfigError(f"`steps` must be at least {restored[0]}, got {steps}.")
-        elif processes.is_first_process():
-            what = "is done at" if restored[0] == steps else "resumes from"
-            print(f"{config.optimizer} {what} step {restored[0]} of {steps}.")
-        self.done = restored[0]
-        with processes.raise_on_all_processes():
-            self._log = Log(config, self._folder, self.done)
-            self.rows = self._log.rows
-            if processes.is_first_process():
-                save_tokenizer(self._folder, self._tokenizer)
-        return restored
+            # The same folder is the same run, also when it is resumed.
+            name = f"{zlib.crc32(str(folder.absolute()).encode()):08x}"
+            self._wandb = wandb.init(
+                project=config.output.wandb, id=name, config=values, resume="allow"
+            )
 
-    def end_step(
-        self, number: int, state: step.TrainState, row: Row, is_logged: bool
-    ) -> bool:
-        self.done, self._row = number, row | {"step": number}
-        self._log.add(self._row, is_logged)
+    def start(self, config, tx, mesh) -> tuple[int, step.TrainState]:
+        done = 0
+        if self._checkpoint is None:
+            state = step.init_state(config, tx, mesh, self._initial_params(config))
+        else:
+            done, abstract = (
+                int(self._checkpoint.name),
+                step.abstract_state(config, tx, mesh),
+            )
+            state = step.TrainState(
+                **checkpoints.load(self._checkpoint, abstract._asdict())
+            )
+        if processes.is_first_process():
+            verb = "resumes from" if done else "starts at"
+            print(f"{config.optimizer} {verb} step {done} of {config.training.steps}.")
+        return done, state
+
+    def must_stop(self, number: int) -> bool:
         return self._signal.came(number)
 
-    def flush(self, validate: Callable[[], float] | None) -> None:
-        with processes.raise_on_all_processes():
-            require_finite(jax.device_get(self._row))  # before it is saved
-            self._log.write(validate)
-            self._log.flush()
-        self._log.restart_clock(self.done)
+    def log(self, row: Row) -> None:
+        if not processes.is_first_process():
+            return
+        super().log(row)
+        if isinstance(self._folder, Path):  # objects in a store can't be appended to
+            with (
+                folders.writing_to(self._folder),
+                (self._folder / METRICS).open("a") as file,
+            ):
+                file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(row, row["step"])
 
-    def save(self, number: int, state: step.TrainState, position: dict[str, Any]) -> None:
-        self._checkpoints.save(number, state, position)
-        self._log.restart_clock(number)
+    def save(self, number: int, state: step.TrainState) -> None:
+        """Copy the state, and write it while training continues."""
+        with folders.writing_to(self._folder, Exception):
+            if processes.is_first_process() and not isinstance(self._folder, Path):
+                self._write_rows()
+            self._checkpointer.save_checkpointables_async(
+                number, state._asdict(), force=True, overwrite=True
+            )
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
+        """Wait until all is written."""
+        with folders.writing_to(self._folder, Exception):
+            self._checkpointer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        folders.write_bytes(self._folder / METRICS, lines.encode())
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of a run's metrics.jsonl, up to the first incomplete one."""
+    metrics, rows = folder / METRICS, []
+    with contextlib.suppress(ValueError):
+        for line in metrics.read_text().splitlines() if metrics.exists() else []:
+            rows.append(json.loads(line))
+    return rows
 
 
 def save_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
     """Write the tokenizer to the folder of a run: one file, which `tools` read."""
     name, content = tokenizer.save()
-    with folders.writing_to(folder):
-        (folder / TOKENIZER).mkdir(exist_ok=True)
-        folders.write_bytes(folder / TOKENIZER / name, content)
+    (folder / TOKENIZER).mkdir(exist_ok=True)
+    folders.write_bytes(folder / TOKENIZER / name, content)
