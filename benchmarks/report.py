@@ -15,10 +15,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks import ablations, devices, estimate, measure, pictures, second_task
+from benchmarks import (
+    ablations,
+    devices,
+    estimate,
+    measure,
+    pictures,
+    second_task,
+    topologies,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("groups", "costs", "devices", "results")]
+PAGES = [
+    DOCS / f"{name}.md"
+    for name in ("groups", "costs", "devices", "results", "trainer/compile")
+]
 REFERENCE = measure.RESULTS / "amd-epyc-2-cores"
 """Whose results are shown where there is room for one machine."""
 
@@ -33,7 +44,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "parts": ("ablations", ablations.changes),
     "second": ("second_task", second_task.table),
 }
-"""The tables of one benchmark's results: that of `costs` is of several."""
+"""The tables of one benchmark's results."""
 
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "ablations": ("ablations", pictures.losses),
@@ -61,6 +72,14 @@ def costs() -> str:
             for claim, value in _claims(found).items():
                 rows.setdefault(claim, {"claim": claim})[name] = value
     return measure.markdown(list(rows.values()), columns)
+
+
+OTHER_TABLES = {
+    "costs": costs,
+    "topologies": topologies.table,
+    "compiled": topologies.example,
+}
+"""Those of several results."""
 
 
 def _claims(found: dict[str, Any]) -> dict[str, str]:
@@ -133,8 +152,8 @@ def written(text: str) -> str:
     kept = results(REFERENCE)
 
     def table(match):
-        if match[2] == "costs":
-            return f"{match[1]}{costs()}\n{match[3]}"
+        if match[2] in OTHER_TABLES:
+            return f"{match[1]}{OTHER_TABLES[match[2]]()}\n{match[3]}"
         name, make = TABLES[match[2]]
         return f"{match[1]}{make(kept[name]['results'])}\n{match[3]}"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from examples.gpt.tools.compile import format_results
 
 KEPT = measure.RESULTS / "topologies"
 OPTIMIZERS = ("sophia_g", "adamw")
@@ -98,6 +99,12 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
         ),
         "Least time (ms)": f"{1e3 * max(plain['seconds'].values()):.0f}",
     }
+
+
+def example() -> str:
+    """Return the output of the command for one row."""
+    results = json.loads(path("gpt2-125m", "v5e:4x4", "sophia_g").read_text())
+    return f"```text\n{format_results(results)}\n```"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from benchmarks import hlo, measure
 from examples.gpt.core import model, sharding, step
 from examples.gpt.core.config import Config
 from examples.gpt.presets import preset_config
-from examples.gpt.tools.compile import open_topology
+from examples.gpt.tools.topologies import open_topology
 from sophia_optax import hold_unclipped, sophia_g
 
 UPDATES = {

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from examples.gpt.core.config import Config, ConfigError
+from examples.gpt.core.fit import fit_to_devices
 from examples.gpt.core.sharding import batch_devices, make_mesh
 from examples.gpt.core.train import Row, train
 from examples.gpt.operations import checkpoints, processes
@@ -27,6 +28,7 @@ def main(config: Config) -> dict[str, list[Row]]:
     if str(config.folder).startswith(("s3:", "az:")):
         raise ConfigError(f"`out` must be a folder or gs://NAME, got {config.folder}.")
     out = as_path(config.folder)
+    config = fit_to_devices(config, jax.devices())
     mesh = make_mesh(config.training.mesh)
     with processes.raise_on_all_processes():
         corpus = corpora.load(config.data)

@@ -15,6 +15,7 @@ from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.fit import MEMORY, fit_to_devices, layouts
 from examples.gpt.presets import parse
 from examples.gpt.tools import compile as tool
+from examples.gpt.tools.topologies import CHIPS, open_topology
 
 KEPT = sorted(topologies.KEPT.glob("*.json"))
 needs_libtpu = pytest.mark.skipif(
@@ -69,17 +70,17 @@ def test_layouts_divide_the_batch_and_start_with_the_run():
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "h200:2x2", "v5e:8", ""])
 def test_open_topology_rejects_unknown_names(name):
     with pytest.raises(ConfigError, match="`topology` must be a chip"):
-        tool.open_topology(name)
+        open_topology(name)
 
 
 def test_open_topology_names_the_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'needs libtpu: pip install "jax\[tpu\]"'):
-        tool.open_topology("v5e:2x4")
+        open_topology("v5e:2x4")
 
 
 def test_chips_and_memory_have_the_same_kinds():
-    assert {chip.kind for chip in tool.CHIPS.values()} == set(MEMORY)
+    assert {chip.kind for chip in CHIPS.values()} == set(MEMORY)
 
 
 def test_memory_bytes_count_slices_in_loops_once_per_iteration():
@@ -102,7 +103,7 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
     read = hlo.collectives
     monkeypatch.setattr(hlo, "collectives", lambda c: texts.append(c.as_text()) or read(c))
     config = parse([*SMALL, *flags.split(), "--optimizer", "adamw"])
-    results = tool.compile_run(config, *tool.open_topology(topology))
+    results = tool.compile_run(config, *open_topology(topology))
     assert results["attention"] == "splash"
     kernels = re.findall(r"%(splash_mha_(?:fwd|dq|dkv))_\S* = .* custom-call", texts[0])
     assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
@@ -113,7 +114,7 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
 def test_only_gradients_cross_slices():
     """A step exchanges one gradient between slices, a step with a refresh one more."""
     config = parse(SMALL)
-    results = tool.compile_run(config, *tool.open_topology("v5e:2x2", slices=2))
+    results = tool.compile_run(config, *open_topology("v5e:2x2", slices=2))
     plain, refresh = (
         results["programs"][f"{name} a refresh"]["exchanged"][hlo.BETWEEN_SLICES]
         for name in ("without", "with")
@@ -131,7 +132,7 @@ def test_main_tries_layouts_until_one_fits(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(tool, "compile_run", compile_run)
     monkeypatch.setattr(tool, "open_topology", lambda *_: (None, devices("TPU v5", 4)))
-    monkeypatch.setattr(tool, "print_results", print)
+    monkeypatch.setattr(tool, "format_results", str)
     options = tool.Options("v5p:2x2x1", parse(SMALL), json=tmp_path / "results.json")
     assert tool.main(options)["accumulate"] == 4
     assert json.loads(options.json.read_text())["topology"] == "v5p:2x2x1"

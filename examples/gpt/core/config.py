@@ -59,6 +59,7 @@ class Training:
     batch: int = 64  # Number of sequences in a batch.
     accumulate: int = 1  # Number of sequential micro-batches in a batch.
     # Layout of the devices, such as `data=8,fsdp=4,tensor=2`. The default is all `data`.
+    # `auto` chooses mesh, accumulate and remat by the memory of the devices.
     mesh: str = ""
     # Learning rate after the warm-up: a cosine decay, constant, or constant with a linear
     # decay at the end.

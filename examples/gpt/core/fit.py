@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
@@ -23,7 +23,7 @@ MEMORY |= {"NVIDIA H100": 74.5, "NVIDIA H200": 131.3}
 KEPT = {"none": 100, "dots": 32, "full": 4}
 
 
-def fit_to_devices(config: Config, devices: list[jax.Device]) -> Config:
+def fit_to_devices(config: Config, devices: list[Any]) -> Config:
     """Return the run with the mesh, micro-batches and remat that fit, for `--mesh auto`."""
     if config.training.mesh != "auto":
         return config

@@ -44,7 +44,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh of a text such as `data=8,fsdp=4`, of all devices by default.
 
     Among several TPU slices, which a slower network connects, only `data` crosses slices.
