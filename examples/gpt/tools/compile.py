@@ -196,5 +196,5 @@ def format_results(results: dict[str, Any]) -> str:
     lines = [f"{results['preset']} with {results['optimizer']} on {results['topology']}"]
     lines.append(" " * 30 + "".join(f"{name:>20}" for name in programs))
     for name, values in rows.items():
-        lines.append(f"{name:30}" + "".join(f"{value:20.2f}" for value in values))
+        lines.append(f"{name:30}" + "".join(f"{value:20.4g}" for value in values))
     return "\n".join(lines)
