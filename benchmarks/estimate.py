@@ -14,9 +14,7 @@ the whole text, as for a refresh in training. h is the mean of many estimates wi
 for each sequence: of the Gauss-Newton matrix, or of the Hessian for Hutchinson's.
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -33,7 +31,7 @@ from examples.gpt.core import data, sharding
 from examples.gpt.core.config import Config as RunConfig
 from examples.gpt.core.config import ModelConfig, Training
 from examples.gpt.core.model import bind, init
-from examples.gpt.core.train import Run, train
+from examples.gpt.core.train import train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +157,10 @@ def measure_errors(config: Config) -> dict[str, Any]:
     corpus = data.read_standard_library()
     run = config.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
-    opened = Run()
-    with contextlib.redirect_stdout(io.StringIO()):
-        with jax.set_mesh(sharding.make_mesh("")):
-            state = train(run, corpus, opened)
-        trained = jax.device_put(state.params, jax.devices()[0])
+    rows_of_run = []
+    with jax.set_mesh(sharding.make_mesh("")):
+        state = train(run, corpus, log=rows_of_run.append)
+    trained = jax.device_put(state.params, jax.devices()[0])
     models = {"initial": init(run.model, run.seed), "trained": trained}
     of_model = Refreshes(lambda params, inputs: bind(run.model, params)(inputs))
     errors, size, sizes = Errors(config, corpus.train), config.sequences, config.sizes
@@ -186,7 +183,7 @@ def measure_errors(config: Config) -> dict[str, Any]:
     compared = of_model.compared(*sizes)
     return {
         "config": dataclasses.asdict(config) | {"run": run.as_json()},
-        "validation_loss": opened.rows[-1]["val_loss"],
+        "validation_loss": rows_of_run[-1]["val_loss"],
         "truths": known,
         "one_batch": rows([of_model.gnb(size, g) for g in config.groups], size, False),
         "fresh_batches": rows(compared, sizes[0], True),

@@ -50,7 +50,8 @@ def main(config: Config) -> dict[str, list[Row]]:
             run.check()
             corpus.check(run.model)
             with open_run(run, corpus, folder, initial_params) as opened:
-                train(run, corpus, opened)
+                came = opened.signal.came
+                train(run, corpus, opened.start, opened.log, opened.save, came)
             curves[run.optimizer] = opened.rows
     if processes.is_first_process():
         plot_losses(curves, out / "loss.png", corpus.name)

@@ -113,25 +113,24 @@ def test_speed_is_that_of_training_steps(tiny, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
 
-    class SlowRun(train.Run):
-        def must_stop(self, number):
-            now[0] += 2.0  # a step
-            return False
+    rows = []
 
-        def log(self, row):
-            now[0] += 50.0
-            self.rows.append(row)
+    def wait(seconds, result=None):
+        now[0] += seconds
+        return result
 
-        def save(self, number, state):
-            now[0] += 100.0
-
-    run = SlowRun()
     config = tiny(steps=8, log_every=3, validate_every=3, checkpoint_every=4)
     corpus = data.read_text("text", tmp_path, [tmp_path / "corpus.txt"])
     with jax.set_mesh(make_mesh("")):
-        train.train(config.with_resolved_defaults(256), corpus, run)
-    assert [row["step"] for row in run.rows] == [3, 6, 8]
-    assert [row.get("tokens_per_second") for row in run.rows] == [None, 64, 64]
+        train.train(
+            config.with_resolved_defaults(256),
+            corpus,
+            log=lambda row: wait(50.0, rows.append(row)),
+            save=lambda *_: wait(100.0),
+            must_stop=lambda _: wait(2.0, result=False),  # the time of a step
+        )
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    assert [row.get("tokens_per_second") for row in rows] == [None, 64, 64]
 
 
 def test_read_rows_stops_at_an_incomplete_row(tmp_path):

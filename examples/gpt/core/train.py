@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from sophia_optax import sophia_metrics
 
@@ -24,52 +23,40 @@ Row = dict[str, Any]  # of metrics.jsonl
 SOPHIA_METRICS = ("unclipped_fraction", "refreshes", "refused")
 
 
-class Run:
-    """The side effects of a run. This one prints metrics, and saves nothing.
+def print_row(row: Row) -> None:
+    print(", ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
 
-    The settings of checkpoints and of Weights & Biases have no effect here. A run of
-    `operations.run.open_run` uses them.
+
+def train(
+    config: Config,
+    corpus: data.Corpus,
+    start: tuple[int, TrainState] | None = None,
+    log: Callable[[Row], None] = print_row,
+    save: Callable[[int, TrainState], None] = lambda number, state: None,
+    must_stop: Callable[[int], bool] = lambda number: False,
+) -> TrainState:
+    """Train on the mesh that is set, and return the last state.
+
+    Training resumes from `start`, a number of steps and the state after them. By default
+    it starts with new parameters, prints its metrics, and saves nothing. `operations.run`
+    has the functions of a run with a folder.
     """
-
-    def __init__(self):
-        self.rows: list[Row] = []
-
-    def start(
-        self, config: Config, tx: optax.GradientTransformation, mesh: Mesh
-    ) -> tuple[int, TrainState]:
-        """Return the number of steps done, and the state after them."""
-        return 0, step.init_state(config, tx, mesh)
-
-    def must_stop(self, number: int) -> bool:
-        """Return whether training must stop after this step."""
-        return False
-
-    def log(self, row: Row) -> None:
-        """Keep and print the metrics of a step."""
-        self.rows.append(row)
-        print(", ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
-
-    def save(self, number: int, state: TrainState) -> None:
-        """Save the state after a step."""
-
-
-def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
-    """Train on the mesh that is set, and return the last state."""
     mesh, output, steps = jax.sharding.get_mesh(), config.output, config.training.steps
     step.check_mesh(config, mesh)
     choose_kernel(config.model, config.model.context)  # raises here, not in the compiler
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = step.make_train_step(config, tx, mesh)
-    validate = make_validation(config, corpus.validation, mesh)
-    done, state = run.start(config, tx, mesh)
+    with open_batches(config, corpus.validation, seed=0) as batches:
+        validation = [next(batches) for _ in range(output.validation_batches)]
+    done, state = start or (0, step.init_state(config, tx, mesh))
     timed_from = None  # a step and the time of its end; the first steps compile
     with open_batches(config, corpus.train, config.seed, done) as batches:
         for number in range(done + 1, steps + 1):
             tokens = shard_batch(mesh, next(batches))
             state, metrics = train_step(state, tokens)
             is_last = number == steps
-            stops = run.must_stop(number)
+            stops = must_stop(number)
             validates = is_last or number % output.validate_every == 0
             logs = validates or number % output.log_every == 0
             saves = is_last or stops or number % output.checkpoint_every == 0
@@ -80,36 +67,28 @@ def train(config: Config, corpus: data.Corpus, run: Run) -> TrainState:
                 seconds = (time.perf_counter() - timed_from[1]) / (number - timed_from[0])
                 row["tokens_per_second"] = tokens[:, 1:].size / seconds
             if validates:
-                row["val_loss"] = validate(state.params)
+                row["val_loss"] = mean_validation_loss(config, state.params, validation)
             if logs:
-                run.log(row)
+                log(row)
             if saves:
-                run.save(number, state)
+                save(number, state)
             if stops:
                 break
             timed_from = number, time.perf_counter()
     return state
 
 
-def make_validation(
-    config: Config, tokens: data.Tokens, mesh: Mesh
-) -> Callable[[Any], float]:
-    """Return a function from parameters to the mean loss of a split's first batches."""
-    with open_batches(config, tokens, seed=0) as batches:
-        held = [next(batches) for _ in range(config.output.validation_batches)]
-
-    def validate(params: Any) -> float:
-        sharded = (shard_batch(mesh, batch) for batch in held)
-        losses = [step.validation_loss(config, params, tokens) for tokens in sharded]
-        return float(np.mean(jax.device_get(losses)))
-
-    return validate
-
-
 def open_batches(config: Config, tokens: data.Tokens, seed: int, start: int = 0) -> Any:
     """Open the batches of a split, without the first ones."""
     batch, context = config.training.batch, config.model.context
     return contextlib.closing(data.batches(tokens, batch, context, seed, start))
+
+
+def mean_validation_loss(config: Config, params: Any, batches: list[np.ndarray]) -> float:
+    """Return the mean loss of batches."""
+    sharded = (shard_batch(jax.sharding.get_mesh(), batch) for batch in batches)
+    losses = [step.validation_loss(config, params, tokens) for tokens in sharded]
+    return float(np.mean(jax.device_get(losses)))
 
 
 def make_row(

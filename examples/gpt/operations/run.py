@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from examples.gpt.core import data, step
 from examples.gpt.core.config import Config
-from examples.gpt.core.train import Row, Run
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core.train import Row, print_row
 from examples.gpt.operations import checkpoints, folders, processes
 
 METRICS = "metrics.jsonl"
@@ -23,7 +26,7 @@ def open_run(
     corpus: data.Corpus,
     folder: Path,
     initial_params: Callable[[Config], Any] = lambda config: None,
-) -> Iterator["SavedRun"]:
+) -> Iterator["Run"]:
     """Open a run in a folder, which is locked.
 
     A new run starts from `initial_params(config)`, or from random parameters if it is None.
@@ -34,29 +37,48 @@ def open_run(
             if processes.is_first_process():
                 stack.enter_context(folders.lock_folder(folder, "training in"))
             checkpoint = checkpoints.find_to_resume(config, corpus.checksum, folder)
-        signal = processes.StopSignal()
         with processes.raise_on_all_processes():
-            run = SavedRun(config, corpus, folder, checkpoint, initial_params, signal)
+            start = load_start(config, checkpoint, initial_params)
+            run = Run(config, corpus, folder, start)
         stack.callback(run.close)
         yield run
-    if signal.number is not None:
+    if run.signal.number is not None:
         if processes.is_first_process():
             print(f"The run is saved in {folder}. The same command resumes it.")
-        sys.exit(128 + signal.number)  # tells a launcher to start the run again
+        sys.exit(128 + run.signal.number)  # tells a launcher to start the run again
 
 
-class SavedRun(Run):
-    """The side effects of a run in a folder: see `open_run`."""
+def load_start(
+    config: Config, checkpoint: Path | None, initial_params: Callable[[Config], Any]
+) -> tuple[int, step.TrainState]:
+    """Return the number of steps done, and the state after them."""
+    mesh, tx = jax.sharding.get_mesh(), make_optimizer(config, make_schedule(config))
+    if checkpoint is None:
+        return 0, step.init_state(config, tx, mesh, initial_params(config))
+    abstract = step.abstract_state(config, tx, mesh)._asdict()
+    state = step.TrainState(**checkpoints.load(checkpoint, abstract))
+    return int(checkpoint.name), state
 
-    def __init__(self, config, corpus, folder, checkpoint, initial_params, signal):
-        super().__init__()
-        self._folder, self._signal = folder, signal
-        self._checkpoint, self._initial_params = checkpoint, initial_params
-        self._wandb = None
+
+class Run:
+    """The folder of a run, with its metrics and checkpoints: see `open_run`."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: data.Corpus,
+        folder: Path,
+        start: tuple[int, step.TrainState],
+    ):
+        self.start, self.signal = start, processes.StopSignal()
+        self.rows: list[Row] = []
+        self._folder, self._wandb = folder, None
         self._checkpointer = checkpoints.open_checkpointer(folder, config.output)
         if not processes.is_first_process():
             return
-        done = 0 if checkpoint is None else int(checkpoint.name)
+        done, steps = start[0], config.training.steps
+        verb = "resumes from" if done else "starts at"
+        print(f"{config.optimizer} {verb} step {done} of {steps}.")
         self.rows = [row for row in read_rows(folder) if row["step"] <= done]
         values = config.as_json() | {checkpoints.CHECKSUM: corpus.checksum}
         with folders.writing_to(folder):
@@ -72,30 +94,12 @@ class SavedRun(Run):
                 project=config.output.wandb, id=name, config=values, resume="allow"
             )
 
-    def start(self, config, tx, mesh) -> tuple[int, step.TrainState]:
-        done = 0
-        if self._checkpoint is None:
-            state = step.init_state(config, tx, mesh, self._initial_params(config))
-        else:
-            done, abstract = (
-                int(self._checkpoint.name),
-                step.abstract_state(config, tx, mesh),
-            )
-            state = step.TrainState(
-                **checkpoints.load(self._checkpoint, abstract._asdict())
-            )
-        if processes.is_first_process():
-            verb = "resumes from" if done else "starts at"
-            print(f"{config.optimizer} {verb} step {done} of {config.training.steps}.")
-        return done, state
-
-    def must_stop(self, number: int) -> bool:
-        return self._signal.came(number)
-
     def log(self, row: Row) -> None:
+        """Print metrics, and add them to metrics.jsonl and Weights & Biases."""
         if not processes.is_first_process():
             return
-        super().log(row)
+        print_row(row)
+        self.rows.append(row)
         if isinstance(self._folder, Path):  # objects in a store can't be appended to
             with (
                 folders.writing_to(self._folder),
