@@ -13,6 +13,7 @@ import pytest
 from benchmarks import hlo, topologies
 from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.fit import MEMORY, fit_to_devices, layouts
+from examples.gpt.core.sharding import make_mesh
 from examples.gpt.presets import parse
 from examples.gpt.tools import compile as tool
 from examples.gpt.tools.topologies import CHIPS, open_topology
@@ -107,6 +108,14 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
     assert results["attention"] == "splash"
     kernels = re.findall(r"%(splash_mha_(?:fwd|dq|dkv))_\S* = .* custom-call", texts[0])
     assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("slices", [1, 2])
+def test_make_mesh_splits_an_axis_of_the_torus(slices):
+    _, devices = open_topology("v5p:4x4x8", slices)
+    assert make_mesh("fsdp=2", devices).shape["data"] == 64 * slices
 
 
 @needs_libtpu

@@ -64,12 +64,15 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
             f"`mesh` must fit {len(devices)} device(s), and `data` {slices} slice(s), got "
             f"{got}."
         )
-    axis_types = (AxisType.Auto,) * 3
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types, devices=devices)
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    array = mesh_utils.create_hybrid_device_mesh(in_slice, (slices, 1, 1), devices)
-    return jax.sharding.Mesh(array, AXES, axis_types=axis_types)
+    # An axis may be a part of an axis of the torus: fsdp=2 of a v5p slice of 4x4x8.
+    split: Any = {"allow_split_physical_axes": True}
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(in_slice, devices, **split)
+    else:
+        between = (slices, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(in_slice, between, devices, **split)
+    return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
