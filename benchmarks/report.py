@@ -23,6 +23,7 @@ from benchmarks import (
     pictures,
     second_task,
     topologies,
+    tpu,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -43,6 +44,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ablations": ("ablations", ablations.ranking),
     "parts": ("ablations", ablations.changes),
     "second": ("second_task", second_task.table),
+    "tpu_updates": ("tpu", tpu.updates),
+    "tpu_refreshes": ("tpu", tpu.refreshes),
 }
 """The tables of one benchmark's results."""
 

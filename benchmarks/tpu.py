@@ -43,33 +43,33 @@ REFRESHES |= {"16 groups": ("sophia_g", 16), "Hutchinson, 1 group": ("sophia_h",
 
 def measure_compiled(config: Config) -> dict[str, Any]:
     _, devices = open_topology("v5p:2x2x2")
-    updates = []
+    update_rows = []
     for group in (UPDATES, SIXTEEN_BITS):
         base = None
         for name, tx in group.items():
-            for refreshes in (False, True) if "sophia" in name else (False,):
-                compiled = compile_update(config, tx, devices, refreshes)
+            for has_estimate in (False, True) if "sophia" in name else (False,):
+                compiled = compile_update(config, tx, devices, has_estimate)
                 row = describe(compiled)
                 base = base or row["bytes"]
-                label = name + (", with an estimate" if refreshes else "")
+                label = name + (", with an estimate" if has_estimate else "")
                 row |= {"name": label, "over_adamw": row["bytes"] / base}
-                updates.append(row)
-    refreshes = []
+                update_rows.append(row)
+    refresh_rows = []
     for mesh in ("data=8", "fsdp=8"):
         base = describe(compile_estimate(config, devices, mesh, "adamw", 1))
-        refreshes.append(base | {"name": f"{mesh}: gradient"})
+        refresh_rows.append(base | {"name": f"{mesh}: gradient"})
         for name, (optimizer, groups) in REFRESHES.items():
             row = describe(compile_estimate(config, devices, mesh, optimizer, groups))
-            refreshes.append(row | {"name": f"{mesh}: {name}"})
-        for row in refreshes:
+            refresh_rows.append(row | {"name": f"{mesh}: {name}"})
+        for row in refresh_rows:
             row.setdefault("bytes_over_gradient", row["bytes"] / base["bytes"])
             over = row["temporaries"] / base["temporaries"]
             row.setdefault("temporaries_over_gradient", over)
-    return {"updates": updates, "refreshes": refreshes}
+    return {"updates": update_rows, "refreshes": refresh_rows}
 
 
 def compile_update(
-    config: Config, tx: optax.GradientTransformation, devices: list[Any], refreshes: bool
+    config: Config, tx: optax.GradientTransformation, devices: list[Any], has_estimate: bool
 ) -> jax.stages.Compiled:
     """Compile the update of a model's parameters on one device."""
     mesh = sharding.make_mesh("", devices[:1])
@@ -81,7 +81,7 @@ def compile_update(
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         return step.TrainState(optax.apply_updates(state.params, updates), opt_state)
 
-    hessian = state.params if refreshes else None
+    hessian = state.params if has_estimate else None
     program = jax.jit(update, donate_argnums=0)
     return program.lower(state, state.params, hessian).compile()
 
@@ -127,36 +127,41 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    ops = {op: (lambda row, op=op: str(row["ops"][op])) for op in ("fusion", "copy")}
-    ops |= {op: (lambda row, op=op: str(row["ops"][op])) for op in ("transpose", "gather")}
-    updates = measure.markdown(
+def updates(results: dict[str, Any]) -> str:
+    return measure.markdown(
         results["updates"],
         {
             "update": "name",
             "GB": lambda row: f"{row['bytes'] / 1e9:.2f}",
             "over AdamW's": lambda row: f"{row['over_adamw']:.2f}",
-            "temporaries (MB)": lambda row: f"{row['temporaries'] / 1e6:.1f}",
-            **ops,
+            "temporaries (MB)": lambda row: f"{row['temporaries'] / 1e6:.0f}",
+            "fusions": lambda row: str(row["ops"]["fusion"]),
+            "copies": lambda row: str(row["ops"]["copy"]),
         },
     )
 
+
+def refreshes(results: dict[str, Any]) -> str:
     def sent(op: str) -> Any:
         return lambda row: f"{row['exchanged'].get(op, 0) / 1e9:.2f}"
 
-    refreshes = measure.markdown(
+    return measure.markdown(
         results["refreshes"],
         {
-            "estimate from 16 sequences": "name",
+            "from 16 sequences": "name",
             "bytes over a gradient's": lambda row: f"{row['bytes_over_gradient']:.2f}",
-            "temporaries": lambda row: f"{row['temporaries_over_gradient']:.2f}",
+            "temporaries over a gradient's": (
+                lambda row: f"{row['temporaries_over_gradient']:.2f}"
+            ),
             "all-reduce (GB)": sent("all-reduce"),
-            "reduce-scatter": sent("reduce-scatter"),
-            "all-gather": sent("all-gather"),
-            **ops,
+            "all-gather (GB)": sent("all-gather"),
+            "copies": lambda row: str(row["ops"]["copy"]),
         },
     )
-    return f"{updates}\n\n{refreshes}"
+
+
+def table(results: dict[str, Any]) -> str:
+    return f"{updates(results)}\n\n{refreshes(results)}"
 
 
 if __name__ == "__main__":

@@ -169,12 +169,14 @@ def test_few_files_are_split_within_a_file(tmp_path, sizes):
     assert 0.05 < len(corpus.validation) / total < 0.2
 
 
-def test_visible_files_follows_links(tmp_path):
+def test_visible_files_follows_links_and_reads_each_folder_once(tmp_path):
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     for path in (corpus / "inside", corpus / ".hidden", elsewhere / "deep"):
         path.mkdir(parents=True)
         (path / "a.txt").touch()
     (corpus / "link").symlink_to(elsewhere)
+    (corpus / "other").symlink_to(elsewhere / "deep")
+    (elsewhere / "cycle").symlink_to(corpus)
     expected = [corpus / "inside" / "a.txt", corpus / "link" / "deep" / "a.txt"]
     assert folders.visible_files(corpus) == expected
 

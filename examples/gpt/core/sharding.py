@@ -61,8 +61,8 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"`mesh` must fit {len(devices)} device(s), and `data` {slices} slice(s), got "
-            f"{got}."
+            f"`mesh` must fit the devices, got {got} for {len(devices)} device(s) in "
+            f"{slices} slice(s), which must divide `data`."
         )
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # An axis may be a part of an axis of the torus: fsdp=2 of a v5p slice of 4x4x8.

@@ -43,16 +43,20 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder, except hidden ones. Symbolic links are followed."""
+    """Return the files in a folder, except hidden ones. Follow links, each folder once."""
 
     def fail(error: OSError) -> None:
         raise ConfigError(f"`data`, `sources`: can't read {folder}: {error}")
 
-    files = []
+    files, seen = [], set()
     if not folder.is_dir():
         return files
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(root) in seen:  # such as a cycle of links
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
