@@ -1,7 +1,7 @@
-"""Count a program's operations on paper, from its jaxpr: no compiler, no device.
+"""The number of operations of a function, counted in its jaxpr. Nothing is compiled.
 
-A compiler's own count takes the body of a loop once. This one multiplies it by the trips,
-and holds for sizes that fit on no machine here.
+XLA's own count takes the body of a loop once. Here the body of a `scan` is multiplied by
+its length.
 """
 
 import math
@@ -14,11 +14,11 @@ from jax.interpreters import partial_eval
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
-    """Operations of one call of `fn(*args)`; the arguments may be shapes and dtypes.
+    """Return the number of operations of `fn(*args)`. Arguments may be abstract.
 
-    Two for each multiplication of a matrix product, one for each entry of the result of
-    anything else; none for what no result depends on, which a compiler drops. Of the
-    branches of a `cond` the dearest counts, and the body of a `while` counts once.
+    A matrix product counts two for each multiplication, and any other primitive one for
+    each entry of its result. Unused results are not counted. A `cond` counts its most
+    expensive branch, and a `while` one iteration.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -58,7 +58,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
         if op == "send" and "megascale" in i.line:
             op = BETWEEN_SLICES
         if op in _COLLECTIVES:
-            found.append(Collective(op, _size(i.result), times))
+            found.append(Collective(op, _size(_result(i)), times))
     return found
 
 
@@ -102,13 +102,21 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
+def _result(i: _Instruction) -> str:
+    """Return the shapes of the result. Those of some starts have the operands before it."""
+    if i.op not in ("all-gather-start", "collective-permute-start"):
+        return i.result
+    arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # not the scalars of a permute
+    return " ".join(arrays[len(arrays) // 2 :])
+
+
 def _traffic(
     i: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
     """Return the bytes that an instruction reads and writes."""
     if i.op in _NO_TRAFFIC or i.op.endswith("-start"):
         return 0
-    if i.op in ("copy-done", "slice-done"):  # between the two kinds of memory
+    if i.op.endswith("-done"):  # a copy between two kinds of memory, or an exchange
         return _size(i.result)
     operands = [_size(computation[name].result, "S(1)") for name in i.operands()]
     result = _size(i.result, "S(1)")

@@ -18,7 +18,7 @@ from examples.gpt.tools.compile import format_results
 
 KEPT = measure.RESULTS / "topologies"
 OPTIMIZERS = ("sophia_g", "adamw")
-# Preset, topology and additional flags. 480 sequences do not divide over 64 devices.
+# Preset, topology and additional flags. 480 is not a multiple of 64.
 ROWS = [
     ("gpt2-30m", "v5e:2x4", ""),
     ("gpt2-30m", "v6e:2x4", ""),
@@ -86,7 +86,7 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
     sent = [sum(program["exchanged"].values()) / 1e9 for program in (plain, refresh)]
     return {
         "Preset": f"`{sophia['preset']}`",
-        "Slice": f"`{sophia['topology']}`",
+        "Topology": f"`{sophia['topology']}`",
         "Devices": f"{sophia['devices']} {sophia['device']}",
         "`--mesh auto`": f"`{layout}`",
         "Memory (GiB)": (
@@ -97,7 +97,7 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
         "Operations (TFLOP)": (
             f"{plain['operations'] / 1e12:.1f}, {refresh['operations'] / 1e12:.1f}"
         ),
-        "Least time (ms)": f"{1e3 * max(plain['seconds'].values()):.0f}",
+        "Time (ms)": f"{1e3 * max(plain['seconds'].values()):.0f}",
     }
 
 

@@ -13,7 +13,7 @@ from examples.gpt.core.sharding import batch_devices, make_mesh
 from examples.gpt.core.train import Row, train
 from examples.gpt.operations import checkpoints, processes
 from examples.gpt.operations.folders import as_path
-from examples.gpt.operations.plot import plot_losses
+from examples.gpt.operations.plot import last_val_loss, plot_losses
 from examples.gpt.operations.run import open_run
 from examples.gpt.presets import RECIPES, parse
 from examples.gpt.tools import corpora, hugging_face
@@ -44,7 +44,7 @@ def main(config: Config) -> dict[str, list[Row]]:
             run = run.with_resolved_defaults(
                 corpus.tokenizer.vocabulary,
                 batch_devices(mesh),
-                checkpoints.saved_values(folder),
+                checkpoints.values_to_resume(run, folder),
                 corpus.tokenizer.separator,
             )
             run.check()
@@ -57,7 +57,7 @@ def main(config: Config) -> dict[str, list[Row]]:
         plot_losses(curves, out / "loss.png", corpus.name)
         print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
         for name, rows in curves.items():
-            print(f"{name}: val loss {rows[-1]['val_loss']:.3f}")
+            print(f"{name}: val loss {last_val_loss(rows):.3f}")
     return curves
 
 

@@ -220,7 +220,7 @@ class Config:
             if None not in (a, b) and b % a:
                 raise ConfigError(f"`{name}` must divide `{multiple}`, got {a} and {b}.")
         if model.architecture == "neox" and model.width // model.heads < 8:
-            raise ConfigError(f"`heads` of neox must be 8 wide, got {model.heads}.")
+            raise ConfigError(f"`heads` of neox must be 8 or wider, got {model.heads}.")
         steps, warmup = self.training.steps, self.training.warmup_steps()
         decay = self.training.decay_steps()
         if warmup >= steps or warmup + decay > steps:

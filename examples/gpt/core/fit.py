@@ -6,6 +6,7 @@ presets. `python -m examples.gpt.compile` shows what it allocates for a run.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -24,48 +25,63 @@ KEPT = {"none": 100, "dots": 32, "full": 4}
 
 
 def fit_to_devices(config: Config, devices: list[Any]) -> Config:
-    """Return the run with the mesh, micro-batches and remat that fit, for `--mesh auto`."""
+    """Return the run with the mesh, micro-batches and remat that fit, for `--mesh auto`.
+
+    Without an entry in `MEMORY`, as for a CPU, the batch is sharded over all devices.
+    """
     if config.training.mesh != "auto":
         return config
     training = dataclasses.replace(config.training, mesh="")
     config = dataclasses.replace(config, training=training)
     kind = devices[0].device_kind
     memory = next((MEMORY[name] for name in MEMORY if kind.startswith(name)), None)
-    if memory is None:  # such as a CPU
+    if memory is None:
         return config
     for run in layouts(config, len(devices)):
         if estimate_memory(run, len(devices)) < 0.9 * memory * GIB:
             return run
-    raise ConfigError(f"`mesh` auto: the run does not fit {len(devices)} of {kind}.")
+    raise ConfigError(
+        f"`mesh` auto: no layout of this run fits {len(devices)} devices of {kind}. Use "
+        "more devices, or a `batch` that is a multiple of their number."
+    )
 
 
 def layouts(config: Config, devices: int) -> Iterator[Config]:
     """Yield the run, then layouts that need less memory, the fastest first.
 
-    More micro-batches cost nothing, remat costs operations, and `fsdp` costs exchanges.
+    More micro-batches do not repeat operations. Remat does. With `fsdp`, each micro-batch
+    gathers the parameters.
     """
+    yield config
     training, replace = config.training, dataclasses.replace
-    meshes = [training.mesh]
-    if "fsdp" not in training.mesh:
-        sizes = [2**i for i in range(1, devices.bit_length()) if devices % 2**i == 0]
-        meshes += [f"{training.mesh},fsdp={size}".strip(",") for size in sizes]
+    given = _axes(training.mesh)
+    free = devices // math.prod(given.values())
+    sizes = [2**i for i in range(1, free.bit_length()) if free % 2**i == 0]
+    sizes = [n for n in sizes if "fsdp" not in given and config.model.width % n == 0]
+    meshes = [f"{training.mesh},fsdp={size}".strip(",") for size in sizes]
     remats = get_args(ModelConfig.__annotations__["remat"])
     remats = remats[remats.index(config.model.remat) :]
     batch, accumulate = training.batch, training.accumulate
     counts = [n for n in range(accumulate, batch + 1, accumulate) if batch % n == 0]
-    for mesh, remat, count in itertools.product(meshes, remats, counts):
-        shards = devices // _axes(mesh).get("tensor", 1)
-        if batch // count % shards == 0:
+    shards = devices // given.get("tensor", 1)
+    for mesh, remat, count in itertools.product([training.mesh, *meshes], remats, counts):
+        if batch % (count * shards) == 0:
             training = replace(training, mesh=mesh, accumulate=count)
-            yield replace(
-                config, training=training, model=replace(config.model, remat=remat)
-            )
+            shape = replace(config.model, remat=remat)
+            run = replace(config, training=training, model=shape)
+            if run != config:
+                yield run
 
 
 def estimate_memory(config: Config, devices: int) -> float:
-    """Return the estimated memory of a training step on each device, in bytes."""
-    shape, training, axes = config.model, config.training, _axes(config.training.mesh)
-    assert shape.vocabulary is not None
+    """Return the estimated memory of a training step on each device, in bytes.
+
+    The computation is in bfloat16, and an attention kernel is used.
+    """
+    # Before the data is read, the vocabulary may be unknown: assume that of GPT-2.
+    vocabulary = config.model.vocabulary or 50304
+    shape = dataclasses.replace(config.model, vocabulary=vocabulary)
+    training, axes = config.training, _axes(config.training.mesh)
     params = jax.eval_shape(lambda: model.init(shape))
     size = sum(x.size for x in jax.tree.leaves(params))
     shards = axes.get("fsdp", 1) * axes.get("tensor", 1)
@@ -73,8 +89,8 @@ def estimate_memory(config: Config, devices: int) -> float:
     state = 5 * 4 * size / shards
     sequences = training.batch * axes.get("tensor", 1) / training.accumulate / devices
     kept = shape.context * shape.layers * shape.width * KEPT[shape.remat]
-    kept += 0 if shape.remat == "full" else 2 * shape.context * shape.vocabulary
-    chunk = 12 * shape.loss_chunk * shape.vocabulary
+    kept += 0 if shape.remat == "full" else 2 * shape.context * vocabulary
+    chunk = 12 * shape.loss_chunk * vocabulary
     return state + sequences * (kept + chunk)
 
 

@@ -58,8 +58,9 @@ def find_to_resume(config: Config, checksum: str, folder: Path) -> Path | None:
         raise ConfigError(f"`{flag}`: {path} is of a different run:{rejected}")
     if changed and processes.is_first_process():
         print("Changed values:" + "".join(changed.values()))
-    if int(path.name) > config.training.steps:
-        raise ConfigError(f"`steps` must be at least {path.name}, as in {path}.")
+    done, steps = int(path.name), config.training.steps
+    if done > steps or (done == steps and flag == "resume_from"):
+        raise ConfigError(f"`steps` must exceed the step of {path}, got {steps}.")
     return path
 
 
@@ -94,6 +95,14 @@ def saved_values(out: Path) -> dict[str, Any]:
     """Return the values of the run in a folder, or none if it holds no run."""
     path = folders.as_path(out) / "config.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def values_to_resume(config: Config, folder: Path) -> dict[str, Any]:
+    """Return the values of the run that is resumed, or none if the run is new."""
+    if config.resume_from is None or find_checkpoint(folder) is not None:
+        return saved_values(folder)
+    path = find_checkpoint(config.resume_from)
+    return {} if path is None else saved_values(path.parents[1])
 
 
 def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:

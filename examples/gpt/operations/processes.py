@@ -19,7 +19,7 @@ from examples.gpt.operations.folders import reraise_as_config_error
 def join_processes(config: Processes) -> None:
     """Connect to the other processes, if there are any, before any computation."""
     given = tuple(vars(config).values())
-    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     has_others = (
         None not in given
         or (chips and importlib.util.find_spec("libtpu"))  # on Cloud TPU

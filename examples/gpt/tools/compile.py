@@ -30,8 +30,9 @@ class Options:
     """Compile the training step of a run for devices that are not attached.
 
     Print the memory of each device, whether the run fits, the bytes that devices exchange,
-    and a lower bound of the time. All flags of `python -m examples.gpt` apply. If the run
-    does not fit, larger values of --accumulate, --remat and --mesh fsdp are tried.
+    and an estimate of the time. The flags of the model, training, optimizer and refresh
+    apply. If the run does not fit, larger values of --accumulate and --remat, and then
+    --mesh fsdp=... are tried.
     """
 
     # TPU chips such as v5e:4x4, v5p:2x2x4 or v6e:8x8 (needs jax[tpu]), or a number of GPUs,
@@ -48,6 +49,7 @@ class DoesNotFit(ConfigError):
 
 def main(options: Options) -> dict[str, Any]:
     """Print the results, and return them as JSON."""
+    options.config.check()
     chip, devices = open_topology(options.topology, options.slices)
     first = fit_to_devices(options.config, devices)
     for config in layouts(first, len(devices)):
@@ -63,12 +65,11 @@ def main(options: Options) -> dict[str, Any]:
         if options.json is not None:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
         return results
-    raise ConfigError(f"`topology`: the run fits no layout of {options.topology} tried.")
+    raise ConfigError(f"`topology`: no layout of this run fits {options.topology}.")
 
 
 def compile_run(config: Config, chip: Chip, devices: list[Any]) -> dict[str, Any]:
     """Return the results of compiling a run's training step, as JSON."""
-    config.check()
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
         config.model.vocabulary or Bytes.vocabulary,
@@ -154,11 +155,11 @@ def compile_program(
         "operations": operations,
         "memory traffic": moved,
         "seconds": {
-            "operations": operations / chip.flops,
-            "memory": moved / chip.memory_bytes,
-            "exchange": (sum(exchanged.values()) - crossing) / chip.link_bytes,
+            "operations": operations / chip.peak_flops,
+            "memory": moved / chip.memory_bandwidth,
+            "exchange": (sum(exchanged.values()) - crossing) / chip.link_bandwidth,
         }
-        | ({"slices": crossing / chip.network_bytes} if crossing else {}),
+        | ({"slices": crossing / chip.network_bandwidth} if crossing else {}),
         "compile seconds": seconds,
     }
 
@@ -191,7 +192,7 @@ def format_results(results: dict[str, Any]) -> str:
     rows["memory traffic (GB)"] = [p["memory traffic"] / 1e9 for p in programs.values()]
     for name in next(iter(programs.values()))["seconds"]:
         times = [1e3 * p["seconds"][name] for p in programs.values()]
-        rows[f"least time of {name} (ms)"] = times
+        rows[f"time of {name} (ms)"] = times
     rows["compiled in (s)"] = [p["compile seconds"] for p in programs.values()]
     lines = [f"{results['preset']} with {results['optimizer']} on {results['topology']}"]
     lines.append(" " * 30 + "".join(f"{name:>20}" for name in programs))

@@ -11,24 +11,25 @@ from jax.experimental import topologies
 
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.fit import GIB, MEMORY
+from examples.gpt.operations.folders import reraise_as_config_error
 
 
 class Chip(NamedTuple):
     """Published numbers of a chip. Rates are per second, links are counted one way."""
 
     kind: str  # the start of JAX's `device_kind`
-    flops: float  # in bfloat16
-    memory_bytes: float
-    link_bytes: float  # between the chips of a slice, or the GPUs of a host
-    network_bytes: float  # between slices or hosts, for each chip
+    peak_flops: float  # in bfloat16
+    memory_bandwidth: float
+    link_bandwidth: float  # between the chips of a slice, or the GPUs of a host
+    network_bandwidth: float = 0.0  # between TPU slices, for each chip
 
 
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 197e12, 819e9, 200e9, 3.125e9),
     "v5p": Chip("TPU v5", 459e12, 2765e9, 600e9, 6.25e9),
     "v6e": Chip("TPU v6 lite", 918e12, 1638e9, 400e9, 12.5e9),
-    "h100": Chip("NVIDIA H100", 989e12, 3350e9, 450e9, 50e9),
-    "h200": Chip("NVIDIA H200", 989e12, 4800e9, 450e9, 50e9),
+    "h100": Chip("NVIDIA H100", 989e12, 3350e9, 450e9),
+    "h200": Chip("NVIDIA H200", 989e12, 4800e9, 450e9),
 }
 GPUS_PER_HOST = 8
 # The description of a GPU that XLA compiles for. All values are the same for H100 and H200,
@@ -47,7 +48,7 @@ gpu_device_info {{
 platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 7 }}
 runtime_version {{ major: 12 minor: 9 }}  device_description_str: "{name}"
 """
-# Without these the TPU's compiler looks for the metadata of a cloud machine and its chips.
+# Without these the TPU's compiler queries the metadata server of a cloud machine.
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # Without a GPU the compiler can't time kernels to choose among them.
@@ -59,12 +60,15 @@ def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     """Return the chip and the devices of a topology."""
     kind, _, shape = name.partition(":")
     is_gpu = kind.startswith("h")
-    pattern = r"\d+" if is_gpu else r"\d+x\d+(x\d+)?"
-    if kind not in CHIPS or not re.fullmatch(pattern, shape) or (is_gpu and slices > 1):
+    pattern = r"[1-9]\d*" if is_gpu else r"\d+x\d+(x\d+)?"
+    is_valid = kind in CHIPS and re.fullmatch(pattern, shape)
+    if is_valid and is_gpu:
+        is_valid = slices == 1 and (int(shape) <= 8 or int(shape) % GPUS_PER_HOST == 0)
+    if not is_valid or slices < 1:
         names = ", ".join(CHIPS)
         raise ConfigError(
-            f"`topology` must be a chip ({names}) and a shape, such as v5e:4x4 or h200:8, "
-            f"and `slices` is for TPUs, got {name} and {slices}."
+            f"`topology` must be a chip ({names}) and a shape, such as v5e:4x4, h200:8 or "
+            f"h200:16, and `slices` is for TPUs, got {name} and {slices}."
         )
     package = "jax_cuda12_plugin" if is_gpu else "libtpu"
     if importlib.util.find_spec(package) is None:
@@ -74,14 +78,15 @@ def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine are not used
     if not is_gpu:
         os.environ |= NO_TPU
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=slices
-        )
+        with reraise_as_config_error(f"`topology` {name}", jax.errors.JaxRuntimeError):
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=name, num_slices=slices
+            )
         return chip, list(found.devices)
     target = GPU_TARGET.format(
         name=chip.kind,
         memory=int(MEMORY[chip.kind] * GIB),
-        bandwidth=int(chip.memory_bytes),
+        bandwidth=int(chip.memory_bandwidth),
     )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}"
     hosts = math.ceil(int(shape) / GPUS_PER_HOST)
