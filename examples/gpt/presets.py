@@ -62,7 +62,7 @@ def _paper(
     gamma: float = 0.05,
     decay: float = 0.2,
 ) -> Recipes:
-    """Return the paper's settings with these learning rates; Levanter's for Sophia-H."""
+    """Return the paper's recipes with these rates. Sophia-H has Levanter's gamma."""
     return {
         "sophia_g": Recipe(sophia_g, 0.965, 0.99, decay, gamma),
         "sophia_h": Recipe(sophia_h, 0.965, 0.99, decay, 0.01),
@@ -117,7 +117,7 @@ def default_config(arguments: list[str] | None = None) -> Config:
     first: Any = {"return_unknown_args": True, "add_help": False}
     start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
-    if start.gamma is not None or start.share is not None:  # one replaces the other
+    if start.gamma is not None or start.share is not None:  # these replace each other
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)
         config = dataclasses.replace(config, recipe=recipe)
     return config

@@ -82,7 +82,9 @@ def _kernel(q, k, v, documents=None):
 
 
 def _on_each_device(fn):
-    """Apply `fn` to the sequences and heads of each device: XLA can't partition a kernel.
+    """Apply `fn` on each device to its sequences and heads.
+
+    XLA does not partition Pallas kernels.
 
     Under `vmap` the mapped axis is merged into the batch, with its sharding.
     """

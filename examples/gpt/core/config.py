@@ -1,4 +1,4 @@
-"""The choices of a run. The comment on each field is its text in `--help`."""
+"""The configuration of a run. The comment on each field is its text in `--help`."""
 
 import dataclasses
 import math
@@ -91,7 +91,7 @@ class Recipe:
     gamma: float | None = None
     # Target fraction of unclipped entries, from which Sophia finds gamma at every step.
     share: float | None = None
-    nesterov: bool | None = None  # Nesterov's momentum. Lion does not have it.
+    nesterov: bool | None = None  # Nesterov's momentum. Lion does not support it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,10 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """For processes started by hand. Cloud TPU, Slurm and Kubernetes need none of these."""
+    """Connection of processes that are started by hand.
+
+    Cloud TPU, Slurm and Kubernetes need none of these.
+    """
 
     coordinator: str | None = None  # HOST:PORT of process 0.
     num_processes: int | None = None  # Number of processes, with `coordinator`.

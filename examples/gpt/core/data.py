@@ -110,7 +110,7 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
 def batches(
     tokens: Tokens, batch: int, context: int, seed: int, start: int = 0
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Return an endless iterator of shuffled batches, in another order each epoch.
+    """Return an endless iterator of shuffled batches, in a different order in each epoch.
 
     Each batch is int32 of shape (batch, context + 1). Sequences do not cross shards.
     Neighbors share a token, the last target and the first input. A run that resumes after

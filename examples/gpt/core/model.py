@@ -5,8 +5,8 @@ GPT-NeoX rotates a quarter of each head by its position, computes attention and 
 parallel, and has its own head.
 
 Unless `init_std` is given, initial weights have a standard deviation of 1/sqrt(fan-in).
-With GPT-2's 0.02 a model as narrow as the default starts near zero, where Sophia and Lion,
-whose steps are like a sign, stay at the loss of the bigrams.
+With GPT-2's 0.02 the outputs of a model as narrow as the default start near zero. Sophia
+and Lion, whose updates are close to signs, then do not get below the loss of bigrams.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """The model of a config. `blocks` is one block whose weights have an axis of layers."""
+    """The model of a config. The weights of `blocks` have a leading axis of layers."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.vocabulary is not None
@@ -111,7 +111,7 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the inputs of the head, shape (B, T, D)."""
-        # Looked up in float32: in 16 bits the gradient of a frequent token would stall.
+        # In float32: in 16 bits small terms of a frequent token's gradient would be lost.
         x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
             x_BxTxD += self.positions.embedding[...][: tokens_BxT.shape[1]]
@@ -130,7 +130,7 @@ class GPT(nnx.Module):
         return self.norm(x_BxTxD)
 
     def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
-        """Return the number of each token's document, whose last token is a separator."""
+        """Return the index of each token's document, whose last token is a separator."""
         if not self.config.within_documents:
             return None
         assert self.config.separator is not None
@@ -174,7 +174,7 @@ def _initializer(std: float | None, scale: float = 1.0, **axes: int) -> Any:
     return nnx.initializers.normal(std * scale**0.5)
 
 
-# The head of a model in 16 bits. Its logits are float32, without more memory.
+# The head of a model in 16 bits. Its logits are float32; their gradients are stored in 16.
 
 _LOGIT_GRADIENTS = "logit_gradients"
 _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -121,9 +121,9 @@ def gathered(tree: Any) -> Any:
 def gather(params: Any, dtype: str) -> Any:
     """Return parameters gathered over `fsdp`, float32, for a layer to use.
 
-    They are sent in `dtype`, and their gradients come back in float32. On the backward pass
-    a training step averages gradients over the batch's devices there, and a refresh sums
-    their squares. Neither holds a gathered gradient for long.
+    They are sent in `dtype`, and their gradients are float32. In the backward pass, a
+    training step averages the gradients over `data` and `fsdp` here, and a refresh sums
+    their squares. So only the gathered gradient of one layer is in memory at a time.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return gathered(params)

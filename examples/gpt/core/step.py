@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 def abstract_state(
     config: Config, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Return shapes, dtypes and shardings. Averages are sharded as their parameters."""
+    """Return shapes, dtypes and shardings. Averages are sharded like their parameters."""
     params = jax.eval_shape(lambda: model.init(config.model))
     state = TrainState(params, jax.eval_shape(tx.init, params))
     return sharding.with_shardings(state, mesh)
@@ -47,7 +47,7 @@ def init_state(
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """Return the compiled training step. It donates the state."""
+    """Return the jitted training step. It donates the state."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
     estimate = functools.partial(estimate_diagonal, config)
     step = functools.partial(train_step, config, tx, estimate)
@@ -109,7 +109,7 @@ def loss_and_grads(
 def estimate_diagonal(
     config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array
 ) -> Any:
-    """Return an estimate of the Hessian's diagonal from every n-th sequence."""
+    """Return an estimate of the Hessian's diagonal from evenly spaced sequences."""
     groups, size = config.refresh.groups, config.refresh.refresh_batch
     assert groups is not None
     assert size is not None
@@ -130,7 +130,7 @@ def mean_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
 
 
 def micro_batches(config: Config, tokens_BxS: jax.Array) -> jax.Array:
-    """Split a batch along a new leading axis. Each device has a part of each split."""
+    """Split a batch into micro-batches, each sharded over all devices: a new first axis."""
     shape = (-1, config.training.accumulate, tokens_BxS.shape[-1])
     return jnp.moveaxis(tokens_BxS.reshape(shape), 1, 0)
 

@@ -94,7 +94,10 @@ def mean_validation_loss(config: Config, params: Any, batches: list[np.ndarray])
 def make_row(
     config: Config, number: int, schedule: optax.Schedule, metrics: Row, opt_state: Any
 ) -> Row:
-    """Wait for a step and return its metrics. Raise ConfigError if they are not finite."""
+    """Wait for a step and return its metrics.
+
+    Raise ConfigError if the loss or the gradient is not finite.
+    """
     values = metrics | {"lr": schedule(number - 1)}
     if "sophia" in config.optimizer:
         values |= sophia_row(opt_state)

@@ -67,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: after a failure it is as it was."""
+    """Write a file atomically: a failure leaves the old file unchanged."""
     if not isinstance(path, Path):  # object stores write objects atomically
         with writing_to(path, Exception):  # and have their own errors
             path.write_bytes(content)

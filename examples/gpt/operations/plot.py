@@ -31,7 +31,7 @@ def plot_losses(curves: dict[str, list[Row]], path: Path, data: str) -> None:
         bottom.plot(*points(rows, "unclipped_fraction"), color)
     low = top.dataLim.ymin
     top.set(ylabel="loss (nats per token)", ylim=(low - 0.1, low + 2.0), title=data)
-    bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="advice of the paper")
+    bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="recommended by the paper")
     bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
     top.legend(fontsize="small")
     bottom.legend(fontsize="small")

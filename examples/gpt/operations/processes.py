@@ -27,7 +27,7 @@ def join_processes(config: Processes) -> None:
         or "JOB_COMPLETION_INDEX" in os.environ  # on Kubernetes
     )
     if has_others:
-        message = "The processes did not find each other"
+        message = "Could not connect to the other processes"
         with reraise_as_config_error(message, RuntimeError, ValueError):
             # If a process is lost, JAX ends the others after this time.
             jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)

@@ -27,7 +27,7 @@ def open_run(
     folder: Path,
     initial_params: Callable[[Config], Any] = lambda config: None,
 ) -> Iterator["Run"]:
-    """Open a run in a folder, which is locked.
+    """Lock a folder and open the run in it.
 
     A new run starts from `initial_params(config)`, or from random parameters if it is None.
     At the end all checkpoints are written. After a signal the process exits.
@@ -100,7 +100,7 @@ class Run:
             return
         print_row(row)
         self.rows.append(row)
-        if isinstance(self._folder, Path):  # objects in a store can't be appended to
+        if isinstance(self._folder, Path):  # object stores do not support appending
             with (
                 folders.writing_to(self._folder),
                 (self._folder / METRICS).open("a") as file,

@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         check_vocabulary(config, corpus.tokenizer.vocabulary)
         loss, tokens, size = evaluate(config, params, corpus, options.batch)
     bits = loss * (tokens + 1) / size / math.log(2)  # the first token is not scored
-    print(f"{corpus.name}: {tokens:,} validation tokens, {size:,} bytes of text")
+    print(f"{corpus.name}: {tokens:,} scored tokens, {size:,} bytes of text")
     perplexity = f"perplexity {np.exp(loss):.3f}"
     print(f"loss {loss:.4f} nats per token, {perplexity}, {bits:.4f} bits per byte")
 

@@ -1,6 +1,7 @@
 """GPT-2's weights in Hugging Face's format: config.json and model.safetensors.
 
-Each parameter here is one there in another shape, or the stack of one over all layers.
+Each parameter of `core.model` is a reshaped tensor of GPT2LMHeadModel, or the tensors of
+all layers, stacked.
 """
 
 import dataclasses
@@ -85,7 +86,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
     fields: dict[str, Any] = {theirs: getattr(config, n) for n, theirs in SIZES.items()}
     fields |= FIXED | {"architectures": ["GPT2LMHeadModel"]}
     fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # known to the tokenizer
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # defined by the tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     content = safetensors.numpy.save(tensors, {"format": "pt"})

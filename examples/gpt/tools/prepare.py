@@ -1,4 +1,4 @@
-"""Text to the shards of tokens that a run reads.
+"""Tokenization of text into the shards that a run reads.
 
 The output depends on the sources and the options only, not on how often the command was
 killed. The manifest lists the finished shards, and where in the sources they end.
@@ -109,7 +109,7 @@ def encode_batch(
     texts: list[str], tokenizer: Tokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the split and the tokens, with a separator, of each document with text."""
-    # JSON may have halves of characters, which UTF-8 can't encode.
+    # JSON may have lone surrogates, which are invalid in UTF-8.
     kept = [text.encode(errors="replace").decode() for text in texts if text]
     for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
         split = "validation" if zlib.crc32(text.encode()) < fraction * 2**32 else "train"

@@ -39,7 +39,7 @@ class JsonTokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text. Tokens that a model has beyond the vocabulary have none."""
+        """Return the text. Tokens outside of the tokenizer's vocabulary are skipped."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def count_bytes(self, tokens: np.ndarray) -> int:
