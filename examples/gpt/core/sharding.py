@@ -27,7 +27,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 BATCH_SHARDS = "batch_shards"  # the mapped axis of a training step: one shard for a device
 
-# Part of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
+# End of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
 # rule are replicated.
 RULES: dict[str, tuple[str | None, ...]] = {
     "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
@@ -79,7 +79,8 @@ def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
     """Return the PartitionSpec of each parameter, restricted to these mesh axes."""
 
     def spec(path, x):
-        rule = next((axes for part, axes in RULES.items() if part in _name(path)), ())
+        name = f"/{_name(path)}"
+        rule = next((rule for end, rule in RULES.items() if name.endswith(f"/{end}")), ())
         kept = [axis if axis in axes else None for axis in rule]
         return P(*[None] * (x.ndim - len(rule)), *kept)
 

@@ -111,6 +111,8 @@ def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
     if path is None:
         raise ConfigError(f"`out` must be the folder of a run, got {out}: no checkpoint.")
     values = saved_values(path.parents[1])
+    if not values:
+        raise ConfigError(f"`out` must be the folder of a run, got {out}: no config.json.")
     config = ModelConfig(**{name: values[name] for name in vars(ModelConfig())})
     params = jax.eval_shape(lambda: model.init(config))
     return config, load(path, {"params": sharding.with_shardings(params, mesh)})["params"]
