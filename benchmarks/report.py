@@ -81,6 +81,7 @@ OTHER_TABLES = {
     "costs": costs,
     "topologies": topologies.table,
     "compiled": topologies.example,
+    "two_slices": topologies.two_slices,
 }
 """Those of several results."""
 

@@ -17,6 +17,7 @@ from benchmarks import measure
 from examples.gpt.tools.compile import format_results
 
 KEPT = measure.RESULTS / "topologies"
+TWO_SLICES = KEPT / "gpt2-125m_two_v5e-4x4_sophia_g.json"
 OPTIMIZERS = ("sophia_g", "adamw")
 # Preset, topology and additional flags. 480 is not a multiple of 64.
 ROWS = [
@@ -103,20 +104,32 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
 
 def example() -> str:
     """Return the output of the command for one row."""
-    results = json.loads(path("gpt2-125m", "v5e:4x4", "sophia_g").read_text())
-    return f"```text\n{format_results(results)}\n```"
+    return _output(path("gpt2-125m", "v5e:4x4", "sophia_g"))
+
+
+def two_slices() -> str:
+    """Return the output of the command for two slices."""
+    return _output(TWO_SLICES)
+
+
+def _output(file: Path) -> str:
+    return f"```text\n{format_results(json.loads(file.read_text()))}\n```"
 
 
 def main() -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "examples.gpt.compile", "--mesh", "auto"]
-    for preset, topology, flags in ROWS:
-        for optimizer in OPTIMIZERS:
-            file = path(preset, topology, optimizer)
-            if not file.exists():
-                chosen = ["--preset", preset, "--optimizer", optimizer, *flags.split()]
-                where = ["--topology", topology, "--json", str(file)]
-                subprocess.run([*command, *chosen, *where], check=True)
+    runs = [
+        (path(preset, topology, optimizer), preset, topology, optimizer, flags)
+        for preset, topology, flags in ROWS
+        for optimizer in OPTIMIZERS
+    ]
+    runs.append((TWO_SLICES, "gpt2-125m", "v5e:4x4", "sophia_g", "--slices 2"))
+    for file, preset, topology, optimizer, flags in runs:
+        if not file.exists():
+            chosen = ["--preset", preset, "--optimizer", optimizer, *flags.split()]
+            where = ["--topology", topology, "--json", str(file)]
+            subprocess.run([*command, *chosen, *where], check=True)
     print(table())
 
 
