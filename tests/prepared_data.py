@@ -59,7 +59,7 @@ def documents_of(folder):
         ends = np.flatnonzero(tokens == corpus.tokenizer.separator)
         assert ends[-1] == len(tokens) - 1
         parts = np.split(tokens, ends + 1)[:-1]
-        documents[name] = [corpus.tokenizer.decode(part[:-1]) for part in parts]
+        documents[name] = [corpus.tokenizer.decode(tokens[:-1]) for tokens in parts]
     return documents
 
 

@@ -96,6 +96,32 @@ def test_memory_bytes_count_slices_in_loops_once_per_iteration():
     assert 8 * 3 <= arrays < 8 * 5  # each iteration: x and y are read, y is written
 
 
+def test_collectives_read_the_iterations_of_a_loop_from_its_condition():
+    """As the TPU's compiler writes a `scan`."""
+    text = """
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]) parameter(0)
+  %limit = s32[]{:T(128)} constant(12)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+%body (b: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (s32[], f32[4]) parameter(0)
+  %x = f32[4] get-tuple-element(%b), index=1
+  %sum = f32[4] all-reduce(%x), to_apply=%add
+  ROOT %next = (s32[], f32[4]) tuple(%b, %sum)
+}
+ENTRY %main (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]) parameter(0)
+  ROOT %while = (s32[], f32[4]) while(%p), condition=%condition, body=%body
+}
+%add (a: f32[], b: f32[]) -> f32[] {
+}
+"""
+    program = types.SimpleNamespace(as_text=lambda: text)
+    assert hlo.bytes_of(hlo.collectives(program)) == {"all-reduce": 12 * 16}
+
+
 def test_collectives_count_the_result_of_an_asynchronous_gather_only():
     text = """
 ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {

@@ -53,7 +53,7 @@ def assert_loads(folder, expected):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_load_returns_what_save_wrote(tmp_path, bias):
-    """Biases are added if the model has none."""
+    """Without biases in the model, zero biases are saved."""
     config = dataclasses.replace(CONFIG, bias=bias)
     params = random_params(config)
     hugging_face.save(tmp_path, config, params)

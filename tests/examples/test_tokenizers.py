@@ -73,7 +73,7 @@ def test_count_bytes_is_the_size_of_the_text(make):
 def test_tokenizer_without_a_separator_is_rejected(tmp_path):
     bare = hf.Tokenizer(hf.models.BPE({"a": 0}, []))
     bare.save(str(tmp_path / "bare.json"))
-    with pytest.raises(ConfigError, match=r"bare.json: it has none of <|endoftext|>, "):
+    with pytest.raises(ConfigError, match=r"bare.json: it needs one of <|endoftext|>, "):
         tokenizers.load(str(tmp_path / "bare.json"))
 
 

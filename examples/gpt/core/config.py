@@ -39,8 +39,8 @@ class ModelConfig:
     init_std: float | None = None
     # Dtype of the computation. Parameters and optimizer state are float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # What the backward pass computes again, to save memory: nothing, everything except
-    # matrix products, or everything except the input of each block.
+    # Values that the backward pass recomputes to save memory: none, all except matrix
+    # products, or all except the input of each block.
     remat: Literal["none", "dots", "full"] = "none"
     # Positions of a sequence whose float32 logits are in memory at a time.
     loss_chunk: int = 256

@@ -1,1 +1,1 @@
-"""What a run needs beside the training loop: checkpoints, processes, logs, folders."""
+"""Operations of a run: checkpoints, processes, metrics, folders."""

@@ -1,1 +1,1 @@
-"""What comes before and after training: data, text, evaluation, export."""
+"""Tools before and after training: data, samples, evaluation, export."""

@@ -27,7 +27,7 @@ class JsonTokenizer:
         tokens = self._tokenizer.get_vocab()
         found = [tokens[text] for text in SEPARATORS if text in tokens]
         if not found:
-            raise ConfigError(f"it has none of {', '.join(SEPARATORS)} to end a document")
+            raise ConfigError(f"it needs one of {', '.join(SEPARATORS)} to end documents")
         self.vocabulary, self.separator = max(tokens.values()) + 1, found[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
