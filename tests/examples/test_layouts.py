@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from gpt_runs import make_config
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -100,6 +101,15 @@ def test_rules_shard_every_large_parameter(preset):
             assert "fsdp" in str(spec), name
             assert "tensor" in str(spec) or "positions" in name, name
     sharding.shardings(params, mesh)  # the axes divide them
+
+
+def test_rules_match_whole_names():
+    """The model constrains a layer as a state of nnx, whose names end with /value."""
+    kernel = np.zeros((4, 4))
+    specs = sharding.partition_specs({"up": {"kernel": nnx.Param(kernel)}})
+    assert specs["up"]["kernel"].get_value() == PartitionSpec("fsdp", "tensor")
+    specs = sharding.partition_specs({"group": {"kernel": kernel}})
+    assert specs["group"]["kernel"] == PartitionSpec(None, None)
 
 
 @pytest.mark.parametrize(

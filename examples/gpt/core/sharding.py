@@ -27,7 +27,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 BATCH_SHARDS = "batch_shards"  # the mapped axis of a training step: one shard for a device
 
-# End of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
+# Part of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
 # rule are replicated.
 RULES: dict[str, tuple[str | None, ...]] = {
     "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
@@ -79,8 +79,8 @@ def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
     """Return the PartitionSpec of each parameter, restricted to these mesh axes."""
 
     def spec(path, x):
-        name = f"/{_name(path)}"
-        rule = next((rule for end, rule in RULES.items() if name.endswith(f"/{end}")), ())
+        name = f"/{_name(path)}/"  # in the states of nnx, it ends with /value
+        rule = next((rule for part, rule in RULES.items() if f"/{part}/" in name), ())
         kept = [axis if axis in axes else None for axis in rule]
         return P(*[None] * (x.ndim - len(rule)), *kept)
 
