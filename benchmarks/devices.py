@@ -80,7 +80,7 @@ def _temporary(config: RunConfig, text: str) -> dict[str, float]:
     A device has one sequence at a time, in the step as in the refresh.
     """
     mesh = sharding.make_mesh(text)
-    parts = sharding.batch_devices(mesh)
+    parts = sharding.num_batch_shards(mesh)
     batch = config.training.batch
     model, training = config.model, config.training
     config = dataclasses.replace(
@@ -128,7 +128,7 @@ def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.C
     estimate = gnb(
         model.logits,
         groups=config.refresh_batch,
-        parallel_groups=sharding.batch_devices(mesh),
+        parallel_groups=sharding.num_batch_shards(mesh),
     )
 
     def gradient(params, tokens):

@@ -100,7 +100,7 @@ def compile_estimate(
     )
     assert config.model.vocabulary is not None
     config = config.with_resolved_defaults(
-        config.model.vocabulary, sharding.batch_devices(mesh)
+        config.model.vocabulary, sharding.num_batch_shards(mesh)
     )
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda: model.init(config.model))

@@ -30,7 +30,7 @@ import os, sys, time
 from examples.gpt.operations.processes import StopSignal
 
 signalled_step, signal_number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-came = StopSignal.came
+should_stop = StopSignal.should_stop
 
 
 def send(self, step):
@@ -38,10 +38,10 @@ def send(self, step):
         os.kill(os.getpid(), signal_number)
     if step >= signalled_step:
         time.sleep(0.3)
-    return came(self, step)
+    return should_stop(self, step)
 
 
-StopSignal.came = send
+StopSignal.should_stop = send
 """
 MERGES = (("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k"))
 
@@ -55,7 +55,7 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    return JsonTokenizer("tiny", bpe.to_str().encode())
+    return JsonTokenizer(bpe.to_str().encode())
 
 
 def flags(**values) -> list[str]:

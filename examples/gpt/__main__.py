@@ -9,7 +9,7 @@ import jax
 
 from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.fit import fit_to_devices
-from examples.gpt.core.sharding import batch_devices, make_mesh
+from examples.gpt.core.sharding import make_mesh
 from examples.gpt.core.train import Row, train
 from examples.gpt.operations import checkpoints, processes
 from examples.gpt.operations.folders import as_path
@@ -41,17 +41,9 @@ def main(config: Config) -> dict[str, list[Row]]:
     curves = {}
     with jax.set_mesh(mesh):
         for run, folder in runs(config, out):
-            run = run.with_resolved_defaults(
-                corpus.tokenizer.vocabulary,
-                batch_devices(mesh),
-                checkpoints.values_to_resume(run, folder),
-                corpus.tokenizer.separator,
-            )
-            run.check()
-            corpus.check(run.model)
             with open_run(run, corpus, folder, initial_params) as opened:
-                came = opened.signal.came
-                train(run, corpus, opened.start, opened.log, opened.save, came)
+                effects = opened.log, opened.save, opened.signal.should_stop
+                train(opened.config, corpus, opened.start, *effects)
             curves[run.optimizer] = opened.rows
     if processes.is_first_process():
         plot_losses(curves, out / "loss.png", corpus.name)

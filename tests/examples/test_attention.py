@@ -41,14 +41,14 @@ def unattached(platform, **sizes):
 @pytest.mark.parametrize("name", ["xla", "splash"])
 def test_tokens_attend_to_their_own_document_only(name):
     config = dataclasses.replace(
-        MODEL, attention=name, architecture="neox", within_documents=True, separator=0
+        MODEL, attention=name, architecture="neox", within_documents=True, end_of_document=0
     )
     params = model.init(config)
     logits_of = jax.jit(lambda tokens: model.bind(config, params)(tokens))
     document = np.asarray(jax.random.randint(jax.random.key(2), (50,), 1, 128))
 
     def logits(before):
-        """Return the logits of the document and its separator, after these tokens."""
+        """Return the logits of the document and its end, after these tokens."""
         tokens = np.concatenate([before, document, [0], np.full(128, 5)])[:128]
         tokens = tokens.astype(np.int32)
         return logits_of(tokens[None])[0, len(before) : len(before) + 51]
@@ -81,7 +81,7 @@ def run_step(mesh, **values):
     """Return metrics and state after a step with a refresh, and the compiled step."""
     with jax.set_mesh(mesh):
         config = make_config(**(SMALL | values))
-        config = config.with_resolved_defaults(128, sharding.batch_devices(mesh))
+        config = config.with_resolved_defaults(128, sharding.num_batch_shards(mesh))
         tx = make_optimizer(config, make_schedule(config))
         rows = np.asarray(TOKENS[:, : config.model.context + 1])
         tokens = sharding.shard_batch(mesh, rows)
@@ -94,7 +94,8 @@ def run_step(mesh, **values):
 @pytest.mark.slow
 def test_splash_on_8_devices_equals_xla_on_one():
     """Also in the refresh, whose groups are mapped over an axis that is not a mesh axis."""
-    values = {"gamma": 0.05, "remat": "full", "within_documents": True, "separator": 0}
+    values = {"gamma": 0.05, "remat": "full", "within_documents": True}
+    values["end_of_document"] = 0
     eight = make_mesh(data=2, fsdp=2, tensor=2)
     _, found, compiled = run_step(eight, **values, attention="splash")
     _, expected, _ = run_step(make_mesh(), **values)
@@ -123,7 +124,7 @@ def test_step_is_lowered_with_the_kernel_of_a_platform(monkeypatch, platform, si
     config = make_config(**SMALL, dtype="bfloat16", remat="dots")
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        config = config.with_resolved_defaults(128, sharding.batch_devices(mesh))
+        config = config.with_resolved_defaults(128, sharding.num_batch_shards(mesh))
         tx = make_optimizer(config, make_schedule(config))
         spec = jax.sharding.NamedSharding(mesh, jax.P(sharding.BATCH))
         tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32, sharding=spec)

@@ -19,7 +19,7 @@ CONTEXT = 8
 def write(folder, train, validation, shard_tokens):
     """Write a prepared folder of these bytes."""
     folder.mkdir()
-    manifest = {"format": 1, "tokenizer": "bytes", "separator": 0, "dtype": "uint16"}
+    manifest = {"format": 1, "tokenizer": "bytes", "dtype": "uint16"}
     for name, tokens in (("train", train), ("validation", validation)):
         manifest[name] = {"tokens": 0, "documents": 0, "shards": []}
         for start in range(0, len(tokens), shard_tokens):
@@ -58,12 +58,6 @@ def test_batches_have_each_target_once_in_an_epoch_and_cross_no_shards():
         *range(start + 9 * CONTEXT + 6, start + 10 * CONTEXT + 6),
     ]
     np.testing.assert_array_equal(np.sort(epoch[:, 1:], axis=None), expected)
-
-
-def test_tokens_are_read_across_shards():
-    split = make_tokens(5, 0, 1, 7)
-    for start, stop in ((0, 13), (4, 7), (6, 99), (13, 20)):
-        np.testing.assert_array_equal(split.read(start, stop), range(start, min(stop, 13)))
 
 
 def test_order_differs_between_epochs_and_seeds():

@@ -61,8 +61,9 @@ def test_bits_per_byte_are_equal_for_two_tokenizers(params):
     """Both tokenizers have a token for each byte, and every token is equally likely."""
     params, found = jax.tree.map(lambda p: 0 * p, params), []
     for tokenizer in (Bytes(), tiny_bpe(merges=())):
-        tokens = [[*tokenizer.encode(text), tokenizer.separator] for text in ("é", TEXT)]
-        corpus = corpus_of(tokenizer, np.concatenate(tokens))
+        first, second = tokenizer.encode_batch(["é", TEXT])
+        end = [tokenizer.end_of_document]
+        corpus = corpus_of(tokenizer, np.concatenate([first, end, second, end]))
         for batch in (1, 7):  # the text is cut within characters
             found.append(evaluate.evaluate(CONFIG, params, corpus, batch))
     np.testing.assert_allclose(found, found[:1] * 4, rtol=1e-6)
@@ -80,8 +81,10 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
         loss, _, _ = evaluate.evaluate(CONFIG, params, corpora.load(corpus), batch=16)
     text = f"loss {loss:.4f} nats per token, perplexity {np.exp(loss):.3f}, "
     assert f"{text}{loss / np.log(2):.4f} bits per byte" in printed
-    evaluate.main(Options(weights=tmp_path / "gpt2", data=corpus))
-    assert capsys.readouterr().out == printed
+    same = {"weights": tmp_path / "gpt2", "data": corpus}, {"out": out / "checkpoints/1"}
+    for values in same:
+        evaluate.main(Options(**values))
+        assert capsys.readouterr().out == printed
 
 
 def test_loss_on_a_mesh_equals_that_of_one_device(params, corpus, save_run):

@@ -118,7 +118,7 @@ def test_load_rejects_damaged_weights(folder):
 def test_export_writes_weights_and_tokenizer(tmp_path, save_run):
     params, to = random_params(CONFIG), tmp_path / "to"
     out = save_run(CONFIG, params, tiny_bpe())
-    export.main(export.Options(out, to))
+    export.main(export.Options(out / "checkpoints" / "1", to))
     assert (to / "tokenizer.json").read_bytes() == tiny_bpe().save()[1]
     assert_loads(to, params)
     with pytest.raises(ConfigError, match="`to` must not be the folder of a run"):

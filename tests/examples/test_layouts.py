@@ -22,7 +22,7 @@ def compile_step(mesh, **values):
     """Return the compiled training step on a mesh, and the abstract state."""
     with jax.set_mesh(mesh):
         config = make_config(**(SMALL | values))
-        config = config.with_resolved_defaults(1, sharding.batch_devices(mesh))
+        config = config.with_resolved_defaults(1, sharding.num_batch_shards(mesh))
         check_mesh(config, mesh)
         tx = make_optimizer(config, make_schedule(config))
         state = abstract_state(config, tx, mesh)
@@ -83,7 +83,7 @@ def test_parameters_and_averages_are_sharded(text):
 
     jax.tree.map_with_path(check, state)
     arguments = compiled.memory_analysis().argument_size_in_bytes
-    batch = 4 * 32 * 33 // sharding.batch_devices(mesh)
+    batch = 4 * 32 * 33 // sharding.num_batch_shards(mesh)
     assert arguments == pytest.approx(sum(held) + batch, rel=0.02)
     outputs = jax.tree.leaves(compiled.output_shardings[0])
     for new, x in zip(outputs, jax.tree.leaves(state), strict=True):

@@ -127,7 +127,7 @@ def test_speed_is_that_of_training_steps(tiny, tmp_path, monkeypatch):
             corpus,
             log=lambda row: wait(50.0, rows.append(row)),
             save=lambda *_: wait(100.0),
-            must_stop=lambda _: wait(2.0, result=False),  # the time of a step
+            should_stop=lambda _: wait(2.0, result=False),  # the time of a step
         )
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert [row.get("tokens_per_second") for row in rows] == [None, 64, 64]

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from .config import ConfigError, ModelConfig
-from .sharding import BATCH, batch_devices
+from .sharding import BATCH, num_batch_shards
 
 
 def causal_attention(
@@ -94,7 +94,7 @@ def _on_each_device(fn):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return fn(*arrays)
-        is_even = len(arrays[0]) % batch_devices(mesh) == 0
+        is_even = len(arrays[0]) % num_batch_shards(mesh) == 0
         spec = P(BATCH if is_even else None, None, "tensor")
         # Documents have no axis of heads.
         specs = tuple(spec if x.ndim > 2 else P(spec[0]) for x in arrays)

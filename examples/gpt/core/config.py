@@ -45,7 +45,8 @@ class ModelConfig:
     # Positions of a sequence whose float32 logits are in memory at a time.
     loss_chunk: int = 256
     within_documents: bool = False  # Let a token attend to its own document only.
-    separator: int | None = None  # Token that ends a document. The default is the data's.
+    # Token that ends a document. The default is the data's.
+    end_of_document: int | None = None
     # Attention by XLA, by the cuDNN kernel on a GPU, or by the Pallas splash kernel on a
     # TPU. The kernels do not store the (T, T) weights. `auto` takes a kernel if possible.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -181,24 +182,24 @@ class Config:
     def with_resolved_defaults(
         self,
         vocabulary: int,
-        batch_devices: int = 1,
+        batch_shards: int = 1,
         saved: Mapping[str, Any] = {},
-        separator: int | None = None,
+        end_of_document: int | None = None,
     ) -> "Config":
         """Return the config with the values that depend on the data and the devices.
 
         A run that is resumed keeps the groups of its `saved` values.
         """
         model, training, refresh = self.model, self.training, self.refresh
-        unit = math.lcm(refresh.groups or 1, batch_devices)
+        unit = math.lcm(refresh.groups or 1, batch_shards)
         sizes = range(unit, training.batch, unit)
         fitting = [n for n in sizes if training.batch % n == 0 and n >= 16]
         smallest = min(fitting, default=training.batch)
         size = refresh.refresh_batch or saved.get("refresh_batch") or smallest
         groups = refresh.groups or saved.get("groups") or size
         vocabulary = model.vocabulary or -(-vocabulary // 128) * 128
-        if model.within_documents and model.separator is None:
-            model = dataclasses.replace(model, separator=separator)
+        if model.within_documents and model.end_of_document is None:
+            model = dataclasses.replace(model, end_of_document=end_of_document)
         # No attention kernel has the second derivative that Hutchinson's estimates need.
         attention = "xla" if self.optimizer == "sophia_h" else model.attention
         return dataclasses.replace(

@@ -16,40 +16,35 @@ from .config import ConfigError, ModelConfig
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back. `separator` is the token after each document."""
+    """Text to tokens and back."""
 
-    name: str
     vocabulary: int
-    separator: int
+    end_of_document: int  # the token after each document
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
-    def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: Iterable[int]) -> str: ...
     def count_bytes(self, tokens: np.ndarray) -> int: ...
     def save(self) -> tuple[str, bytes]: ...
 
 
 class Bytes:
-    """UTF-8, a token for each byte. Byte 0 separates documents and is removed from them."""
+    """UTF-8, a token for each byte. Byte 0 ends a document and is removed from the text."""
 
-    name, vocabulary, separator = "bytes", 256, 0
+    vocabulary, end_of_document = 256, 0
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(t.encode().replace(b"\0", b""), np.uint8) for t in texts]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text. Separators count 0 bytes."""
-        return int(np.count_nonzero(tokens != self.separator))
+        """Return the number of bytes of text. Ends of documents count 0 bytes."""
+        return int(np.count_nonzero(tokens != self.end_of_document))
 
     def save(self) -> tuple[str, bytes]:
         """Return the name and content of a file that `tools.tokenizers.load` reads."""
-        return self.name, b""
+        return "bytes", b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +55,6 @@ class Tokens:
 
     def __len__(self) -> int:
         return sum(map(len, self.arrays))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` to `stop`, int32, across shards."""
-        offsets = np.cumsum([0, *map(len, self.arrays)])
-        parts = [
-            array[max(start - offset, 0) : max(stop - offset, 0)]
-            for offset, array in zip(offsets, self.arrays, strict=False)
-        ]
-        return np.concatenate(parts, dtype=np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +70,11 @@ class Corpus:
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if the data does not fit the model."""
         check_vocabulary(config, self.tokenizer.vocabulary)
-        ends = (np.any(array == config.separator) for array in self.validation.arrays)
+        ends = (np.any(array == config.end_of_document) for array in self.validation.arrays)
         if config.within_documents and not any(ends):
             raise ConfigError(
-                f"`within_documents`: {self.name} has no token {config.separator} at the "
-                "end of a document: prepare the documents."
+                f"`within_documents`: {self.name} has no token {config.end_of_document} to "
+                "end a document: prepare the documents."
             )
         for name in ("train", "validation"):
             longest = max(map(len, getattr(self, name).arrays), default=0)

@@ -130,11 +130,11 @@ class GPT(nnx.Module):
         return self.norm(x_BxTxD)
 
     def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
-        """Return the index of each token's document, whose last token is a separator."""
+        """Return the index of each token's document, which ends with `end_of_document`."""
         if not self.config.within_documents:
             return None
-        assert self.config.separator is not None
-        ends_BxT = (tokens_BxT == self.config.separator).astype(jnp.int32)
+        assert self.config.end_of_document is not None
+        ends_BxT = (tokens_BxT == self.config.end_of_document).astype(jnp.int32)
         return jnp.cumsum(ends_BxT, axis=1) - ends_BxT
 
     def head_logits(self, x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from .config import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+TENSOR = ("tensor",)
 BATCH_SHARDS = "batch_shards"  # the mapped axis of a training step: one shard for a device
 
 # Part of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
@@ -114,11 +115,6 @@ def constrain(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
     return jax.lax.with_sharding_constraint(tree, partition_specs(tree, axes))
 
 
-def gathered(tree: Any) -> Any:
-    """Constrain a tree to be replicated over all axes except `tensor`."""
-    return constrain(tree, axes=("tensor",))
-
-
 def gather(params: Any, dtype: str) -> Any:
     """Return parameters gathered over `fsdp`, float32, for a layer to use.
 
@@ -127,23 +123,23 @@ def gather(params: Any, dtype: str) -> Any:
     their squares. So only the gathered gradient of one layer is in memory at a time.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
-        return gathered(params)
+        return constrain(params, TENSOR)
 
     @jax.custom_gradient
     def send(params):
         def average(gradients):
-            gradients = gathered(gradients)
+            gradients = constrain(gradients, TENSOR)
             with contextlib.suppress(NameError):  # only a training step has the axis
                 gradients = jax.lax.pmean(gradients, BATCH_SHARDS)
             return (gradients,)
 
-        sent = gathered(optax.tree.cast(params, dtype))
+        sent = constrain(optax.tree.cast(params, dtype), TENSOR)
         return optax.tree.cast(sent, "float32"), average
 
     return send(each_group(constrain(params)))
 
 
-def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Return the number of shards of the batch."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 

@@ -101,7 +101,7 @@ def loss_and_grads(
         # With `fsdp` the gradients are equal in all shards already, and so is their mean.
         return jax.lax.pmean(mean, sharding.BATCH_SHARDS)
 
-    shape = (sharding.batch_devices(mesh), -1, tokens_BxS.shape[-1])
+    shape = (sharding.num_batch_shards(mesh), -1, tokens_BxS.shape[-1])
     loss, grads = of_shards(tokens_BxS.reshape(shape))
     return loss, sharding.constrain(grads)
 
@@ -114,7 +114,7 @@ def estimate_diagonal(
     assert groups is not None
     assert size is not None
     tokens_BxS = tokens_BxS[:: len(tokens_BxS) // size]
-    devices = sharding.batch_devices(jax.sharding.get_abstract_mesh())
+    devices = sharding.num_batch_shards(jax.sharding.get_abstract_mesh())
     grouping: Any = {"groups": groups, "parallel_groups": math.gcd(groups, devices)}
     if config.optimizer == "sophia_h":
         estimator = hutchinson(functools.partial(mean_loss, config), **grouping)
@@ -145,7 +145,7 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError if the mesh does not divide the batch."""
     batch, accumulate = config.training.batch, config.training.accumulate
-    devices = sharding.batch_devices(mesh)
+    devices = sharding.num_batch_shards(mesh)
     if batch % (accumulate * devices):
         raise ConfigError(
             f"`batch` must be a multiple of `accumulate` x {devices} devices (data x fsdp)"

@@ -33,7 +33,7 @@ def train(
     start: tuple[int, TrainState] | None = None,
     log: Callable[[Row], None] = print_row,
     save: Callable[[int, TrainState], None] = lambda number, state: None,
-    must_stop: Callable[[int], bool] = lambda number: False,
+    should_stop: Callable[[int], bool] = lambda number: False,
 ) -> TrainState:
     """Train on the mesh that is set, and return the last state.
 
@@ -56,7 +56,7 @@ def train(
             tokens = shard_batch(mesh, next(batches))
             state, metrics = train_step(state, tokens)
             is_last = number == steps
-            stops = must_stop(number)
+            stops = should_stop(number)
             validates = is_last or number % output.validate_every == 0
             logs = validates or number % output.log_every == 0
             saves = is_last or stops or number % output.checkpoint_every == 0

@@ -27,7 +27,7 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
     if output.keep_every is not None:
         kept.append(policies.EveryNSteps(output.keep_every))
     policy: Any = policies.AnyPreservationPolicy(kept)
-    with folders.writing_to(folder):
+    with folders.reraise_write_errors(folder):
         return ocp.training.Checkpointer(
             str(absolute(folder) / CHECKPOINTS),
             preservation_policy=policy,
@@ -35,19 +35,21 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
         )
 
 
-def find_to_resume(config: Config, checksum: str, folder: Path) -> Path | None:
-    """Return the checkpoint that a run resumes from: in its folder or in `resume_from`.
-
-    Raise ConfigError if it is from a different run.
-    """
-    flag, path = "out", find_checkpoint(folder)
+def find_to_resume(config: Config, folder: Path) -> Path | None:
+    """Return the checkpoint that a run resumes from: in its folder or in `resume_from`."""
+    path, least, steps = find_checkpoint(folder), 0, config.training.steps
     if path is None and config.resume_from is not None:
-        flag, path = "resume_from", find_checkpoint(config.resume_from)
+        path, least = find_checkpoint(config.resume_from), 1  # a new folder needs a step
         if path is None:
             raise ConfigError(f"`resume_from`: no checkpoint in {config.resume_from}.")
-    if path is None:
-        return None
-    values, saved = config.as_json() | {CHECKSUM: checksum}, saved_values(path.parents[1])
+    if path is not None and int(path.name) + least > steps:
+        raise ConfigError(f"`steps` must exceed the step of {path}, got {steps}.")
+    return path
+
+
+def check_same_run(config: Config, checksum: str, path: Path) -> None:
+    """Raise ConfigError if a checkpoint is of a different run. Print changed values."""
+    values, saved = config.as_json() | {CHECKSUM: checksum}, saved_values(path)
     changed = {
         name: f"\n  {name}: {saved.get(name)} before, {value} now"
         for name, value in json.loads(json.dumps(values)).items()
@@ -55,13 +57,9 @@ def find_to_resume(config: Config, checksum: str, folder: Path) -> Path | None:
     }
     rejected = "".join(line for name, line in changed.items() if name in FIXED)
     if rejected:
-        raise ConfigError(f"`{flag}`: {path} is of a different run:{rejected}")
+        raise ConfigError(f"`out`, `resume_from`: {path} is of a different run:{rejected}")
     if changed and processes.is_first_process():
         print("Changed values:" + "".join(changed.values()))
-    done, steps = int(path.name), config.training.steps
-    if done > steps or (done == steps and flag == "resume_from"):
-        raise ConfigError(f"`steps` must exceed the step of {path}, got {steps}.")
-    return path
 
 
 def absolute(path: Path) -> Path:
@@ -69,14 +67,18 @@ def absolute(path: Path) -> Path:
     return path.absolute() if isinstance(path, Path) else path
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run, given the folder or one of its checkpoints."""
+    path = absolute(folders.as_path(path))
+    return path.parents[1] if path.parent.name == CHECKPOINTS else path
+
+
+def find_checkpoint(path: Path) -> Path | None:
     """Return the newest finished checkpoint of a run's folder, or the one that is named."""
-    folder = absolute(folders.as_path(folder))
-    if isinstance(folder, Path) and CHECKPOINTS in folder.resolve().parts[-2:]:
-        folder = folder.resolve()  # a symbolic link to a checkpoint
-    if folder.name.isdecimal() and folder.parent.name == CHECKPOINTS:
-        return folder
-    root = folder if folder.name == CHECKPOINTS else folder / CHECKPOINTS
+    path, folder = absolute(folders.as_path(path)), run_folder(path)
+    if path != folder:
+        return path
+    root = folder / CHECKPOINTS
     if not root.exists():
         return None
     with contextlib.closing(ocp.training.Checkpointer(str(root))) as checkpointer:
@@ -86,23 +88,14 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Return trees of a checkpoint, with the shapes and shardings of abstract arrays."""
-    message = f"`out`: can't read {path} (to resume from an earlier checkpoint, move it)"
+    message = f"can't read {path} (to resume from an earlier checkpoint, move it)"
     with folders.reraise_as_config_error(message, Exception):
         return jax.block_until_ready(ocp.load_checkpointables(str(path), abstract))
 
 
-def saved_values(out: Path) -> dict[str, Any]:
-    """Return the values of the run in a folder, or none if it holds no run."""
-    path = folders.as_path(out) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def values_to_resume(config: Config, folder: Path) -> dict[str, Any]:
-    """Return the values of the run that is resumed, or none if the run is new."""
-    if config.resume_from is None or find_checkpoint(folder) is not None:
-        return saved_values(folder)
-    path = find_checkpoint(config.resume_from)
-    return {} if path is None else saved_values(path.parents[1])
+def saved_values(path: Path) -> dict[str, Any]:
+    """Return the values of a run, given its folder or one of its checkpoints."""
+    return json.loads((run_folder(path) / "config.json").read_text())
 
 
 def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
@@ -110,10 +103,8 @@ def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
     path = find_checkpoint(out)
     if path is None:
         raise ConfigError(f"`out` must be the folder of a run, got {out}: no checkpoint.")
-    values = saved_values(path.parents[1])
-    if not values:
-        raise ConfigError(f"`out` must be the folder of a run, got {out}: no config.json.")
-    config = ModelConfig(**{name: values[name] for name in vars(ModelConfig())})
+    saved, names = saved_values(path), vars(ModelConfig())
+    config = ModelConfig(**{name: saved[name] for name in names if name in saved})
     params = jax.eval_shape(lambda: model.init(config))
     return config, load(path, {"params": sharding.with_shardings(params, mesh)})["params"]
 

@@ -25,7 +25,7 @@ def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[N
         raise ConfigError(f"{message}: {kind}{str(error).strip()}") from error
 
 
-def writing_to(
+def reraise_write_errors(
     folder: Path, kind: type[Exception] = OSError
 ) -> contextlib.AbstractContextManager[None]:
     """Reraise errors of the file system, such as a full disk, as a ConfigError."""
@@ -45,12 +45,10 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 def visible_files(folder: Path) -> list[Path]:
     """Return the files in a folder, except hidden ones. Follow links, each folder once."""
 
-    def fail(error: OSError) -> None:
-        raise ConfigError(f"`data`, `sources`: can't read {folder}: {error}")
+    def fail(error: OSError) -> None:  # `os.walk` ignores errors by default
+        raise error
 
     files, seen = [], set()
-    if not folder.is_dir():
-        return files
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(root) in seen:  # such as a cycle of links
             folders.clear()
@@ -69,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a failure leaves the old file unchanged."""
     if not isinstance(path, Path):  # object stores write objects atomically
-        with writing_to(path, Exception):  # and have their own errors
+        with reraise_write_errors(path, Exception):  # and have their own errors
             path.write_bytes(content)
         return
     unfinished = path.with_name(".unfinished")
@@ -80,7 +78,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path, doing: str) -> Iterator[None]:
     """Make the folder and lock it, so that no two processes write to it."""
-    with writing_to(folder):
+    with reraise_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(folder, Path):  # object stores have no locks
         yield

@@ -40,11 +40,11 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise ConfigError on all processes if it is raised on one. The others would wait."""
+    """Raise an error on all processes if one raises it. The others would wait for it."""
     error = None
     try:
         yield
-    except ConfigError as raised:
+    except Exception as raised:
         error = raised
     if np.any(multihost_utils.process_allgather(np.array(error is not None))):
         raise error or ConfigError("Another process failed: see its error.")
@@ -63,7 +63,7 @@ class StopSignal:
         if not self._is_shared:  # otherwise JAX handles SIGTERM, and forwards it to all
             signal.signal(signal.SIGTERM, self._handle)
 
-    def came(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Return whether to stop after this step. It is the same on all processes."""
         if self._is_shared and multihost_utils.reached_preemption_sync_point(step):
             self.number = signal.SIGTERM

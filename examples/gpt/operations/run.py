@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from examples.gpt.core import data, step
+from examples.gpt.core import data, sharding, step
 from examples.gpt.core.config import Config
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from examples.gpt.core.train import Row, print_row
@@ -27,16 +27,17 @@ def open_run(
     folder: Path,
     initial_params: Callable[[Config], Any] = lambda config: None,
 ) -> Iterator["Run"]:
-    """Lock a folder and open the run in it.
+    """Lock a folder and open the run in it, with the config's defaults resolved.
 
     A new run starts from `initial_params(config)`, or from random parameters if it is None.
     At the end all checkpoints are written. After a signal the process exits.
     """
     with contextlib.ExitStack() as stack:
-        with processes.raise_on_all_processes():  # the first process holds the lock for all
-            if processes.is_first_process():
+        with processes.raise_on_all_processes():
+            checkpoint = checkpoints.find_to_resume(config, folder)
+            config = resolve(config, corpus, checkpoint)
+            if processes.is_first_process():  # it holds the lock for all
                 stack.enter_context(folders.lock_folder(folder, "training in"))
-            checkpoint = checkpoints.find_to_resume(config, corpus.checksum, folder)
         with processes.raise_on_all_processes():
             start = load_start(config, checkpoint, initial_params)
             run = Run(config, corpus, folder, start)
@@ -46,6 +47,22 @@ def open_run(
         if processes.is_first_process():
             print(f"The run is saved in {folder}. The same command resumes it.")
         sys.exit(128 + run.signal.number)  # tells a launcher to start the run again
+
+
+def resolve(config: Config, corpus: data.Corpus, checkpoint: Path | None) -> Config:
+    """Return the config with resolved defaults. Raise ConfigError if it is invalid."""
+    saved = {} if checkpoint is None else checkpoints.saved_values(checkpoint)
+    config = config.with_resolved_defaults(
+        corpus.tokenizer.vocabulary,
+        sharding.num_batch_shards(jax.sharding.get_mesh()),
+        saved,
+        corpus.tokenizer.end_of_document,
+    )
+    config.check()
+    corpus.check(config.model)
+    if checkpoint is not None:
+        checkpoints.check_same_run(config, corpus.checksum, checkpoint)
+    return config
 
 
 def load_start(
@@ -70,7 +87,8 @@ class Run:
         folder: Path,
         start: tuple[int, step.TrainState],
     ):
-        self.start, self.signal = start, processes.StopSignal()
+        self.config, self.start = config, start
+        self.signal = processes.StopSignal()
         self.rows: list[Row] = []
         self._folder, self._wandb = folder, None
         self._checkpointer = checkpoints.open_checkpointer(folder, config.output)
@@ -81,7 +99,7 @@ class Run:
         print(f"{config.optimizer} {verb} step {done} of {steps}.")
         self.rows = [row for row in read_rows(folder) if row["step"] <= done]
         values = config.as_json() | {checkpoints.CHECKSUM: corpus.checksum}
-        with folders.writing_to(folder):
+        with folders.reraise_write_errors(folder):
             folders.write_json(folder / "config.json", values)
             self._write_rows()
             save_tokenizer(folder, corpus.tokenizer)
@@ -89,7 +107,7 @@ class Run:
             import wandb  # pyright: ignore[reportMissingImports]
 
             # The same folder is the same run, also when it is resumed.
-            name = f"{zlib.crc32(str(folder.absolute()).encode()):08x}"
+            name = f"{zlib.crc32(str(checkpoints.absolute(folder)).encode()):08x}"
             self._wandb = wandb.init(
                 project=config.output.wandb, id=name, config=values, resume="allow"
             )
@@ -101,17 +119,15 @@ class Run:
         print_row(row)
         self.rows.append(row)
         if isinstance(self._folder, Path):  # object stores do not support appending
-            with (
-                folders.writing_to(self._folder),
-                (self._folder / METRICS).open("a") as file,
-            ):
+            metrics = self._folder / METRICS
+            with folders.reraise_write_errors(self._folder), metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(row, row["step"])
 
     def save(self, number: int, state: step.TrainState) -> None:
         """Copy the state, and write it while training continues."""
-        with folders.writing_to(self._folder, Exception):
+        with folders.reraise_write_errors(self._folder, Exception):
             if processes.is_first_process() and not isinstance(self._folder, Path):
                 self._write_rows()
             self._checkpointer.save_checkpointables_async(
@@ -120,7 +136,7 @@ class Run:
 
     def close(self) -> None:
         """Wait until all is written."""
-        with folders.writing_to(self._folder, Exception):
+        with folders.reraise_write_errors(self._folder, Exception):
             self._checkpointer.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -73,8 +73,8 @@ def compile_run(config: Config, chip: Chip, devices: list[Any]) -> dict[str, Any
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
         config.model.vocabulary or Bytes.vocabulary,
-        sharding.batch_devices(mesh),
-        separator=Bytes.separator,
+        sharding.num_batch_shards(mesh),
+        end_of_document=Bytes.end_of_document,
     )
     with jax.set_mesh(mesh):
         step.check_mesh(config, mesh)

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Corpus, check_vocabulary
 from examples.gpt.core.model import bind
-from examples.gpt.core.sharding import BATCH, batch_devices, gathered, make_mesh
+from examples.gpt.core.sharding import BATCH, constrain, make_mesh, num_batch_shards
 from examples.gpt.operations.checkpoints import saved_values
 from examples.gpt.tools import corpora
 from examples.gpt.tools.sample import open_model, open_tokenizer
@@ -25,7 +25,7 @@ from examples.gpt.tools.sample import open_model, open_tokenizer
 class Options:
     """Print the loss of a model on the whole validation split, or its scores in tasks."""
 
-    out: Path | None = None  # Folder of a run, whose newest checkpoint is used.
+    out: Path | None = None  # Folder of a run, or one of its checkpoints.
     weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
     # The data, or for tasks the data whose tokenizer to use. The default is the run's.
     data: Path | None = None
@@ -73,16 +73,16 @@ def evaluate(
     Every token of the validation split except the first is scored once, in windows of
     `context` tokens.
     """
-    split, context, nats = corpus.validation, config.context, 0.0
-    count = len(split) - 1
+    tokens = np.concatenate(corpus.validation.arrays, dtype=np.int32)
+    count, context, nats = len(tokens) - 1, config.context, 0.0
     for start in range(0, count, batch * context):
-        tokens = split.read(start, start + batch * context + 1)
-        scored = len(tokens) - 1
-        padded = np.pad(tokens, (0, -scored % context))
+        part = tokens[start : start + batch * context + 1]
+        scored = len(part) - 1
+        padded = np.pad(part, (0, -scored % context))
         tokens_BxS = sliding_window_view(padded, context + 1)[::context]
         losses_BxT, _ = jax.device_get(score_tokens(config, params, tokens_BxS))
         nats += losses_BxT.ravel()[:scored].sum(dtype=np.float64)
-    return nats / count, count, corpus.tokenizer.count_bytes(split.read(0, count + 1))
+    return nats / count, count, corpus.tokenizer.count_bytes(tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,7 +91,7 @@ def score_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `GPT.score_tokens` of sequences, sharded over the batch's devices."""
     mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
-    rows = jnp.pad(tokens_BxS, ((0, -size % batch_devices(mesh)), (0, 0)))
+    rows = jnp.pad(tokens_BxS, ((0, -size % num_batch_shards(mesh)), (0, 0)))
     rows = rows if mesh.empty else jax.lax.with_sharding_constraint(rows, P(BATCH))
     losses_BxT, is_argmax_BxT = bind(config, params).score_tokens(rows)
-    return gathered((losses_BxT[:size], is_argmax_BxT[:size]))
+    return constrain((losses_BxT[:size], is_argmax_BxT[:size]))  # replicated

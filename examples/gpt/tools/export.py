@@ -7,7 +7,7 @@ import jax
 
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.sharding import make_mesh
-from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params
+from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params, run_folder
 from examples.gpt.operations.folders import as_path
 from examples.gpt.operations.run import TOKENIZER
 from examples.gpt.tools import hugging_face
@@ -17,7 +17,7 @@ from examples.gpt.tools import hugging_face
 class Options:
     """Write the newest parameters of a run in Hugging Face's format."""
 
-    out: Path  # Folder of the run.
+    out: Path  # Folder of the run, or one of its checkpoints.
     to: Path  # Folder to write, for transformers' GPT2LMHeadModel.from_pretrained.
 
 
@@ -28,5 +28,5 @@ def main(options: Options) -> None:
     if (to / CHECKPOINTS).exists():
         raise ConfigError(f"`to` must not be the folder of a run, got {to}.")
     hugging_face.save(to, config, params)
-    for file in (as_path(options.out) / TOKENIZER).glob("*.json"):
+    for file in (run_folder(options.out) / TOKENIZER).glob("*.json"):
         (to / file.name).write_bytes(file.read_bytes())

@@ -32,10 +32,10 @@ class Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.separator
+        return self._tokenizer.end_of_document
 
     def tok_encode(self, string: str, *_, **__) -> list[int]:
-        return self._tokenizer.encode(string)
+        return self._tokenizer.encode_batch([string])[0].tolist()
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether it is the argmax.

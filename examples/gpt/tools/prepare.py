@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
     del choices["out"]  # all others determine the output
-    with folders.lock_folder(out, "preparing"), folders.writing_to(out):
+    with folders.lock_folder(out, "preparing"), folders.reraise_write_errors(out):
         if (out / corpora.MANIFEST).exists():
             manifest = corpora.read_manifest(out / corpora.MANIFEST)
         else:
@@ -108,12 +108,12 @@ def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
 def encode_batch(
     texts: list[str], tokenizer: Tokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the split and the tokens, with a separator, of each document with text."""
+    """Yield the split and the tokens of each document with text."""
     # JSON may have lone surrogates, which are invalid in UTF-8.
     kept = [text.encode(errors="replace").decode() for text in texts if text]
     for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
         split = "validation" if zlib.crc32(text.encode()) < fraction * 2**32 else "train"
-        yield split, np.append(tokens, tokenizer.separator)
+        yield split, np.append(tokens, tokenizer.end_of_document)
 
 
 def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:

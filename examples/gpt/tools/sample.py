@@ -14,9 +14,8 @@ import numpy as np
 from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Tokenizer, check_vocabulary
 from examples.gpt.core.model import bind
-from examples.gpt.core.sharding import gathered, make_mesh, shardings
-from examples.gpt.operations.checkpoints import load_params
-from examples.gpt.operations.folders import as_path
+from examples.gpt.core.sharding import constrain, make_mesh, shardings
+from examples.gpt.operations.checkpoints import load_params, run_folder
 from examples.gpt.operations.run import TOKENIZER
 from examples.gpt.tools import corpora, hugging_face, tokenizers
 
@@ -26,7 +25,7 @@ class Options:
     """Write text with a trained GPT."""
 
     prompt: str = ""  # Start of the text. The default is the start of a document.
-    out: Path | None = None  # Folder of a run, whose newest checkpoint is used.
+    out: Path | None = None  # Folder of a run, or one of its checkpoints.
     weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
     # Data whose tokenizer to use. The default is the run's, or GPT-2's for weights.
     data: Path | None = None
@@ -44,7 +43,8 @@ def main(options: Options) -> None:
     with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else jax.devices()[:1])):
         config, params = open_model(options.out, options.weights)
         tokenizer = open_tokenizer(config, options.out, options.data)
-        prompt = tokenizer.encode(options.prompt) or [tokenizer.separator]
+        [prompt] = tokenizer.encode_batch([options.prompt])
+        prompt = prompt if len(prompt) else [tokenizer.end_of_document]
         tokens = generate(
             config,
             params,
@@ -98,7 +98,8 @@ def _next_token(config, top_k, vocabulary, params, window_T, size, key, temperat
     tokens_K = jnp.arange(len(logits_K))
     if top_k:
         logits_K, tokens_K = jax.lax.top_k(logits_K, min(top_k, len(logits_K)))
-    return gathered(tokens_K[jax.random.categorical(key, logits_K / temperature)])
+    token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
+    return constrain(token)  # replicated
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any]:
@@ -117,7 +118,7 @@ def open_tokenizer(config: ModelConfig, out: Path | None, data: Path | None) -> 
     if data is not None:
         tokenizer = corpora.load(data).tokenizer
     elif out is not None:
-        [file] = (as_path(out) / TOKENIZER).iterdir()
+        [file] = (run_folder(out) / TOKENIZER).iterdir()
         tokenizer = tokenizers.load(str(file))
     else:
         tokenizer = tokenizers.load(tokenizers.GPT2)

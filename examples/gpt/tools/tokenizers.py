@@ -10,48 +10,38 @@ from examples.gpt.core.data import Bytes, Tokenizer
 from examples.gpt.operations.folders import as_path, reraise_as_config_error
 
 GPT2 = "gpt2"
-SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class JsonTokenizer:
     """A tokenizer that Hugging Face's `tokenizers` saved as JSON."""
 
-    def __init__(self, name: str, content: bytes):
+    def __init__(self, content: bytes):
         import tokenizers  # bytes need no such package
 
-        self.name, self._content = name, content
+        self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # text can't contain the separator
+        self._tokenizer.encode_special_tokens = True  # text can't contain END_TOKENS
         tokens = self._tokenizer.get_vocab()
-        found = [tokens[text] for text in SEPARATORS if text in tokens]
+        found = [tokens[text] for text in END_TOKENS if text in tokens]
         if not found:
-            raise ConfigError(f"it needs one of {', '.join(SEPARATORS)} to end documents")
-        self.vocabulary, self.separator = max(tokens.values()) + 1, found[0]
+            raise ConfigError(f"it needs one of {', '.join(END_TOKENS)} to end documents")
+        self.vocabulary, self.end_of_document = max(tokens.values()) + 1, found[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, without a separator."""
+        """Return the tokens of each text, without `end_of_document`."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text. Tokens outside of the tokenizer's vocabulary are skipped."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text. Separators count 0 bytes.
-
-        Each document is decoded as a whole, because a token may be a part of a character,
-        and without a space that the tokenizer adds before it.
-        """
-        added = len(self.decode(self.encode("a"))) - 1
-        documents = np.split(tokens, np.flatnonzero(tokens == self.separator))
-        texts = [self.decode(d[d != self.separator]) for d in documents]
-        return sum(len(text.encode()) - added * text.startswith(" ") for text in texts)
+        """Return the number of bytes of text. Ends of documents count 0 bytes."""
+        return len(self.decode(tokens[tokens != self.end_of_document]).encode())
 
     def save(self) -> tuple[str, bytes]:
         """Return the name and content of a file that `load` reads."""
@@ -60,13 +50,13 @@ class JsonTokenizer:
 
 def load(name: str) -> Tokenizer:
     """Return `bytes`, `gpt2`, or the tokenizer of a JSON file."""
-    if as_path(name).name == Bytes.name:  # also the file of a run
+    file = as_path(name)
+    if file.name == "bytes":  # also the file of a run
         return Bytes()
     message = f"`tokenizer` must be bytes, {GPT2} or a file of `tokenizers`, got {name}"
     with reraise_as_config_error(message, Exception):
-        file = as_path(name)
         if name == GPT2:
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
-        return JsonTokenizer(as_path(name).stem, file.read_bytes())
+        return JsonTokenizer(file.read_bytes())
