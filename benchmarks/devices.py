@@ -21,7 +21,7 @@ from examples.gpt.core.config import Config as RunConfig
 from examples.gpt.core.config import ModelConfig, Preset, Training
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from examples.gpt.core.step import abstract_state, make_train_step
-from examples.gpt.presets import RECIPES, preset_config
+from examples.gpt.presets import PRESETS, preset_config
 from sophia_optax import gnb
 
 
@@ -178,7 +178,7 @@ def devices(results: dict[str, Any]) -> str:
 def memory(results: dict[str, Any], *, presets: bool = True) -> str:
     """The temporary memory of a step without and with a refresh, of presets or depths."""
     return measure.markdown(
-        [row for row in results["memory"] if (row["model"] in RECIPES) == presets],
+        [row for row in results["memory"] if (row["model"] in PRESETS) == presets],
         {
             "model": "model",
             "mesh": "mesh",

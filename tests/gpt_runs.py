@@ -6,10 +6,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import tokenizers
 
+from examples.gpt.core import sharding, step
 from examples.gpt.core.config import Config
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from examples.gpt.presets import parse
 from examples.gpt.tools.tokenizers import JsonTokenizer
 
@@ -55,6 +60,7 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.enable_truncation(5)  # for the models that it comes from; not for a corpus
     return JsonTokenizer(bpe.to_str().encode())
 
 
@@ -75,6 +81,21 @@ def flags(**values) -> list[str]:
 def make_config(**values) -> Config:
     """Return the config of a command line with these values."""
     return parse(flags(**values))
+
+
+def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState, Any]:
+    """Return the traced training step of a config, an abstract state and `init_state`."""
+    with jax.set_mesh(mesh):
+        config = make_config(**values)
+        config = config.with_resolved_defaults(1, sharding.num_batch_shards(mesh))
+        step.check_mesh(config, mesh)
+        tx = make_optimizer(config, make_schedule(config))
+        state = step.abstract_state(config, tx, mesh)
+        shape = config.training.batch, config.model.context + 1
+        where = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+        traced = step.make_train_step(config, tx, mesh).trace(state, tokens)
+    return traced, state, lambda: step.init_state(config, tx, mesh)
 
 
 def arguments(data: Path, out: Path, **changes) -> list[str]:
@@ -121,6 +142,19 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+    )
+
+
+def run_module(
+    name: str, *args: str, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m NAME`, without an exception if it fails."""
+    return subprocess.run(
+        [sys.executable, "-m", name, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -13,9 +13,9 @@ from examples.gpt.core.sharding import make_mesh
 from examples.gpt.core.train import Row, train
 from examples.gpt.operations import checkpoints, processes
 from examples.gpt.operations.folders import as_path
-from examples.gpt.operations.plot import last_val_loss, plot_losses
+from examples.gpt.operations.plot import plot_losses
 from examples.gpt.operations.run import open_run
-from examples.gpt.presets import RECIPES, parse
+from examples.gpt.presets import parse, preset_config
 from examples.gpt.tools import corpora, hugging_face
 from examples.gpt.tools.command import run_command
 
@@ -49,7 +49,7 @@ def main(config: Config) -> dict[str, list[Row]]:
         plot_losses(curves, out / "loss.png", corpus.name)
         print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
         for name, rows in curves.items():
-            print(f"{name}: val loss {last_val_loss(rows):.3f}")
+            print(f"{name}: val loss {rows[-1]['val_loss']:.3f}")
     return curves
 
 
@@ -57,7 +57,7 @@ def runs(config: Config, out: Path) -> Iterator[tuple[Config, Path]]:
     """Yield the run and those with the optimizers of `compare`, each with its folder."""
     yield config, out
     for optimizer in config.compare:
-        recipe = RECIPES[config.preset][optimizer]
+        recipe = preset_config(config.preset, optimizer).recipe
         run = dataclasses.replace(config, optimizer=optimizer, recipe=recipe, compare=())
         yield run, out / f"compare_{optimizer}"
 

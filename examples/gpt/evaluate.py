@@ -3,4 +3,4 @@
 from examples.gpt.tools import command, evaluate
 
 if __name__ == "__main__":
-    command.run_tool(evaluate)
+    command.run_tool("evaluate", evaluate)

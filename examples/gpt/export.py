@@ -1,6 +1,6 @@
 """The command `python -m examples.gpt.export`: write weights for transformers."""
 
-from examples.gpt.tools import command, export
+from examples.gpt.tools import command, hugging_face
 
 if __name__ == "__main__":
-    command.run_tool(export)
+    command.run_tool("export", hugging_face)

@@ -3,4 +3,4 @@
 from examples.gpt.tools import command, prepare
 
 if __name__ == "__main__":
-    command.run_tool(prepare)
+    command.run_tool("prepare", prepare)

@@ -3,4 +3,4 @@
 from examples.gpt.tools import command, sample
 
 if __name__ == "__main__":
-    command.run_tool(sample)
+    command.run_tool("sample", sample)

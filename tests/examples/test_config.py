@@ -3,24 +3,19 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
-from gpt_runs import ROOT, make_config
+from gpt_runs import make_config, run_module
 
 from examples.gpt.core.config import Config, ConfigError, ModelConfig, Optimizer
-from examples.gpt.presets import RECIPES, parse, preset_config
+from examples.gpt.presets import PRESETS, parse, preset_config
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"groups": 3, "refresh_batch": 4},
-            "`groups` must divide `refresh_batch`.* 3 and 4",
-        ),
+        ({"groups": 3, "refresh_batch": 4}, "`groups` must divide `refresh.* 3 and 4"),
         ({"accumulate": 3}, "`accumulate` must divide `batch`.* 3 and 64"),
         ({"loss_chunk": -1}, "`loss_chunk` must be positive, got -1"),
         ({"weight_decay": "nan"}, "`weight_decay` must be at least 0, got nan"),
@@ -31,10 +26,7 @@ from examples.gpt.presets import RECIPES, parse, preset_config
         ({"optimizer": "nadamw", "nesterov": False}, "`nesterov` must not .* got nadamw"),
         ({"warmup": 500}, "`warmup` and `decay` must fit `steps`, got 500, 0 and 500"),
         ({"schedule": "wsd", "decay": 451}, "must fit `steps`, got 50, 451 and 500"),
-        (
-            {"architecture": "neox", "heads": 16},
-            "`heads` of neox must be 8 or wider, got 16",
-        ),
+        ({"architecture": "neox", "heads": 16}, "`heads` of neox must .* got 16"),
         ({"compare": ("adamw", "sophia_g")}, "`compare` must differ from `optimizer`"),
         ({"init_from": "a", "resume_from": "b"}, "exclude each other"),
         ({"coordinator": "here:1"}, "`num_processes` and `process_id` must be given tog"),
@@ -65,7 +57,7 @@ def test_share_and_gamma_replace_each_other(preset, optimizer):
         assert {name: getattr(config.recipe, name) for name in given} == given
 
 
-@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_have_all_recipes(preset):
     for optimizer in get_args(Optimizer):
         config = preset_config(preset, optimizer)
@@ -103,17 +95,8 @@ def test_resumed_run_keeps_its_groups(devices, groups):
     assert (config.refresh.refresh_batch, config.refresh.groups) == (16, groups or 16)
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "examples.gpt", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_help_has_a_text_for_every_flag_and_the_values_of_the_preset():
-    text = command("--help", "--preset", "gpt2-125m").stdout
+    text = run_module("examples.gpt", "--help", "--preset", "gpt2-125m").stdout
     for name in Config().as_json():
         assert "--" + name.replace("_", "-") in text
     assert not re.search(r"(--\S+|[}\]]|[A-Z])[\s│]*\(default", text)
@@ -122,10 +105,10 @@ def test_help_has_a_text_for_every_flag_and_the_values_of_the_preset():
 
 @pytest.mark.slow
 def test_command_prints_an_error_without_a_trace(tmp_path):
-    result = command("--data", str(tmp_path / "nowhere"))
+    result = run_module("examples.gpt", "--data", str(tmp_path / "nowhere"))
     assert result.returncode == 1
     assert result.stderr.startswith("error: `data` must be a text file or a folder")
-    result = command("--optimizer", "sofia")
+    result = run_module("examples.gpt", "--optimizer", "sofia")
     assert result.returncode != 0
     assert "sophia_g" in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr

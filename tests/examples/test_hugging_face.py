@@ -10,7 +10,7 @@ from gpt_runs import tiny_bpe
 
 from examples.gpt.core import model
 from examples.gpt.core.config import ConfigError, ModelConfig
-from examples.gpt.tools import export, hugging_face
+from examples.gpt.tools import hugging_face
 
 pytestmark = pytest.mark.slow
 
@@ -118,11 +118,11 @@ def test_load_rejects_damaged_weights(folder):
 def test_export_writes_weights_and_tokenizer(tmp_path, save_run):
     params, to = random_params(CONFIG), tmp_path / "to"
     out = save_run(CONFIG, params, tiny_bpe())
-    export.main(export.Options(out / "checkpoints" / "1", to))
+    hugging_face.main(hugging_face.Options(out / "checkpoints" / "1", to))
     assert (to / "tokenizer.json").read_bytes() == tiny_bpe().save()[1]
     assert_loads(to, params)
     with pytest.raises(ConfigError, match="`to` must not be the folder of a run"):
-        export.main(export.Options(out, out))
+        hugging_face.main(hugging_face.Options(out, out))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The command in this process: training, comparison, metrics and the plot."""
 
-import dataclasses
 import json
 import sys
+import unittest.mock
 from typing import get_args
 
 import jax
@@ -16,7 +16,7 @@ from examples.gpt.core.config import ConfigError, Optimizer
 from examples.gpt.core.sharding import make_mesh
 from examples.gpt.operations import run
 from examples.gpt.operations.folders import lock_folder
-from examples.gpt.presets import RECIPES
+from examples.gpt.presets import preset_config
 from examples.gpt.tools import evaluate, prepare, sample
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -36,7 +36,7 @@ def test_run_learns_and_writes_its_folder(tiny, optimizer, capsys):
     assert (config.folder / "loss.png").read_bytes()[1:4] == b"PNG"
     saved = json.loads((config.folder / "config.json").read_text())
     assert saved["optimizer"] == optimizer
-    assert saved["learning_rate"] == RECIPES["bytes"][optimizer].learning_rate
+    assert saved["learning_rate"] == preset_config("bytes", optimizer).recipe.learning_rate
     rows = run.read_rows(config.folder)
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert ["tokens_per_second" in row for row in rows] == [False, True, True]
@@ -61,7 +61,7 @@ def test_compare_trains_with_the_same_parameters_and_batches(tiny):
     assert losses[0][2:] != losses[1][2:] != losses[2][2:]
     for name in config.compare:  # each at its own recipe
         saved = json.loads((config.folder / f"compare_{name}" / "config.json").read_text())
-        recipe = dataclasses.asdict(RECIPES["bytes"][name])
+        recipe = vars(preset_config("bytes", name).recipe)
         assert {key: saved[key] for key in recipe} == recipe
 
 
@@ -89,6 +89,7 @@ def test_prepare_train_sample_and_evaluate(tiny, tmp_path, capsys):
         ({"context": 5000}, "`data`: the validation split .* needs 5001"),
         ({"init_from": "nowhere"}, "`init_from`.* in nowhere: FileNotFound"),
         ({"resume_from": "nowhere"}, "`resume_from`: no checkpoint in nowhere"),
+        ({"resume_from": "a/checkpoints/latest"}, "no checkpoint in a/checkpoints/latest"),
         ({"vocabulary": 100}, "`vocabulary` must be at least the data's 256, got 100"),
         ({"mesh": "data=3"}, "`mesh` must fit the devices"),
         ({"refresh_batch": None, "groups": 5}, "`groups` must divide .* got 5 and 8"),
@@ -140,26 +141,16 @@ def test_read_rows_stops_at_an_incomplete_row(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_resumes_the_run_of_a_folder(tiny, tmp_path, monkeypatch):
-    started, logged, finished = [], [], []
-
-    class Wandb:
-        def init(self, **kwargs):
-            started.append(kwargs["id"])
-            return self
-
-        def log(self, row, step):
-            logged.append((step, set(row)))
-
-        def finish(self):
-            finished.append(True)
-
-    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    wandb = unittest.mock.Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     values = {"steps": 10, "log_every": 10, "wandb": "project"}
-    main(tiny(**values))
-    main(tiny(**values))
-    main(tiny(**values, out=tmp_path / "other", compare=("adamw",)))
+    for changes in ({}, {}, {"out": tmp_path / "other", "compare": ("adamw",)}):
+        main(tiny(**values, **changes))
+    started = [call.kwargs["id"] for call in wandb.init.call_args_list]
     assert started[0] == started[1]
     assert len({*started}) == 3
-    assert finished == [True] * 4
-    assert [step for step, _ in logged] == [10] * 3
-    assert {"loss", "val_loss", "unclipped_fraction"} < logged[0][1]
+    run = wandb.init.return_value
+    rows = [call.args for call in run.log.call_args_list]
+    assert [step for _, step in rows] == [10] * 3
+    assert {"loss", "val_loss", "unclipped_fraction"} < rows[0][0].keys()
+    assert run.finish.call_count == 4

@@ -27,12 +27,11 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
     if output.keep_every is not None:
         kept.append(policies.EveryNSteps(output.keep_every))
     policy: Any = policies.AnyPreservationPolicy(kept)
-    with folders.reraise_write_errors(folder):
-        return ocp.training.Checkpointer(
-            str(absolute(folder) / CHECKPOINTS),
-            preservation_policy=policy,
-            cleanup_tmp_directories=True,
-        )
+    return ocp.training.Checkpointer(
+        str(absolute(folder) / CHECKPOINTS),
+        preservation_policy=policy,
+        cleanup_tmp_directories=True,
+    )
 
 
 def find_to_resume(config: Config, folder: Path) -> Path | None:
@@ -77,7 +76,7 @@ def find_checkpoint(path: Path) -> Path | None:
     """Return the newest finished checkpoint of a run's folder, or the one that is named."""
     path, folder = absolute(folders.as_path(path)), run_folder(path)
     if path != folder:
-        return path
+        return path if path.name.isdecimal() else None
     root = folder / CHECKPOINTS
     if not root.exists():
         return None

@@ -25,11 +25,9 @@ def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[N
         raise ConfigError(f"{message}: {kind}{str(error).strip()}") from error
 
 
-def reraise_write_errors(
-    folder: Path, kind: type[Exception] = OSError
-) -> contextlib.AbstractContextManager[None]:
-    """Reraise errors of the file system, such as a full disk, as a ConfigError."""
-    return reraise_as_config_error(f"`out`: can't write to {folder}", kind)
+def reraise_write_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Reraise errors of Orbax or an object store, such as a full disk, as a ConfigError."""
+    return reraise_as_config_error(f"`out`: can't write to {folder}", Exception)
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
@@ -67,7 +65,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a failure leaves the old file unchanged."""
     if not isinstance(path, Path):  # object stores write objects atomically
-        with reraise_write_errors(path, Exception):  # and have their own errors
+        with reraise_write_errors(path):  # and have their own errors
             path.write_bytes(content)
         return
     unfinished = path.with_name(".unfinished")
@@ -78,8 +76,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path, doing: str) -> Iterator[None]:
     """Make the folder and lock it, so that no two processes write to it."""
-    with reraise_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(folder, Path):  # object stores have no locks
         yield
         return

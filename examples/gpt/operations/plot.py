@@ -1,6 +1,5 @@
 """The plot of a run: the loss, and below it the unclipped fraction of the updates."""
 
-import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,18 +13,13 @@ def points(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in kept], [row[name] for row in kept]
 
 
-def last_val_loss(rows: list[Row]) -> float:
-    """Return the last validation loss, or nan if there is none."""
-    found = (row["val_loss"] for row in reversed(rows) if "val_loss" in row)
-    return next(found, math.nan)
-
-
 def plot_losses(curves: dict[str, list[Row]], path: Path, data: str) -> None:
     """Plot losses and unclipped fractions over the steps, from the rows by optimizer."""
     figure = Figure((8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, (name, rows) in enumerate(curves.items()):
-        color, label = f"C{i}", f"{name}, validation: {last_val_loss(rows):.3f} at the end"
+        color, last = f"C{i}", rows[-1]["val_loss"]  # the last step is always validated
+        label = f"{name}, validation: {last:.3f} at the end"
         top.plot(*points(rows, "loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
         top.plot(*points(rows, "val_loss"), f"{color}o-", ms=4, label=label)
         bottom.plot(*points(rows, "unclipped_fraction"), color)

@@ -99,10 +99,9 @@ class Run:
         print(f"{config.optimizer} {verb} step {done} of {steps}.")
         self.rows = [row for row in read_rows(folder) if row["step"] <= done]
         values = config.as_json() | {checkpoints.CHECKSUM: corpus.checksum}
-        with folders.reraise_write_errors(folder):
-            folders.write_json(folder / "config.json", values)
-            self._write_rows()
-            save_tokenizer(folder, corpus.tokenizer)
+        folders.write_json(folder / "config.json", values)
+        self._write_rows()
+        save_tokenizer(folder, corpus.tokenizer)
         if config.output.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -119,15 +118,14 @@ class Run:
         print_row(row)
         self.rows.append(row)
         if isinstance(self._folder, Path):  # object stores do not support appending
-            metrics = self._folder / METRICS
-            with folders.reraise_write_errors(self._folder), metrics.open("a") as file:
+            with (self._folder / METRICS).open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(row, row["step"])
 
     def save(self, number: int, state: step.TrainState) -> None:
         """Copy the state, and write it while training continues."""
-        with folders.reraise_write_errors(self._folder, Exception):
+        with folders.reraise_write_errors(self._folder):
             if processes.is_first_process() and not isinstance(self._folder, Path):
                 self._write_rows()
             self._checkpointer.save_checkpointables_async(
@@ -136,7 +134,7 @@ class Run:
 
     def close(self) -> None:
         """Wait until all is written."""
-        with folders.reraise_write_errors(self._folder, Exception):
+        with folders.reraise_write_errors(self._folder):
             self._checkpointer.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -11,19 +11,19 @@ import tyro
 from examples.gpt.core.config import ConfigError
 
 
-def run_tool(tool: Any) -> None:
-    """Run the `main` of a module of this folder with its `Options`."""
-    prog = "python -m " + tool.__name__.replace(".tools", "")
+def run_tool(name: str, tool: Any) -> None:
+    """Run the `main` of a module of this folder, with its `Options`, as a command."""
+    prog = f"python -m examples.gpt.{name}"
     run_command(tool.main, lambda: tyro.cli(tool.Options, prog=prog))
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main` with the parsed options. Print an error and its notes without a trace."""
+    """Run `main` with the parsed options. Print an error without a trace."""
     for name in ("absl", "asyncio", "gcsfs"):  # of Orbax and gcsfs
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(parse())
     except (ConfigError, OSError, ModuleNotFoundError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -1,5 +1,7 @@
 """GPT-2's weights in Hugging Face's format: config.json and model.safetensors.
 
+`load` reads them, and `python -m examples.gpt.export` writes those of a run.
+
 Each parameter of `core.model` is a reshaped tensor of GPT2LMHeadModel, or the tensors of
 all layers, stacked.
 """
@@ -16,7 +18,10 @@ from flax import traverse_util
 
 from examples.gpt.core import model
 from examples.gpt.core.config import ConfigError, ModelConfig
+from examples.gpt.core.sharding import make_mesh
+from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params, run_folder
 from examples.gpt.operations.folders import as_path, reraise_as_config_error, write_json
+from examples.gpt.operations.run import TOKENIZER
 
 PREFIX = "transformer."  # of the names that GPT2LMHeadModel saves
 # Names of modules here and there, with the index of the layer in braces.
@@ -48,6 +53,25 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are jax.nn.gelu
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write the parameters of a run in Hugging Face's format."""
+
+    out: Path  # Folder of the run, or one of its checkpoints.
+    to: Path  # Folder to write, for transformers' GPT2LMHeadModel.from_pretrained.
+
+
+def main(options: Options) -> None:
+    """Write the weights, and the tokenizer unless it is that of bytes."""
+    config, params = load_params(options.out, make_mesh("", jax.devices()[:1]))
+    to = as_path(options.to)
+    if (to / CHECKPOINTS).exists():
+        raise ConfigError(f"`to` must not be the folder of a run, got {to}.")
+    save(to, config, params)
+    for file in (run_folder(options.out) / TOKENIZER).glob("*.json"):
+        (to / file.name).write_bytes(file.read_bytes())
 
 
 def load(folder: Path) -> tuple[ModelConfig, Any]:

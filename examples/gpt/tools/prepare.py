@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
     del choices["out"]  # all others determine the output
-    with folders.lock_folder(out, "preparing"), folders.reraise_write_errors(out):
+    with folders.lock_folder(out, "preparing"):
         if (out / corpora.MANIFEST).exists():
             manifest = corpora.read_manifest(out / corpora.MANIFEST)
         else:
