@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import json
 
 import fsspec
@@ -31,13 +32,24 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus, tmp_path_factory):
+def on_one_device(corpus, tmp_path_factory):
+    """A function from an optimizer to the losses of its run on one device."""
+
+    @functools.cache
+    def train(optimizer):
+        out = tmp_path_factory.mktemp(optimizer)
+        code, output = run(arguments(corpus, out, optimizer=optimizer))
+        assert code == 0, output
+        assert len(losses(out)) == 22
+        return losses(out)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(on_one_device):
     """The losses of a run that is not interrupted."""
-    out = tmp_path_factory.mktemp("uninterrupted")
-    code, output = run(arguments(corpus, out))
-    assert code == 0, output
-    assert len(losses(out)) == 22
-    return losses(out)
+    return on_one_device("sophia_g")
 
 
 @pytest.fixture

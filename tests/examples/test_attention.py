@@ -1,41 +1,22 @@
 """The kernels equal XLA attention: in the interpreter, or lowered without a device."""
 
-import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpt_runs import make_config
-from jax.sharding import AxisType
+from gpt_runs import make_config, trace_step
 
 from benchmarks.hlo import bytes_of, collectives
 from examples.gpt.core import attention, model, sharding
 from examples.gpt.core.config import ConfigError, ModelConfig
-from examples.gpt.core.optimizer import make_optimizer, make_schedule
-from examples.gpt.core.step import abstract_state, init_state, make_train_step
 
 SMALL = {"layers": 1, "heads": 2, "width": 128, "context": 128, "vocabulary": 128}
 SMALL |= {"batch": 8, "groups": 8, "refresh_batch": 8}
 TOKENS = jax.random.randint(jax.random.key(1), (8, 129), 0, 40)
+ONE_DEVICE = sharding.make_mesh("", jax.devices()[:1])
 MODEL = ModelConfig(layers=1, heads=2, width=128, context=128, vocabulary=128)
-
-
-def make_mesh(**sizes):
-    sizes = dict.fromkeys(sharding.AXES, 1) | sizes
-    devices = jax.devices()[: np.prod(list(sizes.values()))]
-    types = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes.values()), sharding.AXES, types, devices=devices)
-
-
-@contextlib.contextmanager
-def unattached(platform, **sizes):
-    """Set a mesh whose devices are of a platform that this machine does not have."""
-    mesh = make_mesh(**sizes).abstract_mesh
-    device = dataclasses.replace(mesh.abstract_device, platform=platform)
-    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
-        yield
 
 
 @pytest.mark.parametrize("name", ["xla", "splash"])
@@ -78,17 +59,13 @@ def test_splash_equals_xla_attention():
 
 
 def run_step(mesh, **values):
-    """Return metrics and state after a step with a refresh, and the compiled step."""
+    """Return the arrays of the state after a step with a refresh, and the compiled step."""
+    traced, _, init_state = trace_step(mesh, **(SMALL | values))
+    compiled = traced.lower().compile()
     with jax.set_mesh(mesh):
-        config = make_config(**(SMALL | values))
-        config = config.with_resolved_defaults(128, sharding.num_batch_shards(mesh))
-        tx = make_optimizer(config, make_schedule(config))
-        rows = np.asarray(TOKENS[:, : config.model.context + 1])
-        tokens = sharding.shard_batch(mesh, rows)
-        state = init_state(config, tx, mesh)
-        compiled = make_train_step(config, tx, mesh).lower(state, tokens).compile()
-        state, metrics = compiled(state, tokens)
-    return metrics, jax.tree.map(np.asarray, jax.tree.leaves(state)), compiled
+        tokens = sharding.shard_batch(mesh, np.asarray(TOKENS))
+        state, _ = compiled(init_state(), tokens)
+    return jax.tree.map(np.asarray, jax.tree.leaves(state)), compiled
 
 
 @pytest.mark.slow
@@ -96,10 +73,10 @@ def test_splash_on_8_devices_equals_xla_on_one():
     """Also in the refresh, whose groups are mapped over an axis that is not a mesh axis."""
     values = {"gamma": 0.05, "remat": "full", "within_documents": True}
     values["end_of_document"] = 0
-    eight = make_mesh(data=2, fsdp=2, tensor=2)
-    _, found, compiled = run_step(eight, **values, attention="splash")
-    _, expected, _ = run_step(make_mesh(), **values)
-    _, _, with_xla = run_step(eight, **values)
+    eight = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+    found, compiled = run_step(eight, **values, attention="splash")
+    expected, _ = run_step(ONE_DEVICE, **values)
+    _, with_xla = run_step(eight, **values)
     for ours, theirs in zip(found, expected, strict=True):
         largest = float(np.abs(theirs).max())
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * largest)
@@ -109,29 +86,21 @@ def test_splash_on_8_devices_equals_xla_on_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("platform", "sizes", "call"),
+    ("platform", "mesh", "call"),
     [
-        ("tpu", {"data": 2, "fsdp": 2, "tensor": 2}, "@tpu_custom_call"),
-        ("cuda", {"data": 2, "fsdp": 2, "tensor": 2}, "@CustomSPMDPartitioning"),
-        ("cuda", {}, "@__cudnn$fmhaSoftmax"),
+        ("tpu", "data=2,fsdp=2,tensor=2", "@tpu_custom_call"),
+        ("cuda", "data=2,fsdp=2,tensor=2", "@CustomSPMDPartitioning"),
+        ("cuda", None, "@__cudnn$fmhaSoftmax"),
     ],
 )
-def test_step_is_lowered_with_the_kernel_of_a_platform(monkeypatch, platform, sizes, call):
+def test_step_is_lowered_with_the_kernel_of_a_platform(monkeypatch, platform, mesh, call):
     """In the loss, its backward pass, and the refresh. No device of it is attached."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(cudnn, lambda: 91_000)  # it asks the library
     monkeypatch.setattr(attention, "platform", lambda: platform.replace("cuda", "gpu"))
-    config = make_config(**SMALL, dtype="bfloat16", remat="dots")
-    mesh = make_mesh(**sizes)
-    with jax.set_mesh(mesh):
-        config = config.with_resolved_defaults(128, sharding.num_batch_shards(mesh))
-        tx = make_optimizer(config, make_schedule(config))
-        spec = jax.sharding.NamedSharding(mesh, jax.P(sharding.BATCH))
-        tokens = jax.ShapeDtypeStruct((8, 129), jnp.int32, sharding=spec)
-        traced = make_train_step(config, tx, mesh).trace(
-            abstract_state(config, tx, mesh), tokens
-        )
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    mesh = ONE_DEVICE if mesh is None else sharding.make_mesh(mesh)
+    traced, *_ = trace_step(mesh, **SMALL, dtype="bfloat16", remat="dots")
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(call) >= 4
 
 
@@ -156,7 +125,9 @@ def test_step_is_lowered_with_the_kernel_of_a_platform(monkeypatch, platform, si
 )
 def test_devices_of_the_mesh_determine_the_kernel(platform, values, expected):
     config = make_config(**(SMALL | values)).with_resolved_defaults(128).model
-    with unattached(platform, data=2):
+    mesh = ONE_DEVICE.abstract_mesh
+    device = dataclasses.replace(mesh.abstract_device, platform=platform)
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
         if expected is None:  # it does not run there
             with pytest.raises(ConfigError, match=f"{config.attention} on {platform}"):
                 attention.choose_kernel(config, 128)

@@ -25,12 +25,6 @@ def params():
     return jax.tree.map(lambda p: 2 * p, model.init(CONFIG))
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    (tmp_path / "corpus.txt").write_text(TEXT)
-    return tmp_path / "corpus.txt"
-
-
 def log_probs(config, params, tokens):
     """Return the log-probability of each token except the first."""
     logits = model.bind(config, params)(np.array([tokens[:-1]]))[0]

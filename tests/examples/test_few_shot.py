@@ -26,9 +26,14 @@ def params():
     return jax.tree.map(lambda p: 2 * p, model.init(CONFIG))
 
 
-def request(method, *arguments):
-    """Return the results of requests of lm-eval, one for each tuple of arguments."""
-    return method([Instance("loglikelihood", {}, args, 0) for args in arguments])
+@pytest.fixture
+def lm(params):
+    return few_shot.Model(CONFIG, params, Bytes(), batch=4)
+
+
+def request(lm, *pairs):
+    """Return the scores of continuations after their contexts."""
+    return lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
 
 
 @jax.jit
@@ -47,25 +52,23 @@ def score(params, context, continuation):
     return log_prob, bool(np.all(table.argmax(-1) == continuation))
 
 
-def test_continuations_of_all_lengths_are_scored(params):
+def test_continuations_of_all_lengths_are_scored(lm, params):
     """23 requests in batches of 4, padded and cut."""
     rng = np.random.default_rng(0)
-    lm = few_shot.Model(CONFIG, params, Bytes(), batch=4)
     pairs = [
         tuple("".join(map(chr, rng.integers(97, 123, size))) for size in sizes)
         for sizes in zip(rng.integers(1, 200, 23), rng.integers(1, 96, 23), strict=True)
     ]
-    found = request(lm.loglikelihood, *pairs)
+    found = request(lm, *pairs)
     for (context, continuation), (log_prob, greedy) in zip(pairs, found, strict=True):
         expected = score(params, context.encode(), continuation.encode())
         np.testing.assert_allclose(log_prob, expected[0], rtol=1e-5)
         assert greedy == expected[1]
 
 
-def test_continuation_longer_than_the_context_is_rejected(params):
-    lm = few_shot.Model(CONFIG, params, Bytes(), 16)
+def test_continuation_longer_than_the_context_is_rejected(lm):
     with pytest.raises(ConfigError, match="`context` is 96, and a text has 97 tokens"):
-        request(lm.loglikelihood, ("x", "y" * 97))
+        request(lm, ("x", "y" * 97))
 
 
 COLUMNS = {
@@ -98,16 +101,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_task_data_of_all_tasks_is_read(folder, params):
-    lm = few_shot.Model(CONFIG, params, Bytes(), 16)
+def test_task_data_of_all_tasks_is_read(folder, lm):
     results = few_shot.run(lm, Options(tasks=",".join(COLUMNS), task_data=folder))
     assert results["results"].keys() == {"boolq", "cb", "copa", "sglue_rte"}
     assert {n["effective"] for n in results["n-samples"].values()} == {7}
 
 
-def test_accuracy_and_shots(folder, params, monkeypatch):
+def test_accuracy_and_shots(folder, lm, params, monkeypatch):
     """The shots are examples of the training split."""
-    prompts, right, lm = [], [], few_shot.Model(CONFIG, params, Bytes(), 16)
+    prompts, right = [], []
     score_pairs = lm.loglikelihood
 
     def spy(requests, **kwargs):
@@ -127,8 +129,7 @@ def test_accuracy_and_shots(folder, params, monkeypatch):
     assert results["sglue_rte"]["acc,none"] == pytest.approx(np.mean(right))
 
 
-def test_unknown_tasks_and_unreadable_data_are_rejected(folder, params):
-    lm = few_shot.Model(CONFIG, params, Bytes(), 16)
+def test_unknown_tasks_and_unreadable_data_are_rejected(folder, lm):
     with pytest.raises(ConfigError, match="`tasks`: lm-eval has no task bool"):
         few_shot.run(lm, Options(tasks="bool"))
     (folder / "cb" / "train.jsonl").unlink()

@@ -1,22 +1,16 @@
 import importlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sophia_optax import sophia_metrics
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["fine_tuning", "with_equinox", "with_linen", "with_nnx", "with_pytrees"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_with_estimates_and_is_read_in_minutes(name, capsys):
-    text = (EXAMPLES / f"{name}.py").read_text()
-    assert len(text.splitlines()) <= 60
-    assert f"`python -m examples.{name}`" in text.splitlines()[0]
-
+def test_example_learns_with_estimates(name, capsys):
     losses, opt_state = importlib.import_module(f"examples.{name}").main(steps=151)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     metrics = sophia_metrics(opt_state)

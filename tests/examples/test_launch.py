@@ -4,7 +4,6 @@ import shlex
 import subprocess
 import types
 
-import jax
 import pytest
 from gpt_runs import ROOT
 from jax.sharding import AbstractMesh, AxisType
@@ -20,43 +19,29 @@ from examples.gpt.presets import parse
 LAUNCH = ROOT / "examples" / "gpt" / "launch"
 
 
-@pytest.fixture
-def initialized(monkeypatch):
-    """The arguments of each call of `jax.distributed.initialize`."""
-    calls = []
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *args, **_: calls.append(args)
-    )
-    for name in ("SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
-    return calls
-
-
 @pytest.mark.parametrize(
-    ("environment", "joins"),
+    ("environment", "files", "libtpu", "joins"),
     [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"JOB_COMPLETION_INDEX": "0"}, True),
+        ({}, [], None, 0),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, [], None, 0),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, [], None, 1),
+        ({"JOB_COMPLETION_INDEX": "0"}, [], None, 1),
+        ({}, ["/dev/vfio/0"], None, 0),  # of other devices
+        ({}, ["/dev/vfio/0"], "libtpu", 1),
     ],
 )
-def test_join_processes_if_there_are_others(initialized, monkeypatch, environment, joins):
+def test_join_processes_if_there_are_others(monkeypatch, environment, files, libtpu, joins):
+    calls = []
+    for name in ("SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    initialize = "jax.distributed.initialize"
+    monkeypatch.setattr(initialize, lambda *args, **_: calls.append(args))
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: files)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: libtpu)
     processes.join_processes(Processes())
-    assert len(initialized) == joins
-
-
-def test_join_processes_on_cloud_tpu(initialized, monkeypatch):
-    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"])
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    processes.join_processes(Processes())  # /dev/vfio may be of other devices
-    assert initialized == []
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
-    processes.join_processes(Processes())
-    assert len(initialized) == 1
+    assert len(calls) == joins
 
 
 @pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])

@@ -2,13 +2,11 @@
 
 import signal
 import socket
-import subprocess
-import sys
 
 import fsspec
 import pytest
 from gcp_storage_emulator.server import create_server
-from gpt_runs import TEXT, arguments, losses, run, run_processes
+from gpt_runs import TEXT, arguments, losses, run, run_module, run_processes
 
 from examples.gpt.operations.checkpoints import CHECKPOINTS
 
@@ -55,8 +53,7 @@ def test_resume_after_sigkill_is_bit_for_bit(store, corpus, tmp_path, uninterrup
     assert code == 0, output
     assert "sophia_g resumes from step 15 of 25" in output
 
-    command = [sys.executable, "-m", "examples.gpt.sample", "--out", OUT, "--length", "9"]
-    sampled = subprocess.run(command, capture_output=True, text=True)
+    sampled = run_module("examples.gpt.sample", "--out", OUT, "--length", "9")
     assert sampled.returncode == 0, sampled.stderr
     assert sampled.stdout
 
@@ -64,9 +61,8 @@ def test_resume_after_sigkill_is_bit_for_bit(store, corpus, tmp_path, uninterrup
 def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text("".join(f'{{"text": "{line}"}}\n' for line in TEXT.splitlines()))
-    command = [sys.executable, "-m", "examples.gpt.prepare", str(file)]
-    command += ["--out", "gs://bucket/data", "--tokenizer", "bytes", "--validation", "0.1"]
-    prepared = subprocess.run(command, capture_output=True, text=True)
+    options = ["--out", "gs://bucket/data", "--tokenizer", "bytes", "--validation", "0.1"]
+    prepared = run_module("examples.gpt.prepare", str(file), *options)
     assert prepared.returncode == 0, prepared.stderr
     code, output = run(arguments("gs://bucket/data", OUT, steps=5, warmup=1))
     assert code == 0, output

@@ -136,7 +136,7 @@ def test_dtype_of_a_shard_fits_the_vocabulary(largest, jsonl, tmp_path, monkeypa
     np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
 
 
-def test_object_store_receives_the_same_files(jsonl, tmp_path, monkeypatch, bucket):
+def test_object_store_is_written_and_read(jsonl, tmp_path, monkeypatch, bucket):
     main(options(tmp_path / "out", jsonl))
     Fault(monkeypatch).left = 11
     with pytest.raises(Killed):
@@ -144,6 +144,9 @@ def test_object_store_receives_the_same_files(jsonl, tmp_path, monkeypatch, buck
     main(options("s3://bucket/out", jsonl))
     bucket.get("s3://bucket/out/*", str(tmp_path / "copy") + "/")
     assert checksums(tmp_path / "copy") == checksums(tmp_path / "out")
+    assert documents_of("s3://bucket/out") == documents_of(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"az://.* needs a package: .*nstall adlfs"):
+        corpora.load("az://bucket/data")
 
 
 def test_finished_data_is_not_changed(jsonl, tmp_path):

@@ -1,6 +1,5 @@
 """Runs on several devices and in several processes equal the run on one device."""
 
-import functools
 import signal
 
 import numpy as np
@@ -12,22 +11,8 @@ from examples.gpt.operations.checkpoints import CHECKPOINTS
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def on_one_device(corpus, tmp_path_factory):
-    """A function from an optimizer to its losses on one device."""
-
-    @functools.cache
-    def train(optimizer):
-        out = tmp_path_factory.mktemp(optimizer)
-        code, output = run(arguments(corpus, out, optimizer=optimizer))
-        assert code == 0, output
-        return losses(out)
-
-    return train
-
-
 def assert_equal_losses(found, expected):
-    assert len(found) == len(expected) == 22
+    assert len(found) == len(expected)
     assert found[-1] < found[0] - 1  # it learns
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 

@@ -1,24 +1,20 @@
 """Text from a model."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-import tyro
 from gpt_runs import tiny_bpe
 
 from examples.gpt.core import model
 from examples.gpt.core.config import ModelConfig
 from examples.gpt.core.data import Bytes
-from examples.gpt.operations.run import save_tokenizer
 from examples.gpt.tools import hugging_face, sample
-from examples.gpt.tools.command import run_command
 from examples.gpt.tools.sample import Options, generate
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ModelConfig(layers=2, heads=2, width=16, context=80, vocabulary=256, bias=True)
+V = 262
+CONFIG = ModelConfig(layers=2, heads=2, width=16, context=80, vocabulary=V, bias=True)
 KEY = jax.random.key(0)
 
 
@@ -64,34 +60,22 @@ def test_text_on_a_mesh_equals_that_of_one_device(out, capsys):
     assert len(set(texts)) == 1
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
-def test_tokenizer_is_that_of_the_run_or_of_the_data(tmp_path, tokenizer):
-    config = dataclasses.replace(CONFIG, vocabulary=384)
-    save_tokenizer(tmp_path, tokenizer)
-    found = sample.open_tokenizer(config, tmp_path, None)
-    texts = ["être"]
-    np.testing.assert_equal(found.encode_batch(texts), tokenizer.encode_batch(texts))
-    (tmp_path / "other.txt").write_text("other")
-    other = sample.open_tokenizer(config, tmp_path, tmp_path / "other.txt")
-    assert isinstance(other, Bytes)
-
-
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_frequencies_of_samples_are_probabilities(params, top_k):
     """Counts of 2,000 first tokens, within five standard deviations."""
     temperature, draws = 5.0, 2_000
     logits = np.asarray(model.bind(CONFIG, params)(np.array([[7]]))[0, -1], np.float64)
     allowed = np.argsort(logits)[::-1][:top_k]
-    expected = np.zeros(256)
+    expected = np.zeros(V)
     expected[allowed] = np.exp(logits[allowed] / temperature)
     expected /= expected.sum()
 
     def first(key):
-        args = CONFIG, top_k, 256, params, np.array([7, 0]), 1, key, temperature
+        args = CONFIG, top_k, None, params, np.array([7, 0]), 1, key, temperature
         return sample._next_token(*args)
 
     tokens = jax.jit(jax.vmap(first))(jax.random.split(KEY, draws))
-    counts = np.bincount(np.ravel(tokens), minlength=256)
+    counts = np.bincount(np.ravel(tokens), minlength=V)
     deviation = np.sqrt(draws * expected * (1 - expected))
     assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + (expected > 0))
 
@@ -103,23 +87,24 @@ def test_tokens_beyond_the_vocabulary_are_not_sampled(params):
     assert found.max() < 9
 
 
-@pytest.mark.parametrize(("prompt", "start"), [("The quick", b"The quick"), ("", [0])])
-def test_command_prints_prompt_and_text(out, params, capsys, tmp_path, prompt, start):
+@pytest.mark.parametrize("prompt", ["The quick", ""])
+@pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
+def test_command_prints_prompt_and_text(save_run, params, capsys, tokenizer, prompt):
     """An empty prompt is the start of a document: the token that ends one comes first."""
-    tokens = generate(CONFIG, params, list(start), 6, key=KEY, temperature=0)
-    sample.main(Options(prompt, out=out, length=6, temperature=0))
-    printed = capsys.readouterr().out
-    assert printed == f"{prompt}{Bytes().decode(tokens)}\n"
+    [start] = tokenizer.encode_batch([prompt])
+    start, size = [*start] or [tokenizer.end_of_document], tokenizer.vocabulary
+    tokens = generate(CONFIG, params, start, 6, key=KEY, temperature=0, vocabulary=size)
+    out = save_run(CONFIG, params, tokenizer)
+    for path in (out, out / "checkpoints" / "1"):
+        sample.main(Options(prompt, out=path, length=6, temperature=0))
+        assert capsys.readouterr().out == f"{prompt}{tokenizer.decode(tokens)}\n"
+
+
+def test_command_reads_weights_and_the_tokenizer_of_data(out, params, capsys, tmp_path):
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     (tmp_path / "text.txt").write_text("bytes")
-    weights, data = tmp_path / "gpt2", tmp_path / "text.txt"
-    for values in ({"weights": weights, "data": data}, {"out": out / "checkpoints/1"}):
-        sample.main(Options(prompt, **values, length=6, temperature=0))
-        assert capsys.readouterr().out == printed
-
-
-def test_error_of_a_command_is_one_line():
-    arguments = ["--weights", "nowhere"]
-    message = "^error: `init_from`, `weights`: can't read GPT-2's weights in nowhere: "
-    with pytest.raises(SystemExit, match=message):
-        run_command(sample.main, lambda: tyro.cli(Options, args=arguments))
+    weights = {"weights": tmp_path / "gpt2", "data": tmp_path / "text.txt"}
+    for values in ({"out": out}, weights):
+        sample.main(Options("a", **values, length=6))
+    texts = capsys.readouterr().out
+    assert texts == texts[: len(texts) // 2] * 2

@@ -8,43 +8,35 @@ from examples.gpt.core.config import ConfigError
 from examples.gpt.core.data import Bytes
 from examples.gpt.tools import prepare, tokenizers
 
-
-@pytest.fixture(params=["bytes", "json"])
-def name(request, tmp_path):
-    """The name of each kind of tokenizer."""
-    if request.param == "bytes":
-        return "bytes"
-    bpe = hf.ByteLevelBPETokenizer()
-    special = ["<|endoftext|>"]
-    bpe.train_from_iterator(DOCUMENTS, 400, special_tokens=special, show_progress=False)
-    bpe.enable_truncation(5)
-    bpe.save(str(tmp_path / "tiny.json"))
-    return str(tmp_path / "tiny.json")
+KINDS = pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
 
 
-def test_decode_returns_the_encoded_text(name, tmp_path):
-    tokenizer = tokenizers.load(name)
+@KINDS
+def test_decode_returns_the_encoded_text(tokenizer):
     for text, tokens in zip(DOCUMENTS, tokenizer.encode_batch(DOCUMENTS), strict=True):
         assert tokenizer.decode(tokens) == text
         assert tokenizer.end_of_document not in tokens
         assert max(tokens) < tokenizer.vocabulary
     above = tokenizer.vocabulary + 7  # a model may have more tokens
     assert tokenizer.decode([*tokenizer.encode_batch(["text"])[0], above]) == "text"
-    # A prepared folder contains its tokenizer.
-    jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    prepare.main(options(tmp_path / "out", jsonl, tokenizer=name))
-    (tmp_path / "tiny.json").unlink(missing_ok=True)
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    assert documents_of(tmp_path / "elsewhere") == expected(DOCUMENTS)
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
+@KINDS
 def test_count_bytes_is_the_size_of_the_text(tokenizer):
     texts = ["être", "wo wo\r\n", "é🐦 \ufffd", "", "two  ", *DOCUMENTS]
     encoded = tokenizer.encode_batch(texts)
     documents = [np.append(ids, tokenizer.end_of_document) for ids in encoded]
     tokens = np.concatenate([[tokenizer.end_of_document], *documents]).astype(np.int32)
     assert tokenizer.count_bytes(tokens) == sum(len(text.encode()) for text in texts)
+
+
+def test_prepared_folder_contains_its_tokenizer(tmp_path):
+    jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    (tmp_path / "tiny.json").write_bytes(tiny_bpe().save()[1])
+    prepare.main(options(tmp_path / "out", jsonl, tokenizer=str(tmp_path / "tiny.json")))
+    (tmp_path / "tiny.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert documents_of(tmp_path / "elsewhere") == expected(DOCUMENTS)
 
 
 def test_tokenizer_without_an_end_of_document_is_rejected(tmp_path):
