@@ -60,7 +60,7 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.enable_truncation(5)  # for the models that it comes from; not for a corpus
+    bpe.enable_truncation(5)  # as some files of the hub have; a corpus is not truncated
     return JsonTokenizer(bpe.to_str().encode())
 
 
