@@ -60,7 +60,7 @@ class Training:
     batch: int = 64  # Number of sequences in a batch.
     accumulate: int = 1  # Number of sequential micro-batches in a batch.
     # Layout of the devices, such as `data=8,fsdp=4,tensor=2`. The default is all `data`.
-    # `auto` chooses mesh, accumulate and remat by the memory of the devices.
+    # With `auto`, the memory of the devices determines mesh, accumulate and remat.
     mesh: str = ""
     # Learning rate after the warm-up: a cosine decay, constant, or constant with a linear
     # decay at the end.
@@ -159,7 +159,7 @@ class Config:
     resume_from: Path | None = None
     # Output folder, local or gs://BUCKET/NAME. The default is runs/OPTIMIZER.
     out: Path | None = None
-    seed: int = 0  # Seed of the parameters, the batches, the sampled labels and the text.
+    seed: int = 0  # Seed of the parameters, the batches and the sampled labels.
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()

@@ -34,10 +34,10 @@ def open_run(
     """
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all_processes():
-            checkpoint = checkpoints.find_to_resume(config, folder)
-            config = resolve(config, corpus, checkpoint)
             if processes.is_first_process():  # it holds the lock for all
                 stack.enter_context(folders.lock_folder(folder, "training in"))
+            checkpoint = checkpoints.find_to_resume(config, folder)
+            config = resolve(config, corpus, checkpoint)
         with processes.raise_on_all_processes():
             start = load_start(config, checkpoint, initial_params)
             run = Run(config, corpus, folder, start)

@@ -38,6 +38,7 @@ class Options:
     # TPU chips such as v5e:4x4, v5p:2x2x4 or v6e:8x8 (needs jax[tpu]), or a number of GPUs,
     # h100:8 or h200:16 (needs jax[cuda12]).
     topology: str
+    # The flags of `python -m examples.gpt`. Those of output and processes have no effect.
     config: Config
     slices: int = 1  # Number of TPU slices of this topology. Only `data` crosses them.
     json: Path | None = None  # Also write the results to this file.
