@@ -6,16 +6,28 @@ import numpy as np
 import optax
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
+from problems import Given, labellings, network, network_params
 
-from sophia_optax import scale_by_sophia, sophia, unclipped_fraction
+from sophia_optax import (
+    Categorical,
+    empirical_fisher,
+    gnb,
+    scale_by_diag_hessian,
+    scale_by_sophia,
+    sophia,
+    unclipped_fraction,
+)
 from sophia_optax.variants import (
     adahessian,
     adahessian_clip,
     clip_only,
     empirical_fisher_clip,
     full_matrix_sophia,
+    gradient_noise,
+    noise_bounded,
     normalize_only,
     signum,
+    smooth_clip,
     spatial_average,
 )
 
@@ -74,6 +86,7 @@ def test_adahessian_follows_its_paper(x64, block_size):
         (adahessian(0.1, update_interval=3), 3),
         (adahessian_clip(0.1, update_interval=3), 3),
         (empirical_fisher_clip(0.1, update_interval=3), 3),
+        (noise_bounded(0.1, update_interval=3), 3),
     ],
 )
 def test_adahessian_refreshes_at_every_step_unless_update_interval_is_given(tx, refreshes):
@@ -132,6 +145,112 @@ def test_empirical_fisher_clip_equals_sophia():
     assert_trees_all_equal(train(actual, squares)[0], train(expected, squares)[0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_smooth_clip_is_accurate_for_small_and_large_updates(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    updates = jnp.array([0.0, 1e-3, 0.75, -3.0, 100.0, -200.0, largest, -largest], dtype)
+    found = smooth_clip().update(updates, optax.EmptyState())[0]
+    x = np.asarray(updates, np.float64)
+    assert found.dtype == dtype
+    rtol = 2 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(found, np.float64), x / np.hypot(1, x), rtol)
+
+
+def test_smooth_clip_keeps_the_metrics_and_frozen_leaves():
+    params = {"w": jnp.ones(4), "frozen": None}
+    stages = optax.ema(0.0, debias=False), scale_by_diag_hessian(0.0, 1.0), smooth_clip()
+    tx = optax.chain(*stages)
+    grads = {"w": jnp.array([0.5, 1.0, 2.0, 8.0]), "frozen": None}
+    hessian = {"w": jnp.full(4, 4.0), "frozen": None}
+    updates, state = tx.update(grads, tx.init(params), params, hessian=hessian)
+    x = grads["w"] / 4
+    np.testing.assert_allclose(updates["w"], x / np.hypot(1, x), rtol=1e-6)
+    assert updates["frozen"] is None
+    assert unclipped_fraction(state) == 0.75
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradient_noise_of_gnb_is_the_variance_over_all_labellings(x64, groups):
+    """The variance of the mean gradient for labels of the model, by enumeration."""
+    params = jax.tree.map(lambda p: 0.5 * p, network_params())
+    x = jax.random.normal(jax.random.key(2), (4, 2))
+    log_probs = jax.nn.log_softmax(network(params, x))
+    labels, probabilities = labellings(np.arange(3), log_probs)
+    likelihood = Categorical()
+    estimate = gnb(
+        lambda params, x, labels: (network(params, x), labels),
+        likelihood=Given(likelihood),
+        groups=groups,
+    )
+    key = jax.random.key(0)
+
+    def mean_loss(params, labels):
+        return likelihood.neg_log_prob(network(params, x), labels).mean()
+
+    grads = jax.jit(jax.vmap(jax.grad(mean_loss), (None, 0)))(params, labels)
+    noises = jax.jit(
+        jax.vmap(lambda labels: gradient_noise(estimate)(params, x, labels, key=key))
+    )(labels)
+
+    def mean(tree):
+        return jax.tree.map(lambda y: jnp.tensordot(probabilities, y, 1), tree)
+
+    squares, means = mean(jax.tree.map(jnp.square, grads)), mean(grads)
+    variances = jax.tree.map(lambda s, m: s - m**2, squares, means)
+    estimated = mean(jax.tree.map(jnp.square, noises))
+    assert_trees_all_close(estimated, variances, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gradient_noise_of_empirical_fisher_is_the_variance_between_groups(x64, groups):
+    """It includes the squared mean gradient, divided by the number of groups."""
+    params = network_params()
+    x, y = jax.random.normal(jax.random.key(2), (6, 2)), jnp.array([0, 1, 2, 2, 1, 0])
+
+    def mean_loss(params, x, y):
+        return Categorical().neg_log_prob(network(params, x), y).mean()
+
+    split = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:]), (x, y))
+    grads = jax.vmap(jax.grad(mean_loss), (None, 0, 0))(params, *split)
+    expected = jax.tree.map(lambda g: (g.var(0) + g.mean(0) ** 2) / groups, grads)
+    estimate = gradient_noise(empirical_fisher(network, groups=groups))
+    found = jax.tree.map(jnp.square, estimate(params, x, targets=y))
+    assert_trees_all_close(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("batch_weight", "expected"), [(None, 4), (jnp.float32(16), 16)])
+def test_gradient_noise_divides_by_the_weight_of_the_batch(batch_weight, expected):
+    params, x = network_params(), jax.random.normal(jax.random.key(2), (4, 2))
+    arguments = {"key": jax.random.key(0), "weights": jnp.array([1.0, 0.0, 2.0, 1.0])}
+    h = gnb(network)(params, x, **arguments)
+    noise = gradient_noise(gnb(network), batch_weight)(params, x, **arguments)
+    squares = jax.tree.map(lambda s: expected * s**2, noise)
+    assert_trees_all_close(squares, h, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_noise_bounded_divides_by_the_root_of_squared_momentum_plus_noise(x64, nesterov):
+    """With a refresh at every second update."""
+    lr, b1, b2, weight_decay = 0.1, 0.9, 0.8, 0.2
+    estimates = [e if t % 2 == 0 else None for t, e in enumerate(ESTIMATES)]
+
+    def expected(name):
+        theta, m, v, refreshes = PARAMS[name], 0.0, 0.0, 0
+        for grads, noise in zip(GRADS, estimates, strict=True):
+            m = b1 * m + (1 - b1) * grads[name]
+            if noise is not None:
+                v = b2 * v + (1 - b2) * noise[name] ** 2
+                refreshes += 1
+            u = b1 * m + (1 - b1) * grads[name] if nesterov else m
+            step = u / np.sqrt(u**2 + v / (1 - b2**refreshes))
+            theta = theta - lr * (step + weight_decay * theta)
+        return theta
+
+    tx = noise_bounded(lr, b1, b2, weight_decay, nesterov=nesterov)
+    params, _ = train(tx, estimates)
+    assert_trees_all_close(params, {name: expected(name) for name in PARAMS}, rtol=1e-5)
+
+
 def test_clip_only_equals_sophia_with_a_hessian_of_one():
     ones = [jax.tree.map(np.ones_like, PARAMS)] * len(GRADS)
     params, state = train(sophia(0.1, 0.9, b2=0.0, gamma=0.2), ones)
@@ -158,7 +277,15 @@ def test_normalize_only_divides_the_momentum_by_its_norm():
 
 @pytest.mark.parametrize(
     "make",
-    [adahessian, adahessian_clip, clip_only, empirical_fisher_clip, normalize_only, signum],
+    [
+        adahessian,
+        adahessian_clip,
+        clip_only,
+        empirical_fisher_clip,
+        noise_bounded,
+        normalize_only,
+        signum,
+    ],
 )
 def test_variant_with_zero_gradients_only_decays_unmasked_weights(make):
     """Hyperparameters may be traced. A zero norm does not divide by zero."""
