@@ -46,7 +46,7 @@ def test_run_resumes_with_more_steps_and_another_schedule(tiny, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "  steps: 4 before, 6 now" in capsys.readouterr().out
     assert [row["lr"] for row in rows[4:]] == pytest.approx([5e-3, 2.5e-3])
-    with pytest.raises(ConfigError, match=r"`steps` must exceed the step of .*/6, got 5"):
+    with pytest.raises(ConfigError, match=r"`steps` must be at least 6, .*, got 5"):
         main(tiny(steps=5, schedule="wsd", decay=2))
 
 
@@ -62,7 +62,7 @@ def test_resume_from_branches_a_run_bit_for_bit(tiny, tmp_path):
     values |= {"schedule": "wsd", "decay": 3}
     rows = train(tiny(**values, out=tmp_path / "c"))
     assert [row["lr"] for row in rows] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
-    with pytest.raises(ConfigError, match=r"`steps` must exceed the step of .*/3, got 3"):
+    with pytest.raises(ConfigError, match=r"`steps` must be at least 4, .*, got 3"):
         train(tiny(**values | {"steps": 3, "decay": 1}, out=tmp_path / "d"))
 
 

@@ -109,7 +109,7 @@ def test_damaged_folders_are_rejected(prepared, file, damage, message):
 def test_splits_must_have_a_sequence(tmp_path):
     corpus = corpora.load(write(tmp_path / "p", b"a" * 500, b"b" * 20, 1000))
     corpus.check(ModelConfig(context=19))
-    with pytest.raises(ConfigError, match=r"`data`: the validation split .* 21 tokens"):
+    with pytest.raises(ConfigError, match=r"`context` must be less than 20, .*, got 20"):
         corpus.check(ModelConfig(context=20))
 
 

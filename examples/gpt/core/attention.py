@@ -55,15 +55,16 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
     head_width = config.width // config.heads
     # For cuDNN a mask of documents is an array as large as the weights of XLA's attention.
     cudnn = devices == "gpu" and config.dtype == "bfloat16" and not config.within_documents
-    splash = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
-    if not {"cudnn": cudnn, "splash": splash}.get(requested, True):
+    # On CPUs, splash attention is interpreted: slow, for tests.
+    is_tiled = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
+    if not {"cudnn": cudnn, "splash": is_tiled}.get(requested, True):
         raise ConfigError(
             "`attention`: cudnn needs a GPU and bfloat16, without `within_documents`; "
             "splash a TPU, a `context` that is a multiple of 128, and heads whose width is "
             "a multiple of 64. Got "
             f"{requested} on {devices}, {config.dtype}, {config.context}, {head_width}."
         )
-    if splash and (requested == "splash" or (requested == "auto" and devices == "tpu")):
+    if is_tiled and (requested == "splash" or (requested == "auto" and devices == "tpu")):
         return "splash" if length % 128 == 0 else "xla"  # a sample may be shorter
     return "cudnn" if cudnn and requested != "xla" else "xla"
 
@@ -82,9 +83,7 @@ def _kernel(q, k, v, documents=None):
 
 
 def _on_each_device(fn):
-    """Apply `fn` on each device to its sequences and heads.
-
-    XLA does not partition Pallas kernels.
+    """Apply `fn` on each device to its sequences and heads: XLA can't partition kernels.
 
     Under `vmap` the mapped axis is merged into the batch, with its sharding.
     """
@@ -124,8 +123,9 @@ def _forward(q, k, v, *documents):
 def _backward(gradient, attended, log_sums, q, k, v, *documents):
     """Return gradients from the results of `_forward`.
 
-    `jax.vjp` traces the kernel again for the structure of its backward pass. XLA drops the
-    forward pass, because its results are replaced.
+    A `jax.vjp` inside `shard_map` can't be used outside of it. So `jax.vjp` traces the
+    kernel again for the structure of its backward pass, and its results are replaced by
+    the stored ones. XLA then drops the second forward pass.
     """
     _, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     leaves, structure = jax.tree.flatten(backward)

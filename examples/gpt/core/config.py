@@ -11,7 +11,7 @@ _Gpt2 = Literal["gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m", "gpt2-1.5b"]
 Preset = Literal["bytes", _Gpt2, "neox-1.5b", "neox-6.6b"]
 
 _MAY_BE_ZERO = {"seed", "warmup", "decay", "final_fraction", "b1", "b2"}
-_MAY_BE_ZERO |= {"weight_decay", "process_id"}
+_MAY_BE_ZERO |= {"weight_decay", "process_id", "end_of_document"}
 _FRACTIONS = {"b1", "b2", "share"}
 _DIVISORS = {"heads": "width", "accumulate": "batch", "refresh_batch": "batch"}
 _DIVISORS |= {"groups": "refresh_batch"}
@@ -44,7 +44,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     # Positions of a sequence whose float32 logits are in memory at a time.
     loss_chunk: int = 256
-    within_documents: bool = False  # Let a token attend to its own document only.
+    within_documents: bool = False  # Attend only within documents, of prepared data.
     # Token that ends a document. The default is the data's.
     end_of_document: int | None = None
     # Attention by XLA, by the cuDNN kernel on a GPU, or by the Pallas splash kernel on a
@@ -97,7 +97,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """Estimates of Sophia's Hessian."""
+    """Refreshes: new estimates of the diagonal of Sophia's Hessian."""
 
     # Sequences of the batch that a refresh uses. The default is the smallest number of at
     # least 16 that the devices and groups divide evenly.
@@ -151,8 +151,8 @@ class Config:
     # A folder that `python -m examples.gpt.prepare` wrote, a text file, or a folder of text
     # files. The default is the source code of the standard library.
     data: Path | None = None
-    # Start from weights: of a run's folder, of one of its checkpoints, or of a folder of
-    # GPT-2 in Hugging Face's format, which requires `bias` and a `vocabulary` of 50257.
+    # Start from the weights of a run's folder, of one of its checkpoints, or of a folder
+    # of GPT-2 in Hugging Face's format. The latter requires --bias and --vocabulary 50257.
     init_from: Path | None = None
     # Resume from another run in a new folder, possibly with another schedule: a run's
     # folder, or one of its checkpoints, such as runs/gpt/checkpoints/40000.
@@ -224,12 +224,16 @@ class Config:
             if None not in (a, b) and b % a:
                 raise ConfigError(f"`{name}` must divide `{multiple}`, got {a} and {b}.")
         if model.architecture == "neox" and model.width // model.heads < 8:
-            raise ConfigError(f"`heads` of neox must be 8 or wider, got {model.heads}.")
+            raise ConfigError(
+                "`width` / `heads` must be at least 8 for neox, got "
+                f"{model.width} / {model.heads}."
+            )
         steps, warmup = self.training.steps, self.training.warmup_steps()
         decay = self.training.decay_steps()
         if warmup >= steps or warmup + decay > steps:
             raise ConfigError(
                 f"`warmup` and `decay` must fit `steps`, got {warmup}, {decay} and {steps}."
+                " Set --warmup."
             )
         given = [name for name in ("gamma", "share") if values[name] is not None]
         if len(given) != ("sophia" in self.optimizer):
@@ -238,9 +242,14 @@ class Config:
                 f"{recipe.gamma} and {recipe.share} for {self.optimizer}."
             )
         if (self.optimizer, recipe.nesterov) in (("lion", True), ("nadamw", False)):
-            raise ConfigError(f"`nesterov` must not be set, got {self.optimizer}.")
-        if self.optimizer in self.compare:
-            raise ConfigError(f"`compare` must differ from `optimizer` {self.optimizer}.")
+            raise ConfigError(
+                f"`nesterov` must not be {recipe.nesterov} for {self.optimizer}."
+            )
+        if len({self.optimizer, *self.compare}) <= len(self.compare):
+            raise ConfigError(
+                "`compare` must name other optimizers, each of them once, got "
+                f"{self.optimizer} and {', '.join(self.compare)}."
+            )
         if self.init_from is not None and self.resume_from is not None:
             raise ConfigError("`init_from` and `resume_from` exclude each other.")
         if len({value is None for value in vars(self.processes).values()}) == 2:

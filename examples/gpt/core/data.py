@@ -80,8 +80,8 @@ class Corpus:
             longest = max(map(len, getattr(self, name).arrays), default=0)
             if longest <= config.context:
                 raise ConfigError(
-                    f"`data`: the {name} split of {self.name} is too short: `context` "
-                    f"needs {config.context + 1} tokens in a shard, got {longest}."
+                    f"`context` must be less than {longest}, the tokens in the largest "
+                    f"{name} shard of {self.name}, got {config.context}."
                 )
 
 
@@ -122,14 +122,18 @@ def read_standard_library() -> Corpus:
 
 
 def read_text(name: str, root: Path, files: list[Path]) -> Corpus:
-    """Return text files as bytes. A tenth, by a hash of their names, is for validation."""
+    """Return text files as bytes. A tenth is for validation.
+
+    A hash of the names chooses the files of validation. If there are few or large files, it
+    is the last tenth of the text.
+    """
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
     texts = [text for text in (file.read_bytes() for file in files) if b"\0" not in text]
     if not texts:
         raise ConfigError(f"`data` must be text, got {name}: no text files in it.")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
-    if ends[count - 1] >= ends[-1] / 5:  # few or large files: the last tenth of all
+    if ends[count - 1] >= ends[-1] / 5:  # few or large files
         text = b"\n".join(texts)
         middle = round(len(text) * 0.9)
         texts, count = [text[middle:], text[:middle]], 1

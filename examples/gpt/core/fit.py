@@ -76,7 +76,7 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
 def estimate_memory(config: Config, devices: int) -> float:
     """Return the estimated memory of a training step on each device, in bytes.
 
-    The computation is in bfloat16, and an attention kernel is used.
+    This assumes bfloat16 and an attention kernel.
     """
     # Before the data is read, the vocabulary may be unknown: assume that of GPT-2.
     vocabulary = config.model.vocabulary or 50304

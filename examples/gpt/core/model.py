@@ -81,9 +81,9 @@ class GPT(nnx.Module):
     def score_tokens(self, tokens_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the loss of each token except the first, and whether it is the argmax.
 
-        Both have shape (B, T). Logits of `loss_chunk` positions are held at a time, and
-        computed again on the backward pass. Unless `remat` is "full", the gradients with
-        respect to 16-bit models' logits are stored instead, in bfloat16.
+        Both have shape (B, T). Logits of `loss_chunk` positions are in memory at a time.
+        The backward pass computes them again. For 16-bit models, unless `remat` is "full",
+        it uses gradients with respect to the logits, which are stored in bfloat16.
         """
         in_float32 = self.config.dtype == "float32"
         neg_log_prob: Any = Categorical().neg_log_prob if in_float32 else _neg_log_prob
@@ -100,8 +100,8 @@ class GPT(nnx.Module):
         saved = [] if self.config.remat == "full" else [_LOGIT_GRADIENTS]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         score = jax.checkpoint(score, policy=policy)
-        # Chunks of equal size, (chunks, B, chunk, ...). For a `vmap` over positions, XLA
-        # would keep a gradient of the head for each position on GPUs.
+        # Chunks of equal size, (chunks, B, chunk, ...). Not a `vmap` over positions, for
+        # which XLA would keep a gradient of the head for each position on GPUs.
         chunk = max(n for n in range(1, self.config.loss_chunk + 1) if T % n == 0)
         split = jax.tree.map(
             lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1), inputs

@@ -61,9 +61,10 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     )
     if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
+        where = f" in {slices} slices, which must divide `data`" if slices > 1 else ""
         raise ConfigError(
-            f"`mesh` must fit the devices, got {got} for {len(devices)} device(s) in "
-            f"{slices} slice(s), which must divide `data`."
+            f"`mesh` must have as many places as devices, got {got} for {len(devices)} "
+            f"device(s){where}."
         )
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # An axis may be a part of an axis of the torus: fsdp=2 of a v5p slice of 4x4x8.
@@ -96,7 +97,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
             if size % mesh.shape.get(axis, 1):
                 raise ConfigError(
                     f"`mesh`: {axis}={mesh.shape[axis]} must divide the sharded dimension, "
-                    f"got {x.shape} for {_name(path)}."
+                    f"got {size} of {x.shape} for {_name(path)}."
                 )
         return NamedSharding(mesh, spec)
 

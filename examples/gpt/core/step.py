@@ -90,8 +90,8 @@ def loss_and_grads(
     @functools.partial(
         jax.vmap, out_axes=None, axis_name=sharding.BATCH_SHARDS, spmd_axis_name=axes
     )
-    def of_shards(tokens_NxS):
-        def add(total, tokens_MxS):
+    def of_shards(tokens_NxS):  # the sequences of one device
+        def add(total, tokens_MxS):  # those of one of its micro-batches
             loss, grads = grad_fn(params, tokens_MxS)
             return jax.tree.map(jnp.add, total, (loss, sharding.constrain(grads))), None
 

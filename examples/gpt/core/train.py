@@ -42,6 +42,8 @@ def train(
     has the functions of a run with a folder.
     """
     mesh, output, steps = jax.sharding.get_mesh(), config.output, config.training.steps
+    config.check()
+    corpus.check(config.model)
     step.check_mesh(config, mesh)
     choose_kernel(config.model, config.model.context)  # raises here, not in the compiler
     schedule = make_schedule(config)

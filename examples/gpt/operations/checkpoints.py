@@ -42,7 +42,10 @@ def find_to_resume(config: Config, folder: Path) -> Path | None:
         if path is None:
             raise ConfigError(f"`resume_from`: no checkpoint in {config.resume_from}.")
     if path is not None and int(path.name) + least > steps:
-        raise ConfigError(f"`steps` must exceed the step of {path}, got {steps}.")
+        required = int(path.name) + least
+        raise ConfigError(
+            f"`steps` must be at least {required}, after {path}, got {steps}."
+        )
     return path
 
 
@@ -56,7 +59,9 @@ def check_same_run(config: Config, checksum: str, path: Path) -> None:
     }
     rejected = "".join(line for name, line in changed.items() if name in FIXED)
     if rejected:
-        raise ConfigError(f"`out`, `resume_from`: {path} is of a different run:{rejected}")
+        raise ConfigError(
+            f"{path} is of a different run, use another --out or --resume-from:{rejected}"
+        )
     if changed and processes.is_first_process():
         print("Changed values:" + "".join(changed.values()))
 

@@ -1,6 +1,7 @@
 """Command lines of the tools, and errors of all commands: one line without a trace."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -26,4 +27,4 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
     except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGINT)  # JAX's threads can crash an ordinary exit

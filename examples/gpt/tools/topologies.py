@@ -63,13 +63,15 @@ def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     pattern = r"[1-9]\d*" if is_gpu else r"\d+x\d+(x\d+)?"
     is_valid = kind in CHIPS and re.fullmatch(pattern, shape)
     if is_valid and is_gpu:
-        is_valid = slices == 1 and (int(shape) <= 8 or int(shape) % GPUS_PER_HOST == 0)
-    if not is_valid or slices < 1:
+        is_valid = int(shape) <= GPUS_PER_HOST or int(shape) % GPUS_PER_HOST == 0
+    if not is_valid:
         names = ", ".join(CHIPS)
         raise ConfigError(
-            f"`topology` must be a chip ({names}) and a shape, such as v5e:4x4, h200:8 or "
-            f"h200:16, and `slices` is for TPUs, got {name} and {slices}."
+            f"`topology` must be a chip ({names}) and a shape, such as v5e:4x4, v5p:2x2x4 "
+            f"(in Google Cloud v5p-32), h200:8 or h200:16, got {name}."
         )
+    if slices < 1 or (is_gpu and slices > 1):
+        raise ConfigError(f"`slices` must be positive, and 1 for GPUs, got {slices}.")
     package = "jax_cuda12_plugin" if is_gpu else "libtpu"
     if importlib.util.find_spec(package) is None:
         extra = "cuda12" if is_gpu else "tpu"
