@@ -41,10 +41,6 @@ def test_check_rejects_invalid_values(values, message):
         make_config(**values).check()
 
 
-def test_check_accepts_the_end_of_document_of_bytes():
-    make_config(within_documents=True, end_of_document=0).check()
-
-
 def test_flags_override_the_preset():
     config = parse(["--preset", "gpt2-355m", "--batch", "32", "--optimizer=adamw"])
     preset = preset_config("gpt2-355m", "adamw")
