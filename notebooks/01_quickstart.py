@@ -17,8 +17,8 @@
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/01_quickstart.ipynb)
 #
 # Sophia is an Optax optimizer that divides the average of gradients by an average of the
-# Hessian's diagonal, and clips the quotient entry by entry. Here it takes AdamW's place in a
-# Flax NNX model, and its one new setting, gamma, is chosen by a rule.
+# Hessian diagonal, and clips the quotient entry by entry. This notebook replaces AdamW by Sophia
+# in a Flax NNX model. A rule chooses the new setting, gamma.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" flax matplotlib
@@ -38,8 +38,8 @@ from sophia_optax import gnb, hold_unclipped, sophia_g, sophia_metrics
 # %% [markdown]
 # ## A model and its data
 #
-# A small language model: the next byte of Python source from the eight before. The text is the
-# source of a module of the standard library, so there is nothing to download.
+# The model predicts the next byte of Python source code from the eight bytes before it. The text
+# is a module of the standard library, so there is nothing to download.
 
 # %%
 TEXT = np.frombuffer(inspect.getsource(argparse).encode("ascii", "replace"), np.uint8)
@@ -78,15 +78,15 @@ def validation_loss(model):
 print(f"{len(TEXT):,} bytes, {CUT:,} windows to train on")
 
 # %% [markdown]
-# ## The swap
+# ## From AdamW to Sophia
 #
-# **Claim: Sophia goes where AdamW was, with one argument more.**
+# **Claim: Sophia replaces AdamW, with one additional argument.**
 #
-# AdamW's step is `optimizer.update(model, grads)`. Sophia's has `hessian_fn`, a function of a
-# key that estimates the Hessian's diagonal. It is called every tenth step, inside the compiled
-# step. The estimate is Gauss-Newton-Bartlett's: gradients of labels that the model draws itself,
-# from 16 examples of the batch, each squared by itself (`groups=16`). Both get the best of three
-# learning rates.
+# AdamW's step is `optimizer.update(model, grads)`. Sophia's step has the argument `hessian_fn`, a
+# function of a key that estimates the Hessian diagonal. It is called on every tenth step, inside
+# the compiled step. The estimate is Gauss-Newton-Bartlett's: squared gradients for labels that
+# are sampled from the model, of 16 examples in 16 groups (`groups=16`). Both optimizers have the
+# best of three learning rates.
 
 
 # %%
@@ -171,21 +171,22 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# **Seen:** each at its best of three learning rates, AdamW ends a few hundredths of a nat lower, and is
-# faster at the start, where Sophia's steps are clipped. A fifth is unclipped all along, as asked. This
-# is a model of 70,000 parameters and 300 steps; it shows that the swap works, not which is better.
-# [What came out](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers that
-# were tuned by a search.
+# **Result:** AdamW ends a few hundredths of a nat lower. It is faster at the start, where
+# Sophia's steps are clipped. A fifth of the entries is unclipped at every step, which is the target.
+# This model has 70,000 parameters and is trained for 300 steps: the example shows how to replace
+# AdamW, not which optimizer is better.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers that were
+# tuned by a search.
 
 # %% [markdown]
 # ## The rule for gamma
 #
 # **Claim: a fixed fraction of unclipped entries needs a different gamma at each step.**
 #
-# Where the quotient is below one in magnitude, Sophia takes a Newton-like step. Elsewhere it takes
-# the sign. gamma scales the Hessian in the divisor. If it is small, nearly all entries are clipped. If
-# it is large, nearly none are, and steps become short. `hold_unclipped(0.2)` chooses, at every step,
-# the gamma that leaves a fifth of all entries unclipped.
+# If the quotient of an entry is below one in magnitude, Sophia takes a Newton-like step. Otherwise
+# it takes the sign. gamma scales the Hessian in the divisor. If gamma is small, nearly all entries
+# are clipped. If it is large, nearly none are clipped, and the steps are short. At every step,
+# `hold_unclipped(0.2)` chooses the gamma for which a fifth of all entries is unclipped.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -231,10 +232,10 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# **Seen:** the gamma that leaves a fifth unclipped falls by a factor of some four hundred during
-# training, so no number gives this fraction throughout. The fractions of single parameters differ. Rows
-# of the embedding whose byte does not occur have no gradient, and count as unclipped. In the loss the
-# choice hardly matters: in a run this short the rule ends 0.01 to 0.02 above the numbers, and these
-# differ by 0.01 over a factor of three thousand, because on most of that range Sophia is close to sign
-# momentum. The advantage of the rule is that there is no scale to choose: a factor on the estimate,
-# which the next notebook is about, changes nothing.
+# **Result:** the gamma for which a fifth is unclipped falls by a factor of about four hundred during
+# training, so no constant gives this fraction throughout. The fractions of the parameters differ.
+# Rows of the embedding whose byte does not occur have no gradient, and count as unclipped. The loss
+# hardly depends on the choice: in this short run the rule ends 0.01 to 0.02 above the constants. The
+# constants differ by 0.01 over a factor of three thousand, because on most of this range Sophia is
+# close to sign momentum. The advantage of the rule is that there is no scale to choose: a factor on
+# the estimates has no effect. The next notebook is about this factor.

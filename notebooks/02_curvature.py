@@ -16,9 +16,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/02_curvature.ipynb)
 #
-# Sophia divides by the diagonal of the Hessian, which it only ever estimates. On a model small
-# enough to differentiate twice by brute force we can look at what the estimators return: of
-# which matrix, at which scale, and with what error.
+# Sophia divides by an estimate of the Hessian diagonal. This notebook compares the estimators with
+# the exact diagonals of a small model: which matrix they estimate, with which scale, and with which
+# error.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -34,10 +34,10 @@ from jax.flatten_util import ravel_pytree
 from sophia_optax import empirical_fisher, gnb, hutchinson
 
 # %% [markdown]
-# ## A model whose Hessian fits on a page
+# ## A small model
 #
-# A classifier of one hidden layer, 1,024 examples, 4 classes. It is trained for a while, so
-# that its predictions mean something, but not to the end.
+# The model is a classifier with one hidden layer, 1,024 examples and 4 classes. It is trained for
+# some steps, but not until it converges.
 
 
 # %%
@@ -73,9 +73,9 @@ flat, unravel = ravel_pytree(params)
 print(f"{flat.size} parameters, loss {loss_fn(params, x, y):.3f}")
 
 # %% [markdown]
-# The two diagonals, by brute force: of the Hessian $\nabla^2 L$, and of the Gauss-Newton matrix,
-# the mean over examples of $J^\top (\mathrm{diag}(p) - p p^\top) J$ with the Jacobian $J$ of the
-# logits. The second leaves out the curvature of the model itself, and is never negative.
+# The exact diagonals are those of the Hessian $\nabla^2 L$, and of the Gauss-Newton matrix, the mean
+# over examples of $J^\top (\mathrm{diag}(p) - p p^\top) J$ with the Jacobian $J$ of the logits. The
+# Gauss-Newton matrix lacks the curvature of the model, and its diagonal is non-negative.
 
 # %%
 hessian = jnp.diag(jax.hessian(lambda v: loss_fn(unravel(v), x, y))(flat))
@@ -90,8 +90,8 @@ print(
 # %% [markdown]
 # ## Each estimator, averaged
 #
-# **Claim: `hutchinson` is right about the Hessian, `gnb` about Gauss-Newton; `empirical_fisher`,
-# which takes the true labels, about neither.**
+# **Claim: the mean of `hutchinson` is the diagonal of the Hessian, and the mean of `gnb` that of the
+# Gauss-Newton matrix. `empirical_fisher`, which uses the true labels, has neither mean.**
 
 
 # %%
@@ -138,19 +138,19 @@ all_axes[0].set_ylabel("estimate, an entry a point")
 plt.show()
 
 # %% [markdown]
-# **Seen:** grey points are one estimate, blue ones the mean: on the line for the first two. One
-# estimate of `hutchinson` has entries below zero where the diagonal has none; `gnb` cannot. The
-# empirical Fisher lies on no line, however often it is averaged: nothing is random in it. Its squares
-# are of the residuals, and a label that is noise counts as curvature.
+# **Result:** gray points are one estimate, and blue points are the mean. For the first two
+# estimators the means are on the line. One estimate of `hutchinson` has negative entries where the
+# diagonal has none. Those of `gnb` are non-negative. The empirical Fisher is not random, so an
+# average does not change it. It squares residuals, so noise in the labels counts as curvature.
 
 # %% [markdown]
-# ## Why groups
+# ## Groups
 #
-# **Claim: the error of one estimate falls as 1 / √groups, at no cost in arithmetic.**
+# **Claim: the error of one estimate falls as 1 / √groups, without additional arithmetic.**
 #
-# The paper squares the gradient of all the sampled labels at once and multiplies by their number:
-# one group. The square of a sum has cross terms, which vanish in the mean and are noise in each
-# estimate. Squared in groups, there are fewer of them.
+# The paper squares the mean gradient of all sampled labels, and multiplies it by their number. This
+# is one group. The square of a sum has cross terms, whose mean is zero and which are noise in each
+# estimate. With several groups there are fewer cross terms.
 
 # %%
 GROUPS = [1, 2, 4, 8, 16, 32, 64]
@@ -173,19 +173,19 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** the error falls from 1.3 with one group, the paper's setting, to 0.2 with 64. It leaves the
-# dashed line at last, because other noise remains: a label is drawn once for each example, however
-# they are grouped. With 16 groups a sixteenth of the batch would do for the error of one group on all
-# of it, which is why a refresh of this library is small.
+# **Result:** the error falls from 1.3 with one group, the paper's setting, to 0.2 with 64 groups. For
+# many groups it is above the dashed line, because each example still has only one sampled label. With
+# 16 groups, a sixteenth of the batch has the error that one group has with the whole batch. So a
+# refresh needs only a few sequences.
 
 # %% [markdown]
 # ## Scale
 #
-# **Claim: the usual mistake is the scale, and Sophia's gamma then is another one.**
+# **Claim: the most common error is the scale, and it changes the meaning of gamma.**
 #
-# Three estimates that look alike in code. The mean gradient of sampled labels, squared, lacks
-# the factor of 1,024; with gradients accumulated over 4 micro-batches and only the last of them used,
-# divided by 4 for the average, it lacks more.
+# The code of these three estimates is similar. The square of the mean gradient of sampled labels
+# lacks the factor 1,024. If gradients are accumulated over 4 micro-batches, and the estimate is
+# computed from the last one, whose loss is divided by 4, the factor is larger.
 
 
 # %%
@@ -222,6 +222,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** a thousandth, and six hundredths. The optimizer runs on, with a gamma that nobody chose,
-# and clips nearly everything. Independent studies that found no gain from Sophia had the
-# scale wrong in such ways; which of their findings hang on it, this does not say.
+# **Result:** the estimates are too small by factors of a thousandth and of six hundredths. Training
+# continues with a wrong gamma, and nearly all entries are clipped. At least one independent study
+# that found no gain from Sophia had such an error. This notebook does not show how its results
+# depend on it.

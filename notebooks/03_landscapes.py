@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # 3. Landscapes: why divide, why clip, and what the diagonal cannot see
+# # 3. Landscapes: division, clip, and the limits of the diagonal
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/03_landscapes.ipynb)
 #
-# Sophia's paper argues for itself in two ways: with a landscape of two parameters where other
-# methods fail one by one, and with a theorem that steps do not grow with the condition number.
-# Both are rerun here out of the library's own stages, and then turned until they break.
+# Sophia's paper has two arguments: a landscape of two parameters on which other methods fail, and a
+# theorem that the number of steps does not grow with the condition number. This notebook repeats
+# both with the stages of this library, and then rotates the axes of the landscape.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -43,7 +43,7 @@ jax.config.update("jax_enable_x64", True)
 # %% [markdown]
 # ## A steep parameter, a flat one, and a saddle
 #
-# **Claim: Newton's method goes to a saddle; Sophia goes to the minimum in a few steps.**
+# **Claim: Newton's method converges to a saddle. Sophia converges to the minimum in a few steps.**
 #
 # The first parameter is steep and not convex, the second is flat:
 # $L(\theta) = 8(\theta_1 - 1)^2(1.3\theta_1^2 + 2\theta_1 + 1) + \frac12(\theta_2 - 4)^2$,
@@ -121,25 +121,26 @@ axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# **Seen:** Newton's first step goes backwards, and it stays at the saddle. Gradient descent has a
-# learning rate that the steep parameter allows (its curvature at the minimum is 69, so 0.029 is the
-# limit) and creeps along the flat one. SignGD and Adam walk at the same speed in both and
-# go to and fro in the steep one. Sophia steps like a sign where the curvature is not positive or the
-# quotient is large, like Newton elsewhere, and is at the minimum after eleven steps. (The paper's
-# drawing does not give its starting point in numbers; this one is ours.)
+# **Result:** Newton's method moves away from the minimum, to the saddle. The learning rate of gradient
+# descent is limited by the steep parameter (its curvature at the minimum is 69, so the limit is
+# 0.029), so it is slow along the flat parameter. SignGD and Adam move at the same speed along both
+# parameters, and oscillate along the steep one. Sophia's step is a sign where the curvature is not
+# positive or the quotient is large, and a Newton step elsewhere. It is at the minimum after eleven
+# steps. (The paper does not list the starting point of its figure. This one is ours.)
 
 # %% [markdown]
 # ## Steps against the condition number
 #
-# **Claim: with the whole Hessian, Sophia's steps do not grow with the condition number;
-# SignGD's and gradient descent's do.**
+# **Claim: with the full Hessian, the number of Sophia's steps does not grow with the condition
+# number. Those of SignGD and gradient descent do.**
 #
 # `full_matrix_sophia` is the algorithm of the paper's theory: the Newton step, clipped entry by
-# entry in the Hessian's eigenbasis, with η = 1/2. We minimise
+# entry in the Hessian's eigenbasis, with η = 1/2. We minimize
 # $\sum_i w_i\, \varphi((A\theta)_i)$ in ten dimensions with weights from 1 to κ, for a quadratic
-# $\varphi$ and for $\log\cosh$, on which Newton's method diverges. `A` is a random rotation, for
-# the second a shear as well; of four the worst counts. A thousandth of the loss has to be left.
-# SignGD and gradient descent have the best of a grid of learning rates.
+# $\varphi$ and for $\log\cosh$, on which Newton's method diverges. `A` is a random rotation, and
+# for the second function also a shear. We count the steps to a thousandth of the initial loss, and
+# take the worst of four matrices `A`. SignGD and gradient descent have the best learning rate of a
+# grid.
 
 # %%
 N, MOST, GOAL = 10, 30_000, 1e-3
@@ -255,21 +256,21 @@ figure.legend(*both[0].get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# **Seen:** with the whole Hessian, 23 steps on the quadratic from κ = 10 to 10⁸, on its own axes or on
-# turned ones, and fewer and fewer with κ on log cosh. (At κ = 1 all terms are flat, and the start is
-# further away.) On its own axes SignGD grows with √κ, as the paper's bound says, and gradient descent
-# with κ. Diagonal Sophia is as good as the whole Hessian there. **On turned axes it is not:** it grows
-# with κ, twice as many steps as plain gradient descent, and SignGD fares worse still. The theorem is about an
-# algorithm that nobody runs on a language model.
+# **Result:** with the full Hessian, the quadratic takes 23 steps from κ = 10 to 10⁸, on its own axes
+# and on rotated axes. On log cosh the number of steps falls with κ. (At κ = 1 all terms are flat, and
+# the start is further away.) On the function's own axes the steps of SignGD grow with √κ, as the
+# paper's bound says, and those of gradient descent with κ. There diagonal Sophia is as good as the
+# full Hessian. **On rotated axes it is not:** its steps grow with κ, and are twice those of gradient
+# descent. Those of SignGD grow even faster. The theorem is about the full Hessian, which is not
+# affordable for a language model.
 
 # %% [markdown]
-# ## What the diagonal cannot see
+# ## The limits of the diagonal
 #
-# **Claim: a few degrees are enough.**
+# **Claim: a rotation by a few degrees is enough.**
 #
-# In two dimensions, with κ = 10,000, the axes of a quadratic are turned step by step. The
-# diagonal of the Hessian is then a mixture of both curvatures, and the flat direction hides
-# behind the steep one.
+# In two dimensions, with κ = 10,000, we rotate the axes of a quadratic by increasing angles. The
+# diagonal of the Hessian is then a mixture of both curvatures, in which the steep direction dominates.
 
 
 # %%
@@ -314,6 +315,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** half a degree nearly doubles the steps, five degrees make them eighty times as many. What Sophia gains on
-# a network therefore depends on how far its curvature is along the axes, its parameters, which
-# is a question for experiments: for a small GPT, `python -m benchmarks.ablations`.
+# **Result:** half a degree nearly doubles the number of steps, and five degrees multiply it by eighty.
+# Sophia's gain on a network therefore depends on the alignment of its curvature with its
+# parameters. [Results](https://sophia-optax.github.io/sophia_optax/results.html) has experiments with
+# a small GPT.

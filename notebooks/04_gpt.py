@@ -16,9 +16,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/04_gpt.ipynb)
 #
-# The byte-level GPT of `examples/gpt`, two layers of width 64, learns the source of Python's
-# standard library. AdamW and Sophia-G start from the same parameters and see the same batches,
-# each at the settings that a search by hand found for it (`examples/gpt/presets.py`).
+# This notebook trains the byte-level GPT of `examples/gpt`, two layers of width 64, on the source code
+# of Python's standard library. AdamW and Sophia-G have the same initial parameters and the same
+# batches. Their settings are from a search (`examples/gpt/presets.py`).
 
 # %% tags=["skip-execution"]
 # !git clone --quiet --depth 1 https://github.com/sophia-optax/sophia_optax
@@ -43,7 +43,7 @@ from sophia_optax import gnb, unclipped_fraction
 # %% [markdown]
 # ## The run
 #
-# On a CPU 200 steps of 64 sequences, on a GPU or a TPU the 500 of the example.
+# On a CPU the run has 200 steps of 64 sequences. On a GPU or a TPU it has 500 steps, as the example.
 
 # %%
 STEPS = 200 if jax.default_backend() == "cpu" else 500
@@ -59,10 +59,10 @@ print(
 # %% [markdown]
 # ## One step for both
 #
-# **Claim: the step of Sophia is the step of AdamW and one more argument.**
+# **Claim: the step of Sophia is the step of AdamW with one additional argument.**
 #
-# The refresh looks at 16 sequences of the batch, each a group of its own, every tenth step.
-# AdamW lets the argument pass.
+# A refresh uses 16 sequences of the batch in 16 groups, on every tenth step. AdamW ignores the
+# argument.
 
 
 # %%
@@ -141,15 +141,14 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# **Seen:** on a CPU's 200 steps AdamW ends about 0.07 nats lower, at the settings of the example, which were
-# found for 500 steps; Sophia-G starts slower, since none of its steps is larger than the learning
-# rate. For a
-# comparison at equal tuning see `python -m benchmarks.ablations`.
+# **Result:** after 200 steps on a CPU AdamW is about 0.07 nats lower. The settings were found for 500
+# steps. Sophia-G is slower at the start, because no entry moves by more than the learning rate.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) has a comparison at equal tuning.
 
 # %% [markdown]
-# ## What they write
+# ## Samples
 #
-# **Claim: a loss has a sound.** From the same prompt, at a temperature of 0.8.
+# Both models continue the same prompt, at a temperature of 0.8.
 
 # %%
 prompt = np.frombuffer(b"def read(self, ", np.uint8).astype(np.int32)
@@ -158,5 +157,5 @@ for name, (trained, *_) in runs.items():
     print(f"--- {name}\n{corpus.tokenizer.decode(np.concatenate([prompt, tokens]))}\n")
 
 # %% [markdown]
-# **Seen:** indentation, brackets and some keywords after a minute of training, and no meaning, from
-# both. Differences in the loss of this size can't be heard.
+# **Result:** after a minute of training, both models write indentation, brackets and some keywords,
+# without meaning. The difference of their losses is not visible in the samples.

@@ -12,14 +12,14 @@
 # ---
 
 # %% [markdown]
-# # 5. Many devices, one answer
+# # 5. Multiple devices: equal estimates in four layouts
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/05_many_devices.ipynb)
 #
-# On several devices a curvature estimate is easily wrong by their number, and nothing fails:
-# a mean where a sum belongs, a square taken after the mean. Here eight CPU devices are simulated
-# and the same step is taken under `pmap`, under `shard_map`, and under `jit` with sharded
-# arrays on meshes of Auto and of Explicit axes.
+# On several devices, a curvature estimate is easily wrong by a factor of their number, without an
+# error: for example if the gradient is squared after its mean over devices. This notebook simulates
+# eight CPU devices. It takes the same step under `pmap`, under `shard_map`, and under `jit` with
+# sharded arrays on meshes of Auto and of Explicit axes.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -45,9 +45,8 @@ print(f"{jax.device_count()} devices: {jax.devices()[0].platform}")
 # %% [markdown]
 # ## One model, one batch, four layouts
 #
-# A classifier on 64 examples, of which each device gets eight. In every layout a device is a
-# group: it squares its own gradient, and the squares are summed. The mean gradient is never
-# squared.
+# The model is a classifier with 64 examples, eight on each device. In every layout each device has
+# one group: it squares its own gradient, and the squares are summed. The mean gradient is not squared.
 
 
 # %%
@@ -123,10 +122,10 @@ LAYOUTS = {
 # %% [markdown]
 # ## The estimate
 #
-# **Claim: an estimate that draws nothing is the same in every layout, to rounding.**
+# **Claim: an estimate without random numbers is equal in all layouts, up to rounding.**
 #
-# `empirical_fisher` squares gradients of the true labels. Nothing is drawn, so every layout must
-# return what one device returns with eight groups.
+# `empirical_fisher` squares gradients for the true labels. It is not random, so every layout must
+# return the estimate of one device with eight groups.
 
 
 # %%
@@ -150,16 +149,17 @@ for name, estimate in made.items():
     print(f"{name:20} off by {off:.1e} of the largest entry")
 
 # %% [markdown]
-# **Seen:** equal to one part in ten million, which is float32's rounding in a sum of another order.
+# **Result:** they are equal to one part in ten million, the rounding of float32 in a different order
+# of the sum.
 
 # %% [markdown]
-# ## With drawn labels
+# ## Sampled labels
 #
-# **Claim: under `jit` the labels are those of one device; under `pmap` and `shard_map` each device
-# draws its own, and the mean is the same.**
+# **Claim: under `jit` the sampled labels are those of one device. Under `pmap` and `shard_map` each
+# device samples its own labels, and the mean is the same.**
 #
-# The exact diagonal of the Gauss-Newton matrix is computed from the dense Jacobian. What is
-# drawn 2,000 times is averaged and compared with it, after 1, 2, 5, 10, ... draws.
+# The exact diagonal of the Gauss-Newton matrix is computed from the dense Jacobian. The average of 1,
+# 2, 5, 10, ... and 2,000 estimates is compared with it.
 
 # %%
 p = jax.nn.softmax(logits_fn(params, x))
@@ -200,18 +200,18 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** the three of one device's labels lie on each other, and so do the two whose devices draw
-# their own: both fall as 1 / √draws towards the exact diagonal, with no bias at which they would stop.
+# **Result:** the three layouts with the labels of one device have the same curve, and so have the two
+# layouts whose devices sample their own labels. Both errors fall as 1 / √draws, without a bias.
 
 # %% [markdown]
 # ## Training
 #
-# **Claim: the whole optimizer gives one trajectory in every layout.**
+# **Claim: training has the same trajectory in all layouts.**
 #
-# Forty steps of Sophia, with a refresh every fifth, inside one compiled function. Under a mapped
-# axis gradients are averaged with `pmean`, of parameters that were first made to vary over the
-# devices: inside `shard_map` the gradient of a replicated parameter is a sum over devices
-# already, and its `pmean` would silently be eight times too large.
+# One compiled function takes forty steps of Sophia, with a refresh on every fifth. Under a mapped
+# axis, gradients are averaged with `pmean`. Inside `shard_map`, the parameters are first made varying
+# over the devices. Otherwise the gradient of a replicated parameter is already a sum over
+# devices, and its `pmean` would be eight times too large, without an error.
 
 
 # %%
@@ -257,17 +257,18 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Seen:** one line. Under `pmap` the devices' copies were compared bit for bit before one of them was
-# taken: they do not drift apart. On real pods the same code runs over more devices, and a refresh
-# exchanges what one gradient exchanges (`python -m benchmarks.devices`).
+# **Result:** all trajectories coincide. Under `pmap` the copies of the devices are equal bit for bit.
+# On a pod the same code runs on more devices, and a refresh communicates what one gradient
+# communicates (`python -m benchmarks.devices`).
 
 # %% [markdown]
-# ## Parameters in parts
+# ## Sharded parameters
 #
-# **Claim: with `each_group` where a model gathers its layers, an estimate needs the memory of a
-# gradient.**
+# **Claim: if `each_group` annotates the layers where the model gathers them, an estimate needs the
+# memory of a gradient.**
 #
-# Sixteen layers, of which each device holds an eighth, and gathers one at a time.
+# The model has sixteen layers. Each device holds an eighth of each layer, and gathers one layer at a
+# time.
 
 # %%
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -296,16 +297,16 @@ for name, program in programs.items():
     print(f"{name:17} {memory / 2**20:4.1f} MiB")
 
 # %% [markdown]
-# **Seen:** a marked estimate is as sharded as a gradient. Without marks each device holds the gradient
-# of its group, and the estimate, whole.
+# **Result:** with annotations, an estimate is sharded like a gradient. Without annotations, each device
+# holds the gathered gradient of its group and the gathered estimate.
 
 # %% [markdown]
-# ## A pod, on paper
+# ## A pod
 #
-# A pod has more chips than a refresh has sequences. Every chip that has a part of the batch takes one
-# sequence, or waits: a refresh every 10 steps is then too dear. But it has many groups, so it may come less
-# often. With k steps from one to the next, b2 = 0.99^(k / 10) keeps the age of what is averaged, and
-# the average counts as much as (1 + b2) / (1 - b2) refreshes.
+# A pod has more chips than a refresh needs sequences. Each chip with a part of the batch computes at
+# least one sequence, so a refresh every 10 steps is expensive. But its many groups have a small
+# error, so it can be less frequent. With a refresh every k steps, b2 = 0.99^(k / 10) keeps the time
+# constant of the average, which has the error of (1 + b2) / (1 - b2) refreshes.
 
 # %%
 print(
@@ -321,5 +322,6 @@ for chips, intervals in ((16, (10,)), (256, (10, 100, 160)), (512, (10, 100, 320
         )
 
 # %% [markdown]
-# **Seen:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 look at as many in all, at the same
-# price, and their averages are as good and as old. This is arithmetic, and not tried in training.
+# **Result:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 have the same total cost, and
+# their averages have the same error and time constant. This is a calculation. It was not tried in
+# training.
