@@ -71,8 +71,7 @@ def run_step(mesh, **values):
 @pytest.mark.slow
 def test_splash_on_8_devices_equals_xla_on_one():
     """Also in the refresh, whose groups are mapped over an axis that is not a mesh axis."""
-    values = {"gamma": 0.05, "remat": "full", "within_documents": True}
-    values["end_of_document"] = 0
+    values = dict(gamma=0.05, remat="full", within_documents=True, end_of_document=0)
     make_config(**values).check()
     eight = sharding.make_mesh("data=2,fsdp=2,tensor=2")
     found, compiled = run_step(eight, **values, attention="splash")

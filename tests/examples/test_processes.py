@@ -21,7 +21,6 @@ def assert_equal_losses(found, expected):
 def test_8_devices_and_2_processes_equal_one_device(
     corpus, tmp_path, on_one_device, optimizer
 ):
-    """In 20 steps with 4 refreshes and 2 validations."""
     eight, two = tmp_path / "eight", tmp_path / "two"
     mesh = "data=2,fsdp=2,tensor=2"
     args = arguments(corpus, eight, optimizer=optimizer, mesh=mesh)
