@@ -237,5 +237,5 @@ plt.show()
 # Rows of the embedding whose byte does not occur have no gradient, and count as unclipped. The loss
 # hardly depends on the choice: in this short run the rule ends 0.01 to 0.02 above the constants. The
 # constants differ by 0.01 over a factor of three thousand, because on most of this range Sophia is
-# close to sign momentum. The advantage of the rule is that there is no scale to choose: a factor on
-# the estimates has no effect. The next notebook is about this factor.
+# close to sign momentum. The advantage of the rule is that it does not depend on the scale: a factor
+# on the estimates has no effect. The next notebook is about this factor.

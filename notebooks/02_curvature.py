@@ -140,8 +140,8 @@ plt.show()
 # %% [markdown]
 # **Result:** gray points are one estimate, and blue points are the mean. For the first two
 # estimators the means are on the line. One estimate of `hutchinson` has negative entries where the
-# diagonal has none. Those of `gnb` are non-negative. The empirical Fisher is not random, so an
-# average does not change it. It squares residuals, so noise in the labels counts as curvature.
+# diagonal is positive. The entries of `gnb` are non-negative. The empirical Fisher is not random, so
+# an average does not change it. It squares residuals, so noise in the labels counts as curvature.
 
 # %% [markdown]
 # ## Groups

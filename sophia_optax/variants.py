@@ -180,14 +180,16 @@ def noise_bounded(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Bound the momentum by the noise of the gradient: m / √(m² + h / B).
 
-    Use estimates of `gradient_noise`. The divisor is Adam's, if Adam knew the variance of
-    the gradient: an entry of the momentum well above the noise moves by ±1, and an entry
-    below it by its signal-to-noise ratio. There is no gamma.
+    Use estimates of `gradient_noise`. The divisor is that of Adam, with an estimate of the
+    variance instead of averaged squares of gradients. An entry of the momentum far above
+    the noise moves by ±1, and an entry far below it by its signal-to-noise ratio. No gamma
+    is needed.
 
-    The momentum averages the noise of 1 / (1 - b1) steps. For a gradient that is only noise
-    its variance is (1 - b1) / (1 + b1) h / B, so the updates of such entries have a root
-    mean square of about √((1 - b1) / (1 + b1)), 0.23 for b1 = 0.9. The bound does not
-    correct this, as Adam's does not.
+    The momentum averages the noise of about 1 / (1 - b1) steps. If a gradient is noise
+    only, the variance of its momentum is (1 - b1) / (1 + b1) h / B. So without Nesterov's
+    look-ahead, the updates of such entries have a root mean square of about
+    √((1 - b1) / (1 + b1)), which is 0.23 for b1 = 0.9. The look-ahead has a larger weight
+    for the last gradient, and 0.27. The bound does not correct this, like Adam's.
 
     The `settings` are keyword arguments of `scale_by_diag_hessian`.
 

@@ -58,8 +58,8 @@ def documents_of(folder):
         tokens = np.concatenate(getattr(corpus, name).arrays)
         ends = np.flatnonzero(tokens == corpus.tokenizer.end_of_document)
         assert ends[-1] == len(tokens) - 1
-        parts = np.split(tokens, ends + 1)[:-1]
-        documents[name] = [corpus.tokenizer.decode(tokens[:-1]) for tokens in parts]
+        pieces = np.split(tokens, ends + 1)[:-1]
+        documents[name] = [corpus.tokenizer.decode(tokens[:-1]) for tokens in pieces]
     return documents
 
 

@@ -123,7 +123,7 @@ def _forward(q, k, v, *documents):
 def _backward(gradient, attended, log_sums, q, k, v, *documents):
     """Return gradients from the results of `_forward`.
 
-    A `jax.vjp` inside `shard_map` can't be used outside of it. So `jax.vjp` traces the
+    The result of a `jax.vjp` inside `shard_map` is invalid outside. So `jax.vjp` traces the
     kernel again for the structure of its backward pass, and its results are replaced by
     the stored ones. XLA then drops the second forward pass.
     """
