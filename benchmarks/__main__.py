@@ -1,7 +1,7 @@
-"""All the benchmarks but `ablations`, one after another, each in a process of its own.
+"""All benchmarks except the study, sequentially, each in its own process.
 
-python -m benchmarks           # at a size for two CPU cores
-python -m benchmarks --full    # at the size for a GPU
+python -m benchmarks           # for two CPU cores
+python -m benchmarks --full    # for a GPU
 """
 
 import argparse
@@ -13,8 +13,10 @@ NAMES = ("update", "refresh", "estimate", "devices", "tracing")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks", description="Run them all.")
-    parser.add_argument("--full", action="store_true", help="at the size for a GPU")
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Run all benchmarks.")
+    parser.add_argument(
+        "--full", action="store_true", help="use the configurations for a GPU"
+    )
     size = ["--full"] if parser.parse_args().full else []
     begin = time.monotonic()
     for name in NAMES:
@@ -22,7 +24,7 @@ def main() -> None:
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *size], check=True)
         print(f"{time.monotonic() - start:.0f} s", flush=True)
-    print(f"\nall: {time.monotonic() - begin:.0f} s")
+    print(f"\nAll: {time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a refresh exchanges, computes and holds on several devices.
+"""Communication, operations and memory of a refresh on several devices.
 
     python -m benchmarks.devices
 
-Compiles for simulated CPU devices, and reads from the compiled programs what each device
-computes, exchanges and holds. No array is made and nothing is run.
+They are read from programs that are compiled for simulated CPU devices. Nothing is run.
 """
 
 import dataclasses

@@ -1,17 +1,17 @@
-"""The error of one refresh against its cost: ours, the paper's, and other libraries'.
+"""The error and the cost of one refresh, of this library, the paper and other libraries.
 
     python -m benchmarks.estimate
 
-A byte-level GPT (`examples.gpt`), with the parameters that it starts from and after
-training on the source of the standard library. Errors are over all parameters, and root
-mean square over draws,
+The model is the byte-level GPT of `examples.gpt`, with initial and with trained parameters.
+An error is the root mean square over draws of
 
     |ĥ - h|₂ / |h|₂
 
-In the first table all estimates see one batch and h is its own diagonal, so that only
-the labels are random. In the second each sees a batch of its own and h is the diagonal of
-the whole text, as for a refresh in training. h is the mean of many estimates with a group
-for each sequence: of the Gauss-Newton matrix, or of the Hessian for Hutchinson's.
+with norms over all parameters. In the first table all estimates have the same batch, and h
+is the diagonal for this batch, so only the labels are random. In the second table each
+estimate has a new batch, and h is the diagonal for the text, as in training. h is the mean
+of many estimates with a group for each sequence, of the Gauss-Newton matrix, or of the
+Hessian for Hutchinson's estimates.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ import numpy as np
 import optax
 
 from benchmarks import measure
+from benchmarks.baselines import Refresh, Refreshes
 from benchmarks.flops import flops
-from benchmarks.rivals import Refresh, Refreshes
 from examples.gpt.core import data, sharding
 from examples.gpt.core.config import Config as RunConfig
 from examples.gpt.core.config import ModelConfig, Training
@@ -36,14 +36,14 @@ from examples.gpt.core.train import train
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    groups: tuple[int, ...] = (1, 4, 16, 64)  # on one batch
-    sequences: int = 64  # of that batch, and of each estimate in a mean, the truth
-    # Of those that are compared on batches of their own: the training batch, on which the
-    # released code, optax and somax refresh; the paper's, Sophia-G and -H; ours, -H and -G.
+    groups: tuple[int, ...] = (1, 4, 16, 64)  # of the first table
+    sequences: int = 64  # in its batch, and in each estimate of the mean h
+    # Sequences of the second table: of the training batch, which the released code, optax
+    # and somax use; of the paper's Sophia-G and -H; of our Hutchinson and GNB estimates.
     sizes: tuple[Any, ...] = (480, 240, 32, 16, (8, 16, 32, 64))
-    draws: int = 16  # estimates that an error is averaged over
+    draws: int = 16  # estimates of an error
     large_draws: int = 6  # the same for estimates of more than `sequences`
-    reference_draws: int = 48  # estimates in the mean that stands for the truth
+    reference_draws: int = 48  # estimates of the mean h
     repeats: int = 2
     run: RunConfig = dataclasses.field(
         default_factory=lambda: RunConfig(training=Training(steps=300))
@@ -71,13 +71,13 @@ _add = jax.jit(optax.tree.add)
 
 
 class Errors:
-    """The errors of a model's estimates on batches of a text."""
+    """Errors of estimates on batches of a text."""
 
     def __init__(self, config: Config, text: data.Tokens):
         self.config, self.text = config, text
 
     def batches(self, sequences: int, fresh: bool, seed: int) -> Iterator[jax.Array]:
-        """Tokens, shape (sequences, context + 1): new each time, or always the same."""
+        """Yield tokens, shape (sequences, context + 1), always the same unless `fresh`."""
         seed = seed if fresh else 0
         context = self.config.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
@@ -85,7 +85,7 @@ class Errors:
             yield jnp.asarray(tokens)
 
     def truth(self, refresh: Refresh, params: Any, fresh: bool) -> tuple[Any, float]:
-        """The mean of many estimates, and its own standard error relative to it."""
+        """Return the mean of many estimates, and its relative standard error."""
         draws = self.config.reference_draws
         batches = self.batches(refresh.sequences, fresh, 1)
         total, squares = optax.tree.zeros_like(params), 0.0
@@ -101,7 +101,7 @@ class Errors:
     def error(
         self, refresh: Refresh, params: Any, truth: Any, fresh: bool
     ) -> tuple[float, float]:
-        """The root mean square error, and the standard error of that."""
+        """Return the root mean square error and its standard error."""
         large = refresh.sequences > self.config.sequences
         draws = self.config.large_draws if large else self.config.draws
         batches = self.batches(refresh.sequences, fresh, seed=2)
@@ -122,7 +122,7 @@ class Errors:
         truths: dict[tuple[str, str], Any],
         fresh: bool,
     ) -> measure.Rows:
-        """A row for each refresh, with its cost over that of the gradient `base`."""
+        """Return a row for each refresh, with its cost relative to the gradient `base`."""
 
         def arguments(refresh):
             tokens = next(self.batches(refresh.sequences, fresh, seed=0))
@@ -153,7 +153,7 @@ class Errors:
 
 
 def measure_errors(config: Config) -> dict[str, Any]:
-    """The rows of both tables, and how well the truths are known."""
+    """Return the rows of both tables, and the errors of the means."""
     corpus = data.read_standard_library()
     run = config.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
@@ -191,7 +191,7 @@ def measure_errors(config: Config) -> dict[str, Any]:
 
 
 def groups(results: dict[str, Any]) -> str:
-    """Errors on one batch, by the number of groups."""
+    """Return the table of errors on one batch."""
     config = results["config"]
     columns: dict[str, Any] = {"sequences": "sequences", "groups": "groups"}
     for model in ("initial", "trained"):
@@ -203,13 +203,13 @@ def groups(results: dict[str, Any]) -> str:
     return (
         f"{measure.markdown(results['one_batch'], columns)}\n\nTrained: to "
         f"{results['validation_loss']:.2f} nats a byte in {config['run']['steps']} steps. "
-        f"Errors: of {config['draws']} draws. Time: over that of one gradient of these "
-        f"sequences at once, median of {config['repeats']}."
+        f"Errors of {config['draws']} draws. Times relative to one gradient of these "
+        f"sequences, medians of {config['repeats']}."
     )
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    """Errors on batches of their own, of our refreshes and others'."""
+    """Return the table of errors on new batches."""
     config = results["config"]
     truths = [truth for truth in results["truths"] if truth["fresh"]]
     known = "; ".join(
@@ -228,15 +228,15 @@ def refreshes(results: dict[str, Any]) -> str:
     }
     return (
         f"{measure.markdown(results['fresh_batches'], columns)}\n\nErrors of "
-        f"{config['draws']} draws, of {config['large_draws']} where there are more than "
-        f"{config['sequences']} sequences. The diagonals are long means themselves, with "
-        f"errors, initial and trained, of: {known}; above a third no error against them is "
-        "given."
+        f"{config['draws']} draws, or {config['large_draws']} with more than "
+        f"{config['sequences']} sequences. The diagonals are estimated means. Their own "
+        f"errors, initial and trained: {known}. Errors relative to a diagonal whose own "
+        "error is above a third are left out."
     )
 
 
 def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
-    """A column of errors, but for those against what is known no better than a third."""
+    """Return a column of errors, without those whose h has an error above a third."""
     unknown = {truth["truth"] for truth in truths if truth[model] > 1 / 3}
 
     def cell(row):
@@ -248,7 +248,7 @@ def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Both tables in Markdown."""
+    """Return both tables in Markdown."""
     return f"{groups(results)}\n\n{refreshes(results)}"
 
 

@@ -1,4 +1,4 @@
-"""Run programs side by side, read what the compiler says of them, show and keep it."""
+"""Measurements of programs, alternating in one run, and the command line of benchmarks."""
 
 import argparse
 import concurrent.futures
@@ -40,7 +40,7 @@ class Program:
 
 
 def compile_all(makers: Mapping[str, Callable[[], Program]]) -> dict[str, Program]:
-    """The programs by name, compiled as many at once as there are cores."""
+    """Return the compiled programs by name. One is compiled on each core."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = pool.map(lambda make: make(), makers.values())
         return dict(zip(makers, programs, strict=True))
@@ -49,10 +49,10 @@ def compile_all(makers: Mapping[str, Callable[[], Program]]) -> dict[str, Progra
 def in_turn(
     programs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of every run of each program, after one run to warm up.
+    """Return the seconds of each run of each program, after one run to warm up.
 
-    They run in turn, so that the machine's moods fall on all of them alike, and in another
-    order each round, so that what one leaves behind in caches and memory does too.
+    The programs alternate in a random order, so changes of the machine's speed, and what a
+    program leaves in caches and memory, affect all of them equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     shuffled = random.Random(0)
@@ -65,7 +65,7 @@ def in_turn(
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """The median, and the quartiles that half of the values lie between."""
+    """Return the median and the quartiles."""
     values = list(values)
     if len(values) < 2:
         return {"median": values[0], "low": values[0], "high": values[0]}
@@ -74,15 +74,15 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
-    """The spread of a program's time over another's, taken round by round."""
+    """Return the quartiles of the ratios of two programs' times, round by round."""
     return spread(a / b for a, b in zip(runs, base, strict=True))
 
 
 def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """What the compiler knows of a program.
+    """Return XLA's analysis of a program.
 
-    - `bytes`: read and written by its operations; a loop's body counts once;
-    - `peak_bytes`: of memory, in which donated arguments count once.
+    - `bytes`: bytes that its operations read and write. The body of a loop counts once;
+    - `peak_bytes`: bytes of memory. Donated arguments count once.
     """
     analysis: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
@@ -98,7 +98,7 @@ def show(spread: Mapping[str, float]) -> str:
 
 
 def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:
-    """A table of the rows: for each heading the name of an entry, or what a cell says."""
+    """Return a table. A column is the name of an entry, or a function of a row."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (str(row[c]) if isinstance(c, str) else c(row) for c in columns.values())
@@ -114,17 +114,19 @@ def run(
     small: Any,
     full: Any = None,
 ) -> None:
-    """The command line of a benchmark: measures, prints the table, keeps the results.
+    """Run the command line of a benchmark: measure, print the table, store the results.
 
     Args:
-      name: of the benchmark and the file of its results.
-      measure: takes a configuration and returns results that JSON can hold.
-      table: the results in Markdown.
+      name: name of the benchmark and of the file with its results.
+      measure: a function from a configuration to results, which must be JSON.
+      table: a function from the results to Markdown.
       small: configuration for two CPU cores.
-      full: configuration for a GPU, taken by `--full`; `small` if there is no other.
+      full: configuration for a GPU, with `--full`. The default is `small`.
     """
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
-    parser.add_argument("--full", action="store_true", help="at the size for a GPU")
+    parser.add_argument(
+        "--full", action="store_true", help="use the configuration for a GPU"
+    )
     is_full = parser.parse_args().full
     machine = describe()
     print(json.dumps(machine), flush=True)
@@ -133,11 +135,11 @@ def run(
     path = folder() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
-    print(f"\nwritten to {path}")
+    print(f"\nWrote {path}")
 
 
 def describe() -> dict[str, Any]:
-    """The device and the versions, as they are kept with every result."""
+    """Return the device and the versions, which are stored with each result."""
     packages = ("jax", "jaxlib", "optax", "flax", "python-somax", "sophia_optax")
     return {
         "device": _device(),
@@ -150,7 +152,7 @@ def describe() -> dict[str, Any]:
 
 
 def folder() -> Path:
-    """Where the results of this machine are."""
+    """Return the folder with the results of this machine."""
     name = f"{_device()} {os.cpu_count()} cores".lower()
     return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name)
 

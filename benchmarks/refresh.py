@@ -1,10 +1,11 @@
-"""The cost of a refresh over that of a training step, and of drawing its labels.
+"""The cost of a refresh relative to a training step, and of sampling labels.
 
     python -m benchmarks.refresh
 
-By operations, counted on paper, for GPT-2 small at the paper's 480 sequences of 1,024
-tokens; by time, for a model of this machine's size. Then a Gauss-Newton pass over the
-gradient of the same sequences, with labels drawn as here and by `jax.random.categorical`.
+Operations are counted for GPT-2 small with the paper's 480 sequences of 1,024 tokens. Times
+are measured for a model of this machine's size. The second table has the time of a
+Gauss-Newton pass relative to a gradient of the same sequences, with the sampler of this
+library and with `jax.random.categorical`.
 """
 
 import concurrent.futures
@@ -44,8 +45,8 @@ class Refresh:
         return hutchinson(model.loss, groups=groups)
 
 
-# What this library advises, 16 of 480, and around it; the paper's 240 of 480 for GNB and
-# 32 for Hutchinson; and the whole batch, as released implementations take it.
+# 16 of 480 sequences is the recommendation of this library. The paper has 240 for GNB and
+# 32 for Hutchinson in one group, and other implementations have the whole batch.
 REFRESHES = (
     *(Refresh("gnb", n / 480) for n in (8, 16, 32, 64)),
     *(Refresh("gnb", n / 480, grouped=False) for n in (16, 240, 480)),
@@ -57,13 +58,13 @@ REFRESHES = (
 @dataclasses.dataclass(frozen=True)
 class Config:
     shape: ModelConfig = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
-    batch: int = 120  # sequences of its training step
-    micro_batch: int = 120  # how many of them go through the model at once
+    batch: int = 120  # sequences of a training step
+    micro_batch: int = 120
     repeats: int = 7
     on_paper: ModelConfig = Shape()  # the model whose operations and memory are counted
     paper_batch: int = 480
     paper_micro_batch: int = 16
-    pass_shape: ModelConfig = Shape(context=256)  # but for its vocabulary
+    pass_shape: ModelConfig = Shape(context=256)  # except the vocabulary
     pass_sequences: int = 1  # in one group
     pass_vocabularies: tuple[int, ...] = (50257,)
     pass_repeats: int = 5
@@ -84,9 +85,9 @@ FULL = Config(
 def training_step(
     model: Model, batch: int, micro_batch: int, estimate: Callable[..., Any] | None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init(params)` and `step(state, tokens)` of the trainer, with Sophia.
+    """Return the trainer's `init(params)` and `step(state, tokens)` with Sophia.
 
-    It refreshes by `estimate(params, tokens, key)`, if there is one, at each step.
+    If there is an `estimate(params, tokens, key)`, each step refreshes.
     """
     tx = sophia_g(1e-3, update_interval=1)
     training = Training(accumulate=batch // micro_batch)
@@ -102,13 +103,13 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
     model = Model(config.shape)
     params, tokens = model.init(), model.tokens(config.batch)
     init, step = training_step(model, config.batch, config.micro_batch, None)
-    and_next = jnp.pad(tokens, ((0, 0), (0, 1)))  # a step's targets are a token later
+    tokens_and_target = jnp.pad(tokens, ((0, 0), (0, 1)))
 
     def program(refresh):
         estimate = refresh.estimator(model, config.batch)
 
         def fn(carry, params, tokens, key):
-            del carry  # whose memory the result takes
+            del carry  # donated: the result takes its memory
             return estimate(params, tokens, key=key)
 
         zeros = optax.tree.zeros_like(params)
@@ -116,7 +117,7 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
         return measure.Program(fn, zeros, params, part, jax.random.key(0))
 
     programs = measure.compile_all(
-        {"step": lambda: measure.Program(step, init(model.init()), and_next)}
+        {"step": lambda: measure.Program(step, init(model.init()), tokens_and_target)}
         | {
             repr(refresh): functools.partial(program, refresh)
             for refresh in REFRESHES
@@ -146,7 +147,7 @@ def measure_refreshes(config: Config) -> dict[str, Any]:
 
 
 def _on_paper(config: Config) -> list[float]:
-    """Operations of each refresh over those of a training step."""
+    """Return the operations of each refresh relative to a training step."""
     model = Model(config.on_paper)
 
     def count(fn, sequences):
@@ -164,7 +165,7 @@ def _on_paper(config: Config) -> list[float]:
 
 
 def _peaks(config: Config) -> dict[str, float]:
-    """Peak memory of GPT-2 small's training step, compiled here and not run."""
+    """Return the peak memory of a compiled training step of GPT-2 small."""
     model, batch = Model(config.on_paper), config.paper_batch
     row = Refresh("gnb", 16 / 480)
     estimator = row.estimator(model, batch)
@@ -185,7 +186,7 @@ def _peaks(config: Config) -> dict[str, float]:
 
 
 class Gumbel(Categorical):
-    """Labels as most implementations draw them: a Gumbel variable for each logit."""
+    """A likelihood that samples labels with a Gumbel variable for each logit."""
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         return jax.random.categorical(key, outputs)
@@ -200,7 +201,7 @@ def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
 
     def program(fn):
         def with_carry(carry, params, tokens, key):
-            del carry  # whose memory the result takes
+            del carry  # donated: the result takes its memory
             return fn(params, tokens, key)
 
         zeros = optax.tree.zeros_like(params)
@@ -228,7 +229,7 @@ def _passes(config: Config, vocabulary: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     config, peak = results["config"], results["peak"]
 
     def number(name, form=".2f", median=False):
@@ -260,17 +261,16 @@ def table(results: dict[str, Any]) -> str:
     )
     of_pass = config["pass_shape"]
     return (
-        f"{rows}\n\noperations: of a refresh over those of a training step, GPT-2 small, "
-        f"{config['paper_batch']} x {config['on_paper']['context']}, on paper\n"
-        f"time: over that of a step of {config['batch']} x "
-        f"{config['shape']['context']} tokens, {results['step_seconds']['median']:.2f} s, "
-        "here\n"
-        f"peak memory of GPT-2 small's step in micro-batches of "
+        f"{rows}\n\nOperations are relative to a training step of GPT-2 small with "
+        f"{config['paper_batch']} x {config['on_paper']['context']} tokens, counted. Times "
+        f"are relative to a step with {config['batch']} x {config['shape']['context']} "
+        f"tokens, which takes {results['step_seconds']['median']:.2f} s here.\n\nPeak "
+        "memory of a step of GPT-2 small in micro-batches of "
         f"{config['paper_micro_batch']}: {peak['without'] / 2**30:.2f} GiB without a "
-        f"refresh, {peak['with_over_without']:.3f} times that with one (16 of 480, one "
-        "group each)\n\n"
-        f"Gauss-Newton pass over {config['pass_sequences']} x {of_pass['context']} tokens, "
-        f"{of_pass['layers']} layers of {of_pass['width']}\n\n{passes}"
+        f"refresh, {peak['with_over_without']:.3f} times that with a refresh of 16 of 480 "
+        "sequences in 16 groups.\n\nGauss-Newton pass over "
+        f"{config['pass_sequences']} x {of_pass['context']} tokens, {of_pass['layers']} "
+        f"layers of width {of_pass['width']}:\n\n{passes}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Writes the tables of the site's pages, and its pictures, from the results kept here.
+"""Write the tables and plots of the docs from the stored results.
 
     python -m benchmarks.report
 
-A table stands between two comments, the first of which names it. README shows a picture.
+In a page, a table is between two comments. The first comment has its name.
 """
 
 import functools
@@ -32,7 +32,7 @@ PAGES = [
     for name in ("groups", "costs", "devices", "results", "trainer/compile")
 ]
 REFERENCE = measure.RESULTS / "amd-epyc-2-cores"
-"""Whose results are shown where there is room for one machine."""
+"""The machine whose results all tables except that of costs show."""
 
 _PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -56,13 +56,13 @@ PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What is kept of a machine, by the name of the benchmark."""
+    """Return the results of a machine by the name of the benchmark."""
     files = sorted(folder.glob("*.json"))
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def costs() -> str:
-    """What Sophia costs: a line for each claim, a column for each machine."""
+    """Return the table of costs: a row for each claim, a column for each machine."""
     columns: dict[str, Any] = {"": "claim"}
     rows: dict[str, dict[str, str]] = {}
     for folder in sorted(measure.RESULTS.iterdir()):
@@ -83,7 +83,7 @@ OTHER_TABLES = {
     "compiled": topologies.example,
     "two_slices": topologies.two_slices,
 }
-"""Those of several results."""
+"""The tables of results of several files."""
 
 
 def _claims(found: dict[str, Any]) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _only(rows: measure.Rows, **wanted: Any) -> measure.Row:
 
 
 def written(text: str) -> str:
-    """A page's text with its tables as the results have them now."""
+    """Return a page with the tables of the current results."""
     kept = results(REFERENCE)
 
     def table(match):
@@ -165,9 +165,9 @@ def written(text: str) -> str:
 
 
 def draw(folder: Path) -> None:
-    """Draws the pictures, whose words stay words, into `folder`."""
+    """Draw the plots into `folder`."""
     kept = results(REFERENCE)
-    # The same results give the same file: no date, and names that are not random.
+    # Reproducible files: text is stored as text, names are not random, there is no date.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
     for name, (benchmark, make) in PICTURES.items():
         with plt.rc_context(style):

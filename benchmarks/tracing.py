@@ -3,7 +3,7 @@
     python -m benchmarks.tracing
 
 The model is a transformer with unrolled layers, without `each_group`. Each trace starts
-with empty caches. The programs are traced in turn; times are medians over rounds.
+with empty caches. The functions alternate. Times are medians over rounds.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def measure_tracing(config: Config) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     columns: dict[str, Any] = {
         "function": "function",
         "s": lambda row: f"{row['seconds']['median']:.2f}",

@@ -1,12 +1,13 @@
-"""The optimizer's update alone, and a training step with it, side by side with others.
+"""The time and the bytes of an update and of a training step, of several optimizers.
 
     python -m benchmarks.update
 
-Alone: on the parameters of GPT-2 small, and of a model of 13 million parameters. Bytes are
-what the compiler counts as read and written. It counts both branches of a `cond`, one round
-of a loop, and a whole array from which a few entries are taken. So for `hold_unclipped` it
-counts more than is read: all of m and h for the sample, and a round of the loop over all
-entries, which runs only if few entries of the sample are counted.
+The updates are for the parameters of GPT-2 small and of a model with 13 million parameters.
+Bytes are the compiler's count of those that are read and written. It counts both branches
+of a `cond`, one round of a loop, and all of an array if a few entries are taken. For
+`hold_unclipped` the count is therefore too large: it contains all of m and h for the
+sample, and a round of the loop over all entries, which runs only if few entries of the
+sample are counted.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure, rivals
+from benchmarks import baselines, measure
 from benchmarks.gpt import Model, Shape, count
 from examples.gpt.core.config import ModelConfig
 from sophia_optax import gnb
@@ -25,7 +26,7 @@ from sophia_optax import gnb
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Whose parameters are updated: GPT-2 small, and 13 million.
+    # Models whose parameters are updated: GPT-2 small, and 13 million parameters.
     trees: tuple[ModelConfig, ...] = (
         Shape(),
         Shape(layers=7, heads=6, width=384, context=256, vocabulary=256),
@@ -33,11 +34,11 @@ class Config:
     repeats: int = 5
     step: ModelConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
     batch: int = 60  # sequences of a training step
-    refresh_batch: int = 2  # of a refresh, in a group for each
+    refresh_batch: int = 2  # sequences of a refresh, with a group for each
     step_repeats: int = 15
 
 
-# A thirtieth of the batch in a refresh too, as in the paper's 16 of 480.
+# A refresh has a thirtieth of the batch here too: 16 of 480.
 FULL = Config(
     repeats=20,
     step=Shape(dtype="bfloat16"),
@@ -75,15 +76,22 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
     def program(name, tx):
         def step(carry, grads):
             params, state = carry
-            extra = {"hessian_fn": lambda key: grads} if name in rivals.ASKED else {}
-            return rivals.update(tx, grads, state, params, **extra)
+            extra = (
+                {"hessian_fn": lambda key: grads}
+                if name in baselines.WITH_HESSIAN_FN
+                else {}
+            )
+            return baselines.update(tx, grads, state, params, **extra)
 
         params = filled(1.0)
         return measure.Program(step, (params, tx.init(params)), grads)
 
     grads, words = filled(1e-3), 4 * count(tree)
     programs = measure.compile_all(
-        {n: functools.partial(program, n, tx) for n, tx in rivals.optimizers(dtype).items()}
+        {
+            n: functools.partial(program, n, tx)
+            for n, tx in baselines.optimizers(dtype).items()
+        }
     )
     seconds = measure.in_turn(programs, repeats)
     costs = {optimizer: program.costs() for optimizer, program in programs.items()}
@@ -117,7 +125,7 @@ _AVERAGED = ", averaged over 10"
 
 
 def _average(seconds: dict[str, list[float]]) -> list[str]:
-    """Adds the mean of nine steps without a refresh and one with it; returns the names."""
+    """Add the means of nine steps without a refresh and one with it. Return their names."""
     refreshes = [n for n in seconds if n.endswith(", refresh")]
     names = []
     for refresh in refreshes:
@@ -136,19 +144,19 @@ def _in_a_step(config: Config) -> measure.Rows:
     def estimate(params, tokens, key):
         return estimator(params, tokens[:part], key=key)
 
-    compared = rivals.trained(model.logits, model.loss, estimate, part)
+    compared = baselines.trained(model.logits, model.loss, estimate, part)
     tokens = model.tokens(config.batch)
 
-    def program(rival):
+    def program(baseline):
         params = model.init()
         return measure.Program(
-            lambda carry, tokens: rival.train(*carry, tokens),
-            (params, rival.init(params)),
+            lambda carry, tokens: baseline.train(*carry, tokens),
+            (params, baseline.init(params)),
             tokens,
         )
 
     programs = measure.compile_all(
-        {name: functools.partial(program, rival) for name, rival in compared.items()}
+        {name: functools.partial(program, baseline) for name, baseline in compared.items()}
     )
     seconds = measure.in_turn(programs, config.step_repeats)
     _average(seconds)
@@ -163,7 +171,7 @@ def _in_a_step(config: Config) -> measure.Rows:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     timed = {
         "optimizer": "optimizer",
         "ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
@@ -181,9 +189,9 @@ def table(results: dict[str, Any]) -> str:
     )
     config = results["config"]
     return (
-        f"The update alone\n\n{alone}\n\nA training step "
-        f"of {config['batch']} x {config['step']['context']} tokens; sophia_g refreshes on "
-        f"{config['refresh_batch']} of them, as what is on a part, the others on all\n\n"
+        f"Updates:\n\n{alone}\n\nTraining steps with {config['batch']} x "
+        f"{config['step']['context']} tokens. A refresh of sophia_g, and of optimizers on "
+        f"a part, has {config['refresh_batch']} sequences, that of others all:\n\n"
         f"{measure.markdown(results['step'], timed)}"
     )
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import devices, estimate, refresh, report, second_task, tracing, update
+from benchmarks.baselines import HESSIAN
 from benchmarks.gpt import Shape
 from benchmarks.hlo import matrix_flops
-from benchmarks.rivals import HESSIAN
 from examples.gpt.core.config import Config as RunConfig
 from examples.gpt.core.config import ModelConfig, Training
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.rivals import Refreshes
+from benchmarks.baselines import Refreshes
 
 SEQUENCES, CONTEXT = 8, 2
 TOKENS = jnp.arange(SEQUENCES * (CONTEXT + 1)).reshape(SEQUENCES, CONTEXT + 1)

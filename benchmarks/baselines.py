@@ -1,4 +1,4 @@
-"""What is measured, ours and others', behind two signatures: optimizers and refreshes."""
+"""Optimizers and estimators of this and other libraries, with common signatures."""
 
 import dataclasses
 import functools
@@ -14,21 +14,21 @@ from somax.estimators.gnb_ce import GaussNewtonBartlett
 
 from sophia_optax import Categorical, gnb, hold_unclipped, hutchinson, sophia_g
 
-ASKED = tuple(  # for a `hessian_fn`
+WITH_HESSIAN_FN = tuple(
     f"{name}, {kind}"
     for name in ("sophia_g", "share held", "share held, Nesterov")
     for kind in ("not due", "refresh")
 )
-_NEVER = 10**9  # a refresh on the first step, and none after it
+_NEVER = 10**9  # interval: a refresh on the first step only
 
 
 def optimizers(
     dtype: str | None = None,
 ) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """Transformations whose moments can be kept in `dtype`, by name.
+    """Return transformations by name, with moments in `dtype`.
 
-    "no refresh" is a step like most of them, "not due" one that might have refreshed,
-    "refresh" one that does. "share held" is `sophia_g` with `hold_unclipped`.
+    "no refresh" has no `hessian_fn`, "not due" has a `hessian_fn` that is not called, and
+    "refresh" refreshes. "share held" is `sophia_g` with `hold_unclipped`.
     """
     both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
     held: dict[str, Any] = both | {"gamma": hold_unclipped()}
@@ -49,13 +49,13 @@ def optimizers(
 
 
 def update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-    """The parameters and the state after it."""
+    """Return the updated parameters and state."""
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 
 
-class Rival(NamedTuple):
-    """`init(params)` gives the state; `train(params, state, tokens)` both, a step later."""
+class Baseline(NamedTuple):
+    """A training step: `init(params)` and `train(params, state, tokens)`."""
 
     init: Callable[..., Any]
     train: Callable[..., Any]
@@ -66,14 +66,14 @@ def trained(
     loss_fn: Callable[..., Any],
     estimate: Callable[..., Any],
     part: int,
-) -> dict[str, Rival]:
-    """Whole training steps, by the name of the optimizer.
+) -> dict[str, Baseline]:
+    """Return training steps by the name of the optimizer.
 
     Args:
       logits_fn: `logits_fn(params, tokens)`, shape (B, T, classes).
       loss_fn: `loss_fn(params, tokens)`, shape ().
-      estimate: `estimate(params, tokens, key)`, as sophia_optax refreshes.
-      part: how many sequences `optax.contrib.sophia` "on a part" refreshes on.
+      estimate: `estimate(params, tokens, key)`, the refresh of sophia_optax.
+      part: number of sequences in a refresh of `optax.contrib.sophia` "on a part".
     """
 
     def of_optax(tx, extra):
@@ -81,7 +81,7 @@ def trained(
             grads = jax.grad(loss_fn)(params, tokens)
             return update(tx, grads, state, params, **extra(params, tokens))
 
-        return Rival(tx.init, train)
+        return Baseline(tx.init, train)
 
     def hessian_fn(params, tokens):
         return {"hessian_fn": lambda key: estimate(params, tokens, key)}
@@ -101,10 +101,10 @@ def trained(
             params, state, _ = method.step(params, batch, state, jax.random.key(0))
             return params, state
 
-        return Rival(method.init, train)
+        return Baseline(method.init, train)
 
     found = {
-        name: of_optax(tx, hessian_fn if name in ASKED else lambda *_: {})
+        name: of_optax(tx, hessian_fn if name in WITH_HESSIAN_FN else lambda *_: {})
         for name, tx in optimizers().items()
     }
     for kind, interval in (("not due", _NEVER), ("refresh", 1)):
@@ -126,9 +126,9 @@ GAUSS_NEWTON, HESSIAN = "Gauss-Newton", "Hessian"
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """An estimator and the batch that it sees.
+    """An estimator and the number of its sequences.
 
-    `estimate` takes params, tokens of shape (sequences, context + 1) and a key; its mean
+    `estimate(params, tokens, key)` takes tokens of shape (sequences, context + 1). Its mean
     is the diagonal of the matrix `truth`.
     """
 
@@ -148,7 +148,7 @@ class Refresh:
 
 
 class Refreshes:
-    """The refreshes of a model, `logits_fn(params, tokens)`, shape (B, T, classes)."""
+    """Refreshes of a model `logits_fn(params, tokens)`, shape (B, T, classes)."""
 
     def __init__(self, logits_fn: Callable[[Any, jax.Array], jax.Array]):
         self.logits_fn = logits_fn
@@ -160,7 +160,10 @@ class Refreshes:
     def compared(
         self, training: int, paper: int, paper_h: int, ours_h: int, ours: tuple[int, ...]
     ) -> list[Refresh]:
-        """The paper's, others' on the whole training batch, and ours on these sequences."""
+        """Return refreshes of the paper, of other libraries, and of this library.
+
+        Other libraries use the whole training batch.
+        """
         return [
             self.gnb(paper, 1, "paper, Sophia-G"),
             self._released_code(training),
@@ -172,16 +175,16 @@ class Refreshes:
         ]
 
     def gradient(self, sequences: int) -> Refresh:
-        """The gradient of a training batch, which costs are compared with."""
+        """Return the gradient of a training batch, the base of all costs."""
         grad = jax.grad(self.loss)
         name = f"gradient of {sequences}"
         return Refresh(
             name, "", sequences, 1, lambda params, tokens, _: grad(params, tokens)
         )
 
-    @functools.cache  # noqa: B019 - compiled once for all who ask for the same
+    @functools.cache  # noqa: B019 - equal refreshes are compiled once
     def gnb(self, sequences: int, groups: int, name: str = "") -> Refresh:
-        """In one group it is the paper's estimator."""
+        """Return this estimator, with one group the paper's."""
         estimate = gnb(self.logits_fn, groups=groups)
         return Refresh(
             name or f"gnb, {groups} groups",
@@ -192,7 +195,7 @@ class Refreshes:
         )
 
     def hutchinson(self, sequences: int, groups: int, name: str = "") -> Refresh:
-        """In one group it is the paper's estimator."""
+        """Return this estimator, with one group the paper's."""
         estimate = hutchinson(self.loss, groups=groups)
         return Refresh(
             name or f"hutchinson, {groups} groups",
@@ -203,7 +206,7 @@ class Refreshes:
         )
 
     def _released_code(self, sequences: int) -> Refresh:
-        """The authors': the mean loss's gradient, clipped, squared, times predictions."""
+        """Return the authors' estimator: B times the square of the clipped gradient."""
         clip = optax.clip_by_global_norm(1.0)
 
         def estimate(params, tokens, key):
@@ -220,7 +223,7 @@ class Refreshes:
         return Refresh("released code", GAUSS_NEWTON, sequences, 1, estimate)
 
     def _optax(self, sequences: int) -> Refresh:
-        """`optax.contrib.hutchinson_estimator_diag_hessian`, of the whole batch's loss."""
+        """Return `optax.contrib.hutchinson_estimator_diag_hessian` of the batch."""
 
         def estimate(params, tokens, key):
             stage = optax.contrib.hutchinson_estimator_diag_hessian(key)
@@ -231,7 +234,7 @@ class Refreshes:
         return Refresh("optax.contrib, Hutchinson", HESSIAN, sequences, 1, estimate)
 
     def _somax(self, sequences: int) -> Refresh:
-        """The estimator and the operator of `somax.sophia_g`."""
+        """Return the estimator of `somax.sophia_g`."""
 
         operator = GGNCE(predict_fn=lambda params, x: _flat(self.logits_fn(params, x)))
         estimator = GaussNewtonBartlett()
