@@ -5,12 +5,12 @@ import socket
 
 import fsspec
 import pytest
-from gcp_storage_emulator.server import create_server
 from gpt_runs import TEXT, arguments, losses, run, run_module, run_processes
 
 from examples.gpt.operations.checkpoints import CHECKPOINTS
 
 pytest.importorskip("gcsfs")
+server = pytest.importorskip("gcp_storage_emulator.server")
 pytestmark = pytest.mark.slow
 OUT = "gs://bucket/runs/one"
 
@@ -24,7 +24,7 @@ def store(monkeypatch):
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, f"http://localhost:{port}")
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
-    with create_server("localhost", port, in_memory=True, default_bucket="bucket"):
+    with server.create_server("localhost", port, in_memory=True, default_bucket="bucket"):
         yield fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
 
 

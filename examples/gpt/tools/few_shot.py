@@ -1,5 +1,8 @@
 """Multiple-choice tasks of lm-eval, which determines prompts, examples and scores."""
 
+# lm-eval is in the extra `evaluate` only.
+# pyright: reportMissingImports=false
+
 import math
 import os
 from typing import Any
