@@ -48,7 +48,8 @@ CONTEXT = 8
 WINDOWS = np.lib.stride_tricks.sliding_window_view(TEXT, CONTEXT + 1).astype(np.int32)
 CUT = len(WINDOWS) * 9 // 10  # the last tenth is for validation
 TRAIN, VALIDATION = (
-    (jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, -1])) for rows in np.split(WINDOWS, [CUT])
+    (jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, -1]))
+    for rows in np.split(WINDOWS, [CUT])
 )
 
 
@@ -109,9 +110,12 @@ print(f"validation loss {validation_loss(params):.3f} nats a byte")
 # to zero ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
 # A fraction of all weights with the smallest saliency is set to zero, without further training.
 
+
 # %%
 def pruned(scores, fraction):
-    cut = np.quantile(np.concatenate([np.ravel(s) for s in jax.tree.leaves(scores)]), fraction)
+    cut = np.quantile(
+        np.concatenate([np.ravel(s) for s in jax.tree.leaves(scores)]), fraction
+    )
     return jax.tree.map(lambda p, s: jnp.where(s > cut, p, 0), params, scores)
 
 
@@ -153,7 +157,9 @@ def moons(key, n):
     keys = jax.random.split(key, 3)
     label = jax.random.bernoulli(keys[0], shape=(n,)).astype(jnp.float32)
     angle = jnp.pi * jax.random.uniform(keys[1], (n,))
-    x = jnp.stack([jnp.cos(angle) + label - 0.5, jnp.sin(angle) * (1 - 2 * label) + label / 2], 1)
+    x = jnp.stack(
+        [jnp.cos(angle) + label - 0.5, jnp.sin(angle) * (1 - 2 * label) + label / 2], 1
+    )
     return x + 0.4 * jax.random.normal(keys[2], (n, 2)), label
 
 
@@ -206,7 +212,9 @@ for prior in (1.0, 0.03):
     ):
         loss = -jnp.log(jnp.where(test_labels > 0, p, 1 - p).clip(1e-6)).mean()
         certainty = 2 * jnp.abs(q - 0.5).mean()
-        print(f"λ = {prior}, {name}: test loss {loss:.2f}, certainty far away {certainty:.2f}")
+        print(
+            f"λ = {prior}, {name}: test loss {loss:.2f}, certainty far away {certainty:.2f}"
+        )
 
 side = jnp.linspace(-5, 5, 101)
 grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
@@ -232,6 +240,7 @@ plt.show()
 # Each layer of the first model is rounded to 2 to 6 bits, one layer at a time, with the rounding error
 # δ. The baseline is the squared error Σ δ².
 
+
 # %%
 def rounded(p, bits):
     scale = jnp.abs(p).max() / (2 ** (bits - 1) - 1)
@@ -248,7 +257,9 @@ for bits in range(2, 7):
         actual.append(float(validation_loss(params | {name: p + error}) - base))
         names.append(name)
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
-for panel, values, label in zip(axes, (predicted, squared), ("Σ h δ² / 2", "Σ δ²"), strict=True):
+for panel, values, label in zip(
+    axes, (predicted, squared), ("Σ h δ² / 2", "Σ δ²"), strict=True
+):
     for name in params:
         mask = [n == name for n in names]
         panel.loglog(np.array(values)[mask], np.array(actual)[mask], "o-", ms=4, label=name)
