@@ -1,9 +1,9 @@
-"""How the site is built.
+"""The configuration of the site.
 
     pip install -e ".[docs]" && python -m sphinx -W docs docs/_build/html
 
-Sphinx with MyST and the Book theme, as Optax, Flax and JAX have it. Nothing is fetched,
-neither here nor by a reader's browser: formulas are MathML, in a font beside the pages.
+The site uses Sphinx with MyST and the Book theme, like the sites of Optax, Flax and JAX. It
+loads nothing from other sites. Formulas are MathML, and the site includes their font.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from math_core import LatexToMathML
 ROOT = Path(__file__).parents[1]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 
-# Sphinx reads what lies beside this file alone.
+# Sphinx reads only the files in the folder of this file.
 shutil.rmtree(ROOT / "docs" / "notebooks", ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks")
 
@@ -37,18 +37,18 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
-# Names in back-ticks, in docstrings, link to what they name, or else are code.
+# In docstrings, names in backticks are links to the documented names, or code.
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings say dtypes and shapes
+autodoc_typehints = "none"  # docstrings have dtypes and shapes
 autosummary_generate = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are kept as they ran
+nb_execution_mode = "off"  # notebooks are stored with their outputs
 nb_number_source_lines = False
 extlinks = {"source": (f"{URLS['Repository']}/blob/main/%s", "%s")}
 
@@ -58,7 +58,7 @@ html_baseurl = URLS["Documentation"]
 FONTS = importlib.resources.files("ziamath") / "fonts"
 html_static_path = ["_static", str(FONTS / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
-html_context = {"default_mode": "auto"}  # light or dark, as the reader's device
+html_context = {"default_mode": "auto"}  # light or dark, by the setting of the device
 html_math_renderer = "mathml"
 html_theme_options = {
     "repository_url": URLS["Repository"],
@@ -75,7 +75,7 @@ _to_mathml = LatexToMathML(fancy_error=False)
 
 
 def _mathml(displaystyle):
-    """A visitor of formulas, in a line of their own or in the text."""
+    """Return a visitor of display or inline formulas."""
 
     def visit(writer, node):
         latex = node.astext()

@@ -21,29 +21,28 @@ def step(carry, key):
     x = jax.random.uniform(key, (256, 2), minval=-1, maxval=1)
     y = jnp.int32(x[:, 1] > jnp.sin(4 * x[:, 0]))
 
-    # Functions of the head alone: for the loss as for the estimate, no gradient of the
-    # trunk is computed only to be thrown away.
+    # Functions of the head only, so no gradient of the trunk is computed.
     def logits_fn(head, x):
         return network(params | {"head": head}, x)
 
     def loss_fn(head):
         return optax.softmax_cross_entropy_with_integer_labels(logits_fn(head, x), y).mean()
 
-    # `tx` takes trees like `params`, and reads nothing where the trunk is.
-    def whole(head):
+    # `tx` requires trees like `params`. It ignores the entries of the trunk.
+    def with_trunk(head):
         return optax.tree.zeros_like(params) | {"head": head}
 
     def hessian_fn(key):
-        return whole(gnb(logits_fn, groups=16)(params["head"], x[:16], key=key))
+        return with_trunk(gnb(logits_fn, groups=16)(params["head"], x[:16], key=key))
 
     loss, grads = jax.value_and_grad(loss_fn)(params["head"])
-    updates, state = tx.update(whole(grads), state, params, hessian_fn=hessian_fn)
+    updates, state = tx.update(with_trunk(grads), state, params, hessian_fn=hessian_fn)
     return (optax.apply_updates(params, updates), state), loss
 
 
 def main(steps=300):
     keys = jax.random.split(jax.random.key(0), steps + 2)
-    trunk = {  # random features, for want of a network that was trained before
+    trunk = {  # random features stand for a pretrained network
         "frequency": 4 * jax.random.normal(keys[0], (2, 256)),
         "phase": jax.random.uniform(keys[1], (256,), maxval=2 * jnp.pi),
     }

@@ -1,4 +1,4 @@
-"""Equinox, whose models hold more than parameters: `python -m examples.with_equinox`."""
+"""Equinox, whose models have more than parameters: `python -m examples.with_equinox`."""
 
 import equinox as eqx
 import jax
@@ -8,7 +8,7 @@ import optax
 from sophia_optax import Normal, gnb, sophia_g, unclipped_fraction
 
 NOISE = 0.1
-LIKELIHOOD = Normal(NOISE)  # of the loss and of the estimate: they can't disagree
+LIKELIHOOD = Normal(NOISE)  # for both the loss and the estimate
 
 
 def make_model(key):
@@ -31,7 +31,7 @@ def step(model, state, tx, key):
 
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
 
-    # Parameters, gradients and estimates are None where a leaf is no array of floats.
+    # Parameters, gradients and estimates are None for leaves that are not float arrays.
     params, rest = eqx.partition(eqx.nn.inference_mode(model), eqx.is_inexact_array)
 
     def means_fn(params, x):

@@ -38,7 +38,7 @@ def step(ts, key):
         return optax.sigmoid_binary_cross_entropy(logits, y).mean(), new
 
     (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    # Without `train`: a group has too few examples for statistics of their own.
+    # Without `train`, because a group has too few examples for batch statistics.
     estimate = gnb(logits_fn, likelihood=Bernoulli(), groups=16)
     updates, opt_state = ts.tx.update(  # `ts.apply_gradients` forwards no `hessian_fn`
         grads, opt_state, params, hessian_fn=lambda key: estimate(params, x[:16], key=key)

@@ -1,4 +1,4 @@
-"""Flax NNX, with batch normalisation and dropout: `python -m examples.with_nnx`."""
+"""Flax NNX, with batch normalization and dropout: `python -m examples.with_nnx`."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Model(nnx.Module):
 
 
 def spirals(key):
-    """Points on the three arms of a spiral, in random order, and the arm of each."""
+    """Return random points on three arms of a spiral, and their arms."""
     arm_key, radius_key = jax.random.split(key)
     arm = jax.random.randint(arm_key, (256,), 0, 3)
     radius = jax.random.uniform(radius_key, (256,), minval=0.1)
@@ -37,8 +37,8 @@ def step(model, optimizer, key):
 
     loss, grads = nnx.value_and_grad(loss_fn)(model)
 
-    # The estimator's model sees one group at a time, too few examples for statistics of
-    # their own. `view` leaves the model itself in training, where `eval()` would not.
+    # The estimator calls the model with one group, which has too few examples for batch
+    # statistics. Unlike `model.eval()`, `nnx.view` does not change the model.
     evaluated = nnx.view(model, use_running_average=True, deterministic=True)
     graph, params, rest = nnx.split(evaluated, nnx.Param, ...)
     estimate = gnb(lambda params, x: nnx.merge(graph, params, rest)(x), groups=16)

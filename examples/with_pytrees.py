@@ -1,4 +1,4 @@
-"""No framework, and lines of text to learn, padded: `python -m examples.with_pytrees`."""
+"""Plain JAX, on padded lines of text: `python -m examples.with_pytrees`."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ import optax
 
 from sophia_optax import gnb, sophia_g, unclipped_fraction
 
-LENGTH, MEMORY = 96, 5  # characters: of a padded line, and that the network sees of it
+LENGTH, MEMORY = 96, 5  # characters of a padded line, and of the network's input
 LINES = [line.encode() for line in Path(__file__).read_text().splitlines(keepends=True)]
 TEXT = jnp.array([np.frombuffer(line.ljust(LENGTH, b"\0"), np.uint8) for line in LINES])
 
 
 def logits_fn(params, text):
-    """Logits of each character given those before it, shape (lines, LENGTH, 128)."""
+    """Return the logits of each character, shape (lines, LENGTH, 128)."""
     before = jnp.pad(text, ((0, 0), (MEMORY, 0)))
     windows = jnp.stack([before[:, i : i + LENGTH] for i in range(MEMORY)], axis=-1)
     hidden = jnp.einsum("btmd,mdh->bth", params["embed"][windows], params["in"])
@@ -29,14 +29,14 @@ tx = sophia_g(0.01, b1=0.9, gamma=0.01, debias=True)
 def step(carry, key):
     params, state = carry
     text = jax.random.choice(key, TEXT, (32,))
-    mask = jnp.float32(text > 0)  # what pads a line weighs nothing
+    mask = jnp.float32(text > 0)  # padding has weight 0
 
     def loss_fn(params):
         logits = logits_fn(params, text)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, text)
         return jnp.sum(mask * losses) / jnp.sum(mask)
 
-    def hessian_fn(key):  # half of the batch is plenty, with the same half of the weights
+    def hessian_fn(key):  # half of the batch, with its weights
         return estimate(params, text[:16], key=key, weights=mask[:16])
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
