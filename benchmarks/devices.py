@@ -1,183 +1,161 @@
-"""Communication, operations and memory of a refresh on several devices.
+"""Communication, operations and memory of a refresh on eight simulated devices.
 
     python -m benchmarks.devices
 
-They are read from programs that are compiled for simulated CPU devices. Nothing is run.
+Programs are compiled for CPU devices, and not run.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure
-from benchmarks.gpt import Model, Shape, abstract, count
-from benchmarks.hlo import bytes_of, collectives, matrix_flops
-from examples.gpt.core import sharding
-from examples.gpt.core.config import Config as RunConfig
-from examples.gpt.core.config import ModelConfig, Preset, Training
+from benchmarks.gpt import Model, Shape, count
+from benchmarks.hlo import bytes_of, collectives
+from examples.gpt.core import sharding, step
+from examples.gpt.core.config import Config, ModelConfig, Preset
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
-from examples.gpt.core.step import abstract_state, make_train_step
-from examples.gpt.presets import PRESETS, preset_config
+from examples.gpt.presets import preset_config
 from sophia_optax import gnb
+
+DEVICES = 8
+# The axis of the mesh that has all devices; `examples/gpt/core/sharding.py` has its rules.
+LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
+MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Sizes:
     shape: ModelConfig = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
-    devices: tuple[int, ...] = (1, 2, 4, 8)
     batch: int = 64
-    refresh_batch: int = 16  # in a group for each sequence
-    meshes: tuple[str, ...] = ("fsdp=8", "data=2,fsdp=2,tensor=2")
+    refresh_batch: int = 16  # with a group for each sequence
     presets: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
-    depths: tuple[int, ...] = (4, 8, 16, 32)  # of the layers of width 512
 
 
-# The axis of the mesh that has all devices; `examples/gpt/core/sharding.py` has its rules.
-LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
-
-
-def measure_devices(config: Config) -> dict[str, Any]:
+def measure_devices(sizes: Sizes) -> dict[str, Any]:
     rows = []
-    for name in LAYOUTS:
-        one: dict[str, float] = {}
-        for devices in config.devices:
-            row: dict[str, Any] = {"layout": name, "devices": devices}
-            for kind, compiled in _compiled(config, name, devices).items():
-                row[f"{kind}_bytes"] = bytes_of(collectives(compiled))
-                operations = matrix_flops(compiled) * devices
-                row[f"{kind}_flops_over_share"] = operations / one.setdefault(
-                    kind, operations
-                )
-            rows.append(row)
+    for layout, axis in LAYOUTS.items():
+        gradient, refresh = compile_layout(sizes, axis, DEVICES)
+        _, on_one_device = compile_layout(sizes, axis, 1)
+        rows.append(
+            {
+                "layout": layout,
+                "gradient_bytes": bytes_of(collectives(gradient)),
+                "refresh_bytes": bytes_of(collectives(refresh)),
+                "refresh_flops_ratio": DEVICES * _flops(refresh) / _flops(on_one_device),
+            }
+        )
     return {
-        "config": dataclasses.asdict(config),
-        "parameter_bytes": 4 * count(Model(config.shape).abstract_params),
+        "config": dataclasses.asdict(sizes),
+        "parameter_bytes": 4 * count(Model(sizes.shape).abstract_params),
         "rows": rows,
         "memory": [
-            {"model": name, "mesh": mesh, **_temporary(run, mesh)}
-            for name, run in _models(config).items()
-            for mesh in config.meshes
+            {"model": preset, "mesh": mesh, **temporary_memory(preset_config(preset), mesh)}
+            for preset in sizes.presets
+            for mesh in MESHES
         ],
     }
 
 
-def _models(config: Config) -> dict[str, RunConfig]:
-    models = {name: preset_config(name) for name in config.presets}
-    for depth in config.depths:
-        layers = Shape(layers=depth, heads=8, width=512, context=64, vocabulary=512)
-        run = RunConfig(model=layers, training=Training(batch=64))
-        models[f"{depth} layers of width 512"] = run
-    return models
+def compile_layout(
+    sizes: Sizes, axis: str, devices: int
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """Return the compiled gradient and the compiled refresh."""
+    mesh = sharding.make_mesh(f"{axis}={devices}", jax.devices()[:devices])
+    model = Model(sizes.shape)
+    params = sharding.with_shardings(model.abstract_params, mesh)
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    tokens = _abstract_tokens(mesh, sizes.batch, sizes.shape.context)
+    # On one device as many groups are parallel as on all devices, so that the loops over
+    # groups have the same length: XLA counts the operations of a loop's body once.
+    parallel_groups = DEVICES if axis in sharding.BATCH else 1
+    estimate = gnb(
+        model.logits, groups=sizes.refresh_batch, parallel_groups=parallel_groups
+    )
+
+    def refresh(params, tokens):
+        tokens = tokens[:: sizes.batch // sizes.refresh_batch]
+        return estimate(params, tokens, key=jax.random.key(0))
+
+    def compiled(fn: Callable[..., Any]) -> jax.stages.Compiled:
+        return jax.jit(fn, out_shardings=shardings).lower(params, tokens).compile()
+
+    with jax.set_mesh(mesh):
+        return compiled(jax.grad(model.loss)), compiled(refresh)
 
 
-def _temporary(config: RunConfig, text: str) -> dict[str, float]:
-    """MiB of temporary memory on a device, in the trainer's step and one with a refresh.
+def _flops(compiled: jax.stages.Compiled) -> float:
+    """Return the operations of one device."""
+    analysis: Any = compiled.cost_analysis()
+    return analysis["flops"]
 
-    A device has one sequence at a time, in the step as in the refresh.
+
+def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
+    """Return MiB of temporary memory on a device, for a step and a step with a refresh.
+
+    A device has one sequence at a time, in the step and in the refresh.
     """
-    mesh = sharding.make_mesh(text)
-    parts = sharding.num_batch_shards(mesh)
-    batch = config.training.batch
-    model, training = config.model, config.training
+    mesh = sharding.make_mesh(mesh_text)
+    shards, batch = sharding.num_batch_shards(mesh), config.training.batch
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            model, vocabulary=model.vocabulary or 50304, remat="full"
-        ),
-        training=dataclasses.replace(training, accumulate=batch // parts),
-        refresh=dataclasses.replace(config.refresh, groups=parts, refresh_batch=parts),
+        model=dataclasses.replace(config.model, remat="full"),
+        training=dataclasses.replace(config.training, accumulate=batch // shards),
+        refresh=dataclasses.replace(config.refresh, groups=shards, refresh_batch=shards),
     )
     tx = make_optimizer(config, make_schedule(config))
-    spec = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    shape = (batch, config.model.context + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spec)
-
-    def never(grads, state, params, hessian_fn):
-        del hessian_fn
-        return tx.update(grads, state, params)
-
+    tokens = _abstract_tokens(mesh, batch, config.model.context + 1)
+    estimate = functools.partial(step.estimate_diagonal, config)
     temporary = {}
     with jax.set_mesh(mesh):
-        state = abstract_state(config, tx, mesh)
-        for name, update in (("step", never), ("refresh", tx.update)):
-            step = make_train_step(config, tx._replace(update=update), mesh)
-            memory: Any = step.lower(state, tokens).compile().memory_analysis()
+        state = step.abstract_state(config, tx, mesh)
+        out_shardings = jax.tree.map(lambda x: x.sharding, state), None
+        for name, fn in {"step": None, "refresh": estimate}.items():
+            train_step = functools.partial(step.train_step, config, tx, fn)
+            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+            memory: Any = jitted.lower(state, tokens).compile().memory_analysis()
             temporary[name] = memory.temp_size_in_bytes / 2**20
     return temporary
 
 
-def _on(mesh: Mesh, spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-
-def _compiled(config: Config, name: str, devices: int) -> dict[str, jax.stages.Compiled]:
-    mesh = jax.make_mesh(
-        tuple(devices if axis == LAYOUTS[name] else 1 for axis in sharding.AXES),
-        sharding.AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:devices],
-    )
-    model = Model(config.shape)
-    params = model.abstract_params
-    specs = sharding.partition_specs(params)
-    params = jax.tree.map(lambda p, s: _on(mesh, s, p), params, specs)
-    estimate = gnb(
-        model.logits,
-        groups=config.refresh_batch,
-        parallel_groups=sharding.num_batch_shards(mesh),
-    )
-
-    def gradient(params, tokens):
-        return jax.grad(model.loss)(params, tokens)
-
-    def refresh(params, tokens):
-        part = tokens[:: config.batch // config.refresh_batch]
-        key = jax.random.key(0)
-        return estimate(params, part, key=key)
-
-    tokens = abstract((config.batch, config.shape.context))
-    tokens = _on(mesh, PartitionSpec(sharding.BATCH), tokens)
-    shardings = jax.tree.map(lambda p: p.sharding, params)
-    with jax.set_mesh(mesh):
-        return {
-            fn.__name__: jax.jit(fn, out_shardings=shardings)
-            .lower(params, tokens)
-            .compile()
-            for fn in (gradient, refresh)
-        }
-
-
-def _exchanged(kind: str, unit: float) -> Any:
-    """A cell that lists what is exchanged, in units."""
-
-    def cell(row):
-        parts = {op: n / unit for op, n in row[f"{kind}_bytes"].items()}
-        return ", ".join(f"{n:.2f} {op}" for op, n in parts.items() if n > 0.005)
-
-    return cell
+def _abstract_tokens(mesh: jax.sharding.Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 
 def devices(results: dict[str, Any]) -> str:
-    """What the largest number of devices exchange and compute."""
-    size, most = results["parameter_bytes"], max(results["config"]["devices"])
+    """Return the table of what the devices exchange and compute."""
+
+    def exchanged(kind):
+        def cell(row):
+            ratios = {
+                op: size / results["parameter_bytes"]
+                for op, size in row[f"{kind}_bytes"].items()
+            }
+            return ", ".join(f"{r:.2f} {op}" for op, r in ratios.items() if r > 0.005)
+
+        return cell
+
     return measure.markdown(
-        [row for row in results["rows"] if row["devices"] == most],
+        results["rows"],
         {
-            f"{most} devices": "layout",
-            "gradient exchanges": _exchanged("gradient", size),
-            "refresh exchanges": _exchanged("refresh", size),
-            "refresh computes": lambda row: f"{row['refresh_flops_over_share']:.2f}",
+            f"{DEVICES} devices": "layout",
+            "gradient exchanges": exchanged("gradient"),
+            "refresh exchanges": exchanged("refresh"),
+            "refresh computes": lambda row: f"{row['refresh_flops_ratio']:.2f}",
         },
     )
 
 
-def memory(results: dict[str, Any], *, presets: bool = True) -> str:
-    """The temporary memory of a step without and with a refresh, of presets or depths."""
+def memory(results: dict[str, Any]) -> str:
+    """Return the table of temporary memory, without and with a refresh."""
     return measure.markdown(
-        [row for row in results["memory"] if (row["model"] in PRESETS) == presets],
+        results["memory"],
         {
             "model": "model",
             "mesh": "mesh",
@@ -189,31 +167,16 @@ def memory(results: dict[str, Any], *, presets: bool = True) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    size, config = results["parameter_bytes"], results["config"]
-    rows = measure.markdown(
-        results["rows"],
-        {
-            "layout": "layout",
-            "devices": "devices",
-            "gradient exchanges": _exchanged("gradient", size),
-            "refresh exchanges": _exchanged("refresh", size),
-            "gradient computes": lambda row: f"{row['gradient_flops_over_share']:.2f}",
-            "refresh computes": lambda row: f"{row['refresh_flops_over_share']:.2f}",
-        },
-    )
+    """Return both tables in Markdown."""
     return (
-        f"{rows}\n\nexchanges: sizes of the results of collectives on one device in a run, "
-        f"over those of the parameters ({size:,} bytes)\ncomputes: operations of matrix "
-        "products on all devices over those on one\n"
-        f"batch {config['batch']}, refresh on {config['refresh_batch']} of it in as many "
-        "groups\n\n"
-        f"{memory(results)}\n\n{memory(results, presets=False)}\n\n"
-        "temporary memory on a device, of the trainer's step, a sequence at a time on each"
+        f"{devices(results)}\n\nexchanges: sizes of the results of collectives on one "
+        f"device, relative to the parameters ({results['parameter_bytes']:,} bytes)\n"
+        "computes: operations of all devices, relative to those on one device\n\n"
+        f"{memory(results)}\n\ntemporary memory of the trainer's step on a device"
     )
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    measure.run("devices", measure_devices, table, small=Config())
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    measure.run("devices", measure_devices, table, small=Sizes())

@@ -1,4 +1,4 @@
-"""Bytes and operations of a compiled program, read from its HLO.
+"""Exchanged bytes and memory traffic of a compiled program, read from its HLO.
 
 XLA's own `cost_analysis` counts the body of a loop once. These functions multiply it by the
 number of iterations, and count all branches of a conditional.
@@ -67,20 +67,6 @@ def bytes_of(found: list[Collective]) -> dict[str, int]:
     total: dict[str, int] = {}
     for c in found:
         total[c.op] = total.get(c.op, 0) + c.bytes * c.times
-    return total
-
-
-def matrix_flops(compiled: jax.stages.Compiled) -> float:
-    """Return the operations of the matrix products that one run executes on one device."""
-    total = 0.0
-    for i, computation, times, _ in _executed(_parse(compiled)):
-        if i.op == "dot":
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)
-            assert contracted is not None
-            [lhs] = _dims(computation[i.operands()[0]].result)
-            [result] = _dims(i.result)
-            sizes = [lhs[int(d)] for d in contracted[1].split(",") if d]
-            total += 2.0 * times * math.prod(result) * math.prod(sizes)
     return total
 
 
@@ -224,14 +210,6 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
     compares = any("direction=LT" in line for line in lines)
     found = [int(limit[1]) for limit in limits if limit]
     return found[0] if compares and len(found) == 1 else 1
-
-
-def _dims(text: str) -> list[list[int]]:
-    """Return the dimensions of each shape in a text."""
-    return [
-        [int(d) for d in dims.split(",") if d]
-        for dims in re.findall(r"\w\[([\d,]*)\]", text)
-    ]
 
 
 def _size(text: str, excluded: str = "no layout") -> int:
