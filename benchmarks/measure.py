@@ -64,7 +64,7 @@ def in_turn(
     return {name: runs[1:] for name, runs in seconds.items()}
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
+def quartiles(values: Iterable[float]) -> dict[str, float]:
     """Return the median and the quartiles."""
     values = list(values)
     if len(values) < 2:
@@ -75,7 +75,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
     """Return the quartiles of the ratios of two programs' times, round by round."""
-    return spread(a / b for a, b in zip(runs, base, strict=True))
+    return quartiles(a / b for a, b in zip(runs, base, strict=True))
 
 
 def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
@@ -93,8 +93,9 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
     }
 
 
-def show(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+def show(values: Mapping[str, float]) -> str:
+    """Return a median with its quartiles as text."""
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format_map(values)
 
 
 def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:

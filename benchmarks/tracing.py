@@ -93,7 +93,7 @@ def measure_tracing(config: Config) -> dict[str, Any]:
         "rows": [
             {
                 "function": name,
-                "seconds": measure.spread(times),
+                "seconds": measure.quartiles(times),
                 "over_gradient": measure.ratios(times, seconds["gradient"]),
             }
             for name, times in seconds.items()

@@ -112,7 +112,7 @@ def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Row
             "tree": name,
             "moments": dtype or "float32",
             "optimizer": optimizer,
-            "seconds": measure.spread(seconds[optimizer]),
+            "seconds": measure.quartiles(seconds[optimizer]),
             "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
             "bytes_over_adamw": size[optimizer] / size[_BASE],
             "state_words": state_bytes[optimizer] / words,
@@ -163,7 +163,7 @@ def _in_a_step(config: Config) -> measure.Rows:
     return [
         {
             "optimizer": name,
-            "seconds": measure.spread(seconds[name]),
+            "seconds": measure.quartiles(seconds[name]),
             "time_over_adamw": measure.ratios(seconds[name], seconds[_BASE]),
         }
         for name in seconds

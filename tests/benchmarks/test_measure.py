@@ -21,8 +21,8 @@ def test_a_ratio_is_taken_round_by_round():
     # A machine twice as slow in every other round changes no ratio.
     ratio = measure.ratios([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0])
     assert ratio == {"median": 2.0, "low": 2.0, "high": 2.0}
-    assert measure.spread([1, 2, 3, 4, 5]) == {"median": 3, "low": 2, "high": 4}
-    assert measure.spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+    assert measure.quartiles([1, 2, 3, 4, 5]) == {"median": 3, "low": 2, "high": 4}
+    assert measure.quartiles([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
 
 
 def test_a_program_keeps_its_carry():
