@@ -3,123 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
 import optax.contrib
-import somax
 from somax.curvature.ggn_ce import GGNCE
 from somax.estimators.gnb_ce import GaussNewtonBartlett
 
-from sophia_optax import Categorical, gnb, hold_unclipped, hutchinson, sophia_g
-
-WITH_HESSIAN_FN = tuple(
-    f"{name}, {kind}"
-    for name in ("sophia_g", "share held", "share held, Nesterov")
-    for kind in ("not due", "refresh")
-)
-_NEVER = 10**9  # interval: a refresh on the first step only
-
-
-def optimizers(
-    dtype: str | None = None,
-) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """Return transformations by name, with moments in `dtype`.
-
-    "no refresh" has no `hessian_fn`, "not due" has a `hessian_fn` that is not called, and
-    "refresh" refreshes. "share held" is `sophia_g` with `hold_unclipped`.
-    """
-    both: dict[str, Any] = {"mu_dtype": dtype, "hessian_dtype": dtype}
-    held: dict[str, Any] = both | {"gamma": hold_unclipped()}
-    ahead: dict[str, Any] = held | {"nesterov": True}
-    found = {
-        "optax.adamw": optax.adamw(1e-3, mu_dtype=dtype),
-        "optax.lion": optax.lion(1e-3, mu_dtype=dtype),
-        "sophia_g, no refresh": sophia_g(1e-3, **both),
-        "sophia_g, not due": sophia_g(1e-3, update_interval=_NEVER, **both),
-        "sophia_g, refresh": sophia_g(1e-3, update_interval=1, **both),
-        "share held, not due": sophia_g(1e-3, update_interval=_NEVER, **held),
-        "share held, refresh": sophia_g(1e-3, update_interval=1, **held),
-        "share held, Nesterov, not due": sophia_g(1e-3, update_interval=_NEVER, **ahead),
-        "share held, Nesterov, refresh": sophia_g(1e-3, update_interval=1, **ahead),
-        "share held, no refresh": sophia_g(1e-3, **held),
-    }
-    return {name: optax.with_extra_args_support(tx) for name, tx in found.items()}
-
-
-def update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-    """Return the updated parameters and state."""
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-class Baseline(NamedTuple):
-    """A training step: `init(params)` and `train(params, state, tokens)`."""
-
-    init: Callable[..., Any]
-    train: Callable[..., Any]
-
-
-def trained(
-    logits_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any],
-    estimate: Callable[..., Any],
-    part: int,
-) -> dict[str, Baseline]:
-    """Return training steps by the name of the optimizer.
-
-    Args:
-      logits_fn: `logits_fn(params, tokens)`, shape (B, T, classes).
-      loss_fn: `loss_fn(params, tokens)`, shape ().
-      estimate: `estimate(params, tokens, key)`, the refresh of sophia_optax.
-      part: number of sequences in a refresh of `optax.contrib.sophia` "on a part".
-    """
-
-    def of_optax(tx, extra):
-        def train(params, state, tokens):
-            grads = jax.grad(loss_fn)(params, tokens)
-            return update(tx, grads, state, params, **extra(params, tokens))
-
-        return Baseline(tx.init, train)
-
-    def hessian_fn(params, tokens):
-        return {"hessian_fn": lambda key: estimate(params, tokens, key)}
-
-    def obj_fn(sequences):
-        return lambda _, tokens: {"obj_fn": lambda p: loss_fn(p, tokens[:sequences])}
-
-    def of_somax(interval):
-        method = somax.sophia_g(
-            predict_fn=lambda params, x: _flat(logits_fn(params, x)),
-            learning_rate=1e-3,
-            eval_every_k=interval,
-        )
-
-        def train(params, state, tokens):
-            batch = {"x": tokens, "y": tokens.reshape(-1)}
-            params, state, _ = method.step(params, batch, state, jax.random.key(0))
-            return params, state
-
-        return Baseline(method.init, train)
-
-    found = {
-        name: of_optax(tx, hessian_fn if name in WITH_HESSIAN_FN else lambda *_: {})
-        for name, tx in optimizers().items()
-    }
-    for kind, interval in (("not due", _NEVER), ("refresh", 1)):
-        contrib = optax.contrib.sophia(1e-3, update_interval=interval)
-        found[f"optax.contrib.sophia, {kind}"] = of_optax(contrib, obj_fn(None))
-        found[f"somax.sophia_g, {kind}"] = of_somax(interval)
-        if kind == "refresh":
-            name = "optax.contrib.sophia on a part, refresh"
-            found[name] = of_optax(contrib, obj_fn(part))
-    return found
-
-
-def _flat(logits: jax.Array) -> jax.Array:
-    return logits.reshape(-1, logits.shape[-1])
-
+from sophia_optax import Categorical, gnb, hutchinson
 
 GAUSS_NEWTON, HESSIAN = "Gauss-Newton", "Hessian"
 
@@ -245,3 +137,7 @@ class Refreshes:
             return estimator.diagonal(params, state, lambda v: v, key)
 
         return Refresh("somax sophia_g", GAUSS_NEWTON, sequences, 1, estimate)
+
+
+def _flat(logits: jax.Array) -> jax.Array:
+    return logits.reshape(-1, logits.shape[-1])

@@ -1,7 +1,6 @@
 """Measurements of programs, alternating in one run, and the command line of benchmarks."""
 
 import argparse
-import concurrent.futures
 import datetime
 import importlib.metadata
 import json
@@ -35,15 +34,10 @@ class Program:
         self.carry = self.compiled(self.carry, *self.args)
         return self.carry
 
-    def costs(self) -> dict[str, float]:
-        return costs(self.compiled)
-
-
-def compile_all(makers: Mapping[str, Callable[[], Program]]) -> dict[str, Program]:
-    """Return the compiled programs by name. One is compiled on each core."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = pool.map(lambda make: make(), makers.values())
-        return dict(zip(makers, programs, strict=True))
+    def bytes_accessed(self) -> float:
+        """Return XLA's count of bytes read and written. It counts a loop's body once."""
+        analysis: Any = self.compiled.cost_analysis()
+        return analysis["bytes accessed"]
 
 
 def in_turn(
@@ -76,21 +70,6 @@ def quartiles(values: Iterable[float]) -> dict[str, float]:
 def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
     """Return the quartiles of the ratios of two programs' times, round by round."""
     return quartiles(a / b for a, b in zip(runs, base, strict=True))
-
-
-def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Return XLA's analysis of a program.
-
-    - `bytes`: bytes that its operations read and write. The body of a loop counts once;
-    - `peak_bytes`: bytes of memory. Donated arguments count once.
-    """
-    analysis: Any = compiled.cost_analysis()
-    memory: Any = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return {
-        "bytes": analysis.get("bytes accessed", 0.0),
-        "peak_bytes": memory.temp_size_in_bytes + kept - memory.alias_size_in_bytes,
-    }
 
 
 def show(values: Mapping[str, float]) -> str:

@@ -101,7 +101,7 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         return _only(errors["fresh_batches"], name=name)["error_trained"]
 
     peak = refresh["peak_bytes"]
-    held = functools.partial(alone, optimizer="share held", tree="13M")
+    held = functools.partial(alone, optimizer="hold_unclipped", tree="13M")
     averaged = "training step, averaged over a refresh every 10, over AdamW's, time: "
     return {
         "update without `hessian_fn` over `optax.adamw`'s, bytes": (

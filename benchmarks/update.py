@@ -11,190 +11,196 @@ sample are counted.
 """
 
 import dataclasses
-import functools
-import gc
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
+import somax
 
-from benchmarks import baselines, measure
-from benchmarks.gpt import Model, Shape, count
+from benchmarks import measure
+from benchmarks.gpt import Model, Shape
 from examples.gpt.core.config import ModelConfig
-from sophia_optax import gnb
+from sophia_optax import gnb, hold_unclipped, sophia_g
+
+ADAMW = "optax.adamw"
+# Steps with a `hessian_fn` that is not called or is called, by their `update_interval`. The
+# first update always refreshes, and is not timed.
+INTERVALS = {"not due": 10**9, "refresh": 1}
+
+MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    # Models whose parameters are updated: GPT-2 small, and 13 million parameters.
-    trees: tuple[ModelConfig, ...] = (
-        Shape(),
-        Shape(layers=7, heads=6, width=384, context=256, vocabulary=256),
+class Sizes:
+    # Names and models of the parameters that are updated, and the dtype of m and h.
+    trees: tuple[tuple[str, ModelConfig, str], ...] = (
+        ("GPT-2 small", Shape(), "float32"),
+        ("GPT-2 small", Shape(), "bfloat16"),
+        ("13M", MEDIUM, "float32"),
     )
-    repeats: int = 5
     step: ModelConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
-    batch: int = 60  # sequences of a training step
-    refresh_batch: int = 2  # sequences of a refresh, with a group for each
-    step_repeats: int = 15
+    batch: int = 60  # sequences of a training step; a refresh has a thirtieth
+    repeats: int = 15
 
 
-# A refresh has a thirtieth of the batch here too: 16 of 480.
-FULL = Config(
-    repeats=20,
-    step=Shape(dtype="bfloat16"),
-    batch=30,
-    refresh_batch=1,
-    step_repeats=10,
-)
-
-_BASE = "optax.adamw"
+FULL = Sizes(step=Shape(dtype="bfloat16"), batch=30)
 
 
-def measure_updates(config: Config) -> dict[str, Any]:
-    trees = {}
-    for shape in config.trees:
-        tree = jax.eval_shape(Model(shape).arrays)
-        name = "GPT-2 small" if shape == Shape() else f"{count(tree) / 1e6:.0f}M"
-        trees[name] = tree
+def measure_updates(sizes: Sizes) -> dict[str, Any]:
     return {
-        "config": dataclasses.asdict(config),
-        "parameters": {name: count(tree) for name, tree in trees.items()},
+        "config": dataclasses.asdict(sizes),
         "alone": [
-            row
-            for name, tree in trees.items()
-            for dtype in (None, "bfloat16")
-            for row in _alone(name, tree, dtype, config.repeats)
+            {"tree": name, "moments": dtype} | row
+            for name, shape, dtype in sizes.trees
+            for row in _time_updates(shape, dtype, sizes.repeats)
         ],
-        "step": _in_a_step(config),
+        "step": _time_steps(sizes),
     }
 
 
-def _alone(name: str, tree: Any, dtype: str | None, repeats: int) -> measure.Rows:
+def optimizers(dtype: str) -> dict[str, optax.GradientTransformationExtraArgs]:
+    """Return optimizers by name, with m and h in `dtype`.
+
+    Those whose name ends with "no refresh" have no `hessian_fn`.
+    """
+    variants: dict[str, dict[str, Any]] = {
+        "sophia_g": {},
+        "hold_unclipped": {"gamma": hold_unclipped()},
+        "hold_unclipped, Nesterov": {"gamma": hold_unclipped(), "nesterov": True},
+    }
+    adamw = optax.adamw(1e-3, mu_dtype=dtype)
+    found = {ADAMW: optax.with_extra_args_support(adamw)}
+    for name, settings in variants.items():
+        settings |= {"mu_dtype": dtype, "hessian_dtype": dtype}
+        found[f"{name}, no refresh"] = sophia_g(1e-3, **settings)
+        for kind, interval in INTERVALS.items():
+            found[f"{name}, {kind}"] = sophia_g(1e-3, update_interval=interval, **settings)
+    return found
+
+
+def _time_updates(shape: ModelConfig, dtype: str, repeats: int) -> measure.Rows:
+    tree = jax.eval_shape(Model(shape).arrays)
+
     def filled(value):
         return jax.tree.map(lambda p: jnp.full(p.shape, value, jnp.float32), tree)
 
     def program(name, tx):
-        def step(carry, grads):
+        def update(carry, grads):
             params, state = carry
-            extra = (
-                {"hessian_fn": lambda key: grads}
-                if name in baselines.WITH_HESSIAN_FN
-                else {}
-            )
-            return baselines.update(tx, grads, state, params, **extra)
+            refreshes = not name.endswith("no refresh")
+            extra = {"hessian_fn": lambda key: grads} if refreshes else {}
+            return _update(tx, grads, state, params, **extra)
 
         params = filled(1.0)
-        return measure.Program(step, (params, tx.init(params)), grads)
+        return measure.Program(update, (params, tx.init(params)), grads)
 
-    grads, words = filled(1e-3), 4 * count(tree)
-    programs = measure.compile_all(
-        {
-            n: functools.partial(program, n, tx)
-            for n, tx in baselines.optimizers(dtype).items()
-        }
-    )
-    seconds = measure.in_turn(programs, repeats)
-    costs = {optimizer: program.costs() for optimizer, program in programs.items()}
-    state_bytes = {
-        optimizer: sum(x.nbytes for x in jax.tree.leaves(program.carry[1]))
-        for optimizer, program in programs.items()
-    }
-    programs.clear()
-    gc.collect()
-    size = {optimizer: cost["bytes"] for optimizer, cost in costs.items()}
-    for averaged in _average(seconds):
-        kinds = averaged.removesuffix(_AVERAGED)
-        plain, refresh = (f"{kinds}, {kind}" for kind in ("not due", "refresh"))
-        size[averaged] = (9 * size[plain] + size[refresh]) / 10
-        state_bytes[averaged] = state_bytes[plain]
-    return [
-        {
-            "tree": name,
-            "moments": dtype or "float32",
-            "optimizer": optimizer,
-            "seconds": measure.quartiles(seconds[optimizer]),
-            "time_over_adamw": measure.ratios(seconds[optimizer], seconds[_BASE]),
-            "bytes_over_adamw": size[optimizer] / size[_BASE],
-            "state_words": state_bytes[optimizer] / words,
-        }
-        for optimizer in seconds
-    ]
+    grads = filled(1e-3)
+    programs = {name: program(name, tx) for name, tx in optimizers(dtype).items()}
+    size = {name: program.bytes_accessed() for name, program in programs.items()}
+    rows = _rows(measure.in_turn(programs, repeats))
+    for row in rows:
+        if (name := row["optimizer"]) in size:
+            row["bytes_over_adamw"] = size[name] / size[ADAMW]
+    return rows
 
 
-_AVERAGED = ", averaged over 10"
+def _update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    """Return the updated parameters and state."""
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
 
 
-def _average(seconds: dict[str, list[float]]) -> list[str]:
-    """Add the means of nine steps without a refresh and one with it. Return their names."""
-    refreshes = [n for n in seconds if n.endswith(", refresh")]
-    names = []
-    for refresh in refreshes:
-        kind = refresh.removesuffix(", refresh")
-        plain = f"{kind.removesuffix(' on a part')}, not due"
-        pairs = zip(seconds[plain], seconds[refresh], strict=True)
-        seconds[kind + _AVERAGED] = [(9 * p + r) / 10 for p, r in pairs]
-        names.append(kind + _AVERAGED)
-    return names
-
-
-def _in_a_step(config: Config) -> measure.Rows:
-    model, part = Model(config.step), config.refresh_batch
-    estimator = gnb(model.logits, groups=part)
-
-    def estimate(params, tokens, key):
-        return estimator(params, tokens[:part], key=key)
-
-    compared = baselines.trained(model.logits, model.loss, estimate, part)
-    tokens = model.tokens(config.batch)
-
-    def program(baseline):
-        params = model.init()
-        return measure.Program(
-            lambda carry, tokens: baseline.train(*carry, tokens),
-            (params, baseline.init(params)),
-            tokens,
-        )
-
-    programs = measure.compile_all(
-        {name: functools.partial(program, baseline) for name, baseline in compared.items()}
-    )
-    seconds = measure.in_turn(programs, config.step_repeats)
-    _average(seconds)
+def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
+    """Return a row for each program, and for nine steps that are not due and a refresh."""
+    for refresh in [name for name in seconds if name.endswith(", refresh")]:
+        name = refresh.removesuffix(", refresh")
+        pairs = zip(seconds[f"{name}, not due"], seconds[refresh], strict=True)
+        seconds[f"{name}, averaged over 10"] = [(9 * p + r) / 10 for p, r in pairs]
     return [
         {
             "optimizer": name,
-            "seconds": measure.quartiles(seconds[name]),
-            "time_over_adamw": measure.ratios(seconds[name], seconds[_BASE]),
+            "seconds": measure.quartiles(times),
+            "time_over_adamw": measure.ratios(times, seconds[ADAMW]),
         }
-        for name in seconds
+        for name, times in seconds.items()
     ]
+
+
+def _time_steps(sizes: Sizes) -> measure.Rows:
+    """Return rows of training steps, of sophia_optax and other libraries."""
+    model, part = Model(sizes.step), sizes.batch // 30
+    estimate = gnb(model.logits, groups=part)
+    tokens = model.tokens(sizes.batch)
+
+    def of_optax(tx: Any, extra: Callable[..., dict[str, Any]]) -> measure.Program:
+        def train(carry, tokens):
+            params, state = carry
+            grads = jax.grad(model.loss)(params, tokens)
+            return _update(tx, grads, state, params, **extra(params, tokens))
+
+        return program(tx.init, train)
+
+    def hessian_fn(params, tokens):
+        return {"hessian_fn": lambda key: estimate(params, tokens[:part], key=key)}
+
+    def obj_fn(sequences):
+        return lambda _, tokens: {"obj_fn": lambda p: model.loss(p, tokens[:sequences])}
+
+    def of_somax(interval: int) -> measure.Program:
+        method = somax.sophia_g(
+            predict_fn=lambda p, x: model.logits(p, x).reshape(-1, sizes.step.vocabulary),
+            learning_rate=1e-3,
+            eval_every_k=interval,
+        )
+
+        def train(carry, tokens):
+            params, state = carry
+            batch = {"x": tokens, "y": tokens.reshape(-1)}
+            return method.step(params, batch, state, jax.random.key(0))[:2]
+
+        return program(method.init, train)
+
+    def program(init, train):
+        params = model.init()
+        return measure.Program(train, (params, init(params)), tokens)
+
+    programs = {ADAMW: of_optax(optax.adamw(1e-3), lambda *_: {})}
+    for kind, interval in INTERVALS.items():
+        ours = sophia_g(1e-3, update_interval=interval)
+        contrib = optax.contrib.sophia(1e-3, update_interval=interval)
+        programs |= {
+            f"sophia_g, {kind}": of_optax(ours, hessian_fn),
+            f"optax.contrib.sophia, {kind}": of_optax(contrib, obj_fn(None)),
+            f"optax.contrib.sophia on a part, {kind}": of_optax(contrib, obj_fn(part)),
+            f"somax.sophia_g, {kind}": of_somax(interval),
+        }
+    return _rows(measure.in_turn(programs, sizes.repeats))
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results in Markdown."""
+
+    def ratio(row):
+        return f"{row['bytes_over_adamw']:.2f}" if "bytes_over_adamw" in row else ""
+
     timed = {
         "optimizer": "optimizer",
         "ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
         "time over AdamW's": lambda row: measure.show(row["time_over_adamw"]),
     }
-    alone = measure.markdown(
-        results["alone"],
-        {
-            "parameters": "tree",
-            "moments": "moments",
-            **timed,
-            "bytes over AdamW's": lambda row: f"{row['bytes_over_adamw']:.2f}",
-            "words of state": lambda row: f"{row['state_words']:.2f}",
-        },
-    )
+    columns = {"parameters": "tree", "m and h": "moments", **timed}
+    alone = measure.markdown(results["alone"], columns | {"bytes over AdamW's": ratio})
     config = results["config"]
     return (
         f"Updates:\n\n{alone}\n\nTraining steps with {config['batch']} x "
         f"{config['step']['context']} tokens. A refresh of sophia_g, and of optimizers on "
-        f"a part, has {config['refresh_batch']} sequences, that of others all:\n\n"
+        "a part, has a thirtieth of the sequences, that of others all:\n\n"
         f"{measure.markdown(results['step'], timed)}"
     )
 
 
 if __name__ == "__main__":
-    measure.run("update", measure_updates, table, small=Config(), full=FULL)
+    measure.run("update", measure_updates, table, small=Sizes(), full=FULL)

@@ -30,9 +30,7 @@ def test_a_program_keeps_its_carry():
     for _ in range(3):
         program()
     np.testing.assert_array_equal(program.carry, 3)
-    costs = program.costs()
-    assert costs["bytes"] == 3 * 16
-    assert costs["peak_bytes"] == 2 * 16  # the carry's memory is used again
+    assert program.bytes_accessed() == 3 * 16
 
 
 def test_a_table_has_a_column_for_each_heading():
