@@ -15,6 +15,7 @@ Hessian for Hutchinson's estimates.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,72 +26,111 @@ import numpy as np
 import optax
 
 from benchmarks import measure
-from benchmarks.baselines import Refresh, Refreshes
+from benchmarks.baselines import Estimators, SizedEstimator
 from benchmarks.flops import flops
 from examples.gpt.core import data, sharding
-from examples.gpt.core.config import Config as RunConfig
-from examples.gpt.core.config import ModelConfig, Training
+from examples.gpt.core.config import Config, Training
 from examples.gpt.core.model import bind, init
 from examples.gpt.core.train import train
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Sizes:
+    sequences: int = 64  # in the batch of the first table, and in each estimate of h
     groups: tuple[int, ...] = (1, 4, 16, 64)  # of the first table
-    sequences: int = 64  # in its batch, and in each estimate of the mean h
-    # Sequences of the second table: of the training batch, which the released code, optax
-    # and somax use; of the paper's Sophia-G and -H; of our Hutchinson and GNB estimates.
-    sizes: tuple[Any, ...] = (480, 240, 32, 16, (8, 16, 32, 64))
+    training_batch: int = 480  # sequences of the released code, optax and somax
+    paper: tuple[int, int] = (240, 32)  # sequences of Sophia-G and Sophia-H
+    gnb: tuple[int, ...] = (8, 16, 32, 64)  # sequences, with a group for each
+    hutchinson: int = 16  # the same
     draws: int = 16  # estimates of an error
     large_draws: int = 6  # the same for estimates of more than `sequences`
-    reference_draws: int = 48  # estimates of the mean h
+    reference_draws: int = 48  # estimates of h
     repeats: int = 2
-    run: RunConfig = dataclasses.field(
-        default_factory=lambda: RunConfig(training=Training(steps=300))
-    )
+    run: Config = Config(training=Training(steps=300))
 
 
-FULL = Config(
-    draws=48,
-    large_draws=24,
-    reference_draws=64,
-    repeats=5,
-    run=RunConfig(
-        model=ModelConfig(layers=4, heads=4, width=256, context=128),
-        training=Training(steps=1000),
-    ),
-)
+def measure_errors(sizes: Sizes) -> dict[str, Any]:
+    """Return the rows of both tables, and the errors of their h."""
+    corpus = data.read_standard_library()
+    run = sizes.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
+    print(f"training for {run.training.steps} steps ...", flush=True)
+    metrics = []
+    with jax.set_mesh(sharding.make_mesh("")):
+        state = train(run, corpus, log=metrics.append)
+    trained = jax.device_put(state.params, jax.devices()[0])
+    models = {"initial": init(run.model, run.seed), "trained": trained}
+    one_batch = Comparison(sizes, corpus.train, models, fresh=False)
+    fresh_batches = Comparison(sizes, corpus.train, models, fresh=True)
+    of_model = Estimators(lambda params, inputs: bind(run.model, params)(inputs))
+    size, batch = sizes.sequences, sizes.training_batch
+    references = [of_model.gnb(size, size), of_model.hutchinson(size, size)]
+    compared = [
+        of_model.gnb(sizes.paper[0], 1, "paper, Sophia-G"),
+        of_model.released_code(batch),
+        of_model.somax(batch),
+        *(of_model.gnb(n, n) for n in sizes.gnb),
+        of_model.hutchinson(sizes.paper[1], 1, "paper, Sophia-H"),
+        of_model.optax(batch),
+        of_model.hutchinson(sizes.hutchinson, sizes.hutchinson),
+    ]
+    return {
+        "config": dataclasses.asdict(sizes) | {"run": run.as_json()},
+        "validation_loss": metrics[-1]["val_loss"],
+        "one_batch": one_batch.compare(
+            [of_model.gnb(size, n) for n in sizes.groups],
+            of_model.gradient(size),
+            references[:1],
+        ),
+        "fresh_batches": fresh_batches.compare(
+            compared, of_model.gradient(batch), references
+        ),
+    }
 
 
-@jax.jit
-def squared_distance(a: Any, b: Any) -> jax.Array:
-    return optax.tree.norm(optax.tree.sub(a, b), squared=True)
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Errors and costs of estimators on batches of a text."""
 
+    sizes: Sizes
+    text: data.Tokens
+    models: dict[str, Any]  # parameters
+    fresh: bool  # each draw has a new batch
 
-_add = jax.jit(optax.tree.add)
+    def compare(
+        self,
+        estimators: list[SizedEstimator],
+        gradient: SizedEstimator,
+        references: list[SizedEstimator],
+    ) -> dict[str, measure.Rows]:
+        """Return a row for each estimator, and a row with the errors of each h."""
+        truths, known = {}, []
+        for reference in references:
+            known.append({"truth": reference.truth})
+            for model, params in self.models.items():
+                truth, known[-1][model] = self.truth(reference, params)
+                truths[reference.truth, model] = truth
+        rows = self.costs(estimators, gradient)
+        for row, estimator in zip(rows, estimators, strict=True):
+            for model, params in self.models.items():
+                truth = truths[estimator.truth, model]
+                error, uncertainty = self.error(estimator, params, truth)
+                row |= {f"error_{model}": error, f"uncertainty_{model}": uncertainty}
+        return {"truths": known, "rows": rows}
 
-
-class Errors:
-    """Errors of estimates on batches of a text."""
-
-    def __init__(self, config: Config, text: data.Tokens):
-        self.config, self.text = config, text
-
-    def batches(self, sequences: int, fresh: bool, seed: int) -> Iterator[jax.Array]:
+    def batches(self, sequences: int, seed: int) -> Iterator[jax.Array]:
         """Yield tokens, shape (sequences, context + 1), always the same unless `fresh`."""
-        seed = seed if fresh else 0
-        context = self.config.run.model.context
+        seed, context = seed if self.fresh else 0, self.sizes.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
-        for tokens in source if fresh else itertools.repeat(next(source)):
+        for tokens in source if self.fresh else itertools.repeat(next(source)):
             yield jnp.asarray(tokens)
 
-    def truth(self, refresh: Refresh, params: Any, fresh: bool) -> tuple[Any, float]:
+    def truth(self, reference: SizedEstimator, params: Any) -> tuple[Any, float]:
         """Return the mean of many estimates, and its relative standard error."""
-        draws = self.config.reference_draws
-        batches = self.batches(refresh.sequences, fresh, 1)
+        draws = self.sizes.reference_draws
+        batches = self.batches(reference.sequences, seed=1)
         total, squares = optax.tree.zeros_like(params), 0.0
         for i in range(draws):
-            draw = refresh.compiled(params, next(batches), jax.random.key(2**20 + i))
+            draw = reference.compiled(params, next(batches), jax.random.key(2**20 + i))
             squares += float(optax.tree.norm(draw, squared=True))
             total = _add(total, draw)
         mean = optax.tree.scale(1 / draws, total)
@@ -99,95 +139,51 @@ class Errors:
         return mean, max(variance, 0.0) ** 0.5
 
     def error(
-        self, refresh: Refresh, params: Any, truth: Any, fresh: bool
+        self, estimator: SizedEstimator, params: Any, truth: Any
     ) -> tuple[float, float]:
         """Return the root mean square error and its standard error."""
-        large = refresh.sequences > self.config.sequences
-        draws = self.config.large_draws if large else self.config.draws
-        batches = self.batches(refresh.sequences, fresh, seed=2)
+        is_large = estimator.sequences > self.sizes.sequences
+        draws = self.sizes.large_draws if is_large else self.sizes.draws
+        batches = self.batches(estimator.sequences, seed=2)
         squares = []
         for i in range(draws):
-            draw = refresh.compiled(params, next(batches), jax.random.key(i))
-            squares.append(float(squared_distance(draw, truth)))
+            draw = estimator.compiled(params, next(batches), jax.random.key(i))
+            squares.append(float(_squared_distance(draw, truth)))
         scale = float(optax.tree.norm(truth))
         error = float(np.sqrt(np.mean(squares)))
         uncertainty = float(np.std(squares, ddof=1)) / draws**0.5 / (2 * error)
         return error / scale, uncertainty / scale
 
-    def rows(
-        self,
-        refreshes: list[Refresh],
-        base: Refresh,
-        models: dict[str, Any],
-        truths: dict[tuple[str, str], Any],
-        fresh: bool,
+    def costs(
+        self, estimators: list[SizedEstimator], gradient: SizedEstimator
     ) -> measure.Rows:
-        """Return a row for each refresh, with its cost relative to the gradient `base`."""
+        """Return a row for each estimator, with its cost relative to the gradient's."""
 
-        def arguments(refresh):
-            tokens = next(self.batches(refresh.sequences, fresh, seed=0))
-            return models["trained"], tokens, jax.random.key(0)
+        def arguments(e):
+            tokens = next(self.batches(e.sequences, seed=0))
+            return self.models["trained"], tokens, jax.random.key(0)
 
-        def program(refresh):
-            given = arguments(refresh)
-            return lambda: refresh.compiled(*given)
-
-        timed = {r.name: program(r) for r in (base, *refreshes)}
-        seconds = measure.in_turn(timed, self.config.repeats)
-        of_gradient = flops(base.estimate, *arguments(base))
+        programs = {
+            e.name: functools.partial(e.compiled, *arguments(e))
+            for e in (gradient, *estimators)
+        }
+        seconds = measure.in_turn(programs, self.sizes.repeats)
+        of_gradient = flops(gradient.estimate, *arguments(gradient))
         rows = []
-        for refresh in refreshes:
-            ratio = flops(refresh.estimate, *arguments(refresh)) / of_gradient
-            time = measure.ratios(seconds[refresh.name], seconds[base.name])
-            row = refresh.as_json() | {
-                "flops_over_gradient": ratio,
-                "share_of_step": ratio / self.config.run.refresh.update_interval,
-                "time_over_gradient": time["median"],
-            }
-            for model, values in models.items():
-                truth = truths[refresh.truth, model]
-                error, uncertainty = self.error(refresh, values, truth, fresh)
-                row[f"error_{model}"], row[f"uncertainty_{model}"] = error, uncertainty
-            rows.append(row)
+        for e in estimators:
+            time = measure.ratios(seconds[e.name], seconds[gradient.name])
+            row = {n: getattr(e, n) for n in ("name", "truth", "sequences", "groups")}
+            row["flops_over_gradient"] = flops(e.estimate, *arguments(e)) / of_gradient
+            rows.append(row | {"time_over_gradient": time["median"]})
         return rows
 
 
-def measure_errors(config: Config) -> dict[str, Any]:
-    """Return the rows of both tables, and the errors of the means."""
-    corpus = data.read_standard_library()
-    run = config.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
-    print(f"training for {run.training.steps} steps ...", flush=True)
-    rows_of_run = []
-    with jax.set_mesh(sharding.make_mesh("")):
-        state = train(run, corpus, log=rows_of_run.append)
-    trained = jax.device_put(state.params, jax.devices()[0])
-    models = {"initial": init(run.model, run.seed), "trained": trained}
-    of_model = Refreshes(lambda params, inputs: bind(run.model, params)(inputs))
-    errors, size, sizes = Errors(config, corpus.train), config.sequences, config.sizes
-    truths: dict[bool, dict[tuple[str, str], Any]] = {False: {}, True: {}}
-    known = []
-    for reference, fresh in (
-        (of_model.gnb(size, size), False),
-        (of_model.gnb(size, size), True),
-        (of_model.hutchinson(size, size), True),
-    ):
-        known.append({"fresh": fresh, "truth": reference.truth})
-        for model, params in models.items():
-            truth, known[-1][model] = errors.truth(reference, params, fresh)
-            truths[fresh][reference.truth, model] = truth
+_add = jax.jit(optax.tree.add)
 
-    def rows(refreshes, gradient_of, fresh):
-        base = of_model.gradient(gradient_of)
-        return errors.rows(refreshes, base, models, truths[fresh], fresh)
 
-    compared = of_model.compared(*sizes)
-    return {
-        "config": dataclasses.asdict(config) | {"run": run.as_json()},
-        "validation_loss": rows_of_run[-1]["val_loss"],
-        "truths": known,
-        "one_batch": rows([of_model.gnb(size, g) for g in config.groups], size, False),
-        "fresh_batches": rows(compared, sizes[0], True),
-    }
+@jax.jit
+def _squared_distance(a: Any, b: Any) -> jax.Array:
+    return optax.tree.norm(optax.tree.sub(a, b), squared=True)
 
 
 def groups(results: dict[str, Any]) -> str:
@@ -201,7 +197,7 @@ def groups(results: dict[str, Any]) -> str:
         )
     columns["time"] = lambda row: f"{row['time_over_gradient']:.2f}"
     return (
-        f"{measure.markdown(results['one_batch'], columns)}\n\nTrained: to "
+        f"{measure.markdown(results['one_batch']['rows'], columns)}\n\nTrained: to "
         f"{results['validation_loss']:.2f} nats a byte in {config['run']['steps']} steps. "
         f"Errors of {config['draws']} draws. Times relative to one gradient of these "
         f"sequences, medians of {config['repeats']}."
@@ -210,8 +206,8 @@ def groups(results: dict[str, Any]) -> str:
 
 def refreshes(results: dict[str, Any]) -> str:
     """Return the table of errors on new batches."""
-    config = results["config"]
-    truths = [truth for truth in results["truths"] if truth["fresh"]]
+    config, compared = results["config"], results["fresh_batches"]
+    truths = compared["truths"]
     known = "; ".join(
         f"{t['truth']} {t['initial']:.2f} and {t['trained']:.2f}" for t in truths
     )
@@ -220,19 +216,24 @@ def refreshes(results: dict[str, Any]) -> str:
         "sequences": "sequences",
         "groups": "groups",
         f"of a step, every {config['run']['update_interval']}": lambda row: (
-            f"{row['share_of_step']:.2%}"
+            f"{fraction_of_step(results, row):.2%}"
         ),
         **_error("initial", truths),
         **_error("trained", truths),
         "against the diagonal of the": "truth",
     }
     return (
-        f"{measure.markdown(results['fresh_batches'], columns)}\n\nErrors of "
+        f"{measure.markdown(compared['rows'], columns)}\n\nErrors of "
         f"{config['draws']} draws, or {config['large_draws']} with more than "
         f"{config['sequences']} sequences. The diagonals are estimated means. Their own "
         f"errors, initial and trained: {known}. Errors relative to a diagonal whose own "
         "error is above a third are left out."
     )
+
+
+def fraction_of_step(results: dict[str, Any], row: measure.Row) -> float:
+    """Return the operations of a refresh over those of the steps between refreshes."""
+    return row["flops_over_gradient"] / results["config"]["run"]["update_interval"]
 
 
 def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
@@ -253,4 +254,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    measure.run("estimate", measure_errors, table, small=Config(), full=FULL)
+    measure.run("estimate", measure_errors, table, small=Sizes())

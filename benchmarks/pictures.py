@@ -1,4 +1,4 @@
-"""Pictures of results, on a white ground, to be read on a light page and on a dark one."""
+"""Plots of results, on a white background, for light and dark pages."""
 
 import statistics
 from typing import Any
@@ -9,10 +9,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks import ablations
+from benchmarks import ablations, estimate
+from benchmarks.baselines import GAUSS_NEWTON
 
 OURS, OTHERS = "#1a73e8", "#5f6368"
-_BESIDE = (-8, -4, "right"), (0, 14, "center"), (0, -22, "center")
+_OFFSETS = (-8, -4, "right"), (0, 14, "center"), (0, -22, "center")
 
 
 def losses(results: dict[str, Any]) -> Figure:
@@ -39,31 +40,24 @@ def losses(results: dict[str, Any]) -> Figure:
 
 
 def refreshes(results: dict[str, Any]) -> Figure:
-    """The error of a Gauss-Newton refresh of a trained model, over what it costs."""
-    rows = [row for row in results["fresh_batches"] if row["truth"] == "Gauss-Newton"]
+    """Plot the error of a Gauss-Newton refresh of a trained model against its cost."""
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for ours, color in ((True, OURS), (False, OTHERS)):
-        of_one = [row for row in rows if row["name"].startswith("gnb") == ours]
-        cost = [row["share_of_step"] for row in of_one]
-        error = [row["error_trained"] for row in of_one]
-        axes.errorbar(
-            cost,
-            error,
-            yerr=[row["uncertainty_trained"] for row in of_one],
-            fmt="o-" if ours else "o",
-            color=color,
-        )
-        for i, row in enumerate(of_one):
-            # Of the others two cost the same: their names stand above and below.
-            x, y, ha = (8, 4, "left") if ours else _BESIDE[i]
-            axes.annotate(
-                f"{row['name']}: {row['error_trained']:.2f}",
-                (cost[i], error[i]),
-                (x, y),
-                textcoords="offset points",
-                ha=ha,
-                color=color,
-            )
+        rows = [
+            row
+            for row in results["fresh_batches"]["rows"]
+            if row["truth"] == GAUSS_NEWTON and row["name"].startswith("gnb") == ours
+        ]
+        cost = [estimate.fraction_of_step(results, row) for row in rows]
+        error = [row["error_trained"] for row in rows]
+        bars = [row["uncertainty_trained"] for row in rows]
+        axes.errorbar(cost, error, yerr=bars, fmt="o-" if ours else "o", color=color)
+        # Two of the others cost the same: their labels are above and below.
+        offsets = [(8, 4, "left")] * len(rows) if ours else _OFFSETS
+        for i, (row, (x, y, ha)) in enumerate(zip(rows, offsets, strict=True)):
+            label = f"{row['name']}: {error[i]:.2f}"
+            near: Any = {"textcoords": "offset points", "ha": ha, "color": color}
+            axes.annotate(label, (cost[i], error[i]), (x, y), **near)
     every = results["config"]["run"]["update_interval"]
     axes.set(xscale="log", yscale="log", ylabel="error over the diagonal's size")
     axes.set_xlabel(f"operations of a refresh every {every} steps, over those of the steps")

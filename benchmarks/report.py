@@ -98,7 +98,7 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         return measure.show(row["time_over_adamw"])
 
     def error(name):
-        return _only(errors["fresh_batches"], name=name)["error_trained"]
+        return _only(errors["fresh_batches"]["rows"], name=name)["error_trained"]
 
     peak = refresh["peak_bytes"]
     held = functools.partial(alone, optimizer="hold_unclipped", tree="13M")

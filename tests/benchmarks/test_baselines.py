@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.baselines import Refreshes
+from benchmarks.baselines import Estimators
 
 SEQUENCES, CONTEXT = 8, 2
 TOKENS = jnp.arange(SEQUENCES * (CONTEXT + 1)).reshape(SEQUENCES, CONTEXT + 1)
@@ -12,11 +12,11 @@ PARAMS = jnp.zeros(TOKENS.size)
 ESTIMATORS = {
     "paper, Sophia-G": lambda model: model.gnb(SEQUENCES, 1),
     "gnb": lambda model: model.gnb(SEQUENCES, SEQUENCES),
-    "released code": lambda model: model._released_code(SEQUENCES),
-    "somax": lambda model: model._somax(SEQUENCES),
+    "released code": lambda model: model.released_code(SEQUENCES),
+    "somax": lambda model: model.somax(SEQUENCES),
     "paper, Sophia-H": lambda model: model.hutchinson(SEQUENCES, 1),
     "hutchinson": lambda model: model.hutchinson(SEQUENCES, SEQUENCES),
-    "optax": lambda model: model._optax(SEQUENCES),
+    "optax": lambda model: model.optax(SEQUENCES),
 }
 
 
@@ -40,14 +40,14 @@ def at_inputs(value):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_is_of_the_mean_loss(name):
-    refresh = ESTIMATORS[name](Refreshes(two_classes(1.0)))
-    diagonal = refresh.compiled(PARAMS, TOKENS, jax.random.key(0))
+    estimator = ESTIMATORS[name](Estimators(two_classes(1.0)))
+    diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
     expected = at_inputs(0.25 / (SEQUENCES * CONTEXT))
     np.testing.assert_allclose(diagonal, expected, rtol=1e-6)
 
 
 def test_released_code_clips_the_mean_gradient():
-    refresh = Refreshes(two_classes(100.0))._released_code(SEQUENCES)
-    diagonal = refresh.compiled(PARAMS, TOKENS, jax.random.key(0))
+    estimator = Estimators(two_classes(100.0)).released_code(SEQUENCES)
+    diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
     # Entries of equal size and norm 1, squared, times as many predictions.
     np.testing.assert_allclose(diagonal, at_inputs(1.0), rtol=1e-6)
