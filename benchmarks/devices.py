@@ -6,20 +6,15 @@ Programs are compiled for CPU devices, and not run.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import measure
-from benchmarks.gpt import Model, Shape, count
+from benchmarks.gpt import Model, Shape, abstract_tokens, compile_step
 from benchmarks.hlo import bytes_of, collectives
-from examples.gpt.core import sharding, step
-from examples.gpt.core.config import Config, ModelConfig, Preset
-from examples.gpt.core.optimizer import make_optimizer, make_schedule
+from examples.gpt.core import sharding
+from examples.gpt.core.config import Config, Preset
 from examples.gpt.presets import preset_config
 from sophia_optax import gnb
 
@@ -29,19 +24,16 @@ LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": 
 MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    shape: ModelConfig = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
-    batch: int = 64
-    refresh_batch: int = 16  # with a group for each sequence
-    presets: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
+SHAPE = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
+BATCH, REFRESH_BATCH = 64, 16  # sequences; a refresh has a group for each
+PRESETS: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
 
 
-def measure_devices(sizes: Sizes) -> dict[str, Any]:
-    rows = []
+def measure_devices(presets: tuple[Preset, ...]) -> dict[str, Any]:
+    params, rows = Model(SHAPE).abstract_params, []
     for layout, axis in LAYOUTS.items():
-        gradient, refresh = compile_layout(sizes, axis, DEVICES)
-        _, on_one_device = compile_layout(sizes, axis, 1)
+        gradient, refresh = compile_layout(axis, DEVICES)
+        _, on_one_device = compile_layout(axis, 1)
         rows.append(
             {
                 "layout": layout,
@@ -51,42 +43,37 @@ def measure_devices(sizes: Sizes) -> dict[str, Any]:
             }
         )
     return {
-        "config": dataclasses.asdict(sizes),
-        "parameter_bytes": 4 * count(Model(sizes.shape).abstract_params),
+        "parameter_bytes": 4 * sum(p.size for p in jax.tree.leaves(params)),
         "rows": rows,
         "memory": [
             {"model": preset, "mesh": mesh, **temporary_memory(preset_config(preset), mesh)}
-            for preset in sizes.presets
+            for preset in presets
             for mesh in MESHES
         ],
     }
 
 
-def compile_layout(
-    sizes: Sizes, axis: str, devices: int
-) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
     """Return the compiled gradient and the compiled refresh."""
     mesh = sharding.make_mesh(f"{axis}={devices}", jax.devices()[:devices])
-    model = Model(sizes.shape)
+    model = Model(SHAPE)
     params = sharding.with_shardings(model.abstract_params, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, params)
-    tokens = _abstract_tokens(mesh, sizes.batch, sizes.shape.context)
+    tokens = abstract_tokens(mesh, BATCH, SHAPE.context)
     # On one device as many groups are parallel as on all devices, so that the loops over
     # groups have the same length: XLA counts the operations of a loop's body once.
     parallel_groups = DEVICES if axis in sharding.BATCH else 1
-    estimate = gnb(
-        model.logits, groups=sizes.refresh_batch, parallel_groups=parallel_groups
-    )
+    estimate = gnb(model.logits, groups=REFRESH_BATCH, parallel_groups=parallel_groups)
 
     def refresh(params, tokens):
-        tokens = tokens[:: sizes.batch // sizes.refresh_batch]
-        return estimate(params, tokens, key=jax.random.key(0))
-
-    def compiled(fn: Callable[..., Any]) -> jax.stages.Compiled:
-        return jax.jit(fn, out_shardings=shardings).lower(params, tokens).compile()
+        part = tokens[:: BATCH // REFRESH_BATCH]
+        return estimate(params, part, key=jax.random.key(0))
 
     with jax.set_mesh(mesh):
-        return compiled(jax.grad(model.loss)), compiled(refresh)
+        return [
+            jax.jit(fn, out_shardings=shardings).lower(params, tokens).compile()
+            for fn in (jax.grad(model.loss), refresh)
+        ]
 
 
 def _flops(compiled: jax.stages.Compiled) -> float:
@@ -108,24 +95,12 @@ def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
         training=dataclasses.replace(config.training, accumulate=batch // shards),
         refresh=dataclasses.replace(config.refresh, groups=shards, refresh_batch=shards),
     )
-    tx = make_optimizer(config, make_schedule(config))
-    tokens = _abstract_tokens(mesh, batch, config.model.context + 1)
-    estimate = functools.partial(step.estimate_diagonal, config)
     temporary = {}
-    with jax.set_mesh(mesh):
-        state = step.abstract_state(config, tx, mesh)
-        out_shardings = jax.tree.map(lambda x: x.sharding, state), None
-        for name, fn in {"step": None, "refresh": estimate}.items():
-            train_step = functools.partial(step.train_step, config, tx, fn)
-            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-            memory: Any = jitted.lower(state, tokens).compile().memory_analysis()
-            temporary[name] = memory.temp_size_in_bytes / 2**20
+    for name, refreshes in (("step", False), ("refresh", True)):
+        compiled = compile_step(config, mesh, refreshes=refreshes)
+        memory: Any = compiled.memory_analysis()
+        temporary[name] = memory.temp_size_in_bytes / 2**20
     return temporary
-
-
-def _abstract_tokens(mesh: jax.sharding.Mesh, *shape: int) -> jax.ShapeDtypeStruct:
-    where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 
 def devices(results: dict[str, Any]) -> str:
@@ -179,4 +154,4 @@ def table(results: dict[str, Any]) -> str:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    measure.run("devices", measure_devices, table, small=Sizes())
+    measure.run("devices", measure_devices, table, small=PRESETS)

@@ -1,13 +1,15 @@
-"""The GPT of `examples/gpt` as pure functions."""
+"""The GPT of `examples/gpt` as pure functions, and its compiled training step."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from examples.gpt.core import model
-from examples.gpt.core.config import ModelConfig
+from examples.gpt.core import model, sharding, step
+from examples.gpt.core.config import Config, ModelConfig
+from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from sophia_optax import Categorical
 
 # The sizes of GPT-2 small, which arguments override.
@@ -27,13 +29,6 @@ class Model:
         """Return the initial parameters."""
         return model.init(self.shape)
 
-    def arrays(self) -> Any:
-        """Return the initial parameters, with separate arrays for each layer."""
-        params = self.init()
-        layers = range(self.shape.layers)
-        blocks = [jax.tree.map(lambda p: p[i], params["blocks"]) for i in layers]  # noqa: B023
-        return params | {"blocks": blocks}
-
     def logits(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Return the logits of the next token, shape (B, T, vocabulary)."""
         return model.bind(self.shape, params)(tokens)
@@ -42,18 +37,27 @@ class Model:
         """Return the mean loss with the inputs as targets, which do not change the cost."""
         return Categorical().neg_log_prob(self.logits(params, tokens), tokens).mean()
 
-    def tokens(self, sequences: int) -> jax.Array:
-        """Return random tokens, shape (sequences, context)."""
+    def tokens(self, sequences: int, targets: int = 0) -> jax.Array:
+        """Return random tokens, shape (sequences, context + targets)."""
         assert self.shape.vocabulary is not None
-        shape = (sequences, self.shape.context)
+        shape = (sequences, self.shape.context + targets)
         return jax.random.randint(jax.random.key(1), shape, 0, self.shape.vocabulary)
 
 
-def count(params: Any) -> int:
-    """Return the number of parameters, of arrays or abstract arrays."""
-    return sum(p.size for p in jax.tree.leaves(params))
+def abstract_tokens(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    """Return abstract tokens, sharded as a batch."""
+    where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 
-def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Return abstract tokens."""
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
+def compile_step(config: Config, mesh: Mesh, *, refreshes: bool) -> jax.stages.Compiled:
+    """Compile the trainer's step, with or without a refresh."""
+    tx = make_optimizer(config, make_schedule(config))
+    tokens = abstract_tokens(mesh, config.training.batch, config.model.context + 1)
+    estimate = functools.partial(step.estimate_diagonal, config) if refreshes else None
+    with jax.set_mesh(mesh):
+        state = step.abstract_state(config, tx, mesh)
+        out_shardings = jax.tree.map(lambda x: x.sharding, state), None
+        train_step = functools.partial(step.train_step, config, tx, estimate)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+        return jitted.lower(state, tokens).compile()

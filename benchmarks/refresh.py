@@ -6,7 +6,8 @@ A refresh has a thirtieth of the batch, 16 of the paper's 480 sequences, with a 
 each sequence. Operations are counted for GPT-2 small, and its peak memory is the
 compiler's. Times are measured for a model of this machine's size. The time of a
 Gauss-Newton pass is relative to a gradient of the same sequences, with the sampler of this
-library and with `jax.random.categorical`.
+library and with `jax.random.categorical`. The time to trace is that of a model with
+unrolled layers and without `each_group`, with empty caches.
 """
 
 import dataclasses
@@ -20,82 +21,91 @@ import optax
 
 from benchmarks import measure
 from benchmarks.flops import flops
-from benchmarks.gpt import Model, Shape, abstract
-from examples.gpt.core.config import Config, ModelConfig, Training
-from examples.gpt.core.step import TrainState, train_step
-from sophia_optax import Categorical, gnb, sophia_g
+from benchmarks.gpt import Model, Shape, compile_step
+from examples.gpt.core import sharding, step
+from examples.gpt.core.config import Config, ModelConfig, Refresh, Training
+from examples.gpt.presets import preset_config
+from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
-TX = sophia_g(1e-3, update_interval=1)
+
+def run_of(model: ModelConfig, batch: int, accumulate: int) -> Config:
+    """Return a run whose refresh has a thirtieth of the batch."""
+    return dataclasses.replace(
+        preset_config("gpt2-125m"),
+        model=model,
+        training=Training(batch=batch, accumulate=accumulate),
+        refresh=Refresh(refresh_batch=batch // 30, groups=batch // 30),
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step of a model."""
-
-    shape: ModelConfig
-    batch: int  # sequences
-    micro_batch: int
-
-    def estimator(self) -> Callable[..., Any]:
-        """Return the estimator of its refresh."""
-        return gnb(Model(self.shape).logits, groups=self.batch // 30)
-
-    def train(self, refreshes: bool, state: TrainState, tokens: jax.Array) -> TrainState:
-        """Return the next state, from tokens of shape (batch, context + 1)."""
-        estimator, size = self.estimator(), self.batch // 30
-
-        def estimate(params, tokens, key):
-            return estimator(params, tokens[:size, :-1], key=key)
-
-        training = Training(accumulate=self.batch // self.micro_batch)
-        config = Config(model=self.shape, training=training)
-        return train_step(config, TX, estimate if refreshes else None, state, tokens)[0]
+SMALL = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    timed: Step = Step(
-        Shape(layers=4, heads=4, width=128, context=64, vocabulary=256), 120, 120
-    )
+    timed: Config = run_of(SMALL, batch=120, accumulate=1)
     repeats: int = 7
-    counted: Step = Step(Shape(), 480, 16)
-    pass_shape: ModelConfig = Shape(context=256)
-    pass_sequences: int = 1  # in one group
+    counted: Config = run_of(Shape(), batch=480, accumulate=30)
+    pass_shape: ModelConfig = Shape(context=256)  # of one sequence
 
 
-FULL = Sizes(
-    timed=Step(Shape(dtype="bfloat16"), 480, 16),
-    pass_shape=Shape(dtype="bfloat16"),
-    pass_sequences=4,
-)
+FULL = Sizes(timed=run_of(Shape(dtype="bfloat16"), batch=480, accumulate=30))
 
 
 def measure_refresh(sizes: Sizes) -> dict[str, Any]:
-    seconds = _time_refresh(sizes)
+    mesh = sharding.make_mesh("", jax.devices()[:1])
+    peaks = {
+        name: _peak_bytes(compile_step(sizes.counted, mesh, refreshes=refreshes))
+        for name, refreshes in (("without", False), ("with", True))
+    }
     return {
         "config": dataclasses.asdict(sizes),
+        **_time_refresh(sizes),
+        "flops_over_step": _flops_over_step(sizes.counted),
+        "peak_bytes": peaks,
+        **_time_passes(sizes),
+        **_time_traces(sizes.repeats),
+    }
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+    memory: Any = compiled.memory_analysis()
+    # The new state takes the memory of the donated one, and is not counted again.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
+def _flops_over_step(config: Config) -> float:
+    """Return the operations of a refresh relative to the gradient of a batch."""
+    model, length = Model(config.model), config.model.context
+    inputs, tokens = (
+        jax.ShapeDtypeStruct((config.training.batch, n), jnp.int32)
+        for n in (length, length + 1)
+    )
+    estimate = functools.partial(step.estimate_diagonal, config, key=jax.random.key(0))
+    of_gradient = flops(jax.grad(model.loss), model.abstract_params, inputs)
+    return flops(estimate, model.abstract_params, tokens) / of_gradient
+
+
+def _time_refresh(sizes: Sizes) -> dict[str, Any]:
+    config, tx = sizes.timed, sophia_g(1e-3)
+    model = Model(config.model)
+    tokens, params = model.tokens(config.training.batch, 1), model.init()
+    state = step.TrainState(params, tx.init(params))
+
+    def train(state, tokens):
+        return step.train_step(config, tx, None, state, tokens)[0]
+
+    estimate = functools.partial(step.estimate_diagonal, config)
+    programs = {
+        "step": measure.Program(train, state, tokens),
+        "refresh": _program(estimate, model, tokens),
+    }
+    seconds = measure.in_turn(programs, sizes.repeats)
+    return {
         "step_seconds": measure.quartiles(seconds["step"]),
         "time_over_step": measure.ratios(seconds["refresh"], seconds["step"]),
-        "flops_over_step": _flops_over_step(sizes.counted),
-        "peak_bytes": {
-            "without": _peak_bytes(sizes.counted, refreshes=False),
-            "with": _peak_bytes(sizes.counted, refreshes=True),
-        },
-        **_time_passes(sizes),
     }
-
-
-def _time_refresh(sizes: Sizes) -> dict[str, list[float]]:
-    step, model = sizes.timed, Model(sizes.timed.shape)
-    tokens, params = model.tokens(step.batch), model.init()
-    state = TrainState(params, TX.init(params))
-    tokens_and_target = jnp.pad(tokens, ((0, 0), (0, 1)))
-    train = functools.partial(step.train, False)
-    programs = {
-        "step": measure.Program(train, state, tokens_and_target),
-        "refresh": _program(step.estimator(), model, tokens[: step.batch // 30]),
-    }
-    return measure.in_turn(programs, sizes.repeats)
 
 
 def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure.Program:
@@ -110,29 +120,6 @@ def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure
     return measure.Program(with_carry, zeros, params, tokens, jax.random.key(0))
 
 
-def _flops_over_step(step: Step) -> float:
-    """Return the operations of a refresh relative to the gradient of a batch."""
-    model = Model(step.shape)
-
-    def count(fn, sequences):
-        return flops(fn, model.abstract_params, abstract((sequences, step.shape.context)))
-
-    refresh = functools.partial(step.estimator(), key=jax.random.key(0))
-    return count(refresh, step.batch // 30) / count(jax.grad(model.loss), step.batch)
-
-
-def _peak_bytes(step: Step, *, refreshes: bool) -> int:
-    """Return the peak memory of a compiled training step. Nothing is run."""
-    params = Model(step.shape).abstract_params
-    state = TrainState(params, jax.eval_shape(TX.init, params))
-    tokens = abstract((step.batch, step.shape.context + 1))
-    train = jax.jit(functools.partial(step.train, refreshes), donate_argnums=0)
-    memory: Any = train.lower(state, tokens).compile().memory_analysis()
-    # The new state takes the memory of the donated one, and is not counted again.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-
-
 class Gumbel(Categorical):
     """A likelihood that samples labels with a Gumbel variable for each logit."""
 
@@ -142,7 +129,7 @@ class Gumbel(Categorical):
 
 def _time_passes(sizes: Sizes) -> dict[str, Any]:
     model = Model(sizes.pass_shape)
-    tokens = model.tokens(sizes.pass_sequences)
+    tokens = model.tokens(1)
 
     def gradient(params, tokens, *, key):
         del key
@@ -161,26 +148,61 @@ def _time_passes(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _time_traces(repeats: int) -> dict[str, Any]:
+    """Return times to trace estimates of an unrolled model, relative to a gradient's."""
+
+    def logits_fn(layers, x):  # a transformer with one head, without a mask
+        for w in layers:
+            q, k, v = jnp.split(jax.nn.standardize(x) @ w["qkv"], 3, -1)
+            x = x + jax.nn.softmax(q @ k.mT) @ v @ w["out"]
+            x = x + jax.nn.gelu(jax.nn.standardize(x) @ w["up"]) @ w["down"]
+        return x
+
+    def loss_fn(layers, x):
+        targets = jnp.zeros(x.shape[:2], int)
+        return Categorical().neg_log_prob(logits_fn(layers, x), targets).mean()
+
+    def trace(fn):
+        jax.clear_caches()
+        jax.jit(lambda *args: fn(*args)).trace(layers, x)
+
+    shapes = {"qkv": (8, 24), "out": (8, 8), "up": (8, 32), "down": (32, 8)}
+    layers = [{name: jnp.zeros(shape) for name, shape in shapes.items()}] * 48
+    x, key = jnp.zeros((16, 4, 8)), jax.random.key(0)
+    traced = {
+        "gradient": jax.grad(loss_fn),
+        "gnb": functools.partial(gnb(logits_fn, groups=4), key=key),
+        "hutchinson": functools.partial(hutchinson(loss_fn), key=key),
+    }
+    programs = {name: functools.partial(trace, fn) for name, fn in traced.items()}
+    seconds = measure.in_turn(programs, repeats)
+    return {
+        f"trace_{name}_over_gradient": measure.ratios(seconds[name], seconds["gradient"])
+        for name in ("gnb", "hutchinson")
+    }
+
+
+RATIOS = {
+    "time_over_step": "time over a step's",
+    "pass_over_gradient": "time of a Gauss-Newton pass over a gradient's",
+    "gumbel_pass_over_gradient": "the same with `jax.random.categorical`",
+    "trace_gnb_over_gradient": "time to trace `gnb` over a gradient's",
+    "trace_hutchinson_over_gradient": "time to trace `hutchinson` over a gradient's",
+}
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the results in Markdown."""
     peak = results["peak_bytes"]
     rows = {
         "operations over a step's, GPT-2 small": f"{results['flops_over_step']:.2%}",
-        "time over a step's": measure.show(results["time_over_step"]),
+        "peak memory of a step with it (GiB)": f"{peak['with'] / 2**30:.2f}",
+        "over that of a step without it": f"{peak['with'] / peak['without']:.3f}",
         "time of a step (s)": measure.show(results["step_seconds"]),
-        "peak memory of a step with it, GPT-2 small (GiB)": f"{peak['with'] / 2**30:.2f}",
-        "over that of a step without": f"{peak['with'] / peak['without']:.3f}",
-        "time of a Gauss-Newton pass over a gradient's": (
-            measure.show(results["pass_over_gradient"])
-        ),
-        "the same with `jax.random.categorical`": (
-            measure.show(results["gumbel_pass_over_gradient"])
-        ),
+        **{text: measure.show(results[name]) for name, text in RATIOS.items()},
     }
-    return measure.markdown(
-        [{"name": name, "value": value} for name, value in rows.items()],
-        {"refresh of a thirtieth of the batch": "name", "": "value"},
-    )
+    columns = {"refresh of a thirtieth of the batch": "name", "": "value"}
+    return measure.markdown([{"name": k, "value": v} for k, v in rows.items()], columns)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 import somax
@@ -82,10 +81,11 @@ def optimizers(dtype: str) -> dict[str, optax.GradientTransformationExtraArgs]:
 
 
 def _time_updates(shape: ModelConfig, dtype: str, repeats: int) -> measure.Rows:
-    tree = jax.eval_shape(Model(shape).arrays)
-
-    def filled(value):
-        return jax.tree.map(lambda p: jnp.full(p.shape, value, jnp.float32), tree)
+    tree = Model(shape).abstract_params
+    layer = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), tree["blocks"]
+    )
+    tree |= {"blocks": [layer] * shape.layers}  # separate arrays for each layer
 
     def program(name, tx):
         def update(carry, grads):
@@ -94,10 +94,10 @@ def _time_updates(shape: ModelConfig, dtype: str, repeats: int) -> measure.Rows:
             extra = {"hessian_fn": lambda key: grads} if refreshes else {}
             return _update(tx, grads, state, params, **extra)
 
-        params = filled(1.0)
+        params = optax.tree.full_like(tree, 1.0)
         return measure.Program(update, (params, tx.init(params)), grads)
 
-    grads = filled(1e-3)
+    grads = optax.tree.full_like(tree, 1e-3)
     programs = {name: program(name, tx) for name, tx in optimizers(dtype).items()}
     size = {name: program.bytes_accessed() for name, program in programs.items()}
     rows = _rows(measure.in_turn(programs, repeats))
