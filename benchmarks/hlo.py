@@ -43,13 +43,6 @@ class _Instruction(NamedTuple):
 _Computation = dict[str, _Instruction]  # by the names of the instructions
 
 
-class _Executed(NamedTuple):
-    instruction: _Instruction
-    computation: _Computation
-    times: int
-    is_fused: bool  # part of a fusion, which keeps its intermediate values in registers
-
-
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     """Return all collectives that one run executes."""
     found = []
@@ -179,10 +172,13 @@ def _executed(
     name: str = "",
     times: int = 1,
     is_fused: bool = False,
-) -> Iterator[_Executed]:
-    """Yield each instruction that one run executes."""
+) -> Iterator[tuple[_Instruction, _Computation, int, bool]]:
+    """Yield each instruction that one run executes, its computation and number of runs.
+
+    The last value is true in a fusion, which keeps its intermediate values in registers.
+    """
     for i in computations[name].values():
-        yield _Executed(i, computations[name], times, is_fused)
+        yield i, computations[name], times, is_fused
         inside = times * _iterations(i, computations) if i.op == "while" else times
         for called in _called(i.line):
             yield from _executed(computations, called, inside, is_fused or i.op == "fusion")

@@ -8,13 +8,13 @@ import os
 import platform
 import random
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -60,10 +60,7 @@ def in_turn(
 
 def quartiles(values: Iterable[float]) -> dict[str, float]:
     """Return the median and the quartiles."""
-    values = list(values)
-    if len(values) < 2:
-        return {"median": values[0], "low": values[0], "high": values[0]}
-    low, median, high = statistics.quantiles(values, method="inclusive")
+    low, median, high = map(float, np.quantile(list(values), (0.25, 0.5, 0.75)))
     return {"median": median, "low": low, "high": high}
 
 
@@ -98,21 +95,20 @@ def run(
 
     Args:
       name: name of the benchmark and of the file with its results.
-      measure: a function from a configuration to results, which must be JSON.
+      measure: a function from sizes to results, which must be JSON.
       table: a function from the results to Markdown.
-      small: configuration for two CPU cores.
-      full: configuration for a GPU, with `--full`. The default is `small`.
+      small: sizes for two CPU cores.
+      full: sizes for a GPU, with `--full`. The default is `small`.
     """
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
-    parser.add_argument(
-        "--full", action="store_true", help="use the configuration for a GPU"
-    )
+    parser.add_argument("--full", action="store_true", help="use the sizes for a GPU")
     is_full = parser.parse_args().full
     machine = describe()
     print(json.dumps(machine), flush=True)
     results = json.loads(json.dumps(measure(full or small if is_full else small)))
     print(table(results))
-    path = folder() / f"{name}.json"
+    folder = f"{machine['device']} {machine['cpu_cores']} cores".lower()
+    path = RESULTS / re.sub(r"[^a-z0-9.]+", "-", folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     print(f"\nWrote {path}")
@@ -131,20 +127,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def folder() -> Path:
-    """Return the folder with the results of this machine."""
-    name = f"{_device()} {os.cpu_count()} cores".lower()
-    return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name)
-
-
 def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"model name\s*:\s*(.*)", cpuinfo)
-    name = match[1] if match else platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    match = re.search(r"model name\s*:\s*(.*)", text)
+    name = match[1] if match else platform.processor() or platform.machine()
     return " ".join(re.sub(r"\((R|TM)\)|CPU|Processor|@", " ", name).split())

@@ -5,7 +5,6 @@
 In a page, a table is between two comments. The first comment has its name.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -63,25 +62,23 @@ def results(folder: Path) -> dict[str, Any]:
 
 def costs() -> str:
     """Return the table of costs: a row for each claim, a column for each machine."""
-    columns: dict[str, Any] = {"": "claim"}
-    rows: dict[str, dict[str, str]] = {}
+    machines = {}
     for folder in sorted(measure.RESULTS.iterdir()):
         kept = results(folder)
         if {"update", "refresh", "estimate"} <= kept.keys():
             machine = kept["update"]["machine"]
             name = f"{machine['device']} ({machine['cpu_cores']} CPU cores)"
-            columns[name] = name
-            found = {stem: content["results"] for stem, content in kept.items()}
-            for claim, value in _claims(found).items():
-                rows.setdefault(claim, {"claim": claim})[name] = value
-    return measure.markdown(list(rows.values()), columns)
+            machines[name] = _claims({k: v["results"] for k, v in kept.items()})
+    claims = next(iter(machines.values()))
+    rows = [{"": claim} | {m: machines[m][claim] for m in machines} for claim in claims]
+    return measure.markdown(rows, {name: name for name in ("", *machines)})
 
 
 OTHER_TABLES = {
     "costs": costs,
     "topologies": topologies.table,
-    "compiled": topologies.example,
-    "two_slices": topologies.two_slices,
+    "compiled": lambda: topologies.output(topologies.EXAMPLE),
+    "two_slices": lambda: topologies.output(topologies.TWO_SLICES),
 }
 """The tables of results of several files."""
 
@@ -89,40 +86,37 @@ OTHER_TABLES = {
 def _claims(found: dict[str, Any]) -> dict[str, str]:
     update, refresh, errors = (found[name] for name in ("update", "refresh", "estimate"))
 
-    def alone(kind, moments="float32", optimizer="sophia_g", tree="GPT-2 small"):
-        name = f"{optimizer}, {kind}"
-        return _only(update["alone"], tree=tree, optimizer=name, moments=moments)
+    def alone(name, moments="float32", tree="GPT-2 small"):
+        return _only(update["alone"], optimizer=name, tree=tree, moments=moments)
 
-    def step(optimizer):
-        row = _only(update["step"], optimizer=f"{optimizer}, averaged over 10")
+    def held(kind):
+        return alone(f"hold_unclipped, {kind}", tree="13M")
+
+    def size(row):
+        return f"{row['bytes_over_adamw']:.2f}"
+
+    def time(row):
         return measure.show(row["time_over_adamw"])
+
+    def step(name):
+        return time(_only(update["step"], optimizer=f"{name}, averaged over 10"))
 
     def error(name):
         return _only(errors["fresh_batches"]["rows"], name=name)["error_trained"]
 
-    peak = refresh["peak_bytes"]
-    held = functools.partial(alone, optimizer="hold_unclipped", tree="13M")
-    averaged = "training step, averaged over a refresh every 10, over AdamW's, time: "
+    plain, peak = "sophia_g, no refresh", refresh["peak_bytes"]
     return {
-        "update without `hessian_fn` over `optax.adamw`'s, bytes": (
-            f"{alone('no refresh')['bytes_over_adamw']:.2f}"
-        ),
-        "the same, time": measure.show(alone("no refresh")["time_over_adamw"]),
-        "with a `hessian_fn` that is not due, time": measure.show(
-            alone("not due")["time_over_adamw"]
-        ),
-        "without it, m and h in bfloat16 (of AdamW's only m can be), time": measure.show(
-            alone("no refresh", "bfloat16")["time_over_adamw"]
+        "update without `hessian_fn` over `optax.adamw`'s, bytes": size(alone(plain)),
+        "the same, time": time(alone(plain)),
+        "with a `hessian_fn` that is not due, time": time(alone("sophia_g, not due")),
+        "without it, m and h in bfloat16 (of AdamW's only m can be), time": (
+            time(alone(plain, "bfloat16"))
         ),
         "update with `hold_unclipped`, 13 million parameters, no refresh, bytes": (
-            f"{held('no refresh')['bytes_over_adamw']:.2f}"
+            size(held("no refresh"))
         ),
-        "the same, averaged over a refresh every 10, time": measure.show(
-            held("averaged over 10")["time_over_adamw"]
-        ),
-        "that with Nesterov's momentum, time": measure.show(
-            held("Nesterov, averaged over 10")["time_over_adamw"]
-        ),
+        "the same, averaged over a refresh every 10, time": time(held("averaged over 10")),
+        "that with Nesterov's momentum, time": time(held("Nesterov, averaged over 10")),
         "refresh on 16 of 480 sequences in 16 groups every 10 steps over GPT-2 small's "
         "steps, operations": f"{refresh['flops_over_step'] / 10:.2%}",
         "the same in time, a model of this machine's size, estimator alone": (
@@ -136,9 +130,8 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         ),
         "Gauss-Newton pass over a gradient of the same few sequences, GPT-2 small, 50,257 "
         "classes, time": measure.show(refresh["pass_over_gradient"]),
-        f"{averaged}`sophia_g`, which refreshes on a thirtieth of the batch": (
-            step("sophia_g")
-        ),
+        "training step, averaged over a refresh every 10, over AdamW's, time: `sophia_g`, "
+        "which refreshes on a thirtieth of the batch": step("sophia_g"),
         "`optax.contrib.sophia`, on the whole batch": step("optax.contrib.sophia"),
         "`optax.contrib.sophia`, on that part": step("optax.contrib.sophia on a part"),
         "`somax.sophia_g`, which has no choice but the whole batch": step("somax.sophia_g"),

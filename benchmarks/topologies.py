@@ -17,37 +17,28 @@ from benchmarks import measure
 from examples.gpt.tools.compile import format_results
 
 KEPT = measure.RESULTS / "topologies"
+EXAMPLE = KEPT / "gpt2-125m_v5e-4x4_sophia_g.json"
 TWO_SLICES = KEPT / "gpt2-125m_two_v5e-4x4_sophia_g.json"
 OPTIMIZERS = ("sophia_g", "adamw")
-# Preset, topology and additional flags. 480 is not a multiple of 64.
+TOPOLOGIES = {
+    "gpt2-30m": "v5e:2x4 v6e:2x4 h200:8",
+    "gpt2-125m": "v5e:4x4 v5p:2x2x2 v6e:2x4 h200:8",
+    "gpt2-355m": "v5e:4x8 v5p:2x2x4 v6e:4x4 h200:8",
+    "gpt2-770m": "v5e:8x8 v5p:2x2x4 v6e:4x8 h200:16",
+    "gpt2-1.5b": "v5e:8x16 v5p:2x4x4 v6e:8x8 h200:32",
+    "neox-1.5b": "v5e:16x16 v5p:4x4x4 v6e:8x16 h200:64",
+    "neox-6.6b": "v5e:16x16 v5p:4x4x8 v6e:16x16 h200:128",
+}
+# The batch of GPT-2, 480, is not a multiple of 64 devices.
+FLAGS = dict.fromkeys(
+    [("gpt2-770m", "v5e:8x8"), ("gpt2-1.5b", "v5e:8x16"), ("gpt2-1.5b", "v6e:8x8")],
+    "--batch 512",
+)
+# Preset, topology and additional flags.
 ROWS = [
-    ("gpt2-30m", "v5e:2x4", ""),
-    ("gpt2-30m", "v6e:2x4", ""),
-    ("gpt2-30m", "h200:8", ""),
-    ("gpt2-125m", "v5e:4x4", ""),
-    ("gpt2-125m", "v5p:2x2x2", ""),
-    ("gpt2-125m", "v6e:2x4", ""),
-    ("gpt2-125m", "h200:8", ""),
-    ("gpt2-355m", "v5e:4x8", ""),
-    ("gpt2-355m", "v5p:2x2x4", ""),
-    ("gpt2-355m", "v6e:4x4", ""),
-    ("gpt2-355m", "h200:8", ""),
-    ("gpt2-770m", "v5e:8x8", "--batch 512"),
-    ("gpt2-770m", "v5p:2x2x4", ""),
-    ("gpt2-770m", "v6e:4x8", ""),
-    ("gpt2-770m", "h200:16", ""),
-    ("gpt2-1.5b", "v5e:8x16", "--batch 512"),
-    ("gpt2-1.5b", "v5p:2x4x4", ""),
-    ("gpt2-1.5b", "v6e:8x8", "--batch 512"),
-    ("gpt2-1.5b", "h200:32", ""),
-    ("neox-1.5b", "v5e:16x16", ""),
-    ("neox-1.5b", "v5p:4x4x4", ""),
-    ("neox-1.5b", "v6e:8x16", ""),
-    ("neox-1.5b", "h200:64", ""),
-    ("neox-6.6b", "v5e:16x16", ""),
-    ("neox-6.6b", "v5p:4x4x8", ""),
-    ("neox-6.6b", "v6e:16x16", ""),
-    ("neox-6.6b", "h200:128", ""),
+    (preset, topology, FLAGS.get((preset, topology), ""))
+    for preset, topologies in TOPOLOGIES.items()
+    for topology in topologies.split()
 ]
 
 
@@ -61,8 +52,6 @@ def table() -> str:
     rows = []
     for preset, topology, flags in ROWS:
         files = [path(preset, topology, optimizer) for optimizer in OPTIMIZERS]
-        if not all(file.exists() for file in files):
-            continue
         sophia, adamw = (json.loads(file.read_text()) for file in files)
         rows.append(_row(sophia, adamw, flags))
     return measure.markdown(rows, {name: name for name in rows[0]})
@@ -102,22 +91,12 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
     }
 
 
-def example() -> str:
-    """Return the output of the command for one row."""
-    return _output(path("gpt2-125m", "v5e:4x4", "sophia_g"))
-
-
-def two_slices() -> str:
-    """Return the output of the command for two slices."""
-    return _output(TWO_SLICES)
-
-
-def _output(file: Path) -> str:
+def output(file: Path) -> str:
+    """Return what the command printed."""
     return f"```text\n{format_results(json.loads(file.read_text()))}\n```"
 
 
 def main() -> None:
-    KEPT.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "examples.gpt.compile", "--mesh", "auto"]
     runs = [
         (path(preset, topology, optimizer), preset, topology, optimizer, flags)

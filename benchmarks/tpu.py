@@ -13,19 +13,18 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo, measure
-from examples.gpt.core import model, sharding, step
+from benchmarks.gpt import Model, abstract_tokens
+from examples.gpt.core import sharding, step
 from examples.gpt.core.config import Config
 from examples.gpt.presets import preset_config
 from examples.gpt.tools.topologies import open_topology
 from sophia_optax import hold_unclipped, sophia_g
 
-UPDATES = {
+# The bytes of an update are relative to the first of its group.
+IN_FLOAT32 = {
     "adamw": optax.adamw(1e-3),
     "sophia_g, gamma=0.05": sophia_g(1e-3, gamma=0.05),
     "sophia_g, hold_unclipped": sophia_g(1e-3, gamma=hold_unclipped(0.2)),
@@ -33,40 +32,40 @@ UPDATES = {
         1e-3, gamma=hold_unclipped(0.2), nesterov=True
     ),
 }
-SIXTEEN_BITS = {
+IN_BFLOAT16 = {
     "adamw, bfloat16 m": optax.adamw(1e-3, mu_dtype="bfloat16"),
     "sophia_g, gamma=0.05, bfloat16 m and h": sophia_g(
         1e-3, gamma=0.05, mu_dtype="bfloat16", hessian_dtype="bfloat16"
     ),
 }
-REFRESHES = {"1 group": ("sophia_g", 1), "8 groups": ("sophia_g", 8)}
-REFRESHES |= {"16 groups": ("sophia_g", 16), "Hutchinson, 1 group": ("sophia_h", 1)}
+# Optimizer and groups of an estimate; "adamw" stands for a gradient.
+ESTIMATES = {"gradient": ("adamw", 1), "1 group": ("sophia_g", 1)}
+ESTIMATES |= {"8 groups": ("sophia_g", 8), "16 groups": ("sophia_g", 16)}
+ESTIMATES |= {"Hutchinson, 1 group": ("sophia_h", 1)}
 
 
 def measure_compiled(config: Config) -> dict[str, Any]:
     _, devices = open_topology("v5p:2x2x2")
-    update_rows = []
-    for group in (UPDATES, SIXTEEN_BITS):
-        base = None
+    updates = []
+    for group in (IN_FLOAT32, IN_BFLOAT16):
+        first = len(updates)
         for name, tx in group.items():
             for has_estimate in (False, True) if "sophia" in name else (False,):
-                compiled = compile_update(config, tx, devices, has_estimate)
-                row = describe(compiled)
-                base = base or row["bytes"]
+                row = describe(compile_update(config, tx, devices, has_estimate))
                 label = name + (", with an estimate" if has_estimate else "")
-                row |= {"name": label, "over_adamw": row["bytes"] / base}
-                update_rows.append(row)
-    refresh_rows = []
+                updates.append(row | {"name": label})
+        for row in updates[first:]:
+            row["over_adamw"] = row["bytes"] / updates[first]["bytes"]
+    refreshes = []
     for mesh in ("data=8", "fsdp=8"):
-        base = describe(compile_estimate(config, devices, mesh, "adamw", 1))
-        refresh_rows.append(base | {"name": f"{mesh}: gradient"})
-        for name, (optimizer, groups) in REFRESHES.items():
+        first = len(refreshes)
+        for name, (optimizer, groups) in ESTIMATES.items():
             row = describe(compile_estimate(config, devices, mesh, optimizer, groups))
-            refresh_rows.append(row | {"name": f"{mesh}: {name}"})
-        for row in refresh_rows[-1 - len(REFRESHES) :]:
-            row["bytes_over_gradient"] = row["bytes"] / base["bytes"]
-            row["temporaries_over_gradient"] = row["temporaries"] / base["temporaries"]
-    return {"updates": update_rows, "refreshes": refresh_rows}
+            refreshes.append(row | {"name": f"{mesh}: {name}"})
+        for row in refreshes[first:]:
+            for key in ("bytes", "temporaries"):
+                row[f"{key}_over_gradient"] = row[key] / refreshes[first][key]
+    return {"updates": updates, "refreshes": refreshes}
 
 
 def compile_update(
@@ -98,21 +97,16 @@ def compile_estimate(
         training=dataclasses.replace(config.training, batch=16),
         refresh=dataclasses.replace(config.refresh, refresh_batch=16, groups=groups),
     )
-    assert config.model.vocabulary is not None
-    config = config.with_resolved_defaults(
-        config.model.vocabulary, sharding.num_batch_shards(mesh)
-    )
+    config = config.with_resolved_defaults(vocabulary=0)  # the preset has a vocabulary
+    tokens = abstract_tokens(mesh, 16, config.model.context + 1)
     with jax.set_mesh(mesh):
-        params = jax.eval_shape(lambda: model.init(config.model))
+        params = Model(config.model).abstract_params
         params = sharding.with_shardings(params, mesh)
-        where = NamedSharding(mesh, P(sharding.BATCH))
-        shape = (16, config.model.context + 1)
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
-        key = jax.eval_shape(lambda: jax.random.key(0))
         if optimizer == "adamw":
             program = jax.jit(functools.partial(step.loss_and_grads, config))
             return program.lower(params, tokens).compile()
         program = jax.jit(functools.partial(step.estimate_diagonal, config))
+        key = jax.eval_shape(lambda: jax.random.key(0))
         return program.lower(params, tokens, key).compile()
 
 
@@ -124,11 +118,12 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "bytes": hlo.memory_bytes(compiled),
         "temporaries": memory.temp_size_in_bytes,
         "exchanged": hlo.bytes_of(hlo.collectives(compiled)),
-        "ops": {op: ops[op] for op in ("fusion", "copy", "transpose", "gather", "while")},
+        "ops": {op: ops[op] for op in ("fusion", "copy")},
     }
 
 
 def updates(results: dict[str, Any]) -> str:
+    """Return the table of updates."""
     return measure.markdown(
         results["updates"],
         {
@@ -143,17 +138,20 @@ def updates(results: dict[str, Any]) -> str:
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    def sent(op: str) -> Any:
+    """Return the table of estimates."""
+
+    def ratio(name):
+        return lambda row: f"{row[f'{name}_over_gradient']:.2f}"
+
+    def sent(op):
         return lambda row: f"{row['exchanged'].get(op, 0) / 1e9:.2f}"
 
     return measure.markdown(
         results["refreshes"],
         {
             "from 16 sequences": "name",
-            "bytes over a gradient's": lambda row: f"{row['bytes_over_gradient']:.2f}",
-            "temporaries over a gradient's": (
-                lambda row: f"{row['temporaries_over_gradient']:.2f}"
-            ),
+            "bytes over a gradient's": ratio("bytes"),
+            "temporaries over a gradient's": ratio("temporaries"),
             "all-reduce (GB)": sent("all-reduce"),
             "all-gather (GB)": sent("all-gather"),
             "copies": lambda row: str(row["ops"]["copy"]),
