@@ -14,16 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks import (
-    ablations,
-    devices,
-    estimate,
-    measure,
-    pictures,
-    second_task,
-    topologies,
-    tpu,
-)
+from benchmarks import devices, estimate, measure, plots, topologies, tpu
+from benchmarks.study import changes, path
+from benchmarks.study import plots as study_plots
+from benchmarks.study.runs import stored
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [
@@ -40,17 +34,14 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "refreshes": ("estimate", estimate.refreshes),
     "devices": ("devices", devices.devices),
     "memory": ("devices", devices.memory),
-    "ablations": ("ablations", ablations.ranking),
-    "parts": ("ablations", ablations.changes),
-    "second": ("second_task", second_task.table),
     "tpu_updates": ("tpu", tpu.updates),
     "tpu_refreshes": ("tpu", tpu.refreshes),
 }
 """The tables of one benchmark's results."""
 
-PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
-    "ablations": ("ablations", pictures.losses),
-    "refreshes": ("estimate", pictures.refreshes),
+PLOTS: dict[str, Callable[[], Figure]] = {
+    "path": lambda: study_plots.path_of_changes(stored),
+    "refreshes": lambda: plots.refreshes(results(REFERENCE)["estimate"]["results"]),
 }
 
 
@@ -76,6 +67,8 @@ def costs() -> str:
 
 OTHER_TABLES = {
     "costs": costs,
+    "path": lambda: path.table(stored),
+    "changes": lambda: changes.table(stored),
     "topologies": topologies.table,
     "compiled": lambda: topologies.output(topologies.EXAMPLE),
     "two_slices": lambda: topologies.output(topologies.TWO_SLICES),
@@ -158,12 +151,11 @@ def written(text: str) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the plots into `folder`."""
-    kept = results(REFERENCE)
     # Reproducible files: text is stored as text, names are not random, there is no date.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
-    for name, (benchmark, make) in PICTURES.items():
+    for name, make in PLOTS.items():
         with plt.rc_context(style):
-            figure = make(kept[benchmark]["results"])
+            figure = make()
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 

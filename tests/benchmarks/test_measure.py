@@ -43,7 +43,7 @@ def test_markdown_has_a_column_for_each_heading():
     ]
 
 
-def test_run_prints_the_machine_and_the_table_and_stores_them(tmp_path, monkeypatch, capsys):
+def test_run_prints_and_stores_the_machine_and_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
 
     def run(*argv):

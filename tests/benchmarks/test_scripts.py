@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import devices, estimate, refresh, report, second_task, update
+from benchmarks import devices, estimate, refresh, report, update
 from benchmarks.baselines import HESSIAN
 from benchmarks.gpt import Shape
 from examples.gpt.core.config import Config, ModelConfig, Training
@@ -33,19 +33,6 @@ def test_update_without_refresh_moves_fewer_bytes_than_adamw():
     parts = [step[f"sophia_g, {kind}"]["seconds"] for kind in update.INTERVALS]
     assert min(p["low"] for p in parts) <= mean <= max(p["high"] for p in parts)
     assert "somax.sophia_g, averaged over 10" in update.table(results)
-
-
-@pytest.mark.slow
-def test_second_task(monkeypatch):
-    monkeypatch.setattr(second_task, "COMPARED", ("adamw", "sophia_g_nesterov"))
-    config = second_task.Config(trials=3, seeds=2, steps=60, batch=32, width=16)
-    results = read_back(second_task.measure_second_task(config))
-    for row in results["rows"]:
-        assert len(row["search"]) == 3
-        assert len(set(row["search"])) == 3  # settings make a difference
-        assert max(row["seeds"]) < 3.5  # of ln 128 = 4.9 at the start
-        assert len(set(row["seeds"])) == 2
-    assert "| Sophia-G, share held, Nesterov |" in second_task.table(results)
 
 
 @pytest.mark.slow
@@ -132,7 +119,7 @@ def test_pages_show_the_stored_results():
 def test_plots_show_the_stored_results(tmp_path):
     report.draw(tmp_path)
     drawn = sorted(tmp_path.iterdir())
-    assert len(drawn) == len(report.PICTURES)
+    assert len(drawn) == len(report.PLOTS)
     for picture in drawn:  # positions depend on Matplotlib's version, words do not
         kept = (report.DOCS / "images" / picture.name).read_text()
         words = re.compile(r"<text [^>]*>([^<]*)</text>")

@@ -1,6 +1,5 @@
 """Plots of results, on a white background, for light and dark pages."""
 
-import statistics
 from typing import Any
 
 import matplotlib
@@ -9,34 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks import ablations, estimate
+from benchmarks import estimate
 from benchmarks.baselines import GAUSS_NEWTON
 
 OURS, OTHERS = "#1a73e8", "#5f6368"
 _OFFSETS = (-8, -4, "right"), (0, 14, "center"), (0, -22, "center")
-
-
-def losses(results: dict[str, Any]) -> Figure:
-    """What each optimizer came to at its best: every seed, and their mean."""
-    seeds = results["config"]["seeds"]
-    found = {name: ablations.losses(made) for name, made in results["seeds"].items()}
-    names = sorted(found, key=lambda name: statistics.mean(found[name]), reverse=True)
-    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
-    for y, name in enumerate(names):
-        color = OURS if "sophia" in name else OTHERS
-        mean = statistics.mean(found[name])
-        axes.plot(found[name], [y] * seeds, "o", color=color, alpha=0.4, ms=4)
-        axes.plot(mean, y, "|", color=color, ms=14, mew=2.5)
-        axes.text(max(found[name]) + 0.012, y, f"{mean:.3f}", va="center", color=color)
-    labels = [f"{ablations.NAMES[n]} ({len(results['search'][n])})" for n in names]
-    axes.set_yticks(range(len(names)), labels)
-    steps = results["config"]["run"]["steps"]
-    axes.set_xlabel(
-        f"validation loss after {steps} steps, nats a byte: {seeds} seeds (trials)"
-    )
-    axes.set_xlim(right=max(map(max, found.values())) + 0.08)
-    _plain(axes)
-    return figure
 
 
 def refreshes(results: dict[str, Any]) -> Figure:
@@ -67,11 +43,12 @@ def refreshes(results: dict[str, Any]) -> Figure:
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """Draw vertical grid lines, and no frame at the top and the right."""
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

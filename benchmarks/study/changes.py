@@ -1,0 +1,77 @@
+"""Sophia-G at its best settings, with one part changed at a time.
+
+    python -m benchmarks.study.changes
+
+A small difference means that the part needs no attention.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from benchmarks import measure
+from benchmarks.study.optimizers import Sophia
+from benchmarks.study.runs import Outcomes, Run, train_all
+from benchmarks.study.search import repeat, search
+from benchmarks.study.tables import format_losses, losses
+
+TASK = "code"
+BASE = Sophia(nesterov=True)
+
+
+def changes(base: Run) -> Iterator[tuple[str, Run]]:
+    """Yield the run with each change."""
+
+    def with_optimizer(**values) -> Run:
+        return dataclasses.replace(base, optimizer=dataclasses.replace(BASE, **values))
+
+    def with_settings(**values: float) -> Run:
+        return dataclasses.replace(
+            base, settings=dataclasses.replace(base.settings, **values)
+        )
+
+    yield "none", base
+    yield "a refresh every step", with_optimizer(interval=1)
+    yield "a refresh every 100 steps", with_optimizer(interval=100)
+    yield "1 group", with_optimizer(groups=1)
+    yield "4 groups", with_optimizer(groups=4)
+    yield (
+        "Hutchinson's estimates, gamma / 3",
+        dataclasses.replace(
+            with_settings(gamma=base.settings.gamma / 3),
+            optimizer=dataclasses.replace(BASE, estimator="hutchinson"),
+        ),
+    )
+    yield "no bias correction of h", with_optimizer(debias=False)
+    yield "m and h in bfloat16", with_optimizer(dtype="bfloat16")
+    for b2 in (0.9, 0.999):
+        yield f"b2 {b2:g}", with_settings(b2=b2)
+    for times in (0.25, 4):
+        yield f"gamma times {times:g}", with_settings(gamma=times * base.settings.gamma)
+    for b1 in (0.8, 0.9, 0.965):
+        yield f"b1 {b1:g}", with_settings(b1=b1)
+    for eps in (1e-7, 1e-5, 1e-3):
+        yield f"eps {eps:g}", with_settings(eps=eps)
+    unbounded = with_optimizer(bound="none")
+    for times in (1, 0.1):
+        rate = times * base.settings.learning_rate
+        settings = dataclasses.replace(base.settings, learning_rate=rate)
+        change = f"no clip, learning rate times {times:g}"
+        yield change, dataclasses.replace(unbounded, settings=settings)
+
+
+def table(outcomes: Outcomes) -> str:
+    """Return the losses in Markdown, with the differences from the first row."""
+    best = search([(TASK, BASE)], outcomes)[TASK, BASE]
+    values = losses({change: repeat(run) for change, run in changes(best)}, outcomes)
+    rows = [
+        {
+            "change": change,
+            "loss": format_losses(own, None if change == "none" else values["none"]),
+        }
+        for change, own in values.items()
+    ]
+    return measure.markdown(rows, {name: name for name in rows[0]})
+
+
+if __name__ == "__main__":
+    print(table(train_all))

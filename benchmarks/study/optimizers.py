@@ -1,0 +1,166 @@
+"""The optimizers of the study, composed of public parts of Optax and sophia_optax."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.study.tasks import Task, is_decayed
+from sophia_optax import (
+    empirical_fisher,
+    gnb,
+    hold_unclipped,
+    hutchinson,
+    scale_by_diag_hessian,
+    variants,
+)
+
+Values = dict[str, Any]  # of the settings at a step, which may be traced
+
+
+@dataclasses.dataclass(frozen=True)
+class Sophia:
+    """A variant of Sophia: what differs between its compiled programs.
+
+    The defaults are the paper's Sophia-G, with a group for each sequence.
+    """
+
+    estimator: Literal["sampled labels", "true labels", "hutchinson"] = "sampled labels"
+    groups: int | None = None  # None: one for each sequence
+    part: float = 0.5  # of the batch that a refresh uses
+    interval: int = 10  # steps between refreshes
+    # The root of averaged estimates, or of averaged squares of estimates as in AdaHessian.
+    divisor: Literal["h", "√h", "rms"] = "h"
+    gamma: Literal["number", "fraction", "batch"] = "number"
+    bound: Literal["clip", "smooth", "none"] = "clip"
+    nesterov: bool = False
+    debias: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of both moving averages
+    parameters: Literal["all", "embedding", "head", "matrices", "vectors"] = "all"
+
+
+Baseline = Literal[
+    "adamw", "nadamw", "lion", "adahessian", "signum", "clip_only", "normalize_only"
+]
+Optimizer = Sophia | Baseline
+
+
+def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
+    """Return the optimizer with the values of its settings at a step."""
+    if isinstance(optimizer, Sophia):
+        chain = _sophia(optimizer, values)
+        if optimizer.parameters != "all":
+            adam = {**values, "learning_rate": values["adam_learning_rate"]}
+            both: dict[Any, Any] = {"sophia": chain, "adam": _baseline("nadamw", adam)}
+            chain = optax.partition(both, functools.partial(_labels, optimizer.parameters))
+    else:
+        chain = _baseline(optimizer, values)
+    chain = optax.chain(optax.clip_by_global_norm(1.0), chain)
+    return optax.with_extra_args_support(chain)
+
+
+# The function of each baseline, and its settings besides the common ones.
+_BASELINES: dict[Baseline, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "adamw": (optax.adamw, ("b2",)),
+    "nadamw": (functools.partial(optax.adamw, nesterov=True), ("b2",)),
+    "lion": (optax.lion, ("b2",)),
+    "adahessian": (variants.adahessian, ("b2", "seed")),
+    "signum": (variants.signum, ()),
+    "clip_only": (variants.clip_only, ("gamma",)),
+    "normalize_only": (variants.normalize_only, ()),
+}
+
+
+def _baseline(name: Baseline, values: Values) -> Any:
+    make, own = _BASELINES[name]
+    names = ("learning_rate", "b1", "weight_decay", *own)
+    return make(mask=is_decayed, **{name: values[name] for name in names})
+
+
+def _sophia(variant: Sophia, values: Values) -> Any:
+    gammas = {"number": values["gamma"], "fraction": hold_unclipped(values["fraction"])}
+    bounds = {"clip": optax.clip(1.0), "smooth": variants.smooth_clip()}
+    dtype = None if variant.dtype == "float32" else variant.dtype
+    return optax.chain(
+        _ema(values["b1"], variant.nesterov, dtype),
+        scale_by_diag_hessian(
+            values["b2"],
+            gammas.get(variant.gamma, 1.0),
+            values["eps"],
+            update_interval=variant.interval,
+            debias=variant.debias,
+            rms=variant.divisor != "h",
+            hessian_dtype=dtype,
+            seed=values["seed"],
+        ),
+        bounds.get(variant.bound, optax.identity()),
+        optax.add_decayed_weights(values["weight_decay"], is_decayed),
+        optax.scale_by_learning_rate(values["learning_rate"]),
+    )
+
+
+def _ema(b1: Any, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
+    """Return the moving average m, or with `nesterov` b1 m + (1 - b1) g."""
+    ema = optax.ema(b1, debias=False, accumulator_dtype=dtype)
+
+    def update(updates, state, params=None):
+        m, state = ema.update(updates, state, params)
+        return optax.tree.update_moment(updates, m, b1, 1) if nesterov else m, state
+
+    return optax.GradientTransformation(ema.init, update)
+
+
+def _labels(parameters: str, params: Any) -> Any:
+    """Return the optimizer of each parameter, if Sophia has only these parameters."""
+
+    def label(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "embedding" in name:
+            kind = "embedding"
+        elif name.startswith("head"):
+            kind = "head"
+        else:
+            kind = "matrices" if name.endswith("kernel") else "vectors"
+        return "sophia" if kind == parameters else "adam"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
+    """Return a function of parameters, tokens and a key to the estimate, or None."""
+    if optimizer == "adahessian":
+        optimizer = Sophia("hutchinson")
+    if not isinstance(optimizer, Sophia):
+        return None
+    size = round(optimizer.part * task.batch)
+    estimate = _make_estimate(task, optimizer, optimizer.groups or size)
+
+    def refresh(params, tokens, key):
+        estimated = estimate(params, tokens[:size], key)
+        if optimizer.divisor != "√h" or optimizer.gamma == "batch":
+            return estimated
+        return jax.tree.map(jnp.sqrt, estimated)  # `rms` averages the squares of the roots
+
+    return refresh
+
+
+def _make_estimate(task: Task, variant: Sophia, groups: int) -> Callable[..., Any]:
+    if variant.estimator == "hutchinson":
+        estimator = hutchinson(task.loss_fn, groups=groups)
+        return lambda params, tokens, key: estimator(params, tokens, key=key)
+    make = gnb if variant.estimator == "sampled labels" else empirical_fisher
+    estimator = make(task.logits_fn, groups=groups)
+
+    def estimate(params, tokens, key):
+        inputs, targets = task.split(tokens)
+        given = {"key": key} if make is gnb else {"targets": targets}
+        if variant.gamma == "batch":
+            noise = variants.gradient_noise(estimator, task.predictions)
+            return noise(params, inputs, **given)
+        return estimator(params, inputs, **given)
+
+    return estimate
