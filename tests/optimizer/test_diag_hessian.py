@@ -141,7 +141,7 @@ def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
     assert refreshes == called
 
 
-def test_scale_by_diag_hessian_uses_the_present_update_interval():
+def test_scale_by_diag_hessian_follows_a_changed_update_interval():
     make = optax.inject_hyperparams(scale_by_diag_hessian, hyperparam_dtype=jnp.float32)
     tx = make(update_interval=1000)
     state, refreshes = tx.init(PARAMS), []
@@ -176,14 +176,14 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
     params = jnp.arange(12.0).reshape(2, 2, 3)  # two populations of two members
     state = jax.vmap(jax.vmap(tx.init))(params)
     staggered = state._replace(last_estimate=jnp.array([[-4, -3], [-3, -4]], jnp.int32))
-    run, run_alone = jax.jit(jax.vmap(jax.vmap(step))), jax.jit(step)
+    run, run_member = jax.jit(jax.vmap(jax.vmap(step))), jax.jit(step)
     for _ in range(8):
         previous, staggered = staggered, run(params, staggered)
         for at in np.ndindex(2, 2):
             member, got = (
                 jax.tree.map(lambda x, at=at: x[at], tree) for tree in (previous, staggered)
             )
-            assert_trees_all_close(got, run_alone(params[at], member), rtol=1e-6)
+            assert_trees_all_close(got, run_member(params[at], member), rtol=1e-6)
     jax.effects_barrier()
     calls.clear()
     for _ in range(8):
@@ -213,7 +213,7 @@ def test_scale_by_diag_hessian_debias_divides_by_the_mean_of_accepted_estimates(
 
 
 @pytest.mark.parametrize("debias", [False, True])
-def test_scale_by_diag_hessian_is_finite_if_b2_was_rounded_to_1(debias):
+def test_scale_by_diag_hessian_is_finite_if_b2_rounds_to_1(debias):
     tx = scale_by_diag_hessian(jnp.bfloat16(0.999), eps=1e-3, debias=debias)
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
     assert_trees_all_close(updates, jax.tree.map(lambda g: g / 1e-3, GRADS))
@@ -252,18 +252,6 @@ def test_scale_by_diag_hessian_gamma_is_a_schedule_of_the_number_of_updates():
         assert_trees_all_close(updates, optax.tree.scale((1 + n) / 2, GRADS), rtol=1e-6)
 
 
-def test_scale_by_diag_hessian_hyperparameters_are_traced():
-    @jax.jit
-    def step(b2, gamma, eps):
-        interval = jnp.int32(2)
-        tx = scale_by_diag_hessian(b2, gamma, eps, update_interval=interval, debias=True)
-        hessian_fn = constant_hessian_fn(2.0)
-        return tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian_fn=hessian_fn)[0]
-
-    assert_trees_all_close(step(0.9, 0.5, 1e-12), GRADS, rtol=1e-5)
-    assert_trees_all_close(step(0.9, 0.5, 2.0), optax.tree.scale(0.5, GRADS), rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "tx",
     [
@@ -272,7 +260,7 @@ def test_scale_by_diag_hessian_hyperparameters_are_traced():
     ],
 )
 def test_scale_by_diag_hessian_and_sophia_g_states_share_no_buffer(tx):
-    """Neither within the state nor with the hyperparameters: buffers can be donated."""
+    """Leaves of the state and hyperparameters have their own buffers, so donation works."""
     state = tx.init(PARAMS)
     for _ in range(2):
         pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
@@ -280,39 +268,10 @@ def test_scale_by_diag_hessian_and_sophia_g_states_share_no_buffer(tx):
         _, state = tx.update(GRADS, state, PARAMS)
 
 
-def test_scale_by_diag_hessian_state_is_arrays_without_keys():
+def test_scale_by_diag_hessian_state_has_only_arrays_and_no_keys():
     for leaf in jax.tree.leaves(scale_by_diag_hessian().init(PARAMS)):
         assert isinstance(leaf, jax.Array)
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def test_scale_by_diag_hessian_state_works_with_optax_tree_get_and_map_params():
-    tx = optax.chain(
-        optax.ema(0.9), scale_by_diag_hessian(), optax.scale_by_schedule(lambda n: n)
-    )
-    state = tx.init(PARAMS)
-    for name in state[1]._fields:
-        optax.tree.get(state, name)  # raises if there are several
-    kinds = optax.tree.map_params(
-        tx, lambda x: "p", state, transform_non_params=lambda x: "s"
-    )
-    assert kinds[1].hessian == {"w": "p", "b": "p"}
-    assert kinds[1].num_updates == kinds[1].divisor_gamma == "s"
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [{}, {"hessian": HESSIAN}, {"hessian_fn": constant_hessian_fn(1.0)}],
-    ids=["no estimate", "hessian", "hessian_fn"],
-)
-def test_scale_by_diag_hessian_state_keeps_its_types(extra):
-    tx = scale_by_diag_hessian(update_interval=2)
-
-    def types(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
-
-    state = tx.init(PARAMS)
-    assert types(tx.update(GRADS, state, PARAMS, **extra)[1]) == types(state)
 
 
 @pytest.mark.parametrize("cast_estimate", [False, True])
@@ -345,16 +304,16 @@ def test_scale_by_diag_hessian_updates_have_dtypes_of_params(
 @pytest.mark.parametrize("frozen", [jnp.ones(3), jax.nn.relu, None])
 @pytest.mark.parametrize("tx", [scale_by_diag_hessian(0.0, 1.0), sophia_g(0.1)])
 def test_scale_by_diag_hessian_and_sophia_g_accept_none_in_the_updates(tx, frozen):
-    """As Equinox does: `params` and the estimate are whole, the gradients are filtered."""
-    whole = PARAMS | {"frozen": frozen}
+    """With Equinox only the gradients are filtered, not `params` and the estimate."""
+    params = PARAMS | {"frozen": frozen}
     grads, state = GRADS | {"frozen": None}, tx.init(PARAMS | {"frozen": None})
     for hessian in (HESSIAN | {"frozen": None}, HESSIAN | {"frozen": jnp.ones(3)}):
-        updates, _ = tx.update(grads, state, whole, hessian=hessian)
+        updates, _ = tx.update(grads, state, params, hessian=hessian)
         expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
         assert_trees_all_equal(updates, expected | {"frozen": None})
 
 
-def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_was_rounded_to_0():
+def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_rounds_to_0():
     """`inject_hyperparams` casts eps to float16, in which 1e-12 is 0."""
     params = jnp.zeros(3, jnp.float16)
     tx = optax.inject_hyperparams(scale_by_diag_hessian)()
@@ -362,14 +321,14 @@ def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_was_rounded_to_0
     np.testing.assert_array_equal(updates, [0, 0, 0])
 
 
-def test_scale_by_diag_hessian_divides_gradients_of_float64_in_float64(x64):
+def test_scale_by_diag_hessian_divides_float64_gradients_in_float64(x64):
     params = jnp.ones(2, "float64")
     tx = scale_by_diag_hessian(b2=0.0, gamma=0.5, hessian_dtype="float64")
     updates, _ = tx.update(params, tx.init(params), params, hessian=6 * params)
     np.testing.assert_allclose(updates, 1 / 3, rtol=1e-15)
 
 
-def test_scale_by_diag_hessian_averages_estimates_of_16_bits_in_float32():
+def test_scale_by_diag_hessian_averages_16_bit_estimates_in_float32():
     params = jnp.ones(2, jnp.float16)
     estimate = jnp.full(2, 1e-5, jnp.float16)  # (1 - b2) times this is 0 in float16
     tx = scale_by_diag_hessian(b2=0.999)

@@ -1,4 +1,4 @@
-"""Tests of the arguments of `update` and of the settings of Sophia."""
+"""Arguments of `update`, and settings of Sophia."""
 
 import functools
 
@@ -55,7 +55,7 @@ def first_update(params=PARAMS, *, tx=G, **kwargs):
         ({"tx": H, "obj_fn": lambda p: (NORM(p), 0)}, ValueError, "`obj_fn`.* got tuple"),
     ],
 )
-def test_update_of_sophia_g_and_sophia_h_rejects_invalid_arguments(kwargs, error, message):
+def test_sophia_update_rejects_invalid_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda params: first_update(params, **kwargs), PARAMS)
 
@@ -78,7 +78,7 @@ def test_update_of_sophia_g_and_sophia_h_rejects_invalid_arguments(kwargs, error
         ({"a": X}, {"a": X + 0j}, TypeError, r"`hessian`.* complex64 .*`params\['a'\]`"),
     ],
 )
-def test_update_rejects_a_hessian_unlike_the_updates(params, hessian, error, message):
+def test_sophia_update_rejects_a_hessian_unlike_params(params, hessian, error, message):
     with pytest.raises(error, match=message):
         first_update(params, hessian=hessian)
     with pytest.raises(error, match=message):
@@ -88,7 +88,7 @@ def test_update_rejects_a_hessian_unlike_the_updates(params, hessian, error, mes
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "uint8", "bool", float])
-def test_update_accepts_a_hessian_of_any_real_dtype(dtype):
+def test_sophia_update_accepts_a_hessian_of_any_real_dtype(dtype):
     hessian = jax.tree.map(lambda h: np.asarray(h, dtype), HESSIAN)
     assert_trees_all_close(first_update(hessian=hessian), first_update(hessian=HESSIAN))
 
@@ -105,7 +105,7 @@ def test_update_accepts_a_hessian_of_any_real_dtype(dtype):
         ({"n": X}, {"n": X.at[0].set(jnp.nan)}, False),
     ],
 )
-def test_update_accepts_finite_estimates_only(params, hessian, accepted, argument):
+def test_sophia_update_accepts_only_finite_estimates(params, hessian, accepted, argument):
     value = hessian if argument == "hessian" else lambda key, h=hessian: h
     updates, state = first_update(params, **{argument: value})
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -114,12 +114,12 @@ def test_update_accepts_finite_estimates_only(params, hessian, accepted, argumen
     assert optax.tree.get(state, "num_refused") == (not accepted)
 
 
-def test_update_propagates_gradients_of_nan():
+def test_sophia_update_propagates_nan_gradients():
     np.testing.assert_array_equal(G.update(jnp.nan * X, G.init(X), X)[0], jnp.nan)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
-def test_sophia_rejects_params_that_are_not_real_unless_masked(dtype):
+def test_sophia_init_rejects_params_that_are_not_real_unless_masked(dtype):
     params = {"w": X, "n": jnp.ones(2, dtype)}
     with pytest.raises(TypeError, match=rf"`params\['n'\]`.* {dtype}.*`optax\.masked`"):
         G.init(params)
@@ -143,7 +143,7 @@ class CallableTree(dict):
         return cls(zip(names, leaves, strict=True))
 
 
-def test_update_accepts_a_callable_pytree_as_hessian():
+def test_sophia_update_accepts_a_callable_pytree_as_hessian():
     tree = CallableTree(PARAMS)
     estimate = hutchinson(lambda p: NORM(dict(p)))
     micro = accumulate(estimate)
@@ -152,14 +152,14 @@ def test_update_accepts_a_callable_pytree_as_hessian():
         for extra in ({"hessian": hessian}, {"hessian_fn": lambda _, h=hessian: h}):
             _, state = G.update(tree, G.init(tree), tree, **extra)
             assert sophia_metrics(state)["refreshes"] == 1
-    empty, whole = CallableTree(), CallableTree(PARAMS | {"activation": jax.nn.relu})
+    empty, full = CallableTree(), CallableTree(PARAMS | {"activation": jax.nn.relu})
     filtered = CallableTree(PARAMS | {"activation": None})
-    for grads, hessian in ((empty, empty), (filtered, whole)):
+    for grads, hessian in ((empty, empty), (filtered, full)):
         _, state = G.update(grads, G.init(grads), hessian, hessian=hessian)
         assert sophia_metrics(state)["refreshes"] == 1
 
 
-def test_update_requires_params():
+def test_sophia_update_requires_params():
     with pytest.raises(ValueError, match="`params`"):
         G.update(PARAMS, G.init(PARAMS))
     with pytest.raises(ValueError, match=r"`obj_fn`.*`params` is None"):

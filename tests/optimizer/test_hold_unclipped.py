@@ -11,15 +11,19 @@ from sophia_optax import hold_unclipped, scale_by_diag_hessian, scale_by_sophia,
 from sophia_optax.optimizer.hold_unclipped import SAMPLE_SIZE
 
 
-def random(seed, *shape):
-    """Return numbers of both signs over several orders of magnitude."""
+def random_array(seed, *shape):
+    """Return entries of both signs over several orders of magnitude."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=shape) * 10 ** rng.normal(size=shape)).astype(np.float32)
 
 
 # Some entries have no momentum, and half of them have negative curvature.
-GRADS = {"w": random(3, 6, 7), "b": random(4, 30) * (np.arange(30) > 9), "s": random(5)}
-HESSIAN = {name: random(6 + g.ndim, *g.shape) for name, g in GRADS.items()}
+GRADS = {
+    "w": random_array(3, 6, 7),
+    "b": random_array(4, 30) * (np.arange(30) > 9),
+    "s": random_array(5),
+}
+HESSIAN = {name: random_array(6 + g.ndim, *g.shape) for name, g in GRADS.items()}
 
 
 @jax.jit
@@ -39,31 +43,24 @@ def concatenate(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def counted(grads, hessian):
+def is_counted(grads, hessian):
     return (concatenate(grads) != 0) & (concatenate(hessian) > 0)
 
 
 def quantile(grads, hessian, fraction):
-    """Return the floor(f n)-th smallest |g| / h, from 0, of the n entries that count."""
-    grads, hessian = (concatenate(t)[counted(grads, hessian)] for t in (grads, hessian))
+    """Return the floor(f n)-th smallest |g| / h, from 0, of the n counted entries."""
+    grads, hessian = (concatenate(t)[is_counted(grads, hessian)] for t in (grads, hessian))
     ratios = np.sort(np.abs(grads) / hessian)
     return ratios[min(int(fraction * len(ratios)), len(ratios) - 1)]
 
 
-def unclipped(updates, grads, hessian):
+def unclipped_fraction(updates, grads, hessian):
     """Return the fraction with |u| < 1. At the quantile |u| is 1 up to rounding."""
-    return np.mean(np.abs(concatenate(updates)[counted(grads, hessian)]) < 1 - 1e-6)
+    return np.mean(np.abs(concatenate(updates)[is_counted(grads, hessian)]) < 1 - 1e-6)
 
 
-def large():
-    """Return gradients with more entries than the sample, and estimates."""
-    w = random(0, 300, 256) * np.exp(random(1, 300, 1) / 20) * np.exp(random(2, 256) / 20)
-    grads = {"w": w.astype(np.float32), "v": random(3, 70_000), "b": random(4, 1000)}
-    return grads, {name: random(5 + g.ndim, *g.shape) ** 2 for name, g in grads.items()}
-
-
-def embedding(seed, num_rows, shape=(5000, 16)):
-    """Return gradients and estimates that are nonzero in some rows only."""
+def sparse_embedding(seed, num_rows, shape=(5000, 16)):
+    """Return gradients and estimates that are nonzero in `num_rows` rows only."""
     rng = np.random.default_rng(seed)
     rows = rng.permutation(shape[0])[:num_rows]
     grads, hessian = np.zeros((2, *shape), np.float32)
@@ -75,8 +72,8 @@ def embedding(seed, num_rows, shape=(5000, 16)):
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.93, 1.0])
 @pytest.mark.parametrize("size", [73, SAMPLE_SIZE])
 def test_hold_unclipped_gamma_is_the_exact_quantile_of_all_entries(size, fraction):
-    grads = GRADS | {"w": random(7, size - 31)}
-    hessian = HESSIAN | {"w": random(8, size - 31)}
+    grads = GRADS | {"w": random_array(7, size - 31)}
+    hessian = HESSIAN | {"w": random_array(8, size - 31)}
     updates, gamma = first_update(fraction, grads, hessian)
     assert gamma.shape == ()
     assert gamma == quantile(grads, hessian, fraction)
@@ -84,9 +81,9 @@ def test_hold_unclipped_gamma_is_the_exact_quantile_of_all_entries(size, fractio
         lambda g, h: g / np.maximum(gamma * h, np.float32(1e-12)), grads, hessian
     )
     assert_trees_all_close(updates, expected, rtol=1e-6)
-    n = counted(grads, hessian).sum()
-    held = min(int(fraction * n), n - 1) / n
-    assert unclipped(updates, grads, hessian) == pytest.approx(held, abs=1e-9)
+    n = is_counted(grads, hessian).sum()
+    expected = min(int(fraction * n), n - 1) / n
+    assert unclipped_fraction(updates, grads, hessian) == pytest.approx(expected, abs=1e-9)
 
 
 def test_hold_unclipped_does_not_count_entries_without_momentum_or_curvature():
@@ -98,10 +95,17 @@ def test_hold_unclipped_does_not_count_entries_without_momentum_or_curvature():
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
 def test_hold_unclipped_samples_large_parameters_within_four_standard_deviations(fraction):
-    grads, hessian = large()
+    scales = np.exp(random_array(1, 300, 1) / 20) * np.exp(random_array(2, 256) / 20)
+    grads = {
+        "w": (random_array(0, 300, 256) * scales).astype(np.float32),
+        "v": random_array(3, 70_000),
+        "b": random_array(4, 1000),
+    }
+    hessian = {name: random_array(5 + g.ndim, *g.shape) ** 2 for name, g in grads.items()}
     updates, _ = first_update(fraction, grads, hessian)
     bound = 4 * np.sqrt(fraction * (1 - fraction) / SAMPLE_SIZE)
-    assert unclipped(updates, grads, hessian) == pytest.approx(fraction, abs=bound)
+    got = unclipped_fraction(updates, grads, hessian)
+    assert got == pytest.approx(fraction, abs=bound)
 
 
 def test_hold_unclipped_samples_parameters_in_proportion_to_their_sizes():
@@ -116,7 +120,7 @@ def test_hold_unclipped_samples_parameters_in_proportion_to_their_sizes():
 
 
 def test_hold_unclipped_computes_no_nan_for_sparse_parameters():
-    grads, hessian = embedding(0, 10)
+    grads, hessian = sparse_embedding(0, 10)
     with jax.debug_nans(True), jax.disable_jit():
         first_update(0.2, grads, hessian)
 
@@ -149,30 +153,31 @@ def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
 
 
 @pytest.mark.parametrize(("num_rows", "is_exact"), [(1, True), (900, True), (1500, False)])
-def test_hold_unclipped_uses_all_entries_if_few_of_the_sample_count(num_rows, is_exact):
-    """The sample has 737 or 1,229 entries that are counted. At least 1,024 are required."""
+def test_hold_unclipped_uses_all_entries_if_the_sample_has_few_counted(num_rows, is_exact):
+    """About 1, 737 and 1,229 entries of the sample are counted. 1,024 are required."""
     for seed in range(3):
-        grads, hessian = embedding(seed, num_rows)
+        grads, hessian = sparse_embedding(seed, num_rows)
         updates, gamma = first_update(0.2, grads, hessian)
         assert (gamma == quantile(grads, hessian, 0.2)) == is_exact
         bound = 1 / (16 * num_rows) if is_exact else 0.05
-        assert unclipped(updates, grads, hessian) == pytest.approx(0.2, abs=bound)
+        got = unclipped_fraction(updates, grads, hessian)
+        assert got == pytest.approx(0.2, abs=bound)
 
 
 def test_hold_unclipped_under_vmap_equals_each_member():
     """Some members use all entries, and others the sample."""
-    members = [embedding(seed, rows) for seed, rows in enumerate((5000, 100, 0, 2000))]
+    num_rows = (5000, 100, 0, 2000)
+    members = [sparse_embedding(seed, rows) for seed, rows in enumerate(num_rows)]
     grads, hessian = map(np.stack, zip(*members, strict=True))
     fractions = np.float32([0.2, 0.3, 0.4, 0.5])
-    together = jax.vmap(first_update)(fractions, grads, hessian)
+    batched = jax.vmap(first_update)(fractions, grads, hessian)
     for i, (g, h) in enumerate(members):
-        member = jax.tree.map(lambda x, i=i: x[i], together)
+        member = jax.tree.map(lambda x, i=i: x[i], batched)
         assert_trees_all_equal(member, first_update(fractions[i], g, h))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hold_unclipped_gamma_is_a_ratio_to_the_last_bit(dtype):
-    """The updates and the average may both have 16 bits where the stage is used alone."""
+def test_hold_unclipped_gamma_is_exact_for_16_bit_updates_and_averages(dtype):
     grads = jnp.array([1, 2, 4, 8], dtype)
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5), hessian_dtype=dtype)
     updates, state = tx.update(grads, tx.init(grads), hessian=jnp.ones(4, dtype))
@@ -180,11 +185,11 @@ def test_hold_unclipped_gamma_is_a_ratio_to_the_last_bit(dtype):
     np.testing.assert_array_equal(updates.astype(jnp.float32), [0.25, 0.5, 1, 2])
 
 
-def test_hold_unclipped_is_the_same_with_and_without_x64():
-    """One optimizer is used for both, with and without a sample."""
+def test_hold_unclipped_is_equal_with_and_without_x64():
+    """The same optimizer is used for both, with and without a sample."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5))
     update = jax.jit(lambda g, h: tx.update(g, tx.init(g), hessian=h))
-    for tree in ((GRADS, HESSIAN), embedding(0, 4000)):
+    for tree in ((GRADS, HESSIAN), sparse_embedding(0, 4000)):
         results = []
         for x64 in (False, True):
             with jax.enable_x64(x64):
@@ -192,13 +197,12 @@ def test_hold_unclipped_is_the_same_with_and_without_x64():
         assert_trees_all_equal(*results)
 
 
-def test_hold_unclipped_is_finite_where_no_quantile_exists():
-    """A parameter has no momentum, no entries, or no positive curvature."""
+def test_hold_unclipped_is_finite_without_momentum_entries_or_positive_curvature():
     grads = {
-        "normal": random(0, 9),
+        "normal": random_array(0, 9),
         "zero": np.zeros(5, np.float32),
         "empty": np.zeros((0, 3), np.float32),
-        "negative": random(1, 6),
+        "negative": random_array(1, 6),
     }
     hessian = {name: np.abs(g) for name, g in grads.items()}
     hessian["zero"] = np.float32([0, 0, 1, 1, -1])
@@ -236,24 +240,24 @@ def three_updates(settings, b2, scale):
 
 @pytest.mark.parametrize("setting", ["nesterov", "mu_dtype", "hessian_dtype"])
 def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
-    """With a power of two not even by a bit."""
+    """Scales that are powers of two change no bit of the updates."""
     settings = ((setting, True if setting == "nesterov" else "bfloat16"),)
-    expected = three_updates(settings, 0.9, 1.0)  # the same program for every scale
+    expected = three_updates(settings, 0.9, 1.0)
     for scale in (2.0**-20, 2.0**13):
         assert_trees_all_equal(three_updates(settings, 0.9, scale), expected)
-    if setting != "hessian_dtype":  # where rounding depends on the bits of the average
+    if setting != "hessian_dtype":  # stochastic rounding depends on the bits of the average
         results = three_updates(settings, 0.9, 1e-3)
         assert_trees_all_close(results, expected, rtol=1e-5)
 
 
-def test_hold_unclipped_does_not_depend_on_debias_nor_on_the_start_of_the_average():
+def test_hold_unclipped_does_not_depend_on_debias_or_on_the_first_weight():
     expected = three_updates((), 0.9, 1.0)
     assert_trees_all_equal(three_updates((("debias", True),), 0.9, 1.0), expected)
-    # The first average is (1 - b2) ĥ.
+    # The first average is (1 - b2) ĥ, so b2 is a factor of it.
     assert_trees_all_close(three_updates((), 0.5, 1.0)[0], expected[0], rtol=1e-5)
 
 
-def test_hold_unclipped_fraction_is_injected_or_scheduled():
+def test_hold_unclipped_fraction_can_be_injected_or_scheduled():
     def make(fraction):
         return sophia(0.1, gamma=hold_unclipped(fraction))
 
@@ -285,9 +289,9 @@ def test_hold_unclipped_rejects_a_fraction_outside_0_and_1(fraction):
         hold_unclipped(fraction)
 
 
-def test_hold_unclipped_with_nesterov_holds_the_fraction_of_the_look_ahead():
+def test_hold_unclipped_with_nesterov_uses_the_look_ahead():
     tx = scale_by_sophia(0.8, 0.0, hold_unclipped(0.3), nesterov=True)
-    grads, hessian = random(9, 73), np.abs(random(10, 73))
+    grads, hessian = random_array(9, 73), np.abs(random_array(10, 73))
     state, momentum = tx.init(grads), 0
     for g in (grads, -3 * grads[::-1]):
         updates, state = tx.update(g, state, grads, hessian=hessian)
@@ -295,15 +299,17 @@ def test_hold_unclipped_with_nesterov_holds_the_fraction_of_the_look_ahead():
         look_ahead = 0.8 * momentum + 0.2 * g
         gamma = quantile(look_ahead, hessian, 0.3)
         np.testing.assert_allclose(state[1].divisor_gamma, gamma, rtol=1e-5)
-        assert unclipped(updates, look_ahead, hessian) == pytest.approx(0.3, abs=1 / 73)
+        got = unclipped_fraction(updates, look_ahead, hessian)
+        assert got == pytest.approx(0.3, abs=1 / 73)
 
 
 @pytest.mark.parametrize("copies", [1, 1000], ids=["all entries", "sample"])
 def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
-    """In reverse and in forward mode, through two steps. Copies keep gamma smooth."""
+    """Through two steps, the derivatives in reverse and in forward mode are equal to it."""
     curvature = jnp.array([1.0, 2.0, 3.0, 5.0, 8.0, 13.0])
     rule = hold_unclipped(0.4)
     tx = sophia(0.05, 0.5, 0.5, rule, weight_decay=0.0, hessian_dtype="float64")
+    # Copies of an entry have equal ratios, so their sample has the same quantile.
     assert copies == 1 or copies * curvature.size > SAMPLE_SIZE
 
     @jax.jit
@@ -325,7 +331,7 @@ def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
     np.testing.assert_allclose(forward, (above - below) / 2e-4, rtol=1e-3)
 
 
-def test_hold_unclipped_derivative_is_finite_where_no_entry_is_counted():
+def test_hold_unclipped_derivative_is_finite_if_no_entry_is_counted():
     tx, hessian = scale_by_sophia(0.5, 0.0, hold_unclipped(0.5)), jnp.ones(4)
 
     def total(grads):
@@ -337,7 +343,7 @@ def test_hold_unclipped_derivative_is_finite_where_no_entry_is_counted():
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_hold_unclipped_derivative_over_shards_equals_one_device(check_vma):
+def test_hold_unclipped_derivative_in_shard_map_equals_one_device(check_vma):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def update(grads, axis_name=None):
@@ -352,7 +358,7 @@ def test_hold_unclipped_derivative_over_shards_equals_one_device(check_vma):
         out_specs=jax.P("d"),
         check_vma=check_vma,
     )
-    grads, tangents = random(0, 8), random(1, 8)
+    grads, tangents = random_array(0, 8), random_array(1, 8)
     got, expected = (
         jax.jit(functools.partial(jax.jvp, f))((grads,), (tangents,))
         for f in (mapped, update)

@@ -24,7 +24,7 @@ def test_momentum_in_32_bits_equals_optax_ema(dtype):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_momentum_with_nesterov_looks_ahead_from_the_average_in_the_state(dtype):
+def test_momentum_with_nesterov_returns_the_look_ahead_of_the_rounded_average(dtype):
     tx = momentum(0.8, nesterov=True, dtype=dtype, seed=0)
     state = tx.init(GRADS)
     for scale in (1.0, -3.0):
@@ -36,7 +36,7 @@ def test_momentum_with_nesterov_looks_ahead_from_the_average_in_the_state(dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
-def test_momentum_averages_gradients_of_16_bits_in_float32(dtype):
+def test_momentum_averages_16_bit_gradients_in_float32(dtype):
     """In bfloat16, 1 - 0.965 is 0.0349, and the average would be 0.25% too small."""
     tx = momentum(0.965, nesterov=False, dtype="float32", seed=0)
     grads = jnp.full(8, 0.5, dtype)
@@ -47,7 +47,8 @@ def test_momentum_averages_gradients_of_16_bits_in_float32(dtype):
     np.testing.assert_allclose(state.ema, 0.5, rtol=1e-5)
 
 
-def test_scale_by_sophia_divides_the_rounded_averages_in_the_state():
+def test_scale_by_sophia_divides_the_rounded_averages():
+    """The metrics, which read the averages in the state, agree with the updates."""
     tx = scale_by_sophia(mu_dtype=jnp.bfloat16, hessian_dtype=jnp.bfloat16, gamma=1.0)
     grads = jax.random.normal(jax.random.key(0), (4096,))
     hessian = jnp.abs(jnp.roll(grads, 1))

@@ -22,14 +22,15 @@ def round_with_all_bits(x, dtype):
 
 
 @NARROW
-def test_round_with_bits_averaged_over_all_bits_is_exact(dtype):
+def test_round_with_bits_is_unbiased(dtype):
+    """The mean over all random bits is exact."""
     x = X[np.abs(X) >= float(jnp.finfo(dtype).tiny)]
     rounded = round_with_all_bits(x, dtype)
     assert rounded.dtype == dtype
     np.testing.assert_array_equal(np.asarray(rounded, np.float64).mean(0), x)
 
 
-def test_round_with_bits_keeps_a_finite_number_finite():
+def test_round_with_bits_keeps_finite_numbers_finite():
     for dtype, large in ((jnp.float16, 1e7), (jnp.bfloat16, 3.4e38)):
         rounded = round_with_all_bits(np.float32([large, -large]), dtype)
         assert np.isfinite(np.asarray(rounded, np.float32)).all()
@@ -37,12 +38,9 @@ def test_round_with_bits_keeps_a_finite_number_finite():
 
 @NARROW
 def test_round_with_bits_returns_one_of_the_two_nearest_numbers(dtype):
-    rounded = np.asarray(round_with_all_bits(X, dtype), np.float64)
-    spacing = np.maximum(
-        2.0 ** np.floor(np.log2(np.maximum(np.abs(X), 1e-30)))
-        * float(jnp.finfo(dtype).eps),
-        float(jnp.finfo(dtype).smallest_subnormal),
-    )
+    rounded, finfo = np.asarray(round_with_all_bits(X, dtype), np.float64), jnp.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(np.abs(X), 1e-30)))
+    spacing = np.maximum(2.0**exponent * float(finfo.eps), float(finfo.smallest_subnormal))
     assert (np.abs(rounded - X) < spacing).all()
 
 
@@ -96,14 +94,13 @@ def test_round_stochastically_is_uncorrelated_between_entries():
 
 
 def test_round_stochastically_is_uncorrelated_over_time():
-    up = jax.vmap(lambda count: _round_one_entry(count) > 1)(jnp.arange(2**14)).ravel()
+    def rounded_up(count):
+        x = jnp.array(1 + 2**-8)
+        return round_stochastically(x, x.astype(jnp.bfloat16), 3, "hessian", count) > 1
+
+    up = jax.vmap(rounded_up)(jnp.arange(2**14))
     for sample in (up, up[1:] == up[:-1], up[2:] == up[:-2]):
         assert_mean_is_one_half(sample)
-
-
-def _round_one_entry(count):
-    x = jnp.full((1,), 1 + 2**-8)
-    return round_stochastically(x, x.astype(jnp.bfloat16), 3, "hessian", count)
 
 
 def averages_of_constants(dtype, steps=3000):
@@ -123,12 +120,12 @@ def averages_of_constants(dtype, steps=3000):
 
 
 def test_scale_by_sophia_averages_in_16_bits_converge_to_a_constant():
-    """An average that is rounded to nearest does not."""
+    """An average that is rounded to nearest stalls."""
     constants = np.array([0.3, 0.7])
     in_32_bits = averages_of_constants(jnp.float32)
     np.testing.assert_allclose(in_32_bits.mean(1), constants, rtol=1e-4)
     in_16_bits = averages_of_constants(jnp.bfloat16)
-    # A stationary average is off by some steps of 2**-8, and the mean of 512 by far less.
+    # The error of each average is a few steps of 2**-8. The mean of 512 is more accurate.
     np.testing.assert_allclose(in_16_bits, constants[:, None] * np.ones(512), rtol=0.08)
     np.testing.assert_allclose(in_16_bits.mean(1), constants, rtol=2e-3)
 
@@ -143,7 +140,7 @@ def test_scale_by_sophia_averages_in_16_bits_converge_to_a_constant():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("spec", [("data", "model"), (None, "data"), (("data", "model"),)])
-def test_scale_by_sophia_rounds_in_the_same_way_on_any_layout(kind, spec):
+def test_scale_by_sophia_rounding_does_not_depend_on_shardings(kind, spec):
     tx = scale_by_sophia(mu_dtype="bfloat16", hessian_dtype="bfloat16", update_interval=1)
     params = {"w": jnp.ones((16, 24)), "b": jnp.ones((8,))}
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
@@ -166,7 +163,7 @@ def test_scale_by_sophia_rounds_in_the_same_way_on_any_layout(kind, spec):
 
 
 @pytest.mark.parametrize("name", ["ema", "hessian"])
-def test_scale_by_sophia_seed_is_the_seed_of_the_rounding(name):
+def test_scale_by_sophia_rounding_depends_on_seed(name):
     grads = jnp.linspace(-1, 1, 4096)
 
     def average(seed):
@@ -179,12 +176,12 @@ def test_scale_by_sophia_seed_is_the_seed_of_the_rounding(name):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", jnp.complex64, bool], ids=str)
 @pytest.mark.parametrize("name", ["mu_dtype", "hessian_dtype"])
-def test_scale_by_sophia_rejects_an_average_that_is_not_floating_point(name, dtype):
+def test_scale_by_sophia_rejects_a_dtype_of_8_bits_or_not_floating_point(name, dtype):
     with pytest.raises(TypeError, match=f"`{name}` must be a floating point dtype"):
         scale_by_sophia(**{name: dtype})
 
 
-def test_scale_by_diag_hessian_average_stays_finite_at_the_end_of_its_range():
+def test_scale_by_diag_hessian_average_stays_finite_near_the_largest_float16():
     tx = scale_by_diag_hessian(b2=0.919, hessian_dtype=jnp.float16)
     largest = float(jnp.finfo(jnp.float16).max)
     params = jnp.zeros(2**16)

@@ -68,10 +68,10 @@ def test_sophia_g_follows_algorithm_3(trajectory, nesterov):
 
 
 def test_sophia_g_follows_the_official_pytorch_code(trajectory):
-    """Its h lacks a factor `bs`, the number of predictions in the batch.
+    """The official update is sign(m) · min(|m| / (rho · bs · h + 1e-15), 1).
 
-    It computes ratio = min(|m| / (rho · bs · h + 1e-15), 1), θ -= lr · sign(m) · ratio, and
-    refreshes h after the step: an estimate after step t is first used in step t + 1.
+    Its h lacks the factor bs, the number of predictions in the batch. Its h is refreshed
+    after the step: an estimate after step t is first used in step t + 1.
     """
     grads, estimates = trajectory
     estimates = np.abs(estimates)
@@ -115,16 +115,16 @@ def assert_equal_updates(a, b, trajectory, metrics=True):
 
 @pytest.mark.parametrize("kind", ["number", "schedule", "hold_unclipped"])
 @pytest.mark.parametrize("rho", [1.0, 0.25, 4.0, 0.3])
-def test_scale_by_sophia_equals_the_chain_of_its_public_parts(trajectory, kind, rho):
-    """A clip_threshold rho is a factor on gamma, on eps and on the updates."""
-    by_hand = optax.chain(
+def test_scale_by_sophia_equals_a_chain_of_its_stages(trajectory, kind, rho):
+    """The clip_threshold rho is a factor of gamma, eps and the updates."""
+    chain = optax.chain(
         optax.ema(0.9, debias=False),
         scale_by_diag_hessian(0.95, make_gamma(kind, rho), rho * 1e-2),
         optax.clip(1.0),
         *([] if rho == 1 else [optax.scale(rho)]),
     )
     tx = scale_by_sophia(0.9, 0.95, make_gamma(kind), 1e-2, clip_threshold=rho)
-    assert_equal_updates(tx, by_hand, trajectory)
+    assert_equal_updates(tx, chain, trajectory)
 
 
 @pytest.mark.parametrize("kind", ["number", "schedule"])
@@ -132,19 +132,19 @@ def test_scale_by_sophia_equals_the_chain_of_its_public_parts(trajectory, kind, 
 def test_scale_by_sophia_clip_threshold_equals_a_clip_at_the_threshold(
     trajectory, kind, rho
 ):
-    """Powers of two do not change the rounding."""
+    """Thresholds that are powers of two do not change the rounding."""
     gamma = make_gamma(kind)
-    by_hand = optax.chain(
+    chain = optax.chain(
         optax.ema(0.9, debias=False),
         scale_by_diag_hessian(0.95, gamma, 1e-2),
         optax.clip(rho),
     )
     tx = scale_by_sophia(0.9, 0.95, gamma, 1e-2, clip_threshold=rho)
-    assert_equal_updates(tx, by_hand, trajectory, metrics=False)
+    assert_equal_updates(tx, chain, trajectory, metrics=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scale_by_sophia_clip_threshold_is_injected(trajectory, dtype):
+def test_scale_by_sophia_clip_threshold_can_be_injected(trajectory, dtype):
     """The updates keep the dtype of the parameters. A threshold of 0 is valid."""
     grads, hessian = (array[0] for array in trajectory)
     params = jnp.ones(40, dtype)
@@ -161,14 +161,14 @@ def test_scale_by_sophia_clip_threshold_is_injected(trajectory, dtype):
     assert update._cache_size() == 1
 
 
-def test_sophia_equals_the_chain_of_its_public_parts(trajectory):
-    by_hand = optax.chain(
+def test_sophia_equals_a_chain_of_its_stages(trajectory):
+    chain = optax.chain(
         scale_by_sophia(0.9, 0.95, 0.02, 1e-8, clip_threshold=0.5, debias=True),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(1e-2),
     )
     tx = sophia(1e-2, 0.9, 0.95, 0.02, 1e-8, 0.1, clip_threshold=0.5, debias=True)
-    assert_equal_updates(tx, by_hand, trajectory)
+    assert_equal_updates(tx, chain, trajectory)
 
 
 DEFAULTS = {"b1": 0.965, "b2": 0.99, "gamma": 0.05, "eps": 1e-12}
@@ -198,7 +198,7 @@ ALL_DEFAULTS = DEFAULTS | {"weight_decay": 0.2, "mask": None} | MORE_DEFAULTS
         (variants.empirical_fisher_clip, {"b1": 0.965, "b2": 0.99, "gamma": 0.05}),
     ],
 )
-def test_sophia_and_variants_have_these_arguments_and_defaults(make, expected):
+def test_sophia_and_variants_have_the_documented_defaults(make, expected):
     parameters = inspect.signature(make).parameters
     defaults = {name: p.default for name, p in parameters.items()}
     assert {name: defaults.get(name, "missing") for name in expected} == expected
@@ -207,9 +207,9 @@ def test_sophia_and_variants_have_these_arguments_and_defaults(make, expected):
 
 
 @pytest.mark.parametrize("make", [sophia_g, sophia_h])
-def test_sophia_and_aliases_use_every_argument(trajectory, make):
+def test_sophia_g_and_sophia_h_use_every_argument(trajectory, make):
+    """Each argument changes the updates. All numbers may be traced."""
     grads, hessian = trajectory[0], 100 * trajectory[1][0]
-
     traced = {"b1": 0.5, "b2": 0.5, "gamma": 0.5, "eps": 1e3, "weight_decay": 0.0}
     traced |= {"clip_threshold": 0.5, "update_interval": 2, "seed": 1}
     static = {
@@ -258,17 +258,16 @@ def test_sophia_h_obj_fn_is_hutchinson():
 
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
     grads, tx = jax.grad(loss_fn)(params), sophia_h(0.1, seed=3)
-    state = tx.init(params)
-    by_hand = {"hessian_fn": lambda key: hutchinson(loss_fn)(params, key=key)}
+    state, estimate = tx.init(params), hutchinson(loss_fn)
     assert_trees_all_equal(
         tx.update(grads, state, params, obj_fn=loss_fn),
-        tx.update(grads, state, params, **by_hand),
+        tx.update(grads, state, params, hessian_fn=lambda key: estimate(params, key=key)),
     )
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
-    """A copy around the `cond` of a refresh would be one more read and write."""
+    """The `cond` of a refresh does not copy the parameters or the state either."""
     tx = sophia_g(1e-3, mu_dtype=dtype, hessian_dtype=dtype)
     params = {"w": jnp.ones((64, 1024)), "b": jnp.ones(65536)}
 
@@ -297,8 +296,8 @@ def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
-def test_scale_by_sophia_members_in_shard_map_equal_each_member_alone(argument, check_vma):
-    """Without `axis_name` each device has a gamma of its own and rejects for itself."""
+def test_scale_by_sophia_in_shard_map_equals_separate_members(argument, check_vma):
+    """Without `axis_name` each device has its own gamma and rejects its own estimates."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 2)
     grads = jax.random.normal(keys[0], (4, 100)) * 10.0 ** jnp.arange(4)[:, None]
@@ -320,17 +319,17 @@ def test_scale_by_sophia_members_in_shard_map_equal_each_member_alone(argument, 
     mapped = jax.shard_map(
         members, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
     )
-    got, alone = jax.jit(mapped)(grads, estimates), jax.jit(step)
+    got, step_of_member = jax.jit(mapped)(grads, estimates), jax.jit(step)
     for i in range(4):
         member = jax.tree.map(lambda x, i=i: x[i], got)
-        assert_trees_all_close(member, alone(grads[i], estimates[i]), rtol=1e-6)
+        assert_trees_all_close(member, step_of_member(grads[i], estimates[i]), rtol=1e-6)
     np.testing.assert_array_equal(got[1], [0, 0, 0, 1])
 
 
 @pytest.mark.parametrize("gamma", [0.5, hold_unclipped(0.2)])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
-def test_sophia_members_in_a_checked_shard_map_train_in_a_scan(argument, gamma):
-    """The state keeps its type: its scalars differ between members from the start."""
+def test_sophia_trains_members_in_a_scan_in_a_checked_shard_map(argument, gamma):
+    """The scan requires constant types: scalars of the state vary between members."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     tx = sophia(0.1, gamma=gamma, mu_dtype="bfloat16")
 
@@ -350,7 +349,7 @@ def test_sophia_members_in_a_checked_shard_map_train_in_a_scan(argument, gamma):
     assert_trees_all_close(jax.jit(mapped)(params), expected, rtol=1e-5)
 
 
-def test_scale_by_sophia_requires_axis_name_for_parameters_of_which_some_are_sharded():
+def test_scale_by_sophia_requires_axis_name_if_only_some_parameters_are_sharded():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     spec = {"w": PartitionSpec("data"), "b": PartitionSpec()}
     grads = {"w": jnp.ones(8), "b": jnp.ones(3)}
@@ -370,7 +369,7 @@ def test_scale_by_sophia_requires_axis_name_for_parameters_of_which_some_are_sha
 
 
 @pytest.mark.parametrize("make", [sophia_g, sophia_h])
-def test_sophia_and_aliases_reject_an_axis_name_that_is_not_mapped(make):
+def test_sophia_g_and_sophia_h_reject_an_axis_name_that_is_not_mapped(make):
     tx = make(0.1, axis_name="data")
     with pytest.raises(ValueError, match=r"`axis_name='data'` is not a mapped axis"):
         tx.update(START, tx.init(START), START)
