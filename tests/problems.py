@@ -62,10 +62,10 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
     return unravel(diagonal(flat) / weights.sum())
 
 
-class Given:
-    """A likelihood that "samples" given labels: its outputs are (outputs, labels).
+class GivenLabels:
+    """A likelihood whose outputs are (outputs, labels), and whose samples are these labels.
 
-    With it the mean of an estimator over all labellings is an explicit sum.
+    With it the mean of an estimator over all assignments of labels is an explicit sum.
     """
 
     def __init__(self, likelihood):
@@ -79,7 +79,7 @@ class Given:
         return self.likelihood.neg_log_prob(outputs[0], targets)
 
 
-def labellings(values, log_probs):
+def all_labels(values, log_probs):
     """Return every assignment of `values` to predictions, and its probability.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from chex import assert_trees_all_close
 
@@ -58,15 +59,19 @@ def test_start_code_trains_the_models(capsys):
     assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-def test_large_batches_code_accumulates_the_estimate_of_the_whole_batch(capsys):
+def test_large_batches_code_accumulates_the_estimate_of_the_batch(capsys):
+    """Both in a scan and with `optax.MultiSteps`."""
     variables, _ = run(DOCS / "large_batches.md", capsys)
     params, key = jnp.zeros((3, 2)), jax.random.key(1)
-    whole_batch = gnb(lambda params, x: x @ params, groups=4)
+    estimate = gnb(lambda params, x: x @ params, groups=4)
     x = variables["micro_batches"].reshape(32, 3)
     variables["params"] = params  # the page has trained them
     actual = variables["hessian_fn"](key)
-    assert_trees_all_close(actual, whole_batch(params, x, key=key), rtol=1e-5)
-    assert variables["state"].gradient_step == 1
+    assert_trees_all_close(actual, estimate(params, x, key=key), rtol=1e-5)
+    state = variables["state"]
+    average = 0.01 * estimate(params, x, key=jax.random.fold_in(key, 0))
+    assert_trees_all_close(optax.tree.get(state, "hessian"), average, rtol=1e-5)
+    assert state.gradient_step == optax.tree.get(state, "num_refreshes") == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
-from problems import Given, labellings, network, network_params
+from problems import GivenLabels, all_labels, network, network_params
 
 from sophia_optax import (
     Categorical,
@@ -170,16 +170,16 @@ def test_smooth_clip_keeps_the_metrics_and_frozen_leaves():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_gradient_noise_of_gnb_is_the_variance_over_all_labellings(x64, groups):
+def test_gradient_noise_of_gnb_is_the_variance_over_all_all_labels(x64, groups):
     """The variance of the mean gradient for labels of the model, by enumeration."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x = jax.random.normal(jax.random.key(2), (4, 2))
     log_probs = jax.nn.log_softmax(network(params, x))
-    labels, probabilities = labellings(np.arange(3), log_probs)
+    labels, probabilities = all_labels(np.arange(3), log_probs)
     likelihood = Categorical()
     estimate = gnb(
         lambda params, x, labels: (network(params, x), labels),
-        likelihood=Given(likelihood),
+        likelihood=GivenLabels(likelihood),
         groups=groups,
     )
     key = jax.random.key(0)

@@ -1,13 +1,14 @@
-"""Tests of `accumulate`: micro-batches against one call with the complete batch."""
+"""Micro-batches in `accumulate`, compared with an estimate of the complete batch."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
 from problems import network, network_params
 
-from sophia_optax import accumulate, empirical_fisher, gnb, hutchinson, sophia_g
+from sophia_optax import accumulate, empirical_fisher, gnb, hutchinson
 
 KEY = jax.random.key(3)
 PARAMS = network_params()
@@ -21,7 +22,7 @@ def loss(params, x):
 
 
 def add_all(micro, batches):
-    """Return the state after micro-batches, pairs of an array and keyword arguments."""
+    """Add micro-batches, pairs of inputs and keyword arguments, and return the state."""
     state, add = micro.init(PARAMS), jax.jit(micro.add)
     for x, kwargs in batches:
         state = add(state, PARAMS, x, **kwargs)
@@ -29,8 +30,8 @@ def add_all(micro, batches):
 
 
 def split(sizes, **arrays):
-    """Return X and named arrays in micro-batches of these sizes."""
-    ends = jnp.cumsum(jnp.array(sizes)).tolist()
+    """Split X and named arrays into micro-batches of these sizes."""
+    ends = np.cumsum(sizes)
     slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     return [(X[s], {name: a[s] for name, a in arrays.items()}) for s in slices]
 
@@ -43,8 +44,8 @@ def split(sizes, **arrays):
         (hutchinson, loss, {}, {"key": KEY}),
     ],
 )
-def test_accumulate_of_equal_micro_batches_is_the_estimate_of_all(make, fn, arrays, kwargs):
-    """Labels and probes of the groups are equal too, with the same key."""
+def test_accumulate_of_equal_micro_batches_equals_one_estimate(make, fn, arrays, kwargs):
+    """The groups have the same sampled labels and probes, because the key is the same."""
     micro = accumulate(make(fn, groups=2))
     batches = [(x, named | kwargs) for x, named in split((4, 4, 4), **arrays)]
     state = add_all(micro, batches)
@@ -63,7 +64,7 @@ def gradient_of_sum(params, x, y, w):
 @pytest.mark.parametrize(
     ("sizes", "weights"), [((1, 11), None), ((5, 3, 4), WEIGHTS), ((2, 2, 8), WEIGHTS)]
 )
-def test_accumulate_of_unequal_micro_batches_has_the_right_scale(sizes, weights):
+def test_accumulate_of_unequal_micro_batches_has_the_correct_scale(sizes, weights):
     """With given labels, ĥ is (1 / W) Σ_i S_i² of the sums S_i over micro-batches."""
     w = jnp.ones(12) if weights is None else weights
     sums = [
@@ -85,81 +86,31 @@ def test_accumulate_weighs_sequences_by_their_number_of_predictions():
 
 def test_accumulate_ignores_a_micro_batch_of_weight_zero():
     micro = accumulate(gnb(network))
-    some = (X, {"key": KEY, "weights": WEIGHTS})
-    zero = (X, {"key": KEY, "weights": jnp.zeros(12)})
-    one, both = add_all(micro, [some]), add_all(micro, [some, zero])
-    assert_trees_all_equal(micro.mean(both), micro.mean(one))
-    for empty in (add_all(micro, []), add_all(micro, [zero])):
-        assert all(jnp.isnan(h).all() for h in jax.tree.leaves(micro.mean(empty)))
+    batch = (X, {"key": KEY, "weights": WEIGHTS})
+    masked = (X, {"key": KEY, "weights": jnp.zeros(12)})
+    expected, got = (micro.mean(add_all(micro, b)) for b in ([batch], [batch, masked]))
+    assert_trees_all_equal(got, expected)
+    for batches in ([], [masked]):
+        mean = micro.mean(add_all(micro, batches))
+        assert all(jnp.isnan(h).all() for h in jax.tree.leaves(mean))
 
 
 def test_accumulate_weighs_hutchinson_by_the_given_weight():
-    """The loss is a masked mean, which one `hutchinson` in several groups rules out."""
+    """The loss is a masked mean, for which `hutchinson` in several groups is wrong."""
     mask = jnp.array([1.0] * 5 + [0] * 7)
 
-    # The loss is quadratic in the bias, and its Hessian there is diagonal: every probe
-    # gives the same product.
-    def of_bias(bias, x, m):
+    def loss_of_bias(bias, x, m):
+        """Return a loss with a diagonal Hessian, so that every probe is exact."""
         logits = network(PARAMS | {"bias": bias}, x)
         return jnp.sum(m * jnp.sum(logits**2, -1) * (x[:, 0] + 2)) / m.sum()
 
-    micro = accumulate(hutchinson(of_bias))
+    micro = accumulate(hutchinson(loss_of_bias))
     state = micro.init(PARAMS["bias"])
     for part in (slice(0, 4), slice(4, 12)):
         x, m = X[part], mask[part]
         state = jax.jit(micro.add)(state, PARAMS["bias"], x, m, key=KEY, weight=m.sum())
-    exact = jax.hessian(of_bias)(PARAMS["bias"], X, mask).diagonal()
+    exact = jax.hessian(loss_of_bias)(PARAMS["bias"], X, mask).diagonal()
     assert_trees_all_close(micro.mean(state), exact, rtol=1e-5)
-
-
-def test_accumulate_under_multi_steps_sees_each_micro_batch_once():
-    """As in `docs/large_batches.md`: `add` on micro-steps, `mean` in `hessian_fn`."""
-    steps, interval, calls = 3, 2, []
-    micro = accumulate(gnb(network))
-    tx = sophia_g(0.1, update_interval=interval)
-    multi = optax.MultiSteps(tx, steps)
-
-    @jax.jit
-    def micro_step(params, state, total, x):
-        def add(total):
-            jax.debug.callback(lambda: calls.append(1))
-            key = jax.random.fold_in(KEY, state.gradient_step)
-            return micro.add(total, params, x, key=key)
-
-        due = state.gradient_step % interval == 0
-        total = jax.lax.cond(due, add, lambda total: total, total)
-        grads = jax.grad(loss)(params, x)
-        updates, state = multi.update(
-            grads, state, params, hessian_fn=lambda key: micro.mean(total)
-        )
-        total = jax.lax.cond(
-            multi.has_updated(state), lambda t: micro.init(params), lambda t: t, total
-        )
-        return optax.apply_updates(params, updates), state, total
-
-    @jax.jit
-    def step(params, state, key):
-        def estimate(_):
-            return gnb(network, groups=steps)(params, X, key=key)
-
-        grads = jax.grad(loss)(params, X)
-        updates, state = tx.update(grads, state, params, hessian_fn=estimate)
-        return optax.apply_updates(params, updates), state
-
-    params, state, total = PARAMS, multi.init(PARAMS), micro.init(PARAMS)
-    expected_params, expected = PARAMS, tx.init(PARAMS)
-    for i in range(4):
-        key = jax.random.fold_in(KEY, i)
-        expected_params, expected = step(expected_params, expected, key)
-        for x in X.reshape(steps, 4, 2):
-            params, state, total = micro_step(params, state, total, x)
-    jax.effects_barrier()
-    assert_trees_all_close(params, expected_params, rtol=1e-5)
-    for name, rtol in {"hessian": 1e-4, "num_refreshes": 0}.items():
-        got, want = (optax.tree.get(s, name) for s in (state, expected))
-        assert_trees_all_close(got, want, rtol=rtol)
-    assert optax.tree.get(state, "num_refreshes") == 2
-    assert len(calls) == 2 * steps  # on the micro-steps of the steps with a refresh
 
 
 def test_accumulate_rejects_invalid_arguments():

@@ -1,4 +1,4 @@
-"""Tests of the sampler of `Categorical`, which inverts the cumulative softmax."""
+"""The sampler of `Categorical`, which inverts the cumulative softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +8,31 @@ import pytest
 from sophia_optax import Categorical
 from sophia_optax.curvature import categorical_sampler
 
-STEP = 2.0**-23  # of a float32 uniform number in [0, 1)
+STEP = 2.0**-23  # the spacing of uniform numbers in float32
 KEY = jax.random.key(0)
 
 
-def exact_edges(logits):
+def exact_cdf(logits):
     """Return the cumulative softmax in float64, shape (classes,)."""
     logits = np.asarray(logits, np.float64)
     p = np.exp(logits - logits.max())
     return np.cumsum(p / p.sum())
 
 
-def draw(uniform, logits):
-    """Return one draw from the same logits for each uniform number."""
+def sample_classes(uniform, logits):
+    """Return one class for each uniform number, all from the same logits."""
     sample = jax.jit(jax.vmap(categorical_sampler.invert_cdf, (0, None)))
     return np.asarray(sample(jnp.float32(uniform), jnp.float32(logits)))
 
 
 @pytest.mark.parametrize("classes", [3, 300, 512])
-def test_sample_categorical_promotes_neither_ranks_nor_dtypes(classes, x64):
+def test_sample_categorical_does_not_promote_ranks_or_dtypes(classes, x64):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         logits = jnp.zeros((2, 4, classes), jnp.float64)
         assert categorical_sampler.sample_categorical(KEY, logits).shape == (2, 4)
 
 
-def logits_of(classes, kind, seed=0):
+def make_logits(classes, kind, seed=0):
     rng = np.random.default_rng(seed)
     normal, few = rng.normal(size=classes), rng.random(classes) < 5 / classes
     some = (rng.random(classes) < 0.5) & (np.arange(classes) % (classes - 1) > 0)
@@ -48,37 +48,38 @@ def logits_of(classes, kind, seed=0):
 
 @pytest.mark.parametrize("kind", ["flat", "normal", "huge", "offset", "impossible classes"])
 @pytest.mark.parametrize("classes", [3, 256, 257, 1024, 50257, 50304])
-def test_invert_cdf_is_exact_at_every_edge(classes, kind):
-    """On both sides of an edge it returns the class there, to float32 rounding."""
-    logits, margin = jnp.float32(logits_of(classes, kind)), 4 * STEP
-    high = exact_edges(logits)
+def test_invert_cdf_is_exact_up_to_float32_rounding(classes, kind):
+    """Classes of sufficient probability are tested at both ends of their interval."""
+    logits, margin = jnp.float32(make_logits(classes, kind)), 4 * STEP
+    high = exact_cdf(logits)
     low = np.concatenate([[0], high[:-1]])
     wide = np.flatnonzero(high - low > 2 * margin)
     assert wide.size
     wide = wide[:: max(1, wide.size // 500)]
     low, high = low[wide], high[wide]
-    labels = draw(np.concatenate([low + margin, (low + high) / 2, high - margin]), logits)
-    np.testing.assert_array_equal(labels, np.tile(wide, 3))
+    uniform = np.concatenate([low + margin, (low + high) / 2, high - margin])
+    np.testing.assert_array_equal(sample_classes(uniform, logits), np.tile(wide, 3))
 
 
 @pytest.mark.parametrize("classes", [3, 257, 1024, 5000])
-def test_invert_cdf_never_draws_an_impossible_class(classes):
-    """Neither at the ends of (0, 1) nor where a rounded sum skips an edge."""
-    logits = logits_of(classes, "impossible classes", seed=1)
-    edges = exact_edges(logits)
+def test_invert_cdf_never_returns_an_impossible_class(classes):
+    """The tested numbers are the ends of (0, 1), and those at or just above a CDF value."""
+    logits = make_logits(classes, "impossible classes", seed=1)
+    cdf = exact_cdf(logits)
     ends = [0, STEP / 2, 1 - STEP / 2, 1]
-    places = np.concatenate([ends, edges, np.nextafter(np.float32(edges), 2)])
-    assert np.isfinite(logits[draw(np.clip(places, 0, 1), logits)]).all()
+    uniform = np.concatenate([ends, cdf, np.nextafter(np.float32(cdf), 2)])
+    assert np.isfinite(logits[sample_classes(np.clip(uniform, 0, 1), logits)]).all()
 
 
 @pytest.mark.parametrize("possible", [0, 255, 256, 700, 999])
-def test_invert_cdf_always_draws_the_only_possible_class(possible):
+def test_invert_cdf_always_returns_the_only_possible_class(possible):
     logits = np.full(1000, -np.inf)
     logits[possible] = -1e4
-    np.testing.assert_array_equal(draw(np.linspace(0, 1, 101), logits), possible)
+    uniform = np.linspace(0, 1, 101)
+    np.testing.assert_array_equal(sample_classes(uniform, logits), possible)
 
 
-def test_sample_categorical_uses_uniform_numbers_inside_the_unit_interval(monkeypatch):
+def test_sample_categorical_uses_uniform_numbers_in_the_open_unit_interval(monkeypatch):
     seen = []
     monkeypatch.setattr(
         categorical_sampler, "invert_cdf", lambda u, logits: seen.append(u) or u
@@ -90,8 +91,8 @@ def test_sample_categorical_uses_uniform_numbers_inside_the_unit_interval(monkey
 
 
 def test_categorical_sample_uses_float32_uniform_numbers_for_16_bit_logits(monkeypatch):
-    logits = jnp.asarray(logits_of(300, "normal", seed=4), jnp.bfloat16)
-    low = np.concatenate([[0], exact_edges(logits)[:-1]])
+    logits = jnp.asarray(make_logits(300, "normal", seed=4), jnp.bfloat16)
+    low = np.concatenate([[0], exact_cdf(logits)[:-1]])
     wide = np.flatnonzero(np.diff(low, append=1) > 8 * STEP)
 
     def uniform(key, shape, dtype):
@@ -111,7 +112,7 @@ def test_categorical_sample_returns_int32_labels(shape, dtype):
     assert (labels.shape, labels.dtype) == (shape[:-1], jnp.int32)
 
 
-def test_categorical_sample_draws_predictions_independently():
+def test_categorical_sample_is_independent_between_predictions():
     labels = Categorical().sample(KEY, jnp.zeros((2, 4000, 2)))
     joint = np.bincount(2 * labels[0] + labels[1], minlength=4) / 4000
     # The standard error of each fraction is 0.007.
@@ -120,11 +121,11 @@ def test_categorical_sample_draws_predictions_independently():
 
 @pytest.mark.parametrize(
     ("predictions", "classes", "copies"),
-    # Few classes are not padded to a block of 256.
+    # 10 classes are not padded to a block of 256.
     [(256, 50257, 0.1), (256, 50304, 0.1), (10_000, 10, 4)],
 )
 def test_sample_categorical_needs_little_memory(predictions, classes, copies):
-    """Temporary memory is counted in copies of the logits, as the compiler reports it."""
+    """The compiler reports less temporary memory than `copies` of the logits."""
     logits = jax.ShapeDtypeStruct((predictions, classes), jnp.float32)
     sample = jax.jit(categorical_sampler.sample_categorical)
     memory = sample.lower(KEY, logits).compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""Tests of `each_group`: the estimate is unchanged, or the annotation is rejected."""
+"""Annotations with `each_group` do not change the estimate, or are rejected."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sophia_optax import accumulate, each_group, empirical_fisher, gnb, hutchinson
 
-# Key words of the error for each cause. The text of errors is matched only here.
+# A part of the error message for each cause.
 CAUSES = {
     "repeated": "several uses",
     "loop": "in a loop",
@@ -52,7 +52,7 @@ def identity(w):
 
 
 def network(params, x, embedding=identity, layer=each_group, head=identity, bias=identity):
-    """Return logits of a tied embedding. Each use of a weight has its own function."""
+    """Return logits. A function of each weight is called at each of its uses."""
 
     def apply(h, w):
         return jnp.tanh(h @ layer(w)), None
@@ -66,11 +66,11 @@ def annotated(params, x):
     return network({**params, **outer}, x)
 
 
-def using(**functions):
+def network_with(**functions):
     return functools.partial(network, **functions)
 
 
-unannotated = using(layer=identity)
+unannotated = network_with(layer=identity)
 
 
 def hidden_states(x):
@@ -96,7 +96,7 @@ def expected_fisher(groups=4):
 
 
 @pytest.mark.parametrize(("groups", "parallel_groups"), [(1, None), (4, 2), (8, 1)])
-def test_each_group_leaves_gnb_and_accumulate_unchanged(groups, parallel_groups):
+def test_each_group_does_not_change_gnb_and_accumulate(groups, parallel_groups):
     def estimate(network):
         micro = accumulate(gnb(network, groups=groups, parallel_groups=parallel_groups))
         state, add = micro.init(PARAMS), jax.jit(micro.add)
@@ -107,7 +107,7 @@ def test_each_group_leaves_gnb_and_accumulate_unchanged(groups, parallel_groups)
     assert_trees_all_close(estimate(annotated), estimate(unannotated), rtol=2e-6)
 
 
-def test_each_group_leaves_gradients_and_hutchinson_unchanged():
+def test_each_group_does_not_change_gradients_and_hutchinson():
     def jaxprs(network):
         def loss(params, x):
             return network(params, x).mean()
@@ -121,8 +121,8 @@ def test_each_group_leaves_gradients_and_hutchinson_unchanged():
     assert jaxprs(annotated) == jaxprs(unannotated)
 
 
-def test_each_group_in_a_jitted_model_is_traced_again_for_an_estimate():
-    """The cached trace of a training step has no squares in it."""
+def test_each_group_in_a_jitted_model_is_traced_separately_for_an_estimate():
+    """The cached trace of a training step does not compute squares."""
     jitted = jax.jit(annotated)
     before = jax.grad(lambda p: jitted(p, X).sum())(PARAMS)
     estimate = fisher(jitted)
@@ -153,12 +153,12 @@ def test_each_group_gives_nan_for_an_invalid_label_unless_it_is_masked():
         assert is_finite == all(jnp.isfinite(s).all() for s in jax.tree.leaves(estimate))
 
 
-def vmapped(params, x):
+def annotate_vmapped(params, x):
     layers = jax.vmap(each_group)(params["layers"])
     return network({**params, "layers": layers}, x, layer=identity)
 
 
-def reshaped(w):
+def annotate_reshaped(w):
     return each_group(w.T.reshape(-1)[:, None]).reshape(D, D).T
 
 
@@ -166,10 +166,10 @@ def reshaped(w):
     "network",
     [
         network,
-        vmapped,
-        using(layer=reshaped),
-        using(layer=jax.checkpoint(each_group)),
-        using(layer=lambda w: each_group(jax.lax.optimization_barrier(w))),
+        annotate_vmapped,
+        network_with(layer=annotate_reshaped),
+        network_with(layer=jax.checkpoint(each_group)),
+        network_with(layer=lambda w: each_group(jax.lax.optimization_barrier(w))),
     ],
     ids=["layers only", "vmap", "reshape", "checkpoint", "barrier"],
 )
@@ -178,13 +178,13 @@ def test_each_group_accepts_equivalent_annotations(network):
 
 
 def test_each_group_accepts_a_cast_after_the_annotation():
-    estimate = fisher(using(layer=lambda w: each_group(w).astype(jnp.bfloat16)))
-    expected = fisher(using(layer=lambda w: w.astype(jnp.bfloat16)))
+    estimate = fisher(network_with(layer=lambda w: each_group(w).astype(jnp.bfloat16)))
+    expected = fisher(network_with(layer=lambda w: w.astype(jnp.bfloat16)))
     assert_trees_all_close(estimate, expected, rtol=2e-6)
 
 
 def test_each_group_of_an_unused_parameter_gives_zero():
-    """A handwritten backward pass receives zeros for an output that the loss ignores."""
+    """A custom backward pass receives zeros for an output that the loss does not use."""
 
     def bwd(args, g):
         h, w, v = args
@@ -193,70 +193,74 @@ def test_each_group_of_an_unused_parameter_gives_zero():
 
     products = with_backward_pass(lambda h, w, v: (h @ w, h @ v), bwd)
 
-    def of(params, x):
+    def logits_fn(params, x):
         h, _ = jax.lax.scan(
             lambda h, w: (jnp.tanh(h @ w), None), params["embedding"][x], params["layers"]
         )
         unused = each_group(params["unused"])
         return products(h, params["embedding"].T, unused)[0] + params["bias"]
 
-    estimate = fisher(of, PARAMS | {"unused": jnp.ones((D, D))})
+    estimate = fisher(logits_fn, PARAMS | {"unused": jnp.ones((D, D))})
     assert not estimate.pop("unused").any()
     assert_trees_all_close(estimate, expected_fisher(), rtol=2e-6)
 
 
-def copy(x):
+def copy_in_kernel(x):
     def body(x, out):
         out[...] = x[...]
 
     return pallas.pallas_call(body, out_shape=x, interpret=True)(x)
 
 
-kernel = with_backward_pass(copy, lambda args, g: (g,))
-
-
-def through_a_reference(x):
+def copy_through_reference(x):
     reference = jax.new_ref(x)
     reference[...] = reference[...] * 1
     return reference[...]
 
 
-@pytest.mark.parametrize("operation", [kernel, through_a_reference])
+kernel = with_backward_pass(copy_in_kernel, lambda args, g: (g,))
+
+
+@pytest.mark.parametrize("operation", [kernel, copy_through_reference])
 @pytest.mark.parametrize("network", [unannotated, annotated])
-def test_each_group_allows_kernels_and_references_elsewhere(network, operation):
+def test_each_group_allows_kernels_and_references_of_other_arrays(network, operation):
     estimate = fisher(lambda params, x: operation(jnp.ones(V)) * network(params, x))
     assert_trees_all_close(estimate, expected_fisher(), rtol=2e-6)
 
 
-def test_each_group_leaves_other_leaves_unchanged():
+def test_each_group_returns_leaves_that_are_not_weights():
     others = {"n": 3, "key": KEY, "act": "relu", "none": None, "cos": jnp.cos, "ids": X}
 
-    def of(params, x):
+    def logits_fn(params, x):
         tree = each_group({"b": params["bias"]} | others | {"ids": x})
         assert all(tree[name] == others[name] for name in ("n", "act", "none", "cos"))
         return network({**params, "bias": tree["b"]}, tree["ids"], layer=identity)
 
-    assert_trees_all_close(fisher(of), expected_fisher(), rtol=2e-6)
+    assert_trees_all_close(fisher(logits_fn), expected_fisher(), rtol=2e-6)
 
 
-def in_map_over_batch(params, x):
+def annotate_in_map_over_batch(params, x):
     return jax.lax.map(lambda h: h @ each_group(params["embedding"]).T, hidden_states(x))
 
 
-def rows(params, x):
-    """Annotate rows. A group may look up the same row twice."""
+def annotate_rows(params, x):
+    """Annotate rows of an embedding. A group may use the same row twice."""
     return each_group(params["embedding"][x]) @ jnp.cos(jnp.arange(D * V)).reshape(D, V)
 
 
-def in_one_branch(params, x):
+def annotate_broadcast(b):
+    return each_group(jnp.broadcast_to(b, (2, V)))
+
+
+def annotate_in_cond(params, x):
     def bias(b):
         return jax.lax.cond(x.sum() % 2, each_group, lambda b: 2 * each_group(b), b)
 
     return network(params, x, bias=bias)
 
 
-def after_an_inner_gradient(params, x):
-    """Compute the loss after one step of gradient descent, as in meta-learning."""
+def annotate_in_inner_gradient(params, x):
+    """Return logits after one step of gradient descent, as in meta-learning."""
 
     def loss(layers):
         return network({**params, "layers": layers}, x).sum()
@@ -265,11 +269,11 @@ def after_an_inner_gradient(params, x):
     return network({**params, "layers": layers}, x, layer=identity)
 
 
-def rounded(w):
+def annotate_rounded(w):
     return each_group(w.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def outputs_and_bias(params, x):
+def annotate_bias_and_logits(params, x):
     return each_group(network(params, x, bias=each_group))
 
 
@@ -283,7 +287,7 @@ def _head_bwd(args, g):
     return g @ w.T, loop[1]
 
 
-def in_while_loop(params, x):
+def annotate_in_while_loop(params, x):
     head = with_backward_pass(jnp.matmul, _head_bwd)
     return head(hidden_states(x), params["embedding"].T) + each_group(params["bias"])
 
@@ -291,37 +295,37 @@ def in_while_loop(params, x):
 @pytest.mark.parametrize(
     ("network", "parameter", "cause"),
     [
-        (using(embedding=each_group, head=each_group), "embedding", "repeated"),
-        (rows, "embedding", "repeated"),
-        (using(layer=lambda w: each_group(w) + each_group(w)), "layers", "repeated"),
-        (using(bias=lambda b: each_group(jnp.broadcast_to(b, (2, V)))), "bias", "repeated"),
-        (in_map_over_batch, "embedding", "loop"),
-        (in_one_branch, "bias", "cond"),
-        (in_while_loop, "embedding", "while"),
-        (after_an_inner_gradient, "bias", "inner gradient"),
-        (outputs_and_bias, "bias", "again"),
-        (using(bias=lambda b: each_group(each_group(b))), "bias", "again"),
-        (using(embedding=each_group), "embedding", "incomplete"),
-        (using(layer=lambda w: each_group(2 * w)), "layers", "changed"),
-        (using(layer=rounded), "layers", "rounded"),
+        (network_with(embedding=each_group, head=each_group), "embedding", "repeated"),
+        (annotate_rows, "embedding", "repeated"),
+        (network_with(layer=lambda w: each_group(w) + each_group(w)), "layers", "repeated"),
+        (network_with(bias=annotate_broadcast), "bias", "repeated"),
+        (annotate_in_map_over_batch, "embedding", "loop"),
+        (annotate_in_cond, "bias", "cond"),
+        (annotate_in_while_loop, "embedding", "while"),
+        (annotate_in_inner_gradient, "bias", "inner gradient"),
+        (annotate_bias_and_logits, "bias", "again"),
+        (network_with(bias=lambda b: each_group(each_group(b))), "bias", "again"),
+        (network_with(embedding=each_group), "embedding", "incomplete"),
+        (network_with(layer=lambda w: each_group(2 * w)), "layers", "changed"),
+        (network_with(layer=annotate_rounded), "layers", "rounded"),
     ],
 )
-def test_each_group_rejects_a_wrong_annotation(network, parameter, cause):
+def test_each_group_rejects_an_invalid_annotation(network, parameter, cause):
     with rejects(cause, parameter):
         fisher(network)
 
 
 def test_each_group_rejects_a_slice_that_depends_on_the_batch():
-    def of(params, x):
+    def logits_fn(params, x):
         return hidden_states(x) @ each_group(params["layers"][x[0, 0] % L])
 
     with pytest.raises(ValueError, match=CAUSES["per batch"]):
-        fisher(of)
+        fisher(logits_fn)
 
 
 def test_each_group_rejects_weights_in_16_bits():
     with pytest.raises(TypeError, match=r"`each_group` .*`tree`.* bfloat16"):
-        fisher(using(layer=lambda w: each_group(w.astype(jnp.bfloat16))))
+        fisher(network_with(layer=lambda w: each_group(w.astype(jnp.bfloat16))))
 
 
 REPLICATED = {name: P() for name in PARAMS}
@@ -357,20 +361,20 @@ def gather(w, **settings):
     return jax.lax.all_gather(w, "d", axis=w.ndim - 1, tiled=True, **settings)
 
 
-def gathered_product(params, x):
-    """Gather a product instead of its factors."""
+def gather_product(params, x):
+    """Return logits of a model that gathers a product instead of its factors."""
     first, second = params["layers"][0], params["layers"][1]
     return hidden_states(x) @ gather(first + second @ jnp.ones((D // 2, D // 2)))
 
 
-def ring(params, x):
-    """Pass shards from device to device."""
+def permute_weights(params, x):
+    """Return logits of a model that passes shards from device to device."""
     h, w = hidden_states(x), params["layers"][0]
     other = jax.lax.ppermute(w, "d", [(0, 1), (1, 0)])
     return jnp.concatenate([h @ w, h @ other], -1)
 
 
-def _ring_bwd(args, g):
+def _permute_gradients_bwd(args, g):
     h, w = args
 
     def body(carry):
@@ -380,9 +384,9 @@ def _ring_bwd(args, g):
     return g @ w.T, jnp.einsum("...i,...j->ij", h, g)
 
 
-def ring_in_backward_pass(params, x):
+def permute_gradients(params, x):
     """Pass gradients from device to device in a `while`, as in ring attention."""
-    product = with_backward_pass(jnp.matmul, _ring_bwd)
+    product = with_backward_pass(jnp.matmul, _permute_gradients_bwd)
     return product(hidden_states(x), params["layers"][0])
 
 
@@ -390,16 +394,16 @@ def ring_in_backward_pass(params, x):
 @pytest.mark.parametrize(
     ("network", "cause"),
     [
-        (using(layer=gather), "summed"),
-        (using(layer=lambda w: gather(3 * w)), "summed"),
-        (gathered_product, "summed"),
-        (ring, "summed"),
-        (ring_in_backward_pass, "summed"),
-        (using(layer=lambda w: gather(each_group(w))), "before the gather"),
+        (network_with(layer=gather), "summed"),
+        (network_with(layer=lambda w: gather(3 * w)), "summed"),
+        (gather_product, "summed"),
+        (permute_weights, "summed"),
+        (permute_gradients, "summed"),
+        (network_with(layer=lambda w: gather(each_group(w))), "before the gather"),
     ],
 )
 def test_each_group_is_required_after_each_gather_in_shard_map(network, cause, check_vma):
-    """Without it gradients are summed over devices before the square."""
+    """Otherwise gradients would be summed over devices before the square."""
     with rejects(cause, "layers"):
         fisher_in_shard_map(network, check_vma)
 
@@ -409,33 +413,34 @@ def test_each_group_rejects_a_gather_within_subsets_of_devices():
         return each_group(gather(w, axis_index_groups=[[0], [1]]))
 
     with pytest.raises(ValueError, match=r"`params\['layers'\]`"):
-        fisher_in_shard_map(using(layer=layer), False, REPLICATED)
+        fisher_in_shard_map(network_with(layer=layer), False, REPLICATED)
 
 
 def test_each_group_rejects_a_gather_over_an_axis_without_groups():
-    """Along "t" the sum of the gradients is squared, not the gradient of each device."""
+    """Devices along "t" hold parts of one group's gradient, which must be summed first."""
 
     def layer(w):
         return each_group(jax.lax.all_gather(w, "t", axis=1, tiled=True))
 
     with rejects("other axes", "layers"):
         specs = REPLICATED | {"layers": P(None, None, "t")}
-        fisher_in_shard_map(using(layer=layer), False, specs)
+        fisher_in_shard_map(network_with(layer=layer), False, specs)
 
 
 @CHECK_VMA
 def test_empirical_fisher_allows_collectives_outside_the_gradient(check_vma):
-    def of(params, x):
+    def logits_fn(params, x):
         return unannotated(params, x) / jax.lax.pmean((x**2.0).mean(), "d")
 
-    estimate = fisher_in_shard_map(of, check_vma, REPLICATED)
+    estimate = fisher_in_shard_map(logits_fn, check_vma, REPLICATED)
     expected = fisher(lambda p, x: unannotated(p, x) / (X**2.0).mean(), groups=2)
     assert_trees_all_close(estimate, expected, rtol=2e-6)
 
 
 @CHECK_VMA
 def test_hutchinson_rejects_params_that_the_loss_gathers(check_vma):
-    estimator = hutchinson(lambda p, x: using(layer=gather)(p, x).mean(), axis_name="d")
+    gathering = network_with(layer=gather)
+    estimator = hutchinson(lambda p, x: gathering(p, x).mean(), axis_name="d")
 
     def estimate(params, x, y):
         return estimator(params, x, key=KEY)

@@ -1,4 +1,4 @@
-"""Arguments that `gnb`, `empirical_fisher` and `hutchinson` have in common."""
+"""Arguments shared by `gnb`, `empirical_fisher` and `hutchinson`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ PARAMS = network_params()
 X, Y = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2), jnp.array([0, 1, 2, 0])
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY)
-DATA = jax.random.key_data(KEYS)
+LEGACY_KEYS = jax.random.key_data(KEYS)
 
 EVERY_ESTIMATOR = pytest.mark.parametrize(
     ("make", "fn", "kwargs"),
@@ -29,14 +29,16 @@ EVERY_ESTIMATOR = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "leaf", [jnp.arange(2), jnp.ones(2, complex), jnp.ones(2, jnp.float8_e4m3fn), KEY]
 )
-def test_estimator_rejects_params_that_are_not_real_or_have_8_bits(make, fn, kwargs, leaf):
+def test_estimator_rejects_params_of_an_unsupported_dtype(make, fn, kwargs, leaf):
     with pytest.raises(TypeError, match=rf"`params\['n'\]`.* {leaf.dtype}.*`nnx\.split"):
         jax.eval_shape(make(fn), PARAMS | {"n": leaf}, X, **kwargs)
 
 
 @EVERY_ESTIMATOR
 @pytest.mark.parametrize("groups", [1, 2])
-def test_estimator_accepts_params_of_none_size_zero_and_numbers(make, fn, kwargs, groups):
+def test_estimator_accepts_none_empty_arrays_and_numbers_as_params(
+    make, fn, kwargs, groups
+):
     params = PARAMS | {"none": None, "empty": jnp.ones((0, 3)), "number": 1.5}
     estimate = make(lambda p, x: fn(PARAMS | p, p.get("number", 1) * x), groups=groups)
     hessian = estimate(params, X, **kwargs)
@@ -46,7 +48,9 @@ def test_estimator_accepts_params_of_none_size_zero_and_numbers(make, fn, kwargs
 
 
 @EVERY_ESTIMATOR
-def test_estimator_accepts_any_batch_for_one_group(make, fn, kwargs):
+def test_estimator_in_one_group_accepts_a_batch_with_scalars_or_without_arrays(
+    make, fn, kwargs
+):
     expected = make(fn)(PARAMS, 2 * X, **kwargs)
     without_arrays = make(lambda p: fn(p, 2 * X))(PARAMS, **kwargs)
     with_a_scalar = make(lambda p, x, scale: fn(p, scale * x))(PARAMS, X, 2.0, **kwargs)
@@ -69,7 +73,9 @@ def test_estimator_accepts_any_batch_for_one_group(make, fn, kwargs):
         ({"axis_name": ("a", "b")}, (X,), r"`axis_name=\('a', 'b'\)`.*`shard_map`"),
     ],
 )
-def test_estimator_rejects_bad_groups_or_axes(make, fn, kwargs, settings, batch, message):
+def test_estimator_rejects_invalid_groups_batches_and_axes(
+    make, fn, kwargs, settings, batch, message
+):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(make(fn, **settings), PARAMS, *batch, **kwargs)
 
@@ -77,8 +83,8 @@ def test_estimator_rejects_bad_groups_or_axes(make, fn, kwargs, settings, batch,
 @EVERY_ESTIMATOR
 def test_estimator_accepts_legacy_keys_and_numpy_targets_by_keyword(make, fn, kwargs):
     [(name, value)] = kwargs.items()
-    raw = jax.random.key_data(value) if name == "key" else np.uint8(value)
-    assert_trees_all_close(*(make(fn)(PARAMS, X, **{name: v}) for v in (value, raw)))
+    other = jax.random.key_data(value) if name == "key" else np.uint8(value)
+    assert_trees_all_close(*(make(fn)(PARAMS, X, **{name: v}) for v in (value, other)))
     with pytest.raises(TypeError, match=f"'{name}'"):
         make(fn)(PARAMS, X, value)
 
@@ -86,7 +92,12 @@ def test_estimator_accepts_legacy_keys_and_numpy_targets_by_keyword(make, fn, kw
 @pytest.mark.parametrize("make", [gnb, hutchinson])
 @pytest.mark.parametrize(
     ("key", "received"),
-    [(KEYS, r"key<fry>\[2\]"), (DATA, r"uint32\[2, 2\]"), (0, "0|int32"), (None, "None")],
+    [
+        (KEYS, r"key<fry>\[2\]"),
+        (LEGACY_KEYS, r"uint32\[2, 2\]"),
+        (0, "0|int32"),
+        (None, "None"),
+    ],
 )
 def test_estimator_rejects_an_invalid_key(make, key, received):
     message = rf"`key`.*`jax\.random\.key\(0\)`.* got ({received})"

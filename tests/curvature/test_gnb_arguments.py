@@ -76,7 +76,7 @@ def test_gnb_rejects_weights_of_the_wrong_shape(make, transform, shape):
 @pytest.mark.parametrize(
     ("factor", "term"), [([1, NAN, 1], 0), ([1, INF, 1], 0), (1, [0, INF, 0]), (1, -INF)]
 )
-def test_gnb_is_not_finite_for_logits_that_are_not_finite(make, factor, term, weights):
+def test_gnb_is_not_finite_for_nonfinite_logits(make, factor, term, weights):
     def logits_fn(p, x):
         return network(p, x).at[1].multiply(jnp.array(factor)).at[1].add(jnp.array(term))
 
@@ -104,7 +104,7 @@ def test_gnb_rejects_invalid_logits(make, edit, targets, error, message):
 
 @BOTH
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Normal(), Poisson()])
-def test_gnb_checks_elementwise_likelihoods(make, likelihood):
+def test_gnb_rejects_invalid_arguments_for_elementwise_likelihoods(make, likelihood):
     kwargs = {"likelihood": likelihood, "targets": jnp.ones((4, 3))}
     with pytest.raises(ValueError, match=r"`logits_fn`.* tuple"):
         trace(make, fn=lambda p, x: (network(p, x), 0), **kwargs)

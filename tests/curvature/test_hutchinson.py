@@ -1,4 +1,4 @@
-"""Tests of `hutchinson` against dense Hessians and plain Hessian-vector products."""
+"""`hutchinson`, compared with dense Hessians and Hessian-vector products."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def small_loss(params, x):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_hutchinson_mean_over_all_probes_is_the_diagonal(x64, monkeypatch, groups):
-    """Each group has the exact mean, so all groups may be given the same probe."""
+    """All groups have the same probe, because the mean of each group is exact."""
     params = {"a": jnp.array([0.3, -1.2, 0.7]), "b": jnp.array([[1.1], [0.2]])}
     x = jax.random.normal(jax.random.key(0), (6, 3))
 
@@ -32,15 +32,15 @@ def test_hutchinson_mean_over_all_probes_is_the_diagonal(x64, monkeypatch, group
         monkeypatch.setattr(optax.tree, "random_like", lambda key, tree, sampler: probe)
         return hutchinson(small_loss, groups=groups)(params, x, key=jax.random.key(0))
 
-    every = jnp.array(list(itertools.product([-1.0, 1.0], repeat=5)))
-    estimates = jax.jit(jax.vmap(with_probe))(every)
+    probes = jnp.array(list(itertools.product([-1.0, 1.0], repeat=5)))
+    estimates = jax.jit(jax.vmap(with_probe))(probes)
     mean = jax.tree.map(lambda e: e.mean(0), estimates)
     dense = hessian_diagonal(lambda p: small_loss(p, x), params)
-    assert min(map(jnp.min, jax.tree.leaves(dense))) < 0  # not a Gauss-Newton matrix
+    assert min(map(jnp.min, jax.tree.leaves(dense))) < 0  # unlike a Gauss-Newton matrix
     assert_trees_all_close(mean, dense, rtol=1e-10)
 
 
-def test_hutchinson_probes_are_signs_of_the_dtype_of_the_parameters(monkeypatch):
+def test_hutchinson_probes_are_signs_in_the_dtypes_of_params(monkeypatch):
     probes, random_like = [], optax.tree.random_like
 
     def spy(key, tree, sampler):
@@ -62,7 +62,9 @@ def test_hutchinson_probes_are_signs_of_the_dtype_of_the_parameters(monkeypatch)
     ("groups", "num_probes", "parallel_groups"),
     [(1, 1, None), (1, 3, None), (2, 1, 1), (4, 2, 2)],
 )
-def test_hutchinson_is_the_mean_of_products(groups, num_probes, parallel_groups):
+def test_hutchinson_is_the_mean_of_products_with_probes(
+    groups, num_probes, parallel_groups
+):
     params, key = network_params(), jax.random.key(3)
     x = jax.random.normal(jax.random.key(2), (8, 2))
 

@@ -1,4 +1,4 @@
-"""The loss and the settings of `hutchinson`, and kernels without a JVP."""
+"""Losses and settings of `hutchinson`, and kernels without a JVP."""
 
 import functools
 
@@ -71,13 +71,13 @@ def host_tanh(x):
 
 
 def network_with(kernel):
-    """Return a network with a `custom_vjp` of the kernel, like the attention of cuDNN."""
+    """Return a network with a `custom_vjp` of the kernel, like cuDNN's attention."""
     tanh = jax.custom_vjp(kernel)
     tanh.defvjp(lambda x: (kernel(x), x), lambda x, g: (g * (1 - kernel(x) ** 2),))
     return lambda p, x: tanh(x @ p["in"]) @ p["out"] + p["bias"]
 
 
-def test_hutchinson_requires_a_second_derivative_of_a_kernel():
+def test_hutchinson_rejects_a_kernel_without_a_second_derivative():
     hessian = hutchinson_of(jnp.mean, fn=network_with(jnp.tanh))
     assert_trees_all_close(hessian, hutchinson_of(jnp.mean), rtol=1e-5, atol=1e-7)
     with pytest.raises(NotImplementedError, match=r"second derivative.*`gnb`.*'xla'"):
@@ -88,7 +88,7 @@ def test_hutchinson_requires_a_second_derivative_of_a_kernel():
     "settings", [{}, {"groups": 2}, {"groups": 4, "parallel_groups": 2}]
 )
 def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
-    """Its forward pass has no JVP, so the product is reverse-over-reverse."""
+    """The forward pass has no JVP, so the product is reverse-over-reverse."""
     softplus = jax.custom_vjp(lambda x: jnp.log1p(jnp.exp(x)))
     softplus.defvjp(lambda x: (softplus(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
     estimate = hutchinson(lambda p, x: jnp.mean(softplus(x * p) ** 2), **settings)
@@ -97,8 +97,8 @@ def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
     assert_trees_all_close(estimate(p, x, key=KEY), jnp.diag(expected), rtol=1e-5)
 
 
-def test_hutchinson_scans_layers_as_often_as_the_gradient():
-    """The product is forward-over-reverse. Reverse-over-reverse needs twice the scans."""
+def test_hutchinson_scans_layers_as_often_as_a_gradient():
+    """A forward-over-reverse product needs half of the scans of reverse-over-reverse."""
 
     def loss_fn(layers):
         h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jnp.ones(3), layers)
@@ -111,7 +111,7 @@ def test_hutchinson_scans_layers_as_often_as_the_gradient():
     assert count_scans(estimate) == count_scans(jax.grad(loss_fn)) > 0
 
 
-def test_gnb_requires_no_jvp_of_a_kernel():
+def test_gnb_accepts_a_kernel_without_a_jvp():
     hessian = gnb(network_with(host_tanh), groups=2)(PARAMS, X, key=KEY)
     expected = gnb(network, groups=2)(PARAMS, X, key=KEY)
     assert_trees_all_close(hessian, expected, rtol=1e-5)

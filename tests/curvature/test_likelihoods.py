@@ -1,4 +1,4 @@
-"""Tests of the likelihoods against formulas in NumPy."""
+"""Likelihoods, compared with formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ NORMAL_LOSSES = ((REALS - F) / 2) ** 2 / 2 + np.log(2 * np.sqrt(2 * np.pi))
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_neg_log_prob_matches_its_formula(likelihood, targets, expected, dtype):
+def test_likelihood_neg_log_prob_equals_its_formula(likelihood, targets, expected, dtype):
     losses = likelihood.neg_log_prob(jnp.asarray(F, dtype), jnp.asarray(targets))
     assert losses.dtype == jnp.float32
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
@@ -43,7 +43,7 @@ def test_categorical_neg_log_prob_allows_infinite_and_huge_logits():
         (Poisson(), 1.6487213, 1.6487213),
     ],
 )
-def test_sample_has_the_mean_and_the_variance(likelihood, mean, variance):
+def test_likelihood_sample_has_the_correct_mean_and_variance(likelihood, mean, variance):
     n = 40_000
     labels = likelihood.sample(jax.random.key(0), jnp.full(n, 0.5, jnp.bfloat16))
     labels = np.asarray(labels, np.float64)
