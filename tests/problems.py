@@ -1,4 +1,4 @@
-"""Small problems with dense curvature matrices, to compare the estimators with."""
+"""Small problems, and dense curvature matrices to compare estimates with."""
 
 import itertools
 
@@ -25,6 +25,13 @@ def network_params(outputs=3, dtype=None):
 def scalar_network(params, x):
     """Return one output for each prediction, shape (...)."""
     return network(params, x)[..., 0]
+
+
+def assert_close_to_max(actual, expected, tolerance):
+    """Compare trees, with a tolerance relative to the largest entry of each array."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * abs(e).max())
 
 
 def hessian_diagonal(loss, params):

@@ -1,4 +1,4 @@
-"""Communication and work of a refresh on several devices, read from the compiled HLO."""
+"""Communication and work of a refresh on several devices, read from compiled programs."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from sophia_optax import Categorical, empirical_fisher, gnb, hutchinson, sophia_
 
 P, BATCH, KEY = PartitionSpec, 64, jax.random.key(0)
 PARAMS = {"up": jnp.ones((16, 128)), "out": jnp.ones((128, 256))}
-GRADIENT = 4 * optax.tree.size(PARAMS)  # bytes
+GRADIENT_BYTES = 4 * optax.tree.size(PARAMS)
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
@@ -23,7 +23,7 @@ def make_mesh(kind, shape):
     return jax.make_mesh(shape, ("data", "tensor"), **settings)
 
 
-def abstract(mesh, shape, spec):
+def abstract_array(mesh, shape, spec):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
 
@@ -38,11 +38,12 @@ def loss(params, x):
     return jnp.mean(network(params, x) ** 2)
 
 
-def compiled(fn, kind, *, params_spec=None, devices=8):
-    """Return fn(params, x), compiled for data parallelism, sharded as the parameters."""
+def compile_data_parallel(fn, kind, *, params_spec=None, devices=8):
+    """Compile fn(params, x) for a sharded batch and results with the params' sharding."""
     mesh = make_mesh(kind, (devices, 1))
-    params = jax.tree.map(lambda p: abstract(mesh, p.shape, params_spec or P()), PARAMS)
-    x = abstract(mesh, (BATCH, 16), P("data"))
+    spec = params_spec or P()
+    params = jax.tree.map(lambda p: abstract_array(mesh, p.shape, spec), PARAMS)
+    x = abstract_array(mesh, (BATCH, 16), P("data"))
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda p: p.sharding, params)
         return jax.jit(fn, out_shardings=shardings).lower(params, x).compile()
@@ -56,11 +57,11 @@ def estimate_fn(name, **counts):
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (32, 1), (8, 8)])
-def test_gnb_and_hutchinson_all_reduce_one_gradient(kind, name, groups, stride):
-    """Nothing else is communicated, also for every 8th example, and nothing in a loop."""
+def test_gnb_and_hutchinson_all_reduce_only_one_gradient(kind, name, groups, stride):
+    """A batch of every 8th example is not communicated. No loop communicates."""
     estimate = estimate_fn(name, groups=groups)
-    found = collectives(compiled(lambda params, x: estimate(params, x[::stride]), kind))
-    expected = GRADIENT
+    found = collectives(compile_data_parallel(lambda p, x: estimate(p, x[::stride]), kind))
+    expected = GRADIENT_BYTES
     if name == "hutchinson" and groups == 1:
         # The product with "out" has two terms. XLA's CPU compiler sums each over devices
         # before it adds them. With several groups it adds them first.
@@ -72,15 +73,15 @@ def test_gnb_and_hutchinson_all_reduce_one_gradient(kind, name, groups, stride):
 @KINDS
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
-    """The CPU compiler sums squares, as it sums a gradient, with an all-reduce."""
+    """The CPU compiler sums squares with an all-reduce, as it sums gradients."""
 
     def estimate(params, x):
-        if kind == AxisType.Auto:  # fix what XLA would have to guess
+        if kind == AxisType.Auto:  # otherwise XLA chooses what to gather
             params = jax.lax.with_sharding_constraint(params, P())
         return estimate_fn("gnb", groups=groups)(params, x)
 
-    found = collectives(compiled(estimate, kind, params_spec=P("data")))
-    assert bytes_of(found) == {"all-gather": GRADIENT, "all-reduce": GRADIENT}
+    found = collectives(compile_data_parallel(estimate, kind, params_spec=P("data")))
+    assert bytes_of(found) == {"all-gather": GRADIENT_BYTES, "all-reduce": GRADIENT_BYTES}
     assert {c.times for c in found} == {1}
 
 
@@ -90,16 +91,17 @@ def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
     def flops(devices):
         # All groups are in one step: the analysis counts the body of a loop once.
         estimate = estimate_fn(name, groups=8, parallel_groups=8)
-        return compiled(estimate, kind, devices=devices).cost_analysis()["flops"]
+        compiled = compile_data_parallel(estimate, kind, devices=devices)
+        return compiled.cost_analysis()["flops"]
 
     assert flops(8) < 1.1 * flops(1) / 8
 
 
 @KINDS
 def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
-    """Labels are drawn, and their loss is differentiated, from sharded logits."""
+    """The sampler and the gradient of the loss use sharded logits."""
     mesh = make_mesh(kind, (2, 4))
-    logits = abstract(mesh, (BATCH, 1024), P("data", "tensor"))
+    logits = abstract_array(mesh, (BATCH, 1024), P("data", "tensor"))
 
     def gradient(logits):
         labels = Categorical().sample(KEY, logits)
@@ -114,16 +116,16 @@ def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
 
 @KINDS
 @pytest.mark.parametrize("params_spec", [P(), P("data")], ids=["replicated", "sharded"])
-def test_sophia_g_step_without_refresh_communicates_as_adamw(kind, params_spec):
-    def step(tx, params, x):
-        grads = jax.grad(loss)(params, x)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        return optax.apply_updates(params, updates)
+def test_sophia_g_step_without_refresh_communicates_like_adamw(kind, params_spec):
+    def collectives_of_step(tx):
+        def step(params, x):
+            grads = jax.grad(loss)(params, x)
+            updates, _ = tx.update(grads, tx.init(params), params)
+            return optax.apply_updates(params, updates)
 
-    sophia, adamw = (
-        collectives(compiled(functools.partial(step, tx), kind, params_spec=params_spec))
-        for tx in (sophia_g(0.1), optax.adamw(0.1))
-    )
+        return collectives(compile_data_parallel(step, kind, params_spec=params_spec))
+
+    sophia, adamw = map(collectives_of_step, (sophia_g(0.1), optax.adamw(0.1)))
     assert bytes_of(sophia) == bytes_of(adamw)
     assert len(sophia) == len(adamw)
 
@@ -131,10 +133,11 @@ def test_sophia_g_step_without_refresh_communicates_as_adamw(kind, params_spec):
 @pytest.mark.parametrize(
     ("shape", "spec", "groups"), [((4, 2), P(None, "tensor"), 4), ((8, 1), P(), 32)]
 )
-def test_empirical_fisher_on_explicit_axes_gathers_nothing(shape, spec, groups):
-    """Along "tensor" parameters stay sharded. Groups of a device are sequential."""
+def test_empirical_fisher_on_explicit_axes_does_not_gather_params(shape, spec, groups):
+    """Along "tensor" parameters stay sharded. Several groups of a device are sequential."""
     mesh = make_mesh(AxisType.Explicit, shape)
-    params, x = abstract(mesh, (16, 256), spec), abstract(mesh, (64, 16), P("data"))
+    params = abstract_array(mesh, (16, 256), spec)
+    x = abstract_array(mesh, (64, 16), P("data"))
     estimate = empirical_fisher(lambda p, x: x @ p, groups=groups)
     with jax.set_mesh(mesh):
         y = jnp.zeros(64, jnp.int32)

@@ -1,4 +1,4 @@
-"""With `each_group` an estimate is as sharded as a gradient, and equals one device."""
+"""Estimates with `each_group` equal those of one device, and stay sharded."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import assert_close_to_max
 
 from benchmarks.hlo import bytes_of, collectives
 from sophia_optax import Categorical, accumulate, each_group, empirical_fisher, hutchinson
@@ -18,7 +19,7 @@ BATCH = ("data", "fsdp")
 KEYS = jax.random.split(jax.random.key(0), 6)
 
 
-def init(layers, width):
+def init_params(layers, width):
     """Return parameters of a network with a tied embedding and stacked layers."""
     return {
         "embedding": jax.random.normal(KEYS[0], (V, width)),
@@ -28,7 +29,7 @@ def init(layers, width):
     }
 
 
-PARAMS = init(layers=3, width=16)
+PARAMS = init_params(layers=3, width=16)
 SPECS = {
     "embedding": P(None, "fsdp"),
     "up": P(None, "fsdp", "tensor"),
@@ -44,7 +45,7 @@ def is_explicit():
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def model(gather, reduce=lambda x: x):
+def make_network(gather, reduce=lambda x: x):
     """Return a network that calls `gather(weights, specs)` in a checkpointed scan.
 
     `reduce` sums a product over the axis "tensor", inside `shard_map`.
@@ -75,17 +76,19 @@ def constrain(tree, specs):
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
-def annotated_before_gather(tree, specs):
+def annotate_and_gather(tree, specs):
     gathered = jax.tree.map(without_fsdp, specs)
     return constrain(each_group(constrain(tree, specs)), gathered)
 
 
-def annotated_after_gather(tree, specs):
+def gather_and_annotate(tree, specs):
     move = functools.partial(jax.tree.map, jax.reshard) if is_explicit() else constrain
     return each_group(move(tree, jax.tree.map(without_fsdp, specs)))
 
 
-def all_gather(tree, specs):
+def all_gather_and_annotate(tree, specs):
+    """Gather inside `shard_map`."""
+
     def gather(w, spec):
         if "fsdp" not in spec:
             return w
@@ -94,12 +97,7 @@ def all_gather(tree, specs):
     return each_group(jax.tree.map(gather, tree, specs))
 
 
-def assert_equal_to_rounding(got, expected):
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert abs(jax.device_get(g) - e).max() < 3e-6 * abs(e).max()
-
-
-def put(mesh, tree, specs):
+def shard(mesh, tree, specs):
     return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
 
 
@@ -107,8 +105,8 @@ def make_mesh(shape, kind=AxisType.Auto):
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
 
 
-def fisher_of_micro_batches(network, groups, number, **settings):
-    """Return `estimate(params, x, y, w)`, accumulated over micro-batches."""
+def accumulated_fisher(network, groups, number, **settings):
+    """Return `estimate(params, x, y, w)`, accumulated over `number` micro-batches."""
     micro = accumulate(empirical_fisher(network, groups=groups, **settings))
 
     @jax.jit
@@ -123,8 +121,8 @@ def fisher_of_micro_batches(network, groups, number, **settings):
 
 
 @functools.cache
-def on_one_device(groups):
-    estimate = empirical_fisher(model(lambda w, _: w), groups=groups)
+def expected_fisher(groups):
+    estimate = empirical_fisher(make_network(lambda w, _: w), groups=groups)
     return jax.jit(estimate)(PARAMS, X, targets=Y, weights=WEIGHTS)
 
 
@@ -135,19 +133,19 @@ def on_one_device(groups):
 @pytest.mark.parametrize(
     ("kind", "gather"),
     [
-        (AxisType.Auto, annotated_before_gather),
-        (AxisType.Auto, annotated_after_gather),
-        (AxisType.Explicit, annotated_after_gather),
+        (AxisType.Auto, annotate_and_gather),
+        (AxisType.Auto, gather_and_annotate),
+        (AxisType.Explicit, gather_and_annotate),
     ],
 )
 def test_each_group_under_jit_equals_one_device(kind, gather, shape, groups, number):
     mesh, settings = make_mesh(shape, kind), {"parallel_groups": shape[0] * shape[1]}
-    params = put(mesh, PARAMS, SPECS)
-    batch = put(mesh, (X, Y, WEIGHTS), (P(BATCH),) * 3)
+    params = shard(mesh, PARAMS, SPECS)
+    batch = shard(mesh, (X, Y, WEIGHTS), (P(BATCH),) * 3)
     with jax.set_mesh(mesh):
-        estimate = fisher_of_micro_batches(model(gather), groups, number, **settings)
+        estimate = accumulated_fisher(make_network(gather), groups, number, **settings)
         got = estimate(params, *batch)
-    assert_equal_to_rounding(got, on_one_device(groups * number))
+    assert_close_to_max(got, expected_fisher(groups * number), 3e-6)
     if kind == AxisType.Explicit:
         for e, p in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
             assert e.sharding.is_equivalent_to(p.sharding, e.ndim)
@@ -171,18 +169,21 @@ def in_shard_map(fn, mesh, check_vma):
 def test_each_group_in_shard_map_equals_one_device(
     shape, groups, parallel_groups, number, check_vma
 ):
-    network = model(all_gather, reduce=lambda x: jax.lax.psum(x, "tensor"))
+    network = make_network(
+        all_gather_and_annotate, reduce=lambda x: jax.lax.psum(x, "tensor")
+    )
     settings = {"parallel_groups": parallel_groups, "axis_name": BATCH}
-    estimate = fisher_of_micro_batches(network, groups, number, **settings)
+    estimate = accumulated_fisher(network, groups, number, **settings)
     got = in_shard_map(estimate, make_mesh(shape), check_vma)(PARAMS, X, Y, WEIGHTS)
-    assert_equal_to_rounding(got, on_one_device(groups * number * shape[0] * shape[1]))
+    expected = expected_fisher(groups * number * shape[0] * shape[1])
+    assert_close_to_max(got, expected, 3e-6)
 
 
-LARGE = jax.eval_shape(lambda: init(layers=8, width=128))
+LARGE = jax.eval_shape(lambda: init_params(layers=8, width=128))
 
 
-def compiled_for_large_layers(fn, mesh):
-    """Return `fn(params, x, y, w)` compiled for layers that are larger than activations."""
+def compile_for_large_layers(fn, mesh):
+    """Compile `fn(params, x, y, w)` for layers that are larger than the activations."""
 
     def abstract(x, spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -204,10 +205,10 @@ def loss_fn(network, params, x, y, w):
     return (w * Categorical().neg_log_prob(network(params, x), y)).mean()
 
 
-def test_hutchinson_in_one_group_never_gathers_a_stack_of_layers():
-    loss = functools.partial(loss_fn, model(annotated_before_gather))
-    products = functools.partial(hutchinson(loss, num_probes=2), key=KEYS[0])
-    compiled = compiled_for_large_layers(products, make_mesh((1, 8, 1)))
+def test_hutchinson_in_one_group_does_not_gather_all_layers():
+    loss = functools.partial(loss_fn, make_network(annotate_and_gather))
+    estimate = functools.partial(hutchinson(loss, num_probes=2), key=KEYS[0])
+    compiled = compile_for_large_layers(estimate, make_mesh((1, 8, 1)))
     assert largest_array(compiled) < LARGE["up"].size
 
 
@@ -215,24 +216,23 @@ def test_hutchinson_in_one_group_never_gathers_a_stack_of_layers():
 @pytest.mark.parametrize(
     ("kind", "gather"),
     [
-        (AxisType.Auto, annotated_before_gather),
-        (AxisType.Explicit, annotated_after_gather),
-        (None, all_gather),  # inside `shard_map`
+        (AxisType.Auto, annotate_and_gather),
+        (AxisType.Explicit, gather_and_annotate),
+        (None, all_gather_and_annotate),  # inside `shard_map`
     ],
 )
 def test_each_group_needs_the_memory_and_communication_of_a_gradient(kind, gather, shape):
-    mesh = make_mesh(shape, kind or AxisType.Auto)
-    loss = functools.partial(loss_fn, model(gather))
+    mesh, network = make_mesh(shape, kind or AxisType.Auto), make_network(gather)
 
-    def over_replicas(g, spec):
+    def sum_over_replicas(g, spec):
         return jax.lax.psum(g, "data" if "fsdp" in spec else BATCH)
 
     def gradient(*args):
-        grads = jax.grad(loss)(*args)
-        return grads if kind else jax.tree.map(over_replicas, grads, SPECS)
+        grads = jax.grad(functools.partial(loss_fn, network))(*args)
+        return grads if kind else jax.tree.map(sum_over_replicas, grads, SPECS)
 
     settings = {"groups": 8, "parallel_groups": 8} if kind else {"axis_name": BATCH}
-    estimate = empirical_fisher(model(gather), **settings)
+    estimate = empirical_fisher(network, **settings)
 
     def fisher(params, x, y, w):
         return estimate(params, x, targets=y, weights=w)
@@ -240,7 +240,7 @@ def test_each_group_needs_the_memory_and_communication_of_a_gradient(kind, gathe
     fns = [gradient, fisher]
     if not kind:
         fns = [in_shard_map(fn, mesh, check_vma=False) for fn in fns]
-    compiled = [compiled_for_large_layers(fn, mesh) for fn in fns]
+    compiled = [compile_for_large_layers(fn, mesh) for fn in fns]
     assert max(map(largest_array, compiled)) < LARGE["up"].size
     memory = [c.memory_analysis().temp_size_in_bytes for c in compiled]
     assert memory[1] <= 1.1 * memory[0]

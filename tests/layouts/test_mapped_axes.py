@@ -1,4 +1,4 @@
-"""Estimates with `axis_name`, inside `pmap` and `shard_map`."""
+"""Estimates inside `pmap` and `shard_map`, with and without `axis_name`."""
 
 import functools
 
@@ -34,8 +34,8 @@ def loss(params, x):
     return jnp.sum(network(params, x) ** 3, -1).mean()
 
 
-def on_devices(fn, *arrays, layout):
-    """Return fn(*arrays) of the first device, with the arrays sharded over the devices."""
+def run_on_devices(fn, *arrays, layout):
+    """Return the result of `fn` on the first device. The arrays are sharded."""
     devices = DEVICES[layout]
     if layout == "pmap":
         split = [a.reshape(devices, -1, *a.shape[1:]) for a in arrays]
@@ -54,41 +54,41 @@ def on_devices(fn, *arrays, layout):
 
 
 @LAYOUTS
-def test_empirical_fisher_equals_one_device_with_the_groups_of_all(layout):
-    def of(x, y, w, groups=2, axis_name="d"):
+def test_empirical_fisher_with_axis_name_equals_one_device(layout):
+    """The number of groups is that of all devices."""
+
+    def fisher(x, y, w, groups=2, axis_name="d"):
         estimate = empirical_fisher(network, groups=groups, axis_name=axis_name)
         return estimate(PARAMS, x, targets=y, weights=w), estimate(PARAMS, x, targets=y)
 
-    got = on_devices(of, X, Y, WEIGHTS, layout=layout)
-    expected = of(X, Y, WEIGHTS, groups=2 * DEVICES[layout], axis_name=None)
+    got = run_on_devices(fisher, X, Y, WEIGHTS, layout=layout)
+    expected = fisher(X, Y, WEIGHTS, groups=2 * DEVICES[layout], axis_name=None)
     assert_trees_all_close(got, expected, rtol=1e-5)
 
 
-def estimates(x, w, axis_name=None, key=KEY):
-    labels = gnb(network, groups=2, axis_name=axis_name)
-    probes = hutchinson(loss, groups=2, axis_name=axis_name)
-    return labels(PARAMS, x, weights=w, key=key), probes(PARAMS, x, key=key)
-
-
 @LAYOUTS
-def test_gnb_and_hutchinson_sample_independently_on_each_device(layout):
-    """The given key is the same on all devices."""
+def test_gnb_and_hutchinson_with_axis_name_are_weighted_means_over_devices(layout):
+    """The key is the same on all devices, and devices sample independently."""
+
+    def estimates(x, w, key=KEY, axis_name=None):
+        settings = {"groups": 2, "axis_name": axis_name}
+        gnb_estimate = gnb(network, **settings)(PARAMS, x, weights=w, key=key)
+        return gnb_estimate, hutchinson(loss, **settings)(PARAMS, x, key=key)
+
     devices = DEVICES[layout]
-    got = on_devices(lambda x, w: estimates(x, w, "d"), X, WEIGHTS, layout=layout)
+    mapped = functools.partial(estimates, axis_name="d")
+    got = run_on_devices(mapped, X, WEIGHTS, layout=layout)
     weights = WEIGHTS.reshape(devices, -1)
-    of_devices = jax.jit(jax.vmap(lambda x, w, i: estimates(x, w, None, i)))(
-        X.reshape(devices, -1, 2),
-        weights,
-        jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(devices)),
-    )
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(devices))
+    by_device = jax.jit(jax.vmap(estimates))(X.reshape(devices, -1, 2), weights, keys)
     fractions = (weights.sum(1) / weights.sum(), jnp.full(devices, 1 / devices))
-    for estimate, each, fraction in zip(got, of_devices, fractions, strict=True):
+    for estimate, each, fraction in zip(got, by_device, fractions, strict=True):
         expected = jax.tree.map(lambda e, f=fraction: jnp.tensordot(f, e, 1), each)
         assert_trees_all_close(estimate, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["pmap", "shard_map, check_vma"])
-def test_gnb_refresh_inside_a_mapped_step_equals_one_device(layout):
+def test_sophia_g_step_with_gnb_and_axis_name_equals_one_device(layout):
     estimate = gnb(network, axis_name="d")
     tx = sophia_g(0.1, nesterov=True)
 
@@ -101,17 +101,17 @@ def test_gnb_refresh_inside_a_mapped_step_equals_one_device(layout):
         updates, state = tx.update(grads, tx.init(PARAMS), PARAMS, hessian_fn=hessian_fn)
         return jax.lax.pmean((updates, optax.tree.get(state, "hessian")), "d")
 
-    updates, hessian = on_devices(step, X, layout=layout)
+    updates, average = run_on_devices(step, X, layout=layout)
     key = jax.random.fold_in(jax.random.key(0), 0)  # of the first update
-    given = on_devices(lambda x: estimate(PARAMS, x, key=key), X, layout=layout)
+    hessian = run_on_devices(lambda x: estimate(PARAMS, x, key=key), X, layout=layout)
     grads = jax.grad(loss)(PARAMS, X)
-    expected, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, hessian=given)
+    expected, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, hessian=hessian)
     assert_trees_all_close(updates, expected, rtol=1e-4)
-    assert_trees_all_close(hessian, optax.tree.get(state, "hessian"), rtol=1e-5)
+    assert_trees_all_close(average, optax.tree.get(state, "hessian"), rtol=1e-5)
 
 
 def test_accumulate_sums_weights_over_devices():
-    """With `check_vma` and `out_specs=P()` the results are equal on all devices."""
+    """`check_vma` and `out_specs=P()` check that the results are equal on all devices."""
     micro = accumulate(hutchinson(loss, axis_name="d"))
 
     def total(x, w):
@@ -120,7 +120,7 @@ def test_accumulate_sums_weights_over_devices():
             state = micro.add(state, PARAMS, scale * x, key=KEY, weight=w.sum() ** scale)
         return state.weight, micro.mean(state)
 
-    weight, _ = on_devices(total, X, WEIGHTS, layout="shard_map, check_vma")
+    weight, _ = run_on_devices(total, X, WEIGHTS, layout="shard_map, check_vma")
     sums = WEIGHTS.reshape(8, -1).sum(1)
     assert_trees_all_close(weight, sums.sum() + (sums**2).sum())
 
@@ -129,21 +129,21 @@ def test_accumulate_sums_weights_over_devices():
 def test_gnb_and_hutchinson_require_axis_name_for_a_batch_that_varies(estimate):
     layout = "shard_map, check_vma"
     with pytest.raises(ValueError, match=r"`axis_name=None`.*'d'"):
-        on_devices(functools.partial(estimate, PARAMS, key=KEY), X, layout=layout)
+        run_on_devices(functools.partial(estimate, PARAMS, key=KEY), X, layout=layout)
 
 
 @pytest.mark.parametrize("estimate", [gnb(network, groups=2), hutchinson(loss, groups=2)])
 def test_gnb_and_hutchinson_without_axis_name_accept_params_that_vary(estimate):
     """Each device estimates for its own member of an ensemble, from its own examples."""
 
-    def of_member(i, x):
+    def estimate_for_member(i, x):
         params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)
         return estimate(params, x, key=KEY)
 
     def mean(x):
-        return jax.lax.pmean(of_member(jax.lax.axis_index("d"), x), "d")
+        return jax.lax.pmean(estimate_for_member(jax.lax.axis_index("d"), x), "d")
 
-    got = on_devices(mean, X, layout="shard_map, check_vma")
-    each = jax.jit(jax.vmap(of_member))(jnp.arange(8), X.reshape(8, -1, 2))
+    got = run_on_devices(mean, X, layout="shard_map, check_vma")
+    each = jax.jit(jax.vmap(estimate_for_member))(jnp.arange(8), X.reshape(8, -1, 2))
     expected = jax.tree.map(lambda e: e.mean(0), each)
     assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)

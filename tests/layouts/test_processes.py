@@ -1,4 +1,4 @@
-"""Several processes, connected by `jax.distributed` and gloo, give the same run as one."""
+"""A run on several processes, connected by `jax.distributed` and gloo."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ from sophia_optax import gnb, hold_unclipped, sophia_g
 TIMEOUT = 120  # seconds. A run takes about ten
 
 
-def train(out, port, num_processes, process_id, step_to_die_at):
+def train(out, port, num_processes, process_id, exit_step):
     """Run five data-parallel steps on four devices. Process 0 writes the results."""
     jax.config.update("jax_num_cpu_devices", 4 // num_processes)
     if num_processes > 1:
@@ -29,7 +29,8 @@ def train(out, port, num_processes, process_id, step_to_die_at):
     mesh = jax.make_mesh((4,), ("data",))
     jax.set_mesh(mesh)
 
-    def shard(x):  # each process passes only its own part of the batch
+    def shard(x):
+        """Return the global array, of which each process passes its own part."""
         part = np.split(np.asarray(x), num_processes)[process_id]
         sharding = NamedSharding(mesh, PartitionSpec("data"))
         return jax.make_array_from_process_local_data(sharding, part)
@@ -57,7 +58,7 @@ def train(out, port, num_processes, process_id, step_to_die_at):
 
     losses = []
     for i in range(5):
-        if i == step_to_die_at:
+        if i == exit_step:
             os._exit(1)
         w, state, loss = step(w, state, *batch)
         losses.append(float(loss))
@@ -68,16 +69,16 @@ def train(out, port, num_processes, process_id, step_to_die_at):
         jax.distributed.shutdown()
 
 
-def run(out, num_processes, step_to_die_at=-1):
+def run_processes(out, num_processes, exit_step=-1):
     """Run this file in several processes. Return their exit codes and their output."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     processes = []
     for i in range(num_processes):
-        last = step_to_die_at if i == num_processes - 1 else -1
+        last = exit_step if i == num_processes - 1 else -1
         args = [sys.executable, __file__, *map(str, (out, port, num_processes, i, last))]
-        # Without the eight devices of the tests.
+        # Without the flag that simulates eight devices.
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(args, env=env, **pipes))
@@ -91,11 +92,11 @@ def run(out, num_processes, step_to_die_at=-1):
 
 @pytest.mark.slow
 def test_sophia_g_on_two_processes_equals_one_process(tmp_path):
-    """The run has a refresh at the first step and one at the fifth."""
+    """The first and the fifth step of the run have a refresh."""
     results = []
     for num_processes in (1, 2):
         out = tmp_path / f"{num_processes}.npz"
-        codes, outputs = run(out, num_processes)
+        codes, outputs = run_processes(out, num_processes)
         assert codes == [0] * num_processes, outputs
         with np.load(out) as saved:
             results.append(dict(saved))
@@ -108,10 +109,10 @@ def test_sophia_g_on_two_processes_equals_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_other_process(tmp_path):
+def test_process_that_exits_ends_the_other_process(tmp_path):
     """The other process fails within `TIMEOUT` instead of waiting forever."""
     out = tmp_path / "out.npz"
-    codes, outputs = run(out, 2, step_to_die_at=2)
+    codes, outputs = run_processes(out, 2, exit_step=2)
     assert [text.count("loss ") for text in outputs] == [2, 2]
     assert codes[1] == 1
     assert codes[0] != 0

@@ -1,4 +1,4 @@
-"""Under `jit`, an estimate does not depend on the sharding of batch and parameters."""
+"""Estimates under `jit` do not depend on the shardings of batch and parameters."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import assert_close_to_max
 
 from sophia_optax import Categorical, Poisson, empirical_fisher, gnb, hutchinson
 
@@ -26,7 +27,7 @@ def make_mesh(kind, shape=(4, 2)):
     return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2)
 
 
-def put(mesh, spec, *arrays):
+def shard(mesh, spec, *arrays):
     return [jax.device_put(a, NamedSharding(mesh, spec)) for a in arrays]
 
 
@@ -60,64 +61,60 @@ def estimates(params, x, y, w, groups, parallel_groups=None):
     }
 
 
-def assert_equal_to_rounding(got, expected):
-    """Compare with a tolerance relative to the largest entry of each array."""
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert abs(jax.device_get(g) - e).max() <= 2e-6 * abs(e).max()
-
-
 @functools.cache
-def on_one_device(groups):
+def expected_estimates(groups):
+    """Return the estimates on one device."""
     return estimates(PARAMS, X, Y, WEIGHTS, groups)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("groups", [1, 16])
-def test_gnb_hutchinson_and_fisher_under_jit_equal_one_device(kind, groups):
+def test_estimators_under_jit_equal_one_device(kind, groups):
+    """On Explicit axes the estimate is sharded like the parameters."""
     mesh = make_mesh(kind)
-    params = {name: put(mesh, SPECS[name], p)[0] for name, p in PARAMS.items()}
+    params = {name: shard(mesh, SPECS[name], p)[0] for name, p in PARAMS.items()}
     with jax.set_mesh(mesh):
-        got = estimates(params, *put(mesh, P("data"), X, Y, WEIGHTS), groups)
-    assert_equal_to_rounding(got, on_one_device(groups))
+        got = estimates(params, *shard(mesh, P("data"), X, Y, WEIGHTS), groups)
+    assert_close_to_max(got, expected_estimates(groups), 2e-6)
     if kind == AxisType.Explicit:
         for estimate in got.values():
             for name, e in estimate.items():
                 assert e.sharding.is_equivalent_to(params[name].sharding, 2)
 
 
-def test_gnb_hutchinson_and_fisher_accept_a_batch_sharded_over_several_axes():
+def test_estimators_accept_a_batch_sharded_over_several_axes():
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        x, y = put(mesh, P(("data", "tensor")), X, Y)
+        x, y = shard(mesh, P(("data", "tensor")), X, Y)
         got = estimates(PARAMS, x, y, WEIGHTS, 16)
-    assert_equal_to_rounding(got, on_one_device(16))
+    assert_close_to_max(got, expected_estimates(16), 2e-6)
 
 
-def test_gnb_hutchinson_and_fisher_on_auto_axes_need_no_set_mesh():
+def test_estimators_on_auto_axes_do_not_require_set_mesh():
     mesh = make_mesh(AxisType.Auto, (8, 1))
-    [params] = put(mesh, P(), PARAMS)
-    got = estimates(params, *put(mesh, P("data"), X, Y, WEIGHTS), 16)
-    assert_equal_to_rounding(got, on_one_device(16))
+    [params] = shard(mesh, P(), PARAMS)
+    got = estimates(params, *shard(mesh, P("data"), X, Y, WEIGHTS), 16)
+    assert_close_to_max(got, expected_estimates(16), 2e-6)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("likelihood", [Categorical(), Poisson()])
 def test_gnb_with_rbg_keys_on_a_mesh_equals_one_device(impl, likelihood):
-    """On a mesh, groups are in parallel, and `rbg` keys draw other bits under `vmap`."""
+    """The groups are parallel on a mesh, and `rbg` keys sample differently under `vmap`."""
     mesh, key = make_mesh(AxisType.Auto, (8, 1)), jax.random.key(1, impl=impl)
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
-    [w], [x] = put(mesh, P(), PARAMS["out"]), put(mesh, P("data"), X)
+    [w], [x] = shard(mesh, P(), PARAMS["out"]), shard(mesh, P("data"), X)
     expected = estimate(PARAMS["out"], X, key=key)
-    assert_equal_to_rounding(estimate(w, x, key=key), expected)
+    assert_close_to_max(estimate(w, x, key=key), expected, 2e-6)
 
 
-def test_gnb_on_explicit_axes_accepts_a_sampler_without_support_for_them():
+def test_gnb_on_explicit_axes_accepts_a_sampler_that_does_not_support_them():
     mesh, w = make_mesh(AxisType.Explicit), PARAMS["out"]
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=Poisson(), groups=8))
     with jax.set_mesh(mesh):
-        sharded = *put(mesh, P(None, "tensor"), w), *put(mesh, P("data"), X)
+        sharded = *shard(mesh, P(None, "tensor"), w), *shard(mesh, P("data"), X)
         got = estimate(*sharded, key=KEY)
-    assert_equal_to_rounding(got, estimate(w, X, key=KEY))
+    assert_close_to_max(got, estimate(w, X, key=KEY), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +125,10 @@ def test_gnb_on_explicit_axes_accepts_a_sampler_without_support_for_them():
         (16, None, "tensor", r"`jax\.reshard`"),
     ],
 )
-def test_gnb_groups_must_fit_the_devices(groups, parallel_groups, axis, message):
+def test_estimators_reject_groups_that_devices_do_not_divide(
+    groups, parallel_groups, axis, message
+):
     mesh = make_mesh(AxisType.Explicit, (8, 1))
-    batch = *put(mesh, P("data"), X), *put(mesh, P(axis), Y, WEIGHTS)
+    batch = *shard(mesh, P("data"), X), *shard(mesh, P(axis), Y, WEIGHTS)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         estimates(PARAMS, *batch, groups, parallel_groups)

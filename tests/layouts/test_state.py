@@ -1,4 +1,4 @@
-"""The state of the optimizer is sharded as the parameters, and keeps its types."""
+"""Shardings and types of the optimizer's state, and decisions across devices."""
 
 import math
 import re
@@ -27,25 +27,25 @@ def shard(mesh, values=VALUES, specs=SPECS):
     return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in values.items()}
 
 
-def with_specs(tx, state, specs):
-    """Return a tree like the state: the specs of the parameters, and P() for scalars."""
+def state_specs(tx, state, specs):
+    """Return a tree like the state, with the specs of parameters and P() for scalars."""
     return optax.tree.map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
     )
 
 
-def shardings(tx, state, mesh):
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), with_specs(tx, state, SPECS))
+def state_shardings(tx, state, mesh):
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(tx, state, SPECS))
 
 
-def describe(tree):
-    """Return what must not change between steps."""
+def types_of(tree):
+    """Return shapes, dtypes and shardings, which must not change between steps."""
 
-    def of(x):
-        sharded = any(x.sharding.spec)  # P() and P(None) are equivalent
-        return x.shape, x.dtype, x.weak_type, x.sharding.spec if sharded else P()
+    def type_of(x):
+        is_sharded = any(x.sharding.spec)  # P() and P(None) are equivalent
+        return x.shape, x.dtype, x.weak_type, x.sharding.spec if is_sharded else P()
 
-    return jax.tree.map(of, tree)
+    return jax.tree.map(type_of, tree)
 
 
 def loss_fn(params):
@@ -79,7 +79,7 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
     shapes = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
     )
-    expected = shardings(tx, jax.eval_shape(tx.init, shapes), mesh)
+    expected = state_shardings(tx, jax.eval_shape(tx.init, shapes), mesh)
 
     def step(params, state):
         updates, state = tx.update(
@@ -88,19 +88,19 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
         return optax.apply_updates(params, updates), state
 
     wrap = jax.jit if jit else lambda fn, **_: fn
-    # On Auto axes a jitted `init` needs shardings: its zeros depend on no parameter.
+    # On Auto axes a jitted `init` needs shardings: its zeros do not depend on parameters.
     init = wrap(tx.init, out_shardings=None if kind == AxisType.Explicit else expected)
     step = wrap(step, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
         carry = params, init(params)
-        types = describe(carry)
-        assert describe(tx.init(shapes)) == types[1]
+        types = types_of(carry)
+        assert types_of(tx.init(shapes)) == types[1]
         for _ in range(3):
             previous, carry = carry, step(*carry)
-            assert describe(carry) == types
+            assert types_of(carry) == types
             if jit:
                 assert all(x.is_deleted() for x in jax.tree.leaves(previous) if x.size > 1)
-    assert types[1] == describe(jax.device_put(carry[1], expected))
+    assert types[1] == types_of(jax.device_put(carry[1], expected))
     assert not jit or step._cache_size() == 1  # no input was resharded
     assert sophia_metrics(carry[1])["refreshes"] >= 2  # computed outside `set_mesh`
 
@@ -111,7 +111,7 @@ def test_sophia_g_state_is_restored_by_orbax_on_a_different_layout(tmp_path):
     params = shard(make_mesh(AxisType.Auto, (8, 1)))
     _, state = jax.jit(tx.update)(params, tx.init(params), params, hessian=params)
     ocp.save(tmp_path / "checkpoint", state)
-    expected = shardings(tx, state, make_mesh(AxisType.Auto))
+    expected = state_shardings(tx, state, make_mesh(AxisType.Auto))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, expected
     )
@@ -135,8 +135,8 @@ def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
 
 
 @KINDS
-def test_hold_unclipped_gives_the_same_gamma_on_any_layout(kind):
-    """The sample is of the complete parameter, and only the sample is communicated."""
+def test_hold_unclipped_under_jit_equals_one_device(kind):
+    """The sample is that of the gathered parameter, and only the sample is communicated."""
     mesh, tx = make_mesh(kind), sophia_g(0.1, b2=0.0, gamma=hold_unclipped())
     specs = {"w": P("data", "tensor"), "v": P(None, ("data", "tensor")), "b": P("data")}
     shapes = {"w": (4, 512, 40), "v": (16, 4096), "b": (16,)}
@@ -157,12 +157,12 @@ def test_hold_unclipped_gives_the_same_gamma_on_any_layout(kind):
     assert_trees_all_equal(jax.device_get(got), jax.device_get(expected))
     collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
-    assert max(sizes) <= 4096  # entries: a sample, and no parameter
+    assert max(sizes) <= 4096  # the number of entries of the sample
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_inside_shard_map_hold_unclipped_samples_all_shards_together(large):
-    """Small parameters equal one device. A large one meets the fraction over all shards."""
+def test_hold_unclipped_in_shard_map_uses_all_shards(large):
+    """Small parameters equal one device. For large ones the fraction is over all shards."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 3)
     grads = {
@@ -171,7 +171,7 @@ def test_inside_shard_map_hold_unclipped_samples_all_shards_together(large):
     }
     if large:
         grads["large"] = jax.random.normal(keys[2], (64, 1000))
-        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # decades apart between shards
+        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # the scale differs by shard
     settings = {"gamma": hold_unclipped(0.3), "nesterov": True, "weight_decay": 0.0}
     tx = sophia_g(1.0, b2=0.0, axis_name="data", **settings)
     one_device_tx = sophia_g(1.0, b2=0.0, **settings)
@@ -183,7 +183,7 @@ def test_inside_shard_map_hold_unclipped_samples_all_shards_together(large):
         return tx.update(grads, tx.init(grads), grads, hessian_fn=estimate)
 
     specs = {name: P() if name == "replicated" else P("data") for name in grads}
-    out_specs = specs, with_specs(tx, jax.eval_shape(tx.init, grads), specs)
+    out_specs = specs, state_specs(tx, jax.eval_shape(tx.init, grads), specs)
     mapped = jax.shard_map(
         lambda grads: step(grads, tx), mesh=mesh, in_specs=(specs,), out_specs=out_specs
     )
@@ -196,7 +196,7 @@ def test_inside_shard_map_hold_unclipped_samples_all_shards_together(large):
         assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
-def test_inside_shard_map_a_non_finite_shard_is_rejected_on_all_devices():
+def test_sophia_g_in_shard_map_rejects_a_nonfinite_shard_on_all_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = sophia_g(0.1, axis_name="data")
     spec = {"sharded": P("data"), "replicated": P()}
