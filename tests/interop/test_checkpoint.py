@@ -1,4 +1,4 @@
-"""Checkpointing with Orbax and Flax."""
+"""Checkpoints of Orbax and Flax."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def loss_fn(params, x):
 @pytest.mark.parametrize(
     "estimate", [gnb(network, groups=4), hutchinson(loss_fn)], ids=["gnb", "hutchinson"]
 )
-def test_resumed_training_equals_uninterrupted_training(estimate, tmp_path):
-    """Labels and probes are equal too: their keys depend on the seed and the step."""
+def test_sophia_g_restored_by_orbax_or_flax_resumes_bit_for_bit(estimate, tmp_path):
+    """Sampled labels and probes are equal, because keys depend on seed and step only."""
     tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2, nesterov=True)
 
     @jax.jit
@@ -36,15 +36,15 @@ def test_resumed_training_equals_uninterrupted_training(estimate, tmp_path):
         return optax.apply_updates(params, updates), state
 
     params = network_params()
-    initial = run = params, tx.init(params)
+    initial = saved = params, tx.init(params)
     for _ in range(3):
-        run = step(*run)
-    ocp.save(tmp_path / "checkpoint", run)
+        saved = step(*saved)
+    ocp.save(tmp_path / "checkpoint", saved)
     from_orbax = ocp.load(tmp_path / "checkpoint", initial)
-    from_flax = serialization.from_bytes(initial, serialization.to_bytes(run))
+    from_flax = serialization.from_bytes(initial, serialization.to_bytes(saved))
     for resumed in (from_orbax, from_flax):
-        assert_trees_all_equal(resumed, run)
-        expected = run
+        assert_trees_all_equal(resumed, saved)
+        expected = saved
         for _ in range(3):
             expected, resumed = step(*expected), step(*resumed)
         assert_trees_all_equal(resumed, expected)

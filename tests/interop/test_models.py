@@ -1,7 +1,7 @@
-"""Estimators on models written with Flax linen, Flax NNX and Equinox.
+"""Estimators on models written with Flax Linen, Flax NNX and Equinox.
 
-Every test compares a model with the same network written in plain JAX. The key is the
-same for both, so the estimates must be equal.
+Every test compares a model with the same network in JAX. The keys are equal, so the
+estimates must be equal.
 """
 
 import equinox as eqx
@@ -14,7 +14,7 @@ import pytest
 from chex import assert_trees_all_close
 from flax import nnx
 
-from sophia_optax import gnb, hutchinson, scale_by_diag_hessian
+from sophia_optax import gnb, hutchinson
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +40,15 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def estimated(estimator, logits_fn, params, *batch, **settings):
-    return jax.jit(estimator(logits_fn, **settings))(params, *batch, key=KEY)
-
-
-def assert_same(actual, expected):
-    """Compare up to float32 rounding, relative to the largest entry."""
-    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    assert size > 0
-    assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5 * size)
+def assert_equal_estimates(estimator, logits_fn, expected_fn, params, *batch, **settings):
+    """Compare estimates for two networks, relative to the largest entry."""
+    estimate, expected = (
+        jax.jit(estimator(fn, **settings))(params, *batch, key=KEY)
+        for fn in (logits_fn, expected_fn)
+    )
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert largest > 0
+    assert_trees_all_close(estimate, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 # Dropout
@@ -66,53 +66,25 @@ def equinox_dropout(h, key):
     return eqx.nn.Dropout(0.5)(h, key=key)
 
 
-def dropout_params():
-    return {"in": normal(1, 2, 2), "out": normal(2, 2, 2)}
-
-
-def masked_network(params, x, mask):
-    """The network with dropout's mask as an input."""
-    return (mask * jnp.tanh(x @ params["in"])) @ params["out"]
-
-
 @both_estimators
 @pytest.mark.parametrize("dropout", [nnx_dropout, linen_dropout, equinox_dropout])
-def test_dropout_keys_in_the_batch_are_split_into_groups(estimator, dropout):
-    """Typed keys, one per example, are split like any other array."""
-    params, x, keys = dropout_params(), normal(3, 8, 2), jax.random.split(KEY, 8)
+def test_estimator_splits_dropout_keys_into_groups(estimator, dropout):
+    """Typed keys, one per example, are split like other arrays of the batch."""
+    params = {"in": normal(1, 2, 2), "out": normal(2, 2, 2)}
+    keys = jax.random.split(KEY, 8)
     masks = jax.vmap(lambda key: dropout(jnp.ones(2), key))(keys)
     assert set(np.unique(masks)) == {0, 2}
 
-    def logits_fn(params, x, keys):
+    def with_dropout(params, x, keys, masks):
         return jax.vmap(dropout)(jnp.tanh(x @ params["in"]), keys) @ params["out"]
 
-    settings = {"groups": 4, "parallel_groups": 2}
-    assert_same(
-        estimated(estimator, logits_fn, params, x, keys, **settings),
-        estimated(estimator, masked_network, params, x, masks, **settings),
-    )
+    def with_masks(params, x, keys, masks):
+        return (masks * jnp.tanh(x @ params["in"])) @ params["out"]
 
-
-@both_estimators
-@pytest.mark.parametrize("closed_over", [False, True])
-def test_dropout_with_one_key_per_group(estimator, closed_over):
-    """A closed-over key gives every group the same mask.
-
-    The first key of the group's batch gives each group its own mask.
-    """
-    params, x, keys = dropout_params(), normal(3, 8, 2), jax.random.split(KEY, 8)
-    group_keys = [KEY, KEY] if closed_over else [keys[0], keys[4]]
-    masks = jnp.concatenate([nnx_dropout(jnp.ones((4, 2)), key) for key in group_keys])
-    assert (masks[:4] == masks[4:]).all() == closed_over
-
-    def logits_fn(params, x, keys):
-        key = KEY if closed_over else keys[0]
-        return nnx_dropout(jnp.tanh(x @ params["in"]), key) @ params["out"]
-
-    assert_same(
-        estimated(estimator, logits_fn, params, x, keys, groups=2),
-        estimated(estimator, masked_network, params, x, masks, groups=2),
-    )
+    assert_equal_estimates(
+        estimator, with_dropout, with_masks, params, normal(3, 8, 2), keys, masks,
+        groups=4, parallel_groups=2,
+    )  # fmt: skip
 
 
 # Batch normalization
@@ -136,7 +108,10 @@ class NnxNorm(nnx.Module):
 
 
 def linen_norm(x):
-    """Return `(params, x, train) -> logits`, parameters, statistics, and `weights_of`."""
+    """Return `(params, x, train) -> logits`, parameters, statistics, and `weights_of`.
+
+    `weights_of(params)` returns the weights in the same order for each framework.
+    """
     model = LinenNorm()
     variables = model.init(KEY, x, train=False)
     _, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -181,9 +156,7 @@ def nnx_norm(x):
 @both_estimators
 @pytest.mark.parametrize("make_model", [linen_norm, nnx_norm])
 @pytest.mark.parametrize(("train", "groups"), [(False, 4), (True, 1), (True, 2)])
-def test_batch_norm_equals_the_normalization_written_out(
-    estimator, make_model, train, groups
-):
+def test_estimator_of_batch_norm_equals_its_formula(estimator, make_model, train, groups):
     """With `train`, each group is normalized with its own statistics."""
     x = 1 + 2 * normal(3, 8, 2)
     model, params, stats, weights_of = make_model(x)
@@ -192,69 +165,18 @@ def test_batch_norm_equals_the_normalization_written_out(
     def logits_fn(params, x):
         return model(params, x, train)
 
-    def written_out(params, x):
+    def expected_fn(params, x):
         kernel, bias, scale, shift, down = weights_of(params)
         h = x @ kernel + bias
         mean, var = (h.mean(0), h.var(0)) if train else (stats["mean"], stats["var"])
         return jnp.tanh((h - mean) * scale / jnp.sqrt(var + 1e-5) + shift) @ down
 
-    assert_same(
-        estimated(estimator, logits_fn, params, x, groups=groups),
-        estimated(estimator, written_out, params, x, groups=groups),
-    )
-
-
-# Mixture of experts with an auxiliary loss
-
-
-def mixture_params():
-    return {"router": normal(1, 2, 2), "experts": normal(2, 2, 2, 2)}
-
-
-def mixture_logits(params, x):
-    """Route each example to one expert, whose weights are gathered by index."""
-    gates = jax.nn.softmax(x @ params["router"])
-    logits = jnp.einsum("bi,bij->bj", x, params["experts"][gates.argmax(-1)])
-    return gates.max(-1, keepdims=True) * logits
-
-
-def auxiliary_loss(params, x):
-    """The load-balancing loss of the Switch Transformer."""
-    gates = jax.nn.softmax(x @ params["router"])
-    return jnp.sum(jax.nn.one_hot(gates.argmax(-1), 2).mean(0) * gates.mean(0))
-
-
-def test_hessian_fn_may_add_hutchinson_of_an_auxiliary_loss_to_gnb():
-    params, x = mixture_params(), normal(3, 8, 2)
-    gnb_estimate = gnb(mixture_logits, groups=4)
-    auxiliary_estimate = hutchinson(auxiliary_loss)
-
-    def hessian_fn(key):
-        return optax.tree.add(
-            gnb_estimate(params, x, key=key), auxiliary_estimate(params, x, key=key)
-        )
-
-    tx = scale_by_diag_hessian(b2=0.0, seed=5)
-    state = jax.jit(
-        lambda: tx.update(params, tx.init(params), params, hessian_fn=hessian_fn)[1]
-    )()
-    key = jax.random.fold_in(jax.random.key(5), 0)
-    assert_same(optax.tree.get(state, "hessian"), jax.jit(hessian_fn)(key))
+    assert_equal_estimates(estimator, logits_fn, expected_fn, params, x, groups=groups)
 
 
 # Layers in a scan, and rematerialized layers
 
 LAYERS, WIDTH = 3, 4
-
-
-def layered_params():
-    return {
-        "layers": {
-            "kernel": normal(1, LAYERS, WIDTH, WIDTH),
-            "bias": normal(2, LAYERS, WIDTH),
-        },
-        "out": {"kernel": normal(3, WIDTH, 3)},
-    }
 
 
 def block(layer, h):
@@ -365,9 +287,13 @@ def equinox_layers(params, h):
         equinox_layers,
     ],
 )
-def test_scan_and_remat_do_not_change_the_estimate(estimator, logits_fn):
-    params, x = layered_params(), normal(4, 8, WIDTH)
-    assert_same(
-        estimated(estimator, logits_fn, params, x, groups=2),
-        estimated(estimator, unrolled, params, x, groups=2),
-    )
+def test_estimator_of_scanned_or_remat_layers_equals_unrolled_layers(estimator, logits_fn):
+    params = {
+        "layers": {
+            "kernel": normal(1, LAYERS, WIDTH, WIDTH),
+            "bias": normal(2, LAYERS, WIDTH),
+        },
+        "out": {"kernel": normal(3, WIDTH, 3)},
+    }
+    x = normal(4, 8, WIDTH)
+    assert_equal_estimates(estimator, logits_fn, unrolled, params, x, groups=2)
