@@ -1,4 +1,4 @@
-"""Configs of small runs for the tests, and `python -m examples.gpt` in subprocesses."""
+"""Configs of small runs, and `python -m examples.gpt` in subprocesses."""
 
 import json
 import os
@@ -22,26 +22,26 @@ ROOT = Path(__file__).parents[1]
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)
 )
-RUN = """
+RUN_CODE = """
 import runpy, sys
 
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
-# Sends itself a signal after a step. The next steps take a while, in which the processes
-# agree on the last one.
-SIGNAL = """
+# Send a signal to this process after a step. The next steps are slow, so that the processes
+# have time to agree on the last step.
+SIGNAL_CODE = """
 import os, sys, time
 from examples.gpt.operations.processes import StopSignal
 
-signalled_step, signal_number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+signal_step, signal_number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 should_stop = StopSignal.should_stop
 
 
 def send(self, step):
-    if step == signalled_step:
+    if step == signal_step:
         os.kill(os.getpid(), signal_number)
-    if step >= signalled_step:
+    if step >= signal_step:
         time.sleep(0.3)
     return should_stop(self, step)
 
@@ -60,26 +60,26 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.enable_truncation(5)  # as some files of the hub have; a corpus is not truncated
+    bpe.enable_truncation(5)  # some files of the hub truncate, but a corpus must not be
     return JsonTokenizer(bpe.to_str().encode())
 
 
 def flags(**values) -> list[str]:
-    """Return the command line with these values, by the names of the config's fields."""
-    arguments = []
+    """Return flags of the command for values of the config's fields."""
+    args = []
     for name, value in values.items():
         name = name.replace("_", "-")
         if isinstance(value, bool) and name != "nesterov":
-            arguments.append(f"--{name}" if value else f"--no-{name}")
+            args.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, tuple):
-            arguments += [f"--{name}", *value]
+            args += [f"--{name}", *value]
         else:
-            arguments.append(f"--{name}={value}")
-    return arguments
+            args.append(f"--{name}={value}")
+    return args
 
 
 def make_config(**values) -> Config:
-    """Return the config of a command line with these values."""
+    """Return the config that the command parses from these values."""
     return parse(flags(**values))
 
 
@@ -98,45 +98,31 @@ def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState,
     return traced, state, lambda: step.init_state(config, tx, mesh)
 
 
-def arguments(data: Path, out: Path, **changes) -> list[str]:
-    """Return the command line of a run that takes seconds."""
-    values = {
-        "data": data,
-        "out": out,
-        "steps": 20,
-        "warmup": 3,
-        "layers": 2,
-        "heads": 4,
-        "width": 32,
-        "context": 16,
-        "batch": 16,
-        "refresh_batch": 8,
-        "groups": 8,
-        "update_interval": 5,
-        "validate_every": 10,
-        "validation_batches": 2,
-        "checkpoint_every": 5,
-        "log_every": 1,
-    }
+def run_flags(data: Path, out: Path, **changes) -> list[str]:
+    """Return the flags of a run that takes seconds."""
+    values = {"data": data, "out": out, "steps": 20, "warmup": 3}
+    values |= {"layers": 2, "heads": 4, "width": 32, "context": 16, "batch": 16}
+    values |= {"refresh_batch": 8, "groups": 8, "update_interval": 5, "log_every": 1}
+    values |= {"validate_every": 10, "validation_batches": 2, "checkpoint_every": 5}
     return flags(**(values | changes))
 
 
-def start(
+def start_command(
     args: list[str],
     devices: int = 1,
-    signalled: tuple[int, int] | None = None,
+    signal_after: tuple[int, int] | None = None,
     patch: str = "",
 ) -> subprocess.Popen:
     """Start the command on simulated devices.
 
-    With `signalled`, a step and a signal, the command sends itself the signal after the
-    step. `patch` is code that runs first.
+    With `signal_after`, a step and a signal, the process sends itself the signal after the
+    step. The code in `patch` runs first.
     """
-    sent = [] if signalled is None else [*map(str, map(int, signalled))]
-    code = patch + (SIGNAL if sent else "") + RUN
+    signal_args = [] if signal_after is None else [*map(str, map(int, signal_after))]
+    code = patch + (SIGNAL_CODE if signal_args else "") + RUN_CODE
     xla_flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *sent, *args],
+        [sys.executable, "-c", code, *signal_args, *args],
         cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": f"{xla_flags} --xla_backend_optimization_level=0"},
         stdout=subprocess.PIPE,
@@ -148,7 +134,7 @@ def start(
 def run_module(
     name: str, *args: str, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m NAME`, without an exception if it fails."""
+    """Run `python -m NAME`. A failure raises no exception."""
     return subprocess.run(
         [sys.executable, "-m", name, *args],
         cwd=ROOT,
@@ -158,41 +144,41 @@ def run_module(
     )
 
 
-def run(args: list[str], **kwargs) -> tuple[int, str]:
+def run_command(args: list[str], **kwargs) -> tuple[int, str]:
     """Run the command, and return its exit code and output."""
-    process = start(args, **kwargs)
+    process = start_command(args, **kwargs)
     output = process.communicate(timeout=240)[0]
     return process.returncode, output
 
 
 def run_processes(
-    args: list[str], count: int, which: int | None = None, signalled=None, **kwargs
+    args: list[str], count: int, which: int | None = None, signal_after=None, **kwargs
 ) -> tuple[list[int], list[str]]:
     """Run the command in several processes, and return their exit codes and outputs.
 
-    All of them are signalled, or only process `which`.
+    With `signal_after`, all processes or only process `which` send themselves a signal.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    joined = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
-    running = [
-        start(
-            [*args, *joined, "--process-id", str(i)],
-            signalled=signalled if which in (None, i) else None,
+    args = [*args, "--coordinator", f"localhost:{port}", "--num-processes", str(count)]
+    processes = [
+        start_command(
+            [*args, "--process-id", str(i)],
+            signal_after=signal_after if which in (None, i) else None,
             **kwargs,
         )
         for i in range(count)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
-        for process in running:
+        for process in processes:
             process.kill()
-    return [process.returncode for process in running], outputs
+    return [process.returncode for process in processes], outputs
 
 
-def losses(out: Path) -> list[float]:
+def read_losses(out: Path) -> list[float]:
     """Return the losses of all steps and validations of a run."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))

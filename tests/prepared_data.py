@@ -1,4 +1,4 @@
-"""Documents, and what `examples.gpt.prepare` makes of them, for the tests."""
+"""Documents, and the shards that `examples.gpt.prepare` writes."""
 
 import gzip
 import hashlib
@@ -38,7 +38,7 @@ def write_parquet(path, documents):
     parquet.write_table(table, path, row_group_size=30)
 
 
-def options(out, *names, **changes):
+def make_options(out, *names, **changes):
     values = {"tokenizer": "bytes", "validation": 0.2, "shard_tokens": 3000}
     return Options(tuple(map(str, names)), Path(out), **(values | changes))
 
@@ -51,8 +51,8 @@ def checksums(folder):
     }
 
 
-def documents_of(folder):
-    """Return the documents of each split."""
+def read_documents(folder):
+    """Return the documents of each split of a prepared folder."""
     corpus, documents = corpora.load(folder), {}
     for name in corpora.SPLITS:
         tokens = np.concatenate(getattr(corpus, name).arrays)
@@ -63,27 +63,28 @@ def documents_of(folder):
     return documents
 
 
-def expected(documents, fraction=0.2):
-    found = {name: [] for name in corpora.SPLITS}
+def split_documents(documents, fraction=0.2):
+    """Return the expected documents of each split."""
+    splits = {name: [] for name in corpora.SPLITS}
     for text in documents:
         [(name, _)] = prepare.encode_batch([text], Bytes(), fraction)
-        found[name].append(text)
-    return found
+        splits[name].append(text)
+    return splits
 
 
 class Killed(BaseException):
     pass
 
 
-class Fault:
-    """Raises Killed in the place of a write. `left` counts the writes until then."""
+class KillAtWrite:
+    """Raise `Killed` instead of a write. `countdown` is the number of writes until then."""
 
     def __init__(self, monkeypatch):
-        self.left, self._write = 0, folders.write_bytes
+        self.countdown, self._write = 0, folders.write_bytes
         monkeypatch.setattr(folders, "write_bytes", self.write_bytes)
 
     def write_bytes(self, path, content):
-        self.left -= 1
-        if self.left == 0:
+        self.countdown -= 1
+        if self.countdown == 0:
             raise Killed
         self._write(path, content)

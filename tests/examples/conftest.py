@@ -6,7 +6,7 @@ import json
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from gpt_runs import TEXT, arguments, losses, make_config, run
+from gpt_runs import TEXT, make_config, read_losses, run_command, run_flags
 
 from examples.gpt.core.config import Config
 from examples.gpt.operations.checkpoints import open_checkpointer
@@ -14,8 +14,8 @@ from examples.gpt.operations.run import save_tokenizer
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """A function from values to the config of a run of 4 steps."""
+def tiny_config(tmp_path):
+    """Return a function that makes the config of a run of 4 steps."""
     (tmp_path / "corpus.txt").write_text(TEXT)
     values = {"data": tmp_path / "corpus.txt", "out": tmp_path / "out", "steps": 4}
     values |= {"warmup": 1, "layers": 1, "heads": 2, "width": 16, "context": 16}
@@ -25,36 +25,36 @@ def tiny(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A text file for the runs of `gpt_runs`."""
+    """Return a text file."""
     file = tmp_path_factory.mktemp("data") / "corpus.txt"
     file.write_text(TEXT)
     return file
 
 
 @pytest.fixture(scope="module")
-def on_one_device(corpus, tmp_path_factory):
-    """A function from an optimizer to the losses of its run on one device."""
+def one_device_losses(corpus, tmp_path_factory):
+    """Return a function from an optimizer to the losses of its run on one device."""
 
     @functools.cache
     def train(optimizer):
         out = tmp_path_factory.mktemp(optimizer)
-        code, output = run(arguments(corpus, out, optimizer=optimizer))
+        code, output = run_command(run_flags(corpus, out, optimizer=optimizer))
         assert code == 0, output
-        assert len(losses(out)) == 22
-        return losses(out)
+        assert len(read_losses(out)) == 22
+        return read_losses(out)
 
     return train
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(on_one_device):
-    """The losses of a run that is not interrupted."""
-    return on_one_device("sophia_g")
+def uninterrupted_losses(one_device_losses):
+    """Return the losses of a run that is not interrupted."""
+    return one_device_losses("sophia_g")
 
 
 @pytest.fixture
 def save_run(tmp_path):
-    """A function that writes the folder of a run with these parameters."""
+    """Return a function that writes the folder of a run with given parameters."""
 
     def save(model, params, tokenizer, data=None):
         folder = tmp_path / "out"
@@ -69,8 +69,8 @@ def save_run(tmp_path):
     return save
 
 
-class Bucket(MemoryFileSystem):
-    """S3, in memory."""
+class MemoryS3(MemoryFileSystem):
+    """S3 in memory."""
 
     protocol = "s3"
 
@@ -81,7 +81,7 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def bucket():
-    """An empty file system for s3:// paths."""
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    Bucket.store, Bucket.pseudo_dirs = {}, [""]
-    return Bucket()
+    """Return an empty file system for s3:// paths."""
+    fsspec.register_implementation("s3", MemoryS3, clobber=True)
+    MemoryS3.store, MemoryS3.pseudo_dirs = {}, [""]
+    return MemoryS3()

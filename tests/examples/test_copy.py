@@ -11,8 +11,7 @@ from gpt_runs import ROOT, TEXT
 
 
 @pytest.mark.slow
-def test_copied_core_trains_on_another_text(tmp_path):
-    """With a changed model, and without the rest of `examples`."""
+def test_copied_core_trains_a_changed_model_without_the_rest_of_examples(tmp_path):
     shutil.copytree(ROOT / "examples" / "gpt" / "core", tmp_path / "my_gpt")
     model = tmp_path / "my_gpt" / "model.py"
     changed = model.read_text().replace("jax.nn.gelu(up)", "jax.nn.relu(up) ** 2")

@@ -1,4 +1,4 @@
-"""The data loader and the corpora that it reads."""
+"""Batches, and the corpora that they are read from."""
 
 import contextlib
 import subprocess
@@ -16,8 +16,8 @@ from examples.gpt.tools import corpora, prepare
 CONTEXT = 8
 
 
-def write(folder, train, validation, shard_tokens):
-    """Write a prepared folder of these bytes."""
+def write_prepared(folder, train, validation, shard_tokens):
+    """Write the folder of a prepared corpus of these bytes."""
     folder.mkdir()
     manifest = {"format": 1, "tokenizer": "bytes", "dtype": "uint16", "finished": True}
     for name, tokens in (("train", train), ("validation", validation)):
@@ -32,7 +32,7 @@ def write(folder, train, validation, shard_tokens):
 @pytest.fixture
 def prepared(tmp_path):
     text = np.random.default_rng(0).integers(1, 256, size=1000, dtype=np.uint8).tobytes()
-    return write(tmp_path / "prepared", text, text[:300], shard_tokens=300)
+    return write_prepared(tmp_path / "prepared", text, text[:300], shard_tokens=300)
 
 
 def make_tokens(*sizes):
@@ -46,7 +46,7 @@ def take(n, *args, **kwargs):
         return np.stack([next(batches) for _ in range(n)])
 
 
-def test_batches_have_each_target_once_in_an_epoch_and_cross_no_shards():
+def test_batches_have_each_target_once_in_an_epoch_and_do_not_cross_shards():
     split = make_tokens(6 * CONTEXT + 1, 3, 9 * CONTEXT + 5, CONTEXT + 1, CONTEXT, 0)
     epoch = take(4, split, batch=4, context=CONTEXT, seed=0).reshape(-1, CONTEXT + 1)
     assert epoch.dtype == np.int32
@@ -60,7 +60,7 @@ def test_batches_have_each_target_once_in_an_epoch_and_cross_no_shards():
     np.testing.assert_array_equal(np.sort(epoch[:, 1:], axis=None), expected)
 
 
-def test_order_differs_between_epochs_and_seeds():
+def test_batches_have_a_different_order_in_each_epoch_and_for_each_seed():
     sizes = {"batch": 16, "context": CONTEXT}
     split = make_tokens(64 * CONTEXT + 1)
     first, second = (take(8, split, seed=seed, **sizes) for seed in (1, 2))
@@ -78,9 +78,9 @@ def test_batches_resume_after_a_number_of_steps():
     np.testing.assert_array_equal(take(12, split, seed=3, start=9, **sizes), expected[9:])
 
 
-def test_checksum_depends_on_the_content_only(tmp_path):
-    one, same = (write(tmp_path / name, b"a" * 99, b"b" * 99, 50) for name in "ab")
-    other = write(tmp_path / "c", b"a" * 99, b"c" * 99, 50)
+def test_corpus_checksum_depends_on_the_content_only(tmp_path):
+    one, same = (write_prepared(tmp_path / name, b"a" * 99, b"b" * 99, 50) for name in "ab")
+    other = write_prepared(tmp_path / "c", b"a" * 99, b"c" * 99, 50)
     checksums = [corpora.load(folder).checksum for folder in (one, same, other)]
     assert checksums[0] == checksums[1] != checksums[2]
 
@@ -96,7 +96,7 @@ def test_checksum_depends_on_the_content_only(tmp_path):
         ("manifest.json", lambda b: b.replace(b"true", b"false"), "is unfinished"),
     ],
 )
-def test_damaged_folders_are_rejected(prepared, file, damage, message):
+def test_load_rejects_a_damaged_corpus(prepared, file, damage, message):
     corpora.load(prepared)
     content = (prepared / file).read_bytes()
     (prepared / file).unlink()
@@ -106,14 +106,14 @@ def test_damaged_folders_are_rejected(prepared, file, damage, message):
         corpora.load(prepared)
 
 
-def test_splits_must_have_a_sequence(tmp_path):
-    corpus = corpora.load(write(tmp_path / "p", b"a" * 500, b"b" * 20, 1000))
+def test_corpus_check_requires_a_sequence_in_each_split(tmp_path):
+    corpus = corpora.load(write_prepared(tmp_path / "p", b"a" * 500, b"b" * 20, 1000))
     corpus.check(ModelConfig(context=19))
     with pytest.raises(ConfigError, match=r"`context` must be less than 20, .*, got 20"):
         corpus.check(ModelConfig(context=20))
 
 
-def test_text_is_split_by_file(tmp_path):
+def test_load_splits_text_by_file(tmp_path):
     (tmp_path / "binary").write_bytes(b"\0" * 10_000)
     for name in (".hidden", "for_prepare.jsonl"):
         (tmp_path / name).write_text("no" * 10_000)
@@ -133,7 +133,7 @@ def test_text_is_split_by_file(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
-def test_few_files_are_split_within_a_file(tmp_path, sizes):
+def test_load_splits_few_files_within_a_file(tmp_path, sizes):
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text("x" * size)
     corpus = corpora.load(tmp_path)
@@ -142,7 +142,7 @@ def test_few_files_are_split_within_a_file(tmp_path, sizes):
     assert 0.05 < len(corpus.validation) / total < 0.2
 
 
-def test_visible_files_follows_links_and_reads_each_folder_once(tmp_path):
+def test_visible_files_follows_links_and_lists_each_folder_once(tmp_path):
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     for path in (corpus / "inside", corpus / ".hidden", elsewhere / "deep"):
         path.mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_visible_files_follows_links_and_reads_each_folder_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_needs_no_package_of_the_extra_data(prepared):
+def test_training_does_not_require_the_extra_data(prepared):
     code = """
 import sys
 for name in ("datasets", "pyarrow", "tokenizers", "zstandard"):

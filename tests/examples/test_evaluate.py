@@ -1,4 +1,4 @@
-"""The loss of a model on a validation split."""
+"""Evaluation of the loss on a validation split."""
 
 import dataclasses
 
@@ -51,8 +51,8 @@ def test_evaluate_scores_every_token_except_the_first(params, size, cuts):
         assert (count, text) == (size - 1, size)
 
 
-def test_bits_per_byte_are_equal_for_two_tokenizers(params):
-    """Both tokenizers have a token for each byte, and every token is equally likely."""
+def test_evaluate_counts_bytes_equally_for_two_tokenizers(params):
+    """Both tokenizers have one token for each byte. All tokens are equally likely."""
     params, found = jax.tree.map(lambda p: 0 * p, params), []
     for tokenizer in (Bytes(), tiny_bpe(merges=())):
         first, second = tokenizer.encode_batch(["é", TEXT])
@@ -64,7 +64,7 @@ def test_bits_per_byte_are_equal_for_two_tokenizers(params):
     assert found[0][1:] == (len(TEXT.encode()) + 3, len(TEXT.encode()) + 2)
 
 
-def test_command_prints_the_loss_of_a_run_and_of_its_weights(
+def test_evaluate_main_prints_the_loss_of_a_run_and_of_exported_weights(
     params, corpus, tmp_path, save_run, capsys
 ):
     out = save_run(CONFIG, params, Bytes(), corpus)
@@ -75,14 +75,16 @@ def test_command_prints_the_loss_of_a_run_and_of_its_weights(
         loss, _, _ = evaluate.evaluate(CONFIG, params, corpora.load(corpus), batch=16)
     text = f"loss {loss:.4f} nats per token, perplexity {np.exp(loss):.3f}, "
     assert f"{text}{loss / np.log(2):.4f} bits per byte" in printed
-    same = {"weights": tmp_path / "gpt2", "data": corpus}, {"out": out / "checkpoints/1"}
-    for values in same:
+    for values in (
+        {"weights": tmp_path / "gpt2", "data": corpus},
+        {"out": out / "checkpoints/1"},
+    ):
         evaluate.main(Options(**values))
         assert capsys.readouterr().out == printed
 
 
-def test_loss_on_a_mesh_equals_that_of_one_device(params, corpus, save_run):
-    """The devices do not divide the batches, and the checkpoint is read sharded."""
+def test_evaluate_on_a_mesh_equals_one_device(params, corpus, save_run):
+    """The batch is not a multiple of the devices. The checkpoint is read sharded."""
     out = save_run(CONFIG, params, Bytes(), corpus)
     split = corpora.load(corpus)
     expected = evaluate.evaluate(CONFIG, params, split, batch=5)
@@ -97,7 +99,7 @@ def test_loss_on_a_mesh_equals_that_of_one_device(params, corpus, save_run):
         np.testing.assert_allclose(loss[0], expected[0], rtol=1e-6)
 
 
-def test_missing_or_mismatched_inputs_are_rejected(params, corpus, tmp_path):
+def test_evaluate_main_rejects_missing_or_mismatched_inputs(params, corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"`out` or `weights` must"):
         evaluate.main(Options())
     with pytest.raises(ConfigError, match=r"`out` must be .*: no checkpoint"):

@@ -1,4 +1,4 @@
-"""Few-shot tasks of lm-eval."""
+"""Evaluation in few-shot tasks of lm-eval."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 
 from examples.gpt.tools import few_shot
 
-few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # it takes seconds
+few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # a call takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
 
 
@@ -52,8 +52,8 @@ def score(params, context, continuation):
     return log_prob, bool(np.all(table.argmax(-1) == continuation))
 
 
-def test_continuations_of_all_lengths_are_scored(lm, params):
-    """23 requests in batches of 4, padded and cut."""
+def test_few_shot_model_scores_continuations_of_all_lengths(lm, params):
+    """The 23 requests, in batches of 4, are padded or cut."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple("".join(map(chr, rng.integers(97, 123, size))) for size in sizes)
@@ -66,7 +66,7 @@ def test_continuations_of_all_lengths_are_scored(lm, params):
         assert greedy == expected[1]
 
 
-def test_continuation_longer_than_the_context_is_rejected(lm):
+def test_few_shot_model_rejects_a_continuation_longer_than_the_context(lm):
     with pytest.raises(ConfigError, match="`context` is 96, and a text has 97 tokens"):
         request(lm, ("x", "y" * 97))
 
@@ -91,7 +91,7 @@ def questions(name, size, seed):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Data of all four tasks."""
+    """Return a folder with data of all four tasks."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name in COLUMNS:
         (tmp_path / name).mkdir()
@@ -101,15 +101,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_task_data_of_all_tasks_is_read(folder, lm):
+def test_few_shot_run_reads_the_data_of_all_tasks(folder, lm):
     results = few_shot.run(lm, Options(tasks=",".join(COLUMNS), task_data=folder))
     assert results["results"].keys() == {"boolq", "cb", "copa", "sglue_rte"}
     assert {n["effective"] for n in results["n-samples"].values()} == {7}
 
 
-def test_accuracy_and_shots(folder, lm, params, monkeypatch):
-    """The shots are examples of the training split."""
-    prompts, right = [], []
+def test_few_shot_run_computes_accuracy_and_takes_shots_from_the_training_split(
+    folder, lm, params, monkeypatch
+):
+    prompts, is_correct = [], []
     score_pairs = lm.loglikelihood
 
     def spy(requests, **kwargs):
@@ -125,11 +126,11 @@ def test_accuracy_and_shots(folder, lm, params, monkeypatch):
         assert sum(premise in prompt for premise in train) == 2
         answers = b" True", b" False"
         scores = [score(params, prompt.encode(), answer)[0] for answer in answers]
-        right.append(np.argmax(scores) == row["label"])
-    assert results["sglue_rte"]["acc,none"] == pytest.approx(np.mean(right))
+        is_correct.append(np.argmax(scores) == row["label"])
+    assert results["sglue_rte"]["acc,none"] == pytest.approx(np.mean(is_correct))
 
 
-def test_unknown_tasks_and_unreadable_data_are_rejected(folder, lm):
+def test_few_shot_run_rejects_unknown_tasks_and_unreadable_data(folder, lm):
     with pytest.raises(ConfigError, match="`tasks`: lm-eval has no task bool"):
         few_shot.run(lm, Options(tasks="bool"))
     (folder / "cb" / "train.jsonl").unlink()

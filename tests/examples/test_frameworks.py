@@ -1,3 +1,5 @@
+"""Examples with each framework."""
+
 import importlib
 
 import numpy as np
@@ -10,7 +12,7 @@ NAMES = ["fine_tuning", "with_equinox", "with_linen", "with_nnx", "with_pytrees"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_example_learns_with_estimates(name, capsys):
+def test_example_trains_with_refreshes(name, capsys):
     losses, opt_state = importlib.import_module(f"examples.{name}").main(steps=151)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     metrics = sophia_metrics(opt_state)
@@ -23,7 +25,7 @@ def test_example_learns_with_estimates(name, capsys):
     )
 
 
-def test_fine_tuning_keeps_nothing_for_what_is_frozen():
+def test_fine_tuning_has_no_optimizer_state_for_frozen_parameters():
     _, opt_state = importlib.import_module("examples.fine_tuning").main(steps=1)
     names = {name for name in sophia_metrics(opt_state) if "/" in name}
     assert names == {"unclipped_fraction/head"}

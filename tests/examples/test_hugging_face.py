@@ -1,3 +1,5 @@
+"""Weights of GPT-2 in Hugging Face's format."""
+
 import dataclasses
 import json
 
@@ -14,12 +16,12 @@ from examples.gpt.tools import hugging_face
 
 pytestmark = pytest.mark.slow
 
-# All sizes differ, so a wrong shape does not fit.
+# All sizes differ, so that a wrong shape raises an error.
 CONFIG = ModelConfig(layers=2, heads=3, width=12, context=10, vocabulary=31, bias=True)
 
 
 def random_params(config):
-    """Return random norms and biases too, and embeddings as small as GPT-2's."""
+    """Return random parameters, also of norms and biases, with small embeddings."""
     rng = np.random.default_rng(0)
 
     def draw(path, p):
@@ -52,8 +54,8 @@ def assert_loads(folder, expected):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_load_returns_what_save_wrote(tmp_path, bias):
-    """Without biases in the model, zero biases are saved."""
+def test_load_returns_the_saved_params(tmp_path, bias):
+    """A model without biases is saved with zero biases."""
     config = dataclasses.replace(CONFIG, bias=bias)
     params = random_params(config)
     hugging_face.save(tmp_path, config, params)
@@ -62,8 +64,8 @@ def test_load_returns_what_save_wrote(tmp_path, bias):
     assert_loads(tmp_path, traverse_util.unflatten_dict(flat))
 
 
-def test_load_reads_other_formats(folder):
-    """No prefix, buffers of old versions, a saved head, several files, another name."""
+def test_load_reads_variants_of_the_format(folder):
+    """No prefix, buffers of old versions, a saved head, several files, and an alias."""
     tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(folder).items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
     tensors["lm_head.weight"] = tensors["wte.weight"]
@@ -77,7 +79,7 @@ def test_load_reads_other_formats(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit_weights_are_loaded_as_float32(folder, dtype):
+def test_load_returns_16_bit_weights_as_float32(folder, dtype):
     dtype = jax.numpy.dtype(dtype)
     write(folder, {k: v.astype(dtype) for k, v in read_tensors(folder).items()})
     expected = jax.tree.map(lambda p: p.astype(dtype).astype("f4"), random_params(CONFIG))
@@ -98,7 +100,7 @@ def change_config(folder, **fields):
         ({"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` must be 1e-05"),
     ],
 )
-def test_load_rejects_other_models(folder, field, message):
+def test_load_rejects_different_models(folder, field, message):
     change_config(folder, **field)
     with pytest.raises(ConfigError, match=message):
         hugging_face.load(folder)
@@ -131,7 +133,7 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def logits_of_both(theirs, params):
+def both_logits(theirs, params):
     import torch
 
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocabulary, (4, CONFIG.context))
@@ -140,13 +142,13 @@ def logits_of_both(theirs, params):
     return model.bind(CONFIG, params)(tokens), expected
 
 
-def test_transformers_loads_what_save_wrote(folder, transformers):
+def test_transformers_loads_the_saved_params(folder, transformers):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    ours, expected = logits_of_both(theirs, random_params(CONFIG))
+    ours, expected = both_logits(theirs, random_params(CONFIG))
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_load_reads_what_transformers_saves(tmp_path, transformers):
+def test_load_reads_params_saved_by_transformers(tmp_path, transformers):
     import torch
 
     torch.manual_seed(0)
@@ -161,5 +163,5 @@ def test_load_reads_what_transformers_saves(tmp_path, transformers):
             p *= 0.01
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours, expected = logits_of_both(theirs, hugging_face.load(tmp_path)[1])
+    ours, expected = both_logits(theirs, hugging_face.load(tmp_path)[1])
     np.testing.assert_allclose(ours, expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Processes that join, and the files that start them."""
+"""Connection of processes, and the files that launch them."""
 
 import shlex
 import subprocess
@@ -26,11 +26,11 @@ LAUNCH = ROOT / "examples" / "gpt" / "launch"
         ({"SLURM_STEP_NUM_TASKS": "1"}, [], None, 0),
         ({"SLURM_STEP_NUM_TASKS": "8"}, [], None, 1),
         ({"JOB_COMPLETION_INDEX": "0"}, [], None, 1),
-        ({}, ["/dev/vfio/0"], None, 0),  # of other devices
+        ({}, ["/dev/vfio/0"], None, 0),  # a device that is not a TPU
         ({}, ["/dev/vfio/0"], "libtpu", 1),
     ],
 )
-def test_join_processes_if_there_are_others(monkeypatch, environment, files, libtpu, joins):
+def test_join_processes_detects_launchers(monkeypatch, environment, files, libtpu, joins):
     calls = []
     for name in ("SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
@@ -45,14 +45,14 @@ def test_join_processes_if_there_are_others(monkeypatch, environment, files, lib
 
 
 @pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])
-def test_scripts_are_bash_with_a_valid_example(file):
+def test_launch_scripts_are_valid_bash_with_a_valid_example(file):
     text = (LAUNCH / file).read_text()
     subprocess.run(["bash", "-n", LAUNCH / file], check=True)
     [example] = [line for line in text.splitlines() if "--preset" in line]
     check_on_32_devices(shlex.split(example.lstrip("# ").rstrip("\\")))
 
 
-def test_kubernetes_objects_refer_to_each_other():
+def test_kubernetes_objects_are_consistent():
     yaml = pytest.importorskip("yaml")
     text = (LAUNCH / "kubernetes.yaml").read_text()
     objects = {o["kind"]: o for o in yaml.safe_load_all(text)}
@@ -73,14 +73,14 @@ def test_kubernetes_objects_refer_to_each_other():
 
 
 def check_on_32_devices(arguments):
-    """A v5p-64 has 32 chips, and four nodes have 32 GPUs: rows of a table in the docs."""
+    """Check the flags of a run on 32 TPU chips or GPUs, which are rows in the docs."""
     config = parse(arguments)
     config.check()
     assert config.training.mesh == "auto"
     for topology, kind in (("v5p:2x4x4", "TPU v5"), ("h200:32", "NVIDIA H200")):
         assert (config.preset, topology, "") in topologies.ROWS
         devices = [types.SimpleNamespace(device_kind=kind)] * 32
-        fitted = fit_to_devices(config, devices)
+        fitted = fit_to_devices(config, devices)  # the layout for these devices
         assert fitted.training.mesh == ""
         mesh = AbstractMesh((32, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
         check_mesh(fitted.with_resolved_defaults(50257, 32), mesh)

@@ -1,4 +1,4 @@
-"""Programs that the trainer compiles for meshes: what devices exchange and hold."""
+"""Communication and memory of the training step on meshes."""
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ def compile_step(mesh, **values):
 
 
 @pytest.mark.slow
-def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
-    """Independently of the micro-batches and of the chunks of the loss."""
+def test_step_with_data_parallelism_exchanges_a_gradient_and_an_estimate():
+    """Micro-batches and chunks of the loss do not change this."""
     mesh, sizes = sharding.make_mesh(""), []
     values = {"accumulate": 2, "loss_chunk": 8}
     for optimizer in ("adamw", "sophia_g"):
@@ -34,12 +34,13 @@ def test_data_parallel_exchanges_one_gradient_and_a_refresh_one_more():
 
 
 @pytest.mark.slow
-def test_fully_sharded_refresh_is_as_sharded_as_a_gradient():
-    """A micro-batch exchanges one gradient, and a refresh one."""
+def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
+    """Each of two micro-batches exchanges a gradient, and a refresh an estimate."""
     values = {"accumulate": 2, "loss_chunk": 8, "remat": "full", "layers": 8}
     mesh, exchanged, temporary = sharding.make_mesh("fsdp=8"), [], []
     for optimizer in ("adamw", "sophia_g"):
-        gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}  # no sample of entries
+        # A constant gamma does not communicate a sample of entries.
+        gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}
         compiled, state = compile_step(mesh, optimizer=optimizer, **values, **gamma)
         found = bytes_of(collectives(compiled))
         exchanged.append(found.pop("all-reduce") + found.pop("all-to-all", 0))
@@ -53,31 +54,31 @@ def test_fully_sharded_refresh_is_as_sharded_as_a_gradient():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 @pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
-def test_parameters_and_averages_are_sharded(text, architecture):
-    """All except norms, which have one axis."""
+def test_step_keeps_parameters_and_averages_sharded(text, architecture):
+    """All except norms, which are vectors, are sharded over all axes."""
     mesh = sharding.make_mesh(text)
     compiled, state = compile_step(mesh, architecture=architecture)
-    parts, held = mesh.shape["fsdp"] * mesh.shape["tensor"], []
+    all_shards, shard_bytes = mesh.shape["fsdp"] * mesh.shape["tensor"], []
 
     def check(path, x):
         names = [p for p in path if hasattr(p, "key")]
         size = np.prod(x.sharding.shard_shape(x.shape))
-        held.append(4 * size)
+        shard_bytes.append(4 * size)
         if names and not any("norm" in p.key for p in names):
-            shards = mesh.shape["fsdp"] if "positions" in str(path) else parts
+            shards = mesh.shape["fsdp"] if "positions" in str(path) else all_shards
             assert size * shards == x.size, path
 
     jax.tree.map_with_path(check, state)
     arguments = compiled.memory_analysis().argument_size_in_bytes
     batch = 4 * 32 * 33 // sharding.num_batch_shards(mesh)
-    assert arguments == pytest.approx(sum(held) + batch, rel=0.02)
+    assert arguments == pytest.approx(sum(shard_bytes) + batch, rel=0.02)
     outputs = jax.tree.leaves(compiled.output_shardings[0])
     for new, x in zip(outputs, jax.tree.leaves(state), strict=True):
         assert new.is_equivalent_to(x.sharding, len(x.shape))
 
 
-def test_rules_match_whole_names():
-    """The model constrains a layer as a state of nnx, whose names end with /value."""
+def test_partition_specs_match_complete_names():
+    """The names of a layer as a state of NNX end with /value."""
     kernel = np.zeros((4, 4))
     specs = sharding.partition_specs({"up": {"kernel": nnx.Param(kernel)}})
     assert specs["up"]["kernel"].get_value() == jax.P("fsdp", "tensor")
@@ -96,6 +97,6 @@ def test_rules_match_whole_names():
         ("", {"accumulate": 8}, r"`batch` must be a multiple .* 8 devices .* 32 and 8"),
     ],
 )
-def test_uneven_sizes_are_rejected(mesh, values, message):
+def test_step_rejects_a_mesh_that_does_not_divide_the_sizes(mesh, values, message):
     with pytest.raises(ConfigError, match=message):
         compile_step(sharding.make_mesh(mesh), **values)

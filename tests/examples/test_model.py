@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from problems import assert_close_to_max
 
 from examples.gpt.core import model, sharding
 from examples.gpt.core.config import ModelConfig
@@ -30,7 +31,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 25), 0, 128)
         ("neox-6.6b", 6_857_302_016),
     ],
 )
-def test_presets_have_the_sizes_of_their_names(preset, parameters):
+def test_presets_have_the_sizes_in_their_names(preset, parameters):
     params = jax.eval_shape(lambda: model.init(preset_config(preset).model))
     assert sum(p.size for p in jax.tree.leaves(params)) == parameters
 
@@ -41,9 +42,9 @@ def test_attention_is_causal(config):
     params = model.init(config)
     tokens = TOKENS[:, :24]
     changed = tokens.at[:, 10].add(1) % 128
-    one, other = (model.bind(config, params)(x) for x in (tokens, changed))
-    same = np.all(one == other, axis=(0, 2))
-    np.testing.assert_array_equal(same, np.arange(24) < 10)
+    before, after = (model.bind(config, params)(x) for x in (tokens, changed))
+    is_equal = np.all(before == after, axis=(0, 2))
+    np.testing.assert_array_equal(is_equal, np.arange(24) < 10)
 
 
 @pytest.mark.slow
@@ -56,7 +57,7 @@ def test_attention_is_causal(config):
         ("bfloat16", "full", 7),
     ],
 )
-def test_loss_chunk_and_remat_change_no_loss_or_gradient(dtype, remat, loss_chunk):
+def test_loss_chunk_and_remat_do_not_change_loss_and_gradient(dtype, remat, loss_chunk):
     plain = dataclasses.replace(SMALL, dtype=dtype)
     config = dataclasses.replace(plain, remat=remat, loss_chunk=loss_chunk)
     params = model.init(config)
@@ -69,16 +70,12 @@ def test_loss_chunk_and_remat_change_no_loss_or_gradient(dtype, remat, loss_chun
         return model.bind(config, params).loss(TOKENS)
 
     ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, expected))
-    assert ours[0].dtype == jnp.float32
-    tolerance = 1e-5 if dtype == "float32" else 0.03
-    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert found.dtype == jnp.float32
-        largest = float(jnp.abs(wanted).max())
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
+    assert {x.dtype for x in jax.tree.leaves(ours)} == {jnp.dtype("float32")}
+    assert_close_to_max(ours, theirs, 1e-5 if dtype == "float32" else 0.03)
 
 
-def test_gradient_of_a_chunk_is_one_matrix_product():
-    """XLA for GPUs kept a gradient of the head for each position of a chunk."""
+def test_loss_chunk_gradient_of_the_head_is_one_matrix_product():
+    """Otherwise XLA for GPUs stores a gradient of the head for each position."""
     config = ModelConfig(context=64, vocabulary=160, dtype="bfloat16", loss_chunk=16)
     params = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((3, 65), jnp.int32)
@@ -103,11 +100,11 @@ def test_loss_chunk_reduces_temporary_memory():
         return grad.lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * B * T * V
-    at_once = memory(loss_chunk=T)
-    assert at_once > 1.5 * logits
+    without_chunks = memory(loss_chunk=T)
+    assert without_chunks > 1.5 * logits
     assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
     # The stored gradients are in 16 bits, which XLA on CPU may widen.
-    assert memory(loss_chunk=T // 16) < 0.8 * at_once
+    assert memory(loss_chunk=T // 16) < 0.8 * without_chunks
 
 
 def equations(jaxpr):
@@ -133,8 +130,8 @@ def test_logits_are_not_rounded_to_bfloat16(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
-def test_gradient_of_a_frequent_token_does_not_stall(mesh):
-    """It occurs 4,096 times. A bfloat16 sum stops at 256 times one of its terms."""
+def test_bfloat16_gradient_of_a_frequent_token_is_summed_in_float32(mesh):
+    """The token occurs 4,096 times. A bfloat16 sum of equal terms stalls at 256 terms."""
     config = ModelConfig(layers=1, heads=1, width=16, context=512, vocabulary=128)
     tokens = np.full((8, 513), 5)
     tokens[:, -1] = 7
@@ -150,7 +147,7 @@ def test_gradient_of_a_frequent_token_does_not_stall(mesh):
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
 def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
-    """Read from the jaxpr, because XLA on CPU has no 16-bit collectives."""
+    """The test reads dtypes from the jaxpr: XLA on CPU has no 16-bit collectives."""
     config = dataclasses.replace(config, dtype="bfloat16", context=25, vocabulary=256)
     with jax.set_mesh(sharding.make_mesh("fsdp=8")):
         params = jax.eval_shape(lambda: model.init(config))
@@ -167,7 +164,7 @@ def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
         assert gathered == ["bfloat16", "float32"]  # forward, and backward
 
 
-def test_rotary_products_depend_on_the_distance_only():
+def test_rotate_makes_products_depend_on_the_distance_only():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
     rotated_q, rotated_k = (

@@ -5,7 +5,7 @@ import socket
 
 import fsspec
 import pytest
-from gpt_runs import TEXT, arguments, losses, run, run_module, run_processes
+from gpt_runs import TEXT, read_losses, run_command, run_flags, run_module, run_processes
 
 from examples.gpt.operations.checkpoints import CHECKPOINTS
 
@@ -17,7 +17,7 @@ OUT = "gs://bucket/runs/one"
 
 @pytest.fixture
 def store(monkeypatch):
-    """The file system of an empty `bucket`, without a cache."""
+    """Return the file system of an empty bucket, without a cache."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -32,24 +32,27 @@ def read_run(store, tmp_path):
     """Return the losses in the bucket, and the steps of its checkpoints."""
     store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
     paths = store.ls(f"{OUT}/{CHECKPOINTS}")
-    return losses(tmp_path), sorted(int(path.rpartition("/")[2]) for path in paths)
+    return read_losses(tmp_path), sorted(int(path.rpartition("/")[2]) for path in paths)
 
 
-def test_resume_after_sigkill_is_bit_for_bit(store, corpus, tmp_path, uninterrupted):
-    code, _ = run(arguments(corpus, OUT), signalled=(13, signal.SIGKILL))
+def test_run_in_a_bucket_resumes_bit_for_bit_after_sigkill(
+    store, corpus, tmp_path, uninterrupted_losses
+):
+    code, _ = run_command(run_flags(corpus, OUT), signal_after=(13, signal.SIGKILL))
     assert code == -signal.SIGKILL
     found, _ = read_run(store, tmp_path)
     assert len(found) >= 5
-    assert found == uninterrupted[: len(found)]
-    code, output = run(arguments(corpus, OUT))
+    assert found == uninterrupted_losses[: len(found)]
+    code, output = run_command(run_flags(corpus, OUT))
     assert code == 0, output
     assert "sophia_g resumes from step " in output
-    assert read_run(store, tmp_path) == (uninterrupted, [15, 20])
+    assert read_run(store, tmp_path) == (uninterrupted_losses, [15, 20])
     assert store.cat(f"{OUT}/loss.png")[1:4] == b"PNG"
 
     # A checkpoint that is being written is visible, but unfinished.
     store.rm(f"{OUT}/{CHECKPOINTS}/20/commit_success.txt")
-    code, output = run(arguments(corpus, tmp_path / "on", steps=25, resume_from=OUT))
+    args = run_flags(corpus, tmp_path / "new", steps=25, resume_from=OUT)
+    code, output = run_command(args)
     assert code == 0, output
     assert "sophia_g resumes from step 15 of 25" in output
 
@@ -64,16 +67,18 @@ def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     options = ["--out", "gs://bucket/data", "--tokenizer", "bytes", "--validation", "0.1"]
     prepared = run_module("examples.gpt.prepare", str(file), *options)
     assert prepared.returncode == 0, prepared.stderr
-    code, output = run(arguments("gs://bucket/data", OUT, steps=5, warmup=1))
+    code, output = run_command(run_flags("gs://bucket/data", OUT, steps=5, warmup=1))
     assert code == 0, output
 
 
-def test_two_processes(store, corpus, tmp_path, uninterrupted):
-    args = arguments(corpus, OUT, mesh="fsdp=2")
-    codes, outputs = run_processes(args, 2, signalled=(13, signal.SIGTERM))
+def test_two_processes_in_a_bucket_equal_one_device(
+    store, corpus, tmp_path, uninterrupted_losses
+):
+    args = run_flags(corpus, OUT, mesh="fsdp=2")
+    codes, outputs = run_processes(args, 2, signal_after=(13, signal.SIGTERM))
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     codes, outputs = run_processes(args, 2)
     assert codes == [0, 0], outputs
     found, steps = read_run(store, tmp_path)
-    assert found == pytest.approx(uninterrupted, rel=1e-4)
+    assert found == pytest.approx(uninterrupted_losses, rel=1e-4)
     assert steps[-1] == 20

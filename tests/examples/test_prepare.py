@@ -1,4 +1,4 @@
-"""Text to shards: sources, splits, and resume after a kill."""
+"""Preparation of text: sources, splits, and resuming after a kill."""
 
 import contextlib
 import json
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from prepared_data import (
     DOCUMENTS,
-    Fault,
+    KillAtWrite,
     Killed,
     checksums,
-    documents_of,
-    expected,
-    options,
+    make_options,
+    read_documents,
+    split_documents,
     write_jsonl,
     write_parquet,
 )
@@ -49,14 +49,14 @@ def mixed_files(folder):
 
 
 def pile_files(folder):
-    """A data set of the hub in the format of the Pile, read by the hub's own loader."""
+    """Write files in the format of the Pile, which the hub's own loader reads."""
     write_jsonl(folder / "00.jsonl.zst", DOCUMENTS[:90])
     write_jsonl(folder / "01.jsonl.zst", DOCUMENTS[90:])
 
 
 @pytest.fixture(params=[text_files, mixed_files, pile_files])
 def source(request, tmp_path, monkeypatch):
-    """The name of a source with all documents."""
+    """Return the name of a source with all documents."""
     path = tmp_path / "source"
     path.mkdir()
     request.param(path)
@@ -69,112 +69,113 @@ def source(request, tmp_path, monkeypatch):
     return "pile"
 
 
-def test_sources_are_prepared_in_order_and_resumed_after_a_kill(
+def test_prepare_reads_sources_in_order_and_resumes_after_a_kill(
     source, tmp_path, monkeypatch
 ):
-    fault = Fault(monkeypatch)
+    kill = KillAtWrite(monkeypatch)
     more = write_jsonl(tmp_path / "more.jsonl", DOCUMENTS[::-1])
-    main(options(tmp_path / "reference", source, more))
-    writes, reference = -fault.left, checksums(tmp_path / "reference")
-    assert documents_of(tmp_path / "reference") == expected(DOCUMENTS + DOCUMENTS[::-1])
+    main(make_options(tmp_path / "reference", source, more))
+    writes, reference = -kill.countdown, checksums(tmp_path / "reference")
+    expected = split_documents(DOCUMENTS + DOCUMENTS[::-1])
+    assert read_documents(tmp_path / "reference") == expected
     sizes = [len(shard) for shard in corpora.load(tmp_path / "reference").train.arrays]
     assert all(3000 <= size < 4500 for size in sizes[:-1])
     assert writes > 40
-    for moment in {*range(1, writes, 7), writes - 1, writes}:
-        out = tmp_path / str(moment)
-        for left in (moment, 5, 0):  # killed, also while it resumes, and finished
-            fault.left = left
+    for write in {*range(1, writes, 7), writes - 1, writes}:
+        out = tmp_path / str(write)
+        for countdown in (write, 5, 0):  # killed twice, then finished
+            kill.countdown = countdown
             with contextlib.suppress(Killed):
-                main(options(out, source, more))
+                main(make_options(out, source, more))
         assert checksums(out) == reference
 
 
-def test_finished_shards_are_not_encoded_again(jsonl, tmp_path, monkeypatch):
+def test_prepare_does_not_encode_finished_shards_again(jsonl, tmp_path, monkeypatch):
     seen, encode = [], prepare.encode_batch
     monkeypatch.setattr(prepare, "encode_batch", lambda *a: seen.extend(a[0]) or encode(*a))
-    Fault(monkeypatch).left = 14
+    KillAtWrite(monkeypatch).countdown = 14
     with pytest.raises(Killed):
-        main(options(tmp_path / "out", jsonl))
+        main(make_options(tmp_path / "out", jsonl))
     seen.clear()
-    main(options(tmp_path / "out", jsonl))
+    main(make_options(tmp_path / "out", jsonl))
     assert 0 < len(seen) < len(DOCUMENTS) - 50
     assert seen == DOCUMENTS[-len(seen) :]
 
 
-def test_copies_of_a_document_are_in_the_same_split(tmp_path):
+def test_prepare_puts_copies_of_a_document_in_the_same_split(tmp_path):
     texts = [f"document {i}" for i in range(2000)]
     write_jsonl(tmp_path / "once.jsonl", texts)
     write_jsonl(tmp_path / "again.jsonl", ["", *reversed(texts), "\ud800"])
-    main(options(tmp_path / "out", tmp_path / "once.jsonl", tmp_path / "again.jsonl"))
-    held = documents_of(tmp_path / "out")
-    assert len(held["train"]) + len(held["validation"]) == 2 * len(texts) + 1
-    assert not set(held["train"]) & set(held["validation"])
-    assert 0.15 < len(held["validation"]) / 4000 < 0.25
-    assert "?" in held["train"] + held["validation"]  # half of a character
+    main(make_options(tmp_path / "out", tmp_path / "once.jsonl", tmp_path / "again.jsonl"))
+    train, validation = read_documents(tmp_path / "out").values()
+    assert len(train) + len(validation) == 2 * len(texts) + 1
+    assert not set(train) & set(validation)
+    assert 0.15 < len(validation) / 4000 < 0.25
+    assert "?" in train + validation  # replaces a lone surrogate
 
 
-def test_long_text_is_split_at_ends_of_lines(tmp_path):
+def test_prepare_splits_a_long_text_at_ends_of_lines(tmp_path):
     lines = [f"line {i}\r\n" for i in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines), newline="")
-    main(options(tmp_path / "out", tmp_path / "book.txt"))
-    held = documents_of(tmp_path / "out")
-    held = held["train"] + held["validation"]
-    assert len(held) == 4
-    assert all(text.endswith("\r\n") for text in held)
-    assert sorted("".join(held).split("\r\n")) == sorted("".join(lines).split("\r\n"))
+    main(make_options(tmp_path / "out", tmp_path / "book.txt"))
+    train, validation = read_documents(tmp_path / "out").values()
+    documents = train + validation
+    assert len(documents) == 4
+    assert all(text.endswith("\r\n") for text in documents)
+    assert sorted("".join(documents).split("\r\n")) == sorted("".join(lines).split("\r\n"))
 
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])
-def test_dtype_of_a_shard_fits_the_vocabulary(largest, jsonl, tmp_path, monkeypatch):
+def test_prepare_chooses_the_dtype_by_the_vocabulary(largest, jsonl, tmp_path, monkeypatch):
     tokenizer = Bytes()
     tokenizer.vocabulary = largest + 1
     tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)
     monkeypatch.setattr(tokenizers, "load", lambda name: tokenizer)
-    main(options(tmp_path / "out", jsonl))
+    main(make_options(tmp_path / "out", jsonl))
     array = corpora.load(tmp_path / "out").train.arrays[0]
     assert array.itemsize == (2 if largest < 1 << 16 else 4)
     np.testing.assert_array_equal(array[:4], [1, largest, 0, 1])
 
 
-def test_object_store_is_written_and_read(jsonl, tmp_path, monkeypatch, bucket):
-    main(options(tmp_path / "out", jsonl))
-    Fault(monkeypatch).left = 11
+def test_prepare_writes_to_an_object_store(jsonl, tmp_path, monkeypatch, bucket):
+    main(make_options(tmp_path / "out", jsonl))
+    KillAtWrite(monkeypatch).countdown = 11
     with pytest.raises(Killed):
-        main(options("s3://bucket/out", jsonl))
-    main(options("s3://bucket/out", jsonl))
+        main(make_options("s3://bucket/out", jsonl))
+    main(make_options("s3://bucket/out", jsonl))
     bucket.get("s3://bucket/out/*", str(tmp_path / "copy") + "/")
     assert checksums(tmp_path / "copy") == checksums(tmp_path / "out")
-    assert documents_of("s3://bucket/out") == documents_of(tmp_path / "out")
+    assert read_documents("s3://bucket/out") == read_documents(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"az://.* needs a package: .*nstall adlfs"):
         corpora.load("az://bucket/data")
 
 
-def test_finished_data_is_not_changed(jsonl, tmp_path):
-    main(options(tmp_path / "out", jsonl))
+def test_prepare_does_not_change_finished_data(jsonl, tmp_path):
+    main(make_options(tmp_path / "out", jsonl))
     path = tmp_path / "out" / corpora.MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["finished"]  # as version 0.1.0 wrote it
     path.write_text(json.dumps(manifest))
     before = checksums(tmp_path / "out")
     jsonl.unlink()
-    main(options(tmp_path / "out", jsonl))
+    main(make_options(tmp_path / "out", jsonl))
     assert checksums(tmp_path / "out") == before
     with pytest.raises(ConfigError, match=r"started with {.validation.: 0.2}"):
-        main(options(tmp_path / "out", jsonl, validation=0.3))
+        main(make_options(tmp_path / "out", jsonl, validation=0.3))
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "sources", "content"])
-def test_started_data_is_not_resumed_with_other_inputs(
+def test_prepare_does_not_resume_with_different_inputs(
     change, jsonl, tmp_path, monkeypatch
 ):
-    Fault(monkeypatch).left = 14
+    KillAtWrite(monkeypatch).countdown = 14
     with pytest.raises(Killed):
-        main(options(tmp_path / "out", jsonl))
+        main(make_options(tmp_path / "out", jsonl))
     before = checksums(tmp_path / "out")
     names = [jsonl, "elsewhere"] if change == "sources" else [jsonl]
     tokenizer = "gpt2" if change == "tokenizer" else "bytes"
     if change == "content":
         write_jsonl(jsonl, [*DOCUMENTS, "one more"])
     with pytest.raises(ConfigError, match=r"was started with|sources .* have changed"):
-        main(options(tmp_path / "out", *names, tokenizer=tokenizer))
+        main(make_options(tmp_path / "out", *names, tokenizer=tokenizer))
     assert checksums(tmp_path / "out") == before

@@ -1,4 +1,4 @@
-"""Invalid inputs of `prepare`, and its command."""
+"""Errors of `prepare` for invalid inputs and without a network."""
 
 import gzip
 from types import SimpleNamespace
@@ -6,17 +6,17 @@ from unittest import mock
 
 import pytest
 from gpt_runs import run_module
-from prepared_data import DOCUMENTS, options, write_jsonl
+from prepared_data import DOCUMENTS, make_options, write_jsonl
 
 from examples.gpt.core.config import ConfigError
 from examples.gpt.tools import corpora, sources
 from examples.gpt.tools.prepare import main
 
 
-def test_file_as_output_folder_is_rejected(tmp_path):
+def test_prepare_rejects_a_file_as_output_folder(tmp_path):
     jsonl = write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
     with pytest.raises(FileExistsError):
-        main(options(jsonl, jsonl))
+        main(make_options(jsonl, jsonl))
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ def test_file_as_output_folder_is_rejected(tmp_path):
         ("a.png", b"PNG", "source has no files of .txt, "),
     ],
 )
-def test_error_names_the_file(file, content, message, tmp_path):
+def test_prepare_names_the_invalid_file(file, content, message, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / file).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        main(options(tmp_path / "out", tmp_path / "source"))
+        main(make_options(tmp_path / "out", tmp_path / "source"))
     assert not (tmp_path / "out" / corpora.MANIFEST).exists()
 
 
-def test_command_fails_at_once_without_a_network(tmp_path, monkeypatch):
+def test_prepare_fails_immediately_without_a_network(tmp_path, monkeypatch):
     for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -51,7 +51,7 @@ def test_command_fails_at_once_without_a_network(tmp_path, monkeypatch):
     assert "Traceback" not in result.stderr
 
 
-def test_hub_revision_is_resolved_to_a_commit(monkeypatch):
+def test_open_source_resolves_a_hub_revision_to_a_commit(monkeypatch):
     info = mock.Mock(return_value=SimpleNamespace(sha="c0ffee"))
     load = mock.Mock(side_effect=ValueError("no such data"))
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)

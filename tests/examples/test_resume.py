@@ -1,10 +1,10 @@
-"""A run that is interrupted resumes bit for bit."""
+"""Interrupted runs resume bit for bit."""
 
 import shutil
 import signal
 
 import pytest
-from gpt_runs import arguments, losses, run
+from gpt_runs import read_losses, run_command, run_flags
 
 from examples.gpt.operations.checkpoints import CHECKPOINTS
 
@@ -12,54 +12,56 @@ pytestmark = pytest.mark.slow
 
 
 def interrupt(corpus, out, step, number):
-    """Run the command until a signal after a step ends it."""
-    code, output = run(arguments(corpus, out), signalled=(step, number))
+    """Run the command until a signal, after a step, ends it."""
+    code, output = run_command(run_flags(corpus, out), signal_after=(step, number))
     assert "Traceback" not in output, output
     return code, output
 
 
 def resume(corpus, out):
     """Run the same command again."""
-    code, output = run(arguments(corpus, out))
+    code, output = run_command(run_flags(corpus, out))
     assert code == 0, output
-    return losses(out), output
+    return read_losses(out), output
 
 
-def steps(out):
+def checkpoint_steps(out):
     return sorted(int(p.name) for p in (out / CHECKPOINTS).iterdir() if p.name.isdecimal())
 
 
-def test_resume_after_sigkill_is_bit_for_bit(corpus, tmp_path, uninterrupted):
-    """Between checkpoints, with one of the next checkpoint unfinished."""
+def test_run_resumes_after_sigkill(corpus, tmp_path, uninterrupted_losses):
+    """The kill is between checkpoints, and the next checkpoint is unfinished."""
     code, _ = interrupt(corpus, tmp_path, 13, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert steps(tmp_path) in ([5], [5, 10])  # 10 may not be finished
+    assert checkpoint_steps(tmp_path) in ([5], [5, 10])  # 10 may be unfinished
     unfinished = tmp_path / CHECKPOINTS / "15.orbax-checkpoint-tmp-0"
     shutil.copytree(tmp_path / CHECKPOINTS / "5", unfinished)
-    assert resume(corpus, tmp_path)[0] == uninterrupted
-    assert steps(tmp_path) == [15, 20]
+    assert resume(corpus, tmp_path)[0] == uninterrupted_losses
+    assert checkpoint_steps(tmp_path) == [15, 20]
     assert not unfinished.exists()
 
 
-def test_resume_after_sigkill_before_the_first_checkpoint(corpus, tmp_path, uninterrupted):
+def test_run_killed_before_the_first_checkpoint_starts_again(
+    corpus, tmp_path, uninterrupted_losses
+):
     interrupt(corpus, tmp_path, 3, signal.SIGKILL)
-    assert steps(tmp_path) == []
-    assert resume(corpus, tmp_path)[0] == uninterrupted
+    assert checkpoint_steps(tmp_path) == []
+    assert resume(corpus, tmp_path)[0] == uninterrupted_losses
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_a_checkpoint_and_sets_the_exit_code(
-    corpus, tmp_path, uninterrupted, number
+def test_run_resumes_after_a_signal_that_saves_a_checkpoint(
+    corpus, tmp_path, uninterrupted_losses, number
 ):
     code, output = interrupt(corpus, tmp_path, 13, number)
     assert code == 128 + number
     assert "is saved" in output
-    assert steps(tmp_path) == [10, 13]
-    assert resume(corpus, tmp_path)[0] == uninterrupted
+    assert checkpoint_steps(tmp_path) == [10, 13]
+    assert resume(corpus, tmp_path)[0] == uninterrupted_losses
 
 
-def test_finished_run_is_not_repeated(corpus, tmp_path, uninterrupted):
-    assert resume(corpus, tmp_path)[0] == uninterrupted
+def test_finished_run_is_not_repeated(corpus, tmp_path, uninterrupted_losses):
+    assert resume(corpus, tmp_path)[0] == uninterrupted_losses
     before = (tmp_path / "metrics.jsonl").read_text()
     output = resume(corpus, tmp_path)[1]
     assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Sampling of text from a model."""
 
 import jax
 import numpy as np
@@ -20,18 +20,18 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Parameters that are large enough for text without repetition."""
+    """Return parameters that are large enough for text without repetition."""
     return jax.tree.map(lambda p: 3 * p, model.init(CONFIG))
 
 
 @pytest.fixture
 def out(params, save_run):
-    """The folder of a run."""
+    """Return the folder of a run."""
     return save_run(CONFIG, params, Bytes())
 
 
-def greedy(params, prompt, length):
-    """Return the argmax tokens, from inputs without padding."""
+def argmax_tokens(params, prompt, length):
+    """Return the argmax tokens, computed from inputs without padding."""
     tokens, logits_of = list(prompt), jax.jit(model.bind(CONFIG, params).__call__)
     for _ in range(length):
         logits = logits_of(np.array([tokens[-CONFIG.context :]]))
@@ -42,17 +42,17 @@ def greedy(params, prompt, length):
 @pytest.mark.parametrize(
     ("prompt", "length"),
     [(1, 4), (78, 5), (80, 3), (100, 3)],
-    ids=["one token", "moves", "moves at once", "cut"],
+    ids=["one token", "window moves", "window is full", "prompt is cut"],
 )
-def test_temperature_0_takes_the_argmax(params, prompt, length):
+def test_generate_at_temperature_0_takes_the_argmax(params, prompt, length):
     prompt = np.random.default_rng(0).integers(0, 256, prompt)
     found = generate(CONFIG, params, prompt, length, key=KEY, temperature=0)
-    expected = greedy(params, prompt, length)
+    expected = argmax_tokens(params, prompt, length)
     assert len(set(expected)) > 1
     np.testing.assert_array_equal(found, expected)
 
 
-def test_text_on_a_mesh_equals_that_of_one_device(out, capsys):
+def test_sample_main_on_a_mesh_equals_one_device(out, capsys):
     texts = []
     for mesh in ("", "tensor=2", "data=2,fsdp=4"):
         sample.main(Options("The quick", out=out, length=90, mesh=mesh))
@@ -61,8 +61,8 @@ def test_text_on_a_mesh_equals_that_of_one_device(out, capsys):
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
-def test_frequencies_of_samples_are_probabilities(params, top_k):
-    """Counts of 2,000 first tokens, within five standard deviations."""
+def test_generate_samples_tokens_by_their_probabilities(params, top_k):
+    """The counts of 2,000 first tokens are within five standard deviations."""
     temperature, draws = 5.0, 2_000
     logits = np.asarray(model.bind(CONFIG, params)(np.array([[7]]))[0, -1], np.float64)
     allowed = np.argsort(logits)[::-1][:top_k]
@@ -80,7 +80,7 @@ def test_frequencies_of_samples_are_probabilities(params, top_k):
     assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + (expected > 0))
 
 
-def test_tokens_beyond_the_vocabulary_are_not_sampled(params):
+def test_generate_samples_only_tokens_of_the_vocabulary(params):
     found = generate(CONFIG, params, [7], 200, key=KEY, temperature=100.0, vocabulary=9)
     assert set(found.tolist()) == set(range(9))
     found = generate(CONFIG, params, [7], 5, key=KEY, top_k=50, vocabulary=9)
@@ -89,8 +89,8 @@ def test_tokens_beyond_the_vocabulary_are_not_sampled(params):
 
 @pytest.mark.parametrize("prompt", ["The quick", ""])
 @pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
-def test_command_prints_prompt_and_text(save_run, params, capsys, tokenizer, prompt):
-    """An empty prompt is the start of a document: the token that ends one comes first."""
+def test_sample_main_prints_prompt_and_text(save_run, params, capsys, tokenizer, prompt):
+    """An empty prompt is the start of a document, after an end-of-document token."""
     [start] = tokenizer.encode_batch([prompt])
     start, size = [*start] or [tokenizer.end_of_document], tokenizer.vocabulary
     tokens = generate(CONFIG, params, start, 6, key=KEY, temperature=0, vocabulary=size)
@@ -100,7 +100,7 @@ def test_command_prints_prompt_and_text(save_run, params, capsys, tokenizer, pro
         assert capsys.readouterr().out == f"{prompt}{tokenizer.decode(tokens)}\n"
 
 
-def test_command_reads_weights_and_the_tokenizer_of_data(out, params, capsys, tmp_path):
+def test_sample_main_reads_weights_and_the_tokenizer_of_data(out, params, capsys, tmp_path):
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     (tmp_path / "text.txt").write_text("bytes")
     weights = {"weights": tmp_path / "gpt2", "data": tmp_path / "text.txt"}

@@ -20,7 +20,7 @@ TOKENS = jax.random.randint(jax.random.key(0), (16, 17), 0, 64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
-def test_weight_decay_applies_to_matrices_and_embeddings_only(optimizer):
+def test_optimizer_decays_matrices_and_embeddings_only(optimizer):
     config = make_config(**TINY, optimizer=optimizer, bias=True)
     params = jax.tree.map(jnp.ones_like, model.init(config.model))
     tx = make_optimizer(config, lambda step: 1.0)
@@ -41,7 +41,7 @@ def test_weight_decay_applies_to_matrices_and_embeddings_only(optimizer):
         ({"nesterov": True}, 1),
     ],
 )
-def test_nesterov_follows_a_gradient_that_changes_sign(values, sign):
+def test_optimizer_with_nesterov_follows_a_gradient_that_changes_sign(values, sign):
     config = make_config(b1=0.85, weight_decay=0.0, warmup=0, **values)
     tx = make_optimizer(config, make_schedule(config))
     params = {"blocks": {"kernel": jnp.ones(1)}}
@@ -61,7 +61,7 @@ def test_nesterov_follows_a_gradient_that_changes_sign(values, sign):
         ({}, [0, 1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_schedules(values, expected):
+def test_make_schedule_has_the_expected_learning_rates(values, expected):
     config = make_config(steps=5, warmup=1, learning_rate=1.0, **values)
     schedule = make_schedule(config)
     np.testing.assert_allclose([schedule(i) for i in range(5)], expected, rtol=1e-5)
@@ -72,8 +72,8 @@ def test_schedules(values, expected):
 @pytest.mark.parametrize(
     "mesh", [None, "data=4", "fsdp=4", "data=2,fsdp=2", "fsdp=2,tensor=2"]
 )
-def test_gradient_is_that_of_the_mean_loss(mesh, accumulate):
-    """On every mesh and with every number of micro-batches."""
+def test_loss_and_grads_equal_those_of_the_mean_loss(mesh, accumulate):
+    """On every mesh, and with every number of micro-batches, the gradient is the same."""
     config = make_config(**TINY, accumulate=accumulate)
     params = model.init(config.model)
     expected = jax.value_and_grad(partial(step.mean_loss, config))(params, TOKENS)

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import tokenizers as hf
 from gpt_runs import tiny_bpe
-from prepared_data import DOCUMENTS, documents_of, expected, options, write_jsonl
+from prepared_data import (
+    DOCUMENTS,
+    make_options,
+    read_documents,
+    split_documents,
+    write_jsonl,
+)
 
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.data import Bytes
@@ -12,17 +18,17 @@ KINDS = pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes"
 
 
 @KINDS
-def test_decode_returns_the_encoded_text(tokenizer):
+def test_tokenizer_decodes_the_encoded_text(tokenizer):
     for text, tokens in zip(DOCUMENTS, tokenizer.encode_batch(DOCUMENTS), strict=True):
         assert tokenizer.decode(tokens) == text
         assert tokenizer.end_of_document not in tokens
         assert max(tokens) < tokenizer.vocabulary
-    above = tokenizer.vocabulary + 7  # a model may have more tokens
-    assert tokenizer.decode([*tokenizer.encode_batch(["text"])[0], above]) == "text"
+    unknown = tokenizer.vocabulary + 7  # a model may have more tokens
+    assert tokenizer.decode([*tokenizer.encode_batch(["text"])[0], unknown]) == "text"
 
 
 @KINDS
-def test_count_bytes_is_the_size_of_the_text(tokenizer):
+def test_tokenizer_count_bytes_is_the_size_of_the_text(tokenizer):
     texts = ["être", "wo wo\r\n", "é🐦 \ufffd", "", "two  ", *DOCUMENTS]
     encoded = tokenizer.encode_batch(texts)
     documents = [np.append(ids, tokenizer.end_of_document) for ids in encoded]
@@ -33,20 +39,21 @@ def test_count_bytes_is_the_size_of_the_text(tokenizer):
 def test_prepared_folder_contains_its_tokenizer(tmp_path):
     jsonl = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     (tmp_path / "tiny.json").write_bytes(tiny_bpe().save()[1])
-    prepare.main(options(tmp_path / "out", jsonl, tokenizer=str(tmp_path / "tiny.json")))
+    tokenizer = str(tmp_path / "tiny.json")
+    prepare.main(make_options(tmp_path / "out", jsonl, tokenizer=tokenizer))
     (tmp_path / "tiny.json").unlink()
     (tmp_path / "out").rename(tmp_path / "elsewhere")
-    assert documents_of(tmp_path / "elsewhere") == expected(DOCUMENTS)
+    assert read_documents(tmp_path / "elsewhere") == split_documents(DOCUMENTS)
 
 
-def test_tokenizer_without_an_end_of_document_is_rejected(tmp_path):
+def test_load_tokenizer_requires_an_end_of_document(tmp_path):
     bare = hf.Tokenizer(hf.models.BPE({"a": 0}, []))
     bare.save(str(tmp_path / "bare.json"))
     with pytest.raises(ConfigError, match=r"bare.json: it needs one of <|endoftext|>, "):
         tokenizers.load(str(tmp_path / "bare.json"))
 
 
-def test_gpt2_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+def test_load_tokenizer_downloads_gpt2_from_the_hub(tmp_path, monkeypatch):
     requested, file = [], tmp_path / "tokenizer.json"
     file.write_bytes(tiny_bpe().save()[1])
     download = lambda *args: requested.append(args) or str(file)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The command in this process: training, comparison, metrics and the plot."""
+"""The training command: learning, comparison, metrics, errors and the plot."""
 
 import json
 import sys
@@ -30,8 +30,8 @@ LONG = {"steps": 30, "warmup": 3, "validate_every": 10, "log_every": 10}
         *(pytest.param(o, marks=pytest.mark.slow) for o in get_args(Optimizer)[1:]),
     ],
 )
-def test_run_learns_and_writes_its_folder(tiny, optimizer, capsys):
-    config = tiny(**LONG, optimizer=optimizer)
+def test_main_trains_and_writes_the_folder_of_the_run(tiny_config, optimizer, capsys):
+    config = tiny_config(**LONG, optimizer=optimizer)
     main(config)
     assert (config.folder / "loss.png").read_bytes()[1:4] == b"PNG"
     saved = json.loads((config.folder / "config.json").read_text())
@@ -51,28 +51,28 @@ def test_run_learns_and_writes_its_folder(tiny, optimizer, capsys):
 
 
 @pytest.mark.slow
-def test_compare_trains_with_the_same_parameters_and_batches(tiny):
-    """The first learning rate is 0, so the losses of two steps have the same parameters."""
-    config = tiny(compare=("adamw", "nadamw"), learning_rate=1e-4, steps=10)
+def test_main_compares_optimizers_from_the_same_parameters_and_batches(tiny_config):
+    """The first learning rate is 0, so the parameters of the first two steps are equal."""
+    config = tiny_config(compare=("adamw", "nadamw"), learning_rate=1e-4, steps=10)
     curves = main(config)
     assert [*curves] == ["sophia_g", "adamw", "nadamw"]
     losses = [[row["loss"] for row in rows] for rows in curves.values()]
     assert losses[0][:2] == losses[1][:2] == losses[2][:2]
     assert losses[0][2:] != losses[1][2:] != losses[2][2:]
-    for name in config.compare:  # each at its own recipe
+    for name in config.compare:  # each has its own recipe
         saved = json.loads((config.folder / f"compare_{name}" / "config.json").read_text())
         recipe = vars(preset_config("bytes", name).recipe)
         assert {key: saved[key] for key in recipe} == recipe
 
 
 @pytest.mark.slow
-def test_prepare_train_sample_and_evaluate(tiny, tmp_path, capsys):
+def test_prepare_train_sample_and_evaluate(tiny_config, tmp_path, capsys):
     source = tmp_path / "corpus.jsonl"
     source.write_text("\n".join(f'{{"text": "{i} {TEXT[:50]}"}}' for i in range(200)))
     shards, out = tmp_path / "shards", tmp_path / "out"
     options = prepare.Options((str(source),), shards, tokenizer="bytes", validation=0.1)
     prepare.main(options)
-    val_loss = main(tiny(data=shards, steps=40))["sophia_g"][-1]["val_loss"]
+    val_loss = main(tiny_config(data=shards, steps=40))["sophia_g"][-1]["val_loss"]
     assert val_loss < 4.2
     capsys.readouterr()
     sample.main(sample.Options("line 1", out=out, length=20))
@@ -96,31 +96,29 @@ def test_prepare_train_sample_and_evaluate(tiny, tmp_path, capsys):
         ({"out": "s3://bucket/run"}, "`out` must be a folder or gs://NAME"),
     ],
 )
-def test_errors_before_training_are_config_errors(tiny, values, message):
+def test_main_raises_config_errors_before_training(tiny_config, values, message):
     with pytest.raises(ConfigError, match=message):
-        main(tiny(**values))
-    assert not (tiny().folder / "checkpoints" / "1").exists()
+        main(tiny_config(**values))
+    assert not (tiny_config().folder / "checkpoints" / "1").exists()
 
 
-def test_locked_folder_is_rejected(tiny):
-    with lock_folder(tiny().folder, "training in"):
+def test_main_rejects_a_locked_folder(tiny_config):
+    with lock_folder(tiny_config().folder, "training in"):
         with pytest.raises(ConfigError, match="`out`: another process is training in"):
-            main(tiny())
-        assert list(tiny().folder.iterdir()) == []
+            main(tiny_config())
+        assert list(tiny_config().folder.iterdir()) == []
 
 
-def test_speed_is_that_of_training_steps(tiny, tmp_path, monkeypatch):
+def test_train_measures_the_speed_of_steps_only(tiny_config, tmp_path, monkeypatch):
     """Compilation, validation and checkpoints are excluded."""
-    now = [0.0]
+    now, rows = [0.0], []
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-
-    rows = []
 
     def wait(seconds, result=None):
         now[0] += seconds
         return result
 
-    config = tiny(steps=8, log_every=3, validate_every=3, checkpoint_every=4)
+    config = tiny_config(steps=8, log_every=3, validate_every=3, checkpoint_every=4)
     corpus = data.read_text("text", tmp_path, [tmp_path / "corpus.txt"])
     with jax.set_mesh(make_mesh("")):
         train.train(
@@ -140,12 +138,12 @@ def test_read_rows_stops_at_an_incomplete_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_resumes_the_run_of_a_folder(tiny, tmp_path, monkeypatch):
+def test_wandb_resumes_the_run_of_a_folder(tiny_config, tmp_path, monkeypatch):
     wandb = unittest.mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     values = {"steps": 10, "log_every": 10, "wandb": "project"}
     for changes in ({}, {}, {"out": tmp_path / "other", "compare": ("adamw",)}):
-        main(tiny(**values, **changes))
+        main(tiny_config(**values, **changes))
     started = [call.kwargs["id"] for call in wandb.init.call_args_list]
     assert started[0] == started[1]
     assert len({*started}) == 3
