@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 
-# Compilation is most of the tests' time. No test here depends on what XLA makes faster.
+# Most of the time is compilation, and the tests do not depend on XLA's optimizations.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -16,14 +16,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-# Tracing makes many objects that live long: looking through them is a tenth of the time.
+# Tracing creates many long-lived objects, and garbage collection is a tenth of the time.
 gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_configure(config):
-    """What a worker compiled is found again by it, and by the trainers its tests start.
+    """Cache compiled programs, for this worker and the trainers that its tests start.
 
-    Workers share nothing: JAX writes an entry in place, and another would read half of it.
+    Workers do not share a cache, because JAX does not write its entries atomically.
     """
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -41,33 +41,16 @@ _tests_since_clearing = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _clear_jax_caches():
-    """Free the compiled programs now and then: a worker would grow to several GB."""
+    """Free compiled programs after every fourth test. They would need several GB."""
     yield
     if next(_tests_since_clearing) % 4 == 0:
         jax.clear_caches()
 
 
-_left_out = {0}  # slow tests that were not selected, as each process counted them
-
-
-def pytest_deselected(items):
-    _left_out.add(sum(item.get_closest_marker("slow") is not None for item in items))
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["slow"] = max(_left_out)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    _left_out.add(getattr(node, "workeroutput", {}).get("slow", 0))
-
-
-def pytest_terminal_summary(terminalreporter):
-    if count := max(_left_out):
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "not slow":
         terminalreporter.write_line(
-            f'{count} slow tests were left out; all of them: pytest -m "slow or not slow"'
+            'Slow tests are deselected. All tests: pytest -m "slow or not slow"'
         )
 
 
@@ -79,7 +62,7 @@ def x64():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """JAX has one device, as on most machines that run these tests."""
+    """Simulate a machine with one device."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)

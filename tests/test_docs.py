@@ -1,7 +1,4 @@
-"""README and the pages of `docs/`: their code runs, and their links are valid.
-
-`tests/test_site.py` builds the site and opens it in a browser.
-"""
+"""Code, links and API pages of the README and of `docs/`."""
 
 import re
 import tomllib
@@ -35,7 +32,7 @@ def run(path, capsys):
 
 
 def test_readme_code_is_the_first_code_block_of_start():
-    """`test_start_code_trains_the_models` runs it."""
+    """The code is run by `test_start_code_trains_the_models`."""
     [code] = code_blocks(README)
     assert code == code_blocks((DOCS / "start.md").read_text())[0]
 
@@ -50,7 +47,7 @@ def test_start_code_trains_the_models(capsys):
         assert int(refreshes) == steps // 10
     for line in out[:2]:
         assert 10 <= float(re.search(r"unclipped (.*)%", line)[1]) <= 30
-    # The last section writes Sophia out as a chain.
+    # The last section composes Sophia as a chain.
     params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 1e-4])
     actual, expected = (
         tx.update(grads, tx.init(params), params, hessian=jnp.ones(2))[0]
@@ -80,11 +77,11 @@ def test_large_batches_code_accumulates_the_estimate_of_the_batch(capsys):
         page.stem
         for page in PAGES
         if code_blocks(page.read_text())
-        and page.stem not in ("start", "large_batches")  # above
+        and page.stem not in ("start", "large_batches")  # tested above
         and page.parent.name != "trainer"  # its code needs the files of a run
     ],
 )
-def test_page_code_prints_what_its_comments_say(name, capsys, tmp_path, monkeypatch):
+def test_page_code_prints_the_output_in_its_comments(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = DOCS / f"{name}.md"
     _, out = run(path, capsys)

@@ -1,4 +1,4 @@
-"""The public API in the strict modes of JAX, with parameters in 16 and 32 bits."""
+"""The public API in modes of JAX, with parameters in 16 and 32 bits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What is committed of the notebooks; that they run is `pytest --nbmake notebooks/`."""
+"""Notebooks and their scripts. The notebooks are run by `pytest --nbmake notebooks/`."""
 
 import json
 import re
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = pytest.mark.parametrize(
+    "notebook",
+    sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")),
+    ids=lambda path: path.stem,
+)
 
 
-def cells(script):
-    """Kind and text of each cell of a percent script."""
+def script_cells(script):
+    """Yield the type and the text of each cell of a percent script."""
     for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         first, _, text = cell.partition("\n")
         if "[markdown]" in first or "skip-execution" in first:  # both are commented out
@@ -18,24 +22,20 @@ def cells(script):
         yield "markdown" if "[markdown]" in first else "code", text.strip()
 
 
-def read(notebook):
+def notebook_cells(notebook):
     return json.loads(notebook.read_text())["cells"]
 
 
-def test_notebooks_are_numbered():
-    assert [int(path.name[:2]) for path in NOTEBOOKS] == [1, 2, 3, 4, 5, 6]
+@NOTEBOOKS
+def test_notebook_has_the_cells_of_its_script(notebook):
+    cells = notebook_cells(notebook)
+    texts = [(c["cell_type"], "".join(c["source"]).strip()) for c in cells]
+    assert texts == list(script_cells(notebook.with_suffix(".py").read_text()))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_its_script(notebook):
-    written = list(cells(notebook.with_suffix(".py").read_text()))
-    kept = [(c["cell_type"], "".join(c["source"]).strip()) for c in read(notebook)]
-    assert kept == written
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_as_it_ran(notebook):
-    code = [cell for cell in read(notebook) if cell["cell_type"] == "code"]
+@NOTEBOOKS
+def test_notebook_has_outputs_of_one_complete_run(notebook):
+    code = [cell for cell in notebook_cells(notebook) if cell["cell_type"] == "code"]
     install, *run = code
     assert install["metadata"]["tags"] == ["skip-execution"]
     assert [cell["execution_count"] for cell in run] == list(range(1, len(run) + 1))
@@ -45,10 +45,8 @@ def test_a_notebook_is_kept_as_it_ran(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_has_a_badge_of_its_own_and_imports_what_is_public(notebook):
+@NOTEBOOKS
+def test_notebook_links_to_itself_in_colab(notebook):
     text = notebook.with_suffix(".py").read_text()
     [address] = re.findall(r"\(https://colab\.research\.google\.com/github/(\S+)\)", text)
     assert address.endswith(f"/blob/main/notebooks/{notebook.name}")
-    assert "/".join(address.split("/")[:2]) in text.partition("skip-execution")[2]
-    assert not re.search(r"sophia_optax\._|import _", text)

@@ -1,4 +1,4 @@
-"""The imports and the docstrings of the package."""
+"""Imports and docstrings of the package."""
 
 import inspect
 import subprocess

@@ -48,6 +48,21 @@ def test_estimator_accepts_none_empty_arrays_and_numbers_as_params(
 
 
 @EVERY_ESTIMATOR
+@pytest.mark.parametrize("groups", [1, 2])
+def test_estimator_does_not_depend_on_the_structure_of_params(make, fn, kwargs, groups):
+    leaves, structure = jax.tree.flatten(PARAMS)
+    params = leaves[:1], ({"a": leaves[1]}, leaves[2])
+
+    def fn_of_nested(params, x):
+        return fn(structure.unflatten(jax.tree.leaves(params)), x)
+
+    hessian = make(fn_of_nested, groups=groups)(params, X, **kwargs)
+    assert jax.tree.structure(hessian) == jax.tree.structure(params)
+    expected = make(fn, groups=groups)(PARAMS, X, **kwargs)
+    assert_trees_all_close(*map(jax.tree.leaves, (hessian, expected)), rtol=1e-5)
+
+
+@EVERY_ESTIMATOR
 def test_estimator_in_one_group_accepts_a_batch_with_scalars_or_without_arrays(
     make, fn, kwargs
 ):
