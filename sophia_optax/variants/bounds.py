@@ -15,8 +15,8 @@ def smooth_clip() -> optax.GradientTransformation:
     """Bound updates by x / √(1 + x²), a smooth form of `optax.clip(1.0)`.
 
     Small updates do not change, and large updates approach ±1. After
-    `scale_by_diag_hessian` the result is m / √(m² + (γ h)²), where the clip has
-    m / max(|m|, γ h). `unclipped_fraction` is still the fraction of entries with |x| < 1.
+    `scale_by_diag_hessian` the result is m / √(m² + (γ h)²). `unclipped_fraction` is still
+    the fraction of entries with abs(x) < 1.
 
     Example:
       >>> import jax.numpy as jnp
