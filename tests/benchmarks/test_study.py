@@ -97,8 +97,8 @@ def test_sophia_on_some_parameters_leaves_the_others_to_nadamw():
     tx = make_optimizer(Sophia(parameters="matrices"), values)
     updates, _ = tx.update(grads, tx.init(params), params, hessian=params)
     np.testing.assert_allclose(updates["first"]["kernel"], -0.1, rtol=1e-6)
-    alone = make_optimizer("nadamw", values | {"learning_rate": 0.01})
-    expected, _ = alone.update(grads, alone.init(params), params)
+    nadamw = make_optimizer("nadamw", values | {"learning_rate": 0.01})
+    expected, _ = nadamw.update(grads, nadamw.init(params), params)
     np.testing.assert_allclose(updates["embedding"], expected["embedding"], rtol=1e-6)
 
 
