@@ -112,7 +112,7 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         "that with Nesterov's momentum, time": time(held("Nesterov, averaged over 10")),
         "refresh on 16 of 480 sequences in 16 groups every 10 steps over GPT-2 small's "
         "steps, operations": f"{refresh['flops_over_step'] / 10:.2%}",
-        "the same in time, a model of this machine's size, estimator alone": (
+        "the same in time, a model of this machine's size, without the update": (
             f"{refresh['time_over_step']['median'] / 10:.2%}"
         ),
         "its error over that of the paper's 240 sequences in one group, trained model": (
@@ -127,7 +127,7 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         "which refreshes on a thirtieth of the batch": step("sophia_g"),
         "`optax.contrib.sophia`, on the whole batch": step("optax.contrib.sophia"),
         "`optax.contrib.sophia`, on that part": step("optax.contrib.sophia on a part"),
-        "`somax.sophia_g`, which has no choice but the whole batch": step("somax.sophia_g"),
+        "`somax.sophia_g`, always on the whole batch": step("somax.sophia_g"),
     }
 
 
@@ -151,7 +151,7 @@ def written(text: str) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the plots into `folder`."""
-    # Reproducible files: text is stored as text, names are not random, there is no date.
+    # For reproducible files: text stays text, names are not random, no date is stored.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
     for name, make in PLOTS.items():
         with plt.rc_context(style):

@@ -13,6 +13,7 @@ from benchmarks.study import path, runs, search
 from benchmarks.study.optimizers import Sophia, make_optimizer, make_refresh
 from benchmarks.study.runs import Outcome, Run, Settings
 from benchmarks.study.tasks import TASKS, mlp
+from sophia_optax import empirical_fisher
 
 OPTIMIZERS = [*path.steps().values(), "lion", "signum", "clip_only", "adahessian"]
 FEW = 400  # steps of the shortest run: 16 validations, 25 steps apart
@@ -78,6 +79,41 @@ def test_settings_change_the_updates_of_the_optimizers_that_have_them():
         for name, value in changes.items():
             changed = (update(optimizer, **{name: value}) != before).any()
             assert changed == (name in names), (optimizer, name)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bound", ["clip", "smooth"])
+@pytest.mark.parametrize("divisor", ["h", "rms"])
+def test_sophia_of_the_study_follows_its_formula(divisor, bound, nesterov):
+    lr, b1, b2, gamma, decay = 0.1, 0.8, 0.9, 0.3, 0.2
+    settings = Settings(lr, b1, b2, gamma, weight_decay=decay)
+    values = dataclasses.asdict(settings) | {"seed": 0}
+    tx = make_optimizer(Sophia(divisor=divisor, bound=bound, nesterov=nesterov), values)
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=6)
+    state, m, h = tx.init({"kernel": jnp.array(params)}), 0, 0
+    for t in range(1, 4):
+        g, estimate = 0.3 * rng.normal(size=6), np.exp(rng.normal(size=6))
+        tree, hessian = {"kernel": jnp.array(params)}, {"kernel": jnp.array(estimate)}
+        updates, state = tx.update({"kernel": jnp.array(g)}, state, tree, hessian=hessian)
+        m = b1 * m + (1 - b1) * g
+        h = b2 * h + (1 - b2) * (estimate if divisor == "h" else estimate**2)
+        average = h / (1 - b2**t)
+        x = b1 * m + (1 - b1) * g if nesterov else m
+        x = x / (gamma * (average if divisor == "h" else np.sqrt(average)))
+        x = np.clip(x, -1, 1) if bound == "clip" else x / np.hypot(1, x)
+        expected = -lr * (x + decay * params)
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+def test_refresh_of_the_study_has_the_root_of_an_estimate_of_a_part():
+    task, params = TASKS["prose"], TASKS["prose"].init(0)
+    tokens = jnp.asarray(next(task.batches(0)))
+    variant = Sophia("true labels", part=0.25, divisor="√h", gamma="fraction")
+    found = make_refresh(task, variant)(params, tokens, jax.random.key(0))
+    inputs, targets = task.split(tokens[:32])
+    expected = empirical_fisher(task.logits_fn, groups=32)(params, inputs, targets=targets)
+    assert_trees_all_close(found, jax.tree.map(jnp.sqrt, expected), rtol=1e-5, atol=1e-8)
 
 
 def test_noise_bound_with_one_group_divides_by_adams_divisor():
