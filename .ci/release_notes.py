@@ -1,4 +1,4 @@
-"""Print the section of a release in the changelog: python .ci/release_notes.py v0.1.0."""
+"""Print a release's section of the changelog: `python .ci/release_notes.py v0.1.0`."""
 
 import re
 import sys
@@ -8,12 +8,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def release_notes(tag):
-    """Return the section of a tag, or exit with an error if the tag is not the version."""
+    """Return the changelog section of a tag. Exit with an error if the versions differ."""
     package = (ROOT / "sophia_optax" / "__init__.py").read_text()
     [version] = re.findall(r'^__version__ = "(.*)"$', package, re.MULTILINE)
     if tag != f"v{version}":
         sys.exit(f"The tag is {tag}, and sophia_optax/__init__.py has version {version}.")
-    # A section ends at the next section, or at the links of the versions.
+    # A section ends at the next section, or at the list of links to versions.
     section = re.search(
         rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.+?)(?=^## |^\[.+\]: |\Z)",
         (ROOT / "CHANGELOG.md").read_text(),

@@ -1,1 +1,1 @@
-"""Measurements: each module prints a table and writes it to `benchmarks/results/`."""
+"""Benchmarks. Each prints a table and stores its results in `benchmarks/results/`."""

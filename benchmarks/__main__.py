@@ -1,7 +1,7 @@
-"""The benchmarks of costs, errors and devices, each in its own process.
+"""Command that runs the benchmarks in `NAMES`, each in its own process.
 
-python -m benchmarks           # for two CPU cores
-python -m benchmarks --full    # for a GPU
+python -m benchmarks           # with sizes for two CPU cores
+python -m benchmarks --full    # with sizes for a GPU
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Communication, operations and memory of a refresh on eight simulated devices.
+"""Communication, FLOPs and memory of a refresh on eight simulated devices.
 
     python -m benchmarks.devices
 
-Programs are compiled for CPU devices, and not run.
+Programs are compiled for CPU devices, but not run.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from examples.gpt.presets import preset_config
 from sophia_optax import gnb
 
 DEVICES = 8
-# The axis of the mesh that has all devices; `examples/gpt/core/sharding.py` has its rules.
+# The mesh axis of each layout. Sharding rules are in `examples/gpt/core/sharding.py`.
 LAYOUTS = {"data parallel": "data", "fully sharded": "fsdp", "tensor parallel": "tensor"}
 MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 
 
 SHAPE = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
-BATCH, REFRESH_BATCH = 64, 16  # sequences; a refresh has a group for each
+BATCH, REFRESH_BATCH = 64, 16  # sequences; a refresh has one group per sequence
 PRESETS: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
 
 
@@ -54,14 +54,14 @@ def measure_devices(presets: tuple[Preset, ...]) -> dict[str, Any]:
 
 
 def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
-    """Return the compiled gradient and the compiled refresh."""
+    """Compile the gradient and the refresh for a mesh with one axis, and return both."""
     mesh = sharding.make_mesh(f"{axis}={devices}", jax.devices()[:devices])
     model = Model(SHAPE)
     params = sharding.with_shardings(model.abstract_params, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     tokens = abstract_tokens(mesh, BATCH, SHAPE.context)
-    # On one device as many groups are parallel as on all devices, so that the loops over
-    # groups have the same length: XLA counts the operations of a loop's body once.
+    # XLA counts the FLOPs of a loop's body once, so the loop over groups must have the same
+    # length on one device as on all devices: both use the same number of parallel groups.
     parallel_groups = DEVICES if axis in sharding.BATCH else 1
     estimate = gnb(model.logits, groups=REFRESH_BATCH, parallel_groups=parallel_groups)
 
@@ -77,15 +77,15 @@ def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
 
 
 def _flops(compiled: jax.stages.Compiled) -> float:
-    """Return the operations of one device."""
+    """Return the FLOPs on a single device, as XLA counts them."""
     analysis: Any = compiled.cost_analysis()
     return analysis["flops"]
 
 
 def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
-    """Return MiB of temporary memory on a device, for a step and a step with a refresh.
+    """Return a device's temporary memory in MiB, for a step without and with a refresh.
 
-    A device has one sequence at a time, in the step and in the refresh.
+    Each shard of the batch processes one sequence at a time, in the step and the refresh.
     """
     mesh = sharding.make_mesh(mesh_text)
     shards, batch = sharding.num_batch_shards(mesh), config.training.batch
@@ -104,7 +104,7 @@ def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
 
 
 def devices(results: dict[str, Any]) -> str:
-    """Return the table of what the devices exchange and compute."""
+    """Return the table of the devices' communication and FLOPs."""
 
     def exchanged(kind):
         def cell(row):
@@ -122,7 +122,7 @@ def devices(results: dict[str, Any]) -> str:
             f"{DEVICES} devices": "layout",
             "gradient exchanges": exchanged("gradient"),
             "refresh exchanges": exchanged("refresh"),
-            "refresh computes": lambda row: f"{row['refresh_flops_ratio']:.2f}",
+            "refresh FLOPs": lambda row: f"{row['refresh_flops_ratio']:.2f}",
         },
     )
 
@@ -134,20 +134,20 @@ def memory(results: dict[str, Any]) -> str:
         {
             "model": "model",
             "mesh": "mesh",
-            "a step": lambda row: f"{row['step']:,.0f} MiB",
-            "with a refresh": lambda row: f"{row['refresh']:,.0f} MiB",
+            "step": lambda row: f"{row['step']:,.0f} MiB",
+            "step with a refresh": lambda row: f"{row['refresh']:,.0f} MiB",
             "ratio": lambda row: f"{row['refresh'] / row['step']:.2f}",
         },
     )
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return both tables in Markdown."""
+    """Return the tables of `devices` and `memory` in Markdown."""
     return (
-        f"{devices(results)}\n\nexchanges: sizes of the results of collectives on one "
-        f"device, relative to the parameters ({results['parameter_bytes']:,} bytes)\n"
-        "computes: operations of all devices, relative to those on one device\n\n"
-        f"{memory(results)}\n\ntemporary memory of the trainer's step on a device"
+        f"{devices(results)}\n\nExchanges: bytes of the results of collectives on one "
+        f"device, relative to the parameters ({results['parameter_bytes']:,} bytes).\n"
+        "FLOPs: of all devices, relative to the same refresh on one device.\n\n"
+        f"{memory(results)}\n\nTemporary memory of the trainer's step on a device."
     )
 
 

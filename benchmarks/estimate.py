@@ -1,4 +1,4 @@
-"""The error and the cost of one refresh, of this library, the paper and other libraries.
+"""Error and cost of one refresh with this library, the paper's method and other libraries.
 
     python -m benchmarks.estimate
 
@@ -7,11 +7,11 @@ An error is the root mean square over draws of
 
     |ĥ - h|₂ / |h|₂
 
-with norms over all parameters. In the first table all estimates have the same batch, and h
-is the diagonal for this batch, so only the labels are random. In the second table each
-estimate has a new batch, and h is the diagonal for the text, as in training. h is the mean
-of many estimates with a group for each sequence, of the Gauss-Newton matrix, or of the
-Hessian for Hutchinson's estimates.
+with norms over all parameters. In the first table all estimates use the same batch, and h
+is the diagonal for this batch, so only the sampled labels are random. In the second table
+each estimate uses a new batch, as in training, and h is the diagonal for the whole text. h
+is the mean of many estimates with one group per sequence: of the Hessian diagonal for
+Hutchinson's estimates, and of the Gauss-Newton diagonal for all others.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ from examples.gpt.core.train import train
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     sequences: int = 64  # in the batch of the first table, and in each estimate of h
-    groups: tuple[int, ...] = (1, 4, 16, 64)  # of the first table
-    training_batch: int = 480  # sequences of the released code, optax and somax
-    paper: tuple[int, int] = (240, 32)  # sequences of Sophia-G and Sophia-H
+    groups: tuple[int, ...] = (1, 4, 16, 64)  # numbers of groups in the first table
+    training_batch: int = 480  # sequences for the released code, optax and somax
+    paper: tuple[int, int] = (240, 32)  # sequences for Sophia-G and Sophia-H
     gnb: tuple[int, ...] = (8, 16, 32, 64)  # sequences, with a group for each
-    hutchinson: int = 16  # the same
-    draws: int = 16  # estimates of an error
-    large_draws: int = 6  # the same for estimates of more than `sequences`
-    reference_draws: int = 48  # estimates of h
+    hutchinson: int = 16  # sequences, with a group for each
+    draws: int = 16  # estimates from which an error is computed
+    large_draws: int = 6  # draws of estimators with more than `sequences` sequences
+    reference_draws: int = 48  # estimates that are averaged into h
     repeats: int = 2
     run: Config = Config(training=Training(steps=300))
 
 
 def measure_errors(sizes: Sizes) -> dict[str, Any]:
-    """Return the rows of both tables, and the errors of their h."""
+    """Return the rows of both tables, and the errors of the reference diagonals h."""
     corpus = data.read_standard_library()
     run = sizes.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
@@ -89,12 +89,12 @@ def measure_errors(sizes: Sizes) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Errors and costs of estimators on batches of a text."""
+    """Errors and costs of estimators on batches drawn from a text."""
 
     sizes: Sizes
     text: data.Tokens
-    models: dict[str, Any]  # parameters
-    fresh: bool  # each draw has a new batch
+    models: dict[str, Any]  # parameters by model name
+    fresh: bool  # whether each draw has a new batch
 
     def compare(
         self,
@@ -102,7 +102,7 @@ class Comparison:
         gradient: SizedEstimator,
         references: list[SizedEstimator],
     ) -> dict[str, measure.Rows]:
-        """Return a row for each estimator, and a row with the errors of each h."""
+        """Return a row for each estimator, and the errors of each reference diagonal h."""
         truths, known = {}, []
         for reference in references:
             known.append({"truth": reference.truth})
@@ -118,7 +118,7 @@ class Comparison:
         return {"truths": known, "rows": rows}
 
     def batches(self, sequences: int, seed: int) -> Iterator[jax.Array]:
-        """Yield tokens, shape (sequences, context + 1), always the same unless `fresh`."""
+        """Yield batches of shape (sequences, context + 1), all equal unless `fresh`."""
         seed, context = seed if self.fresh else 0, self.sizes.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
         for tokens in source if self.fresh else itertools.repeat(next(source)):
@@ -141,7 +141,7 @@ class Comparison:
     def error(
         self, estimator: SizedEstimator, params: Any, truth: Any
     ) -> tuple[float, float]:
-        """Return the root mean square error and its standard error."""
+        """Return the relative root mean square error, and its standard error."""
         is_large = estimator.sequences > self.sizes.sequences
         draws = self.sizes.large_draws if is_large else self.sizes.draws
         batches = self.batches(estimator.sequences, seed=2)
@@ -157,7 +157,7 @@ class Comparison:
     def costs(
         self, estimators: list[SizedEstimator], gradient: SizedEstimator
     ) -> measure.Rows:
-        """Return a row for each estimator, with its cost relative to the gradient's."""
+        """Return a row per estimator, with FLOPs and time relative to the gradient's."""
 
         def arguments(e):
             tokens = next(self.batches(e.sequences, seed=0))
@@ -187,57 +187,57 @@ def _squared_distance(a: Any, b: Any) -> jax.Array:
 
 
 def groups(results: dict[str, Any]) -> str:
-    """Return the table of errors on one batch."""
+    """Return the table of errors if all estimates use the same batch."""
     config = results["config"]
     columns: dict[str, Any] = {"sequences": "sequences", "groups": "groups"}
     for model in ("initial", "trained"):
         columns |= _error(model)
-        columns[f"× √groups, {model}"] = lambda row, model=model: (
+        columns[f"error × √groups, {model}"] = lambda row, model=model: (
             f"{row[f'error_{model}'] * row['groups'] ** 0.5:.2f}"
         )
     columns["time"] = lambda row: f"{row['time_over_gradient']:.2f}"
     return (
-        f"{measure.markdown(results['one_batch']['rows'], columns)}\n\nTrained: to "
-        f"{results['validation_loss']:.2f} nats a byte in {config['run']['steps']} steps. "
-        f"Errors of {config['draws']} draws. Times relative to one gradient of these "
-        f"sequences, medians of {config['repeats']}."
+        f"{measure.markdown(results['one_batch']['rows'], columns)}\n\nThe trained "
+        f"parameters reach {results['validation_loss']:.2f} nats per byte after "
+        f"{config['run']['steps']} steps. Each error is from {config['draws']} estimates. "
+        f"Each time is the median of {config['repeats']}, relative to the time of one "
+        "gradient of the same sequences."
     )
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    """Return the table of errors on new batches."""
+    """Return the table of errors if each estimate uses a new batch."""
     config, compared = results["config"], results["fresh_batches"]
     truths = compared["truths"]
-    known = "; ".join(
-        f"{t['truth']} {t['initial']:.2f} and {t['trained']:.2f}" for t in truths
+    known = " and ".join(
+        f"{t['initial']:.2f} and {t['trained']:.2f} ({t['truth']})" for t in truths
     )
     columns = {
         "refresh": "name",
         "sequences": "sequences",
         "groups": "groups",
-        f"of a step, every {config['run']['update_interval']}": lambda row: (
-            f"{fraction_of_step(results, row):.2%}"
-        ),
+        "cost": lambda row: f"{fraction_of_step(results, row):.2%}",
         **_error("initial", truths),
         **_error("trained", truths),
-        "against the diagonal of the": "truth",
+        "reference diagonal": "truth",
     }
     return (
-        f"{measure.markdown(compared['rows'], columns)}\n\nErrors of "
-        f"{config['draws']} draws, or {config['large_draws']} with more than "
-        f"{config['sequences']} sequences. The diagonals are estimated means. Their own "
-        f"errors, initial and trained: {known}. Errors relative to a diagonal whose own "
-        "error is above a third are left out."
+        f"{measure.markdown(compared['rows'], columns)}\n\nEach error is "
+        f"from {config['draws']} estimates, or from {config['large_draws']} if the refresh "
+        f"has more than {config['sequences']} sequences. The reference diagonals are means "
+        "of estimates. The errors of these means, for initial and trained parameters, are "
+        f"{known}. If the error of a reference diagonal is above one third, the cell is "
+        "empty."
     )
 
 
 def fraction_of_step(results: dict[str, Any], row: measure.Row) -> float:
-    """Return the operations of a refresh over those of the steps between refreshes."""
+    """Return a refresh's FLOPs as a fraction of those of the steps between refreshes."""
     return row["flops_over_gradient"] / results["config"]["run"]["update_interval"]
 
 
 def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
-    """Return a column of errors, without those whose h has an error above a third."""
+    """Return a column of errors, blank where the error of h itself is above a third."""
     unknown = {truth["truth"] for truth in truths if truth[model] > 1 / 3}
 
     def cell(row):
@@ -249,7 +249,7 @@ def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return both tables in Markdown."""
+    """Return the tables of `groups` and `refreshes` in Markdown."""
     return f"{groups(results)}\n\n{refreshes(results)}"
 
 

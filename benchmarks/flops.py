@@ -1,7 +1,7 @@
-"""The number of operations of a function, counted in its jaxpr. Nothing is compiled.
+"""FLOPs of a function, counted in its jaxpr without compilation.
 
-XLA's own count takes the body of a loop once. Here the body of a `scan` is multiplied by
-its length.
+XLA's own count includes the body of a loop only once. Here the FLOPs of a `scan`'s body are
+multiplied by its length.
 """
 
 import math
@@ -14,10 +14,10 @@ from jax.interpreters import partial_eval
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
-    """Return the number of operations of `fn(*args)`. Arguments may be abstract.
+    """Return the FLOPs of `fn(*args)`. Arguments may be abstract.
 
-    A matrix product counts two for each multiplication, and any other primitive one for
-    each entry of its result. Unused results are not counted. A `cond` counts its most
+    A matrix product counts two FLOPs per multiplication, and any other primitive one FLOP
+    per entry of its result. Unused results are not counted. A `cond` counts its most
     expensive branch, and a `while` one iteration.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
@@ -43,7 +43,7 @@ def _of_equation(equation: core.JaxprEqn) -> float:
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
-    return getattr(variable.aval, "shape", ())  # a token has none
+    return getattr(variable.aval, "shape", ())  # effect tokens have no shape
 
 
 def _jaxprs_of(params: dict[str, Any]) -> list[Any]:

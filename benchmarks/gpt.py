@@ -12,14 +12,14 @@ from examples.gpt.core.config import Config, ModelConfig
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from sophia_optax import Categorical
 
-# The sizes of GPT-2 small, which arguments override.
+# A ModelConfig with the sizes of GPT-2 small, which arguments override.
 Shape = functools.partial(
     ModelConfig, layers=12, heads=12, width=768, context=1024, vocabulary=50257, bias=True
 )
 
 
 class Model:
-    """Pure functions of the parameters."""
+    """A GPT as pure functions of its parameters."""
 
     def __init__(self, shape: ModelConfig):
         self.shape = shape
@@ -34,7 +34,7 @@ class Model:
         return model.bind(self.shape, params)(tokens)
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Return the mean loss with the inputs as targets, which do not change the cost."""
+        """Return the mean loss. Targets do not affect the cost, so the inputs are used."""
         return Categorical().neg_log_prob(self.logits(params, tokens), tokens).mean()
 
     def tokens(self, sequences: int, targets: int = 0) -> jax.Array:
@@ -45,7 +45,7 @@ class Model:
 
 
 def abstract_tokens(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
-    """Return abstract tokens, sharded as a batch."""
+    """Return abstract tokens, sharded like a batch."""
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 

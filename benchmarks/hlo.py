@@ -1,7 +1,7 @@
 """Exchanged bytes and memory traffic of a compiled program, read from its HLO.
 
-XLA's own `cost_analysis` counts the body of a loop once. These functions multiply it by the
-number of iterations, and count all branches of a conditional.
+XLA's own `cost_analysis` counts the body of a loop once. These functions count it once per
+iteration, and count all branches of a conditional.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
-BETWEEN_SLICES = "between slices"  # an exchange over the network of several TPU slices
+BETWEEN_SLICES = "between slices"  # an exchange over the network between TPU slices
 _COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter", BETWEEN_SLICES}
 # Instructions that read and write no memory themselves.
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
@@ -24,13 +24,13 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 class Collective(NamedTuple):
     op: str
-    bytes: int  # of its result on one device
-    times: int  # number of times that it runs: more than once inside a loop
+    bytes: int  # of its result on a single device
+    times: int  # executions in one run of the program: several inside a loop
 
 
 class _Instruction(NamedTuple):
     op: str
-    result: str  # its shapes, as text
+    result: str  # shapes, as HLO text
     line: str
 
     def operands(self) -> list[str]:
@@ -40,11 +40,11 @@ class _Instruction(NamedTuple):
         )
 
 
-_Computation = dict[str, _Instruction]  # by the names of the instructions
+_Computation = dict[str, _Instruction]  # instructions by name
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
-    """Return all collectives that one run executes."""
+    """Return all collectives that one run of the program executes."""
     found = []
     for i, _, times, _ in _executed(_parse(compiled)):
         op = i.op.removesuffix("-start")
@@ -56,7 +56,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
 
 
 def bytes_of(found: list[Collective]) -> dict[str, int]:
-    """Return the bytes of the results by kind of collective."""
+    """Return the total bytes of the collectives' results, keyed by kind of collective."""
     total: dict[str, int] = {}
     for c in found:
         total[c.op] = total.get(c.op, 0) + c.bytes * c.times
@@ -64,14 +64,14 @@ def bytes_of(found: list[Collective]) -> dict[str, int]:
 
 
 def instructions(compiled: jax.stages.Compiled) -> list[str]:
-    """Return the kinds of instructions outside of fusions, those of a loop once."""
+    """Return the opcodes of all instructions outside fusions, listing loop bodies once."""
     return [i.op for i, _, _, is_fused in _executed(_parse(compiled)) if not is_fused]
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:
-    """Return the bytes that one run reads and writes in the memory of one device.
+    """Return the bytes that one run reads and writes in the memory of a single device.
 
-    Arrays that the TPU's compiler places in a chip's fast memory, S(1), are not counted.
+    Arrays that the TPU compiler places in a chip's fast memory, S(1), are not counted.
     """
     computations = _parse(compiled)
     return sum(
@@ -82,10 +82,10 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _result(i: _Instruction) -> str:
-    """Return the shapes of the result. Those of some starts have the operands before it."""
+    """Return the result's shapes, without operands that asynchronous starts also return."""
     if i.op not in ("all-gather-start", "collective-permute-start"):
         return i.result
-    arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # not the scalars of a permute
+    arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # excludes the scalars of a permute
     return " ".join(arrays[len(arrays) // 2 :])
 
 
@@ -95,7 +95,7 @@ def _traffic(
     """Return the bytes that an instruction reads and writes."""
     if i.op in _NO_TRAFFIC or i.op.endswith("-start"):
         return 0
-    if i.op.endswith("-done"):  # a copy between two kinds of memory, or an exchange
+    if i.op.endswith("-done"):  # of a copy between memory spaces, or an exchange
         return _size(i.result)
     operands = [_size(computation[name].result, "S(1)") for name in i.operands()]
     result = _size(i.result, "S(1)")
@@ -113,7 +113,7 @@ def _traffic(
 def _bytes_read(
     name: str, fused: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Return the bytes that a fusion reads of a value: less than all if it slices it."""
+    """Return the bytes a fusion reads from a value, which are fewer if it slices it."""
     total = 0
     for user_name, user in fused.items():
         operands = user.operands()
@@ -133,7 +133,7 @@ def _bytes_read(
 
 
 def _bytes_written(fused: _Computation) -> int:
-    """Return the bytes that a fusion writes: less than its results if it updates slices."""
+    """Return the bytes a fusion writes, which are fewer if it updates slices in place."""
     [root] = [i for i in fused.values() if i.line.lstrip().startswith("ROOT")]
     total = 0
     for i in [fused[n] for n in root.operands()] if root.op == "tuple" else [root]:
@@ -145,7 +145,7 @@ def _bytes_written(fused: _Computation) -> int:
 
 
 def _parameters(fused: _Computation) -> list[str]:
-    """Return the names of a computation's parameters in their order."""
+    """Return the names of a computation's parameters, sorted by their numbers."""
     numbers = {
         name: int(i.line.partition(" parameter(")[2].partition(")")[0])
         for name, i in fused.items()
@@ -155,7 +155,7 @@ def _parameters(fused: _Computation) -> list[str]:
 
 
 def _parse(compiled: jax.stages.Compiled) -> dict[str, _Computation]:
-    """Return the computations of a program by name. "" is the entry."""
+    """Return a program's computations, keyed by name. The entry computation has key ""."""
     computations, name = {}, None
     for line in (compiled.as_text() or "").splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -173,9 +173,9 @@ def _executed(
     times: int = 1,
     is_fused: bool = False,
 ) -> Iterator[tuple[_Instruction, _Computation, int, bool]]:
-    """Yield each instruction that one run executes, its computation and number of runs.
+    """Yield each executed instruction, its computation, execution count and `is_fused`.
 
-    The last value is true in a fusion, which keeps its intermediate values in registers.
+    `is_fused` is true in a fusion, which keeps its intermediate values in registers.
     """
     for i in computations[name].values():
         yield i, computations[name], times, is_fused
@@ -195,8 +195,8 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
     """Return the number of iterations of a loop, or 1 if it is unknown.
 
     It is unknown for the loop of `hold_unclipped` over all entries, which usually does not
-    run at all. The TPU's compiler does not state the number of a `scan`, but the condition
-    of its loop compares an index with it.
+    run at all. The TPU compiler does not annotate a `scan` with its length, but the
+    condition of the loop compares an index with the length.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.line):
         return int(known[1])
@@ -209,7 +209,7 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
 
 
 def _size(text: str, excluded: str = "no layout") -> int:
-    """Return the bytes of the shapes in a text, except those with this in their layout."""
+    """Return the bytes of all shapes in HLO text whose layout does not have `excluded`."""
     return sum(
         _BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{.*?\})?", text)

@@ -1,4 +1,4 @@
-"""Measurements of programs, alternating in one run, and the command line of benchmarks."""
+"""Timing of alternating programs, and the command line of the benchmarks."""
 
 import argparse
 import datetime
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Program:
-    """A compiled step `fn(carry, *args) -> carry`. It owns its carry, which is donated."""
+    """A compiled step `fn(carry, *args) -> carry`. It owns and donates its carry."""
 
     def __init__(self, fn: Callable[..., Any], carry: Any, *args: Any):
         self.carry, self.args = carry, args
@@ -35,7 +35,7 @@ class Program:
         return self.carry
 
     def bytes_accessed(self) -> float:
-        """Return XLA's count of bytes read and written. It counts a loop's body once."""
+        """Return XLA's count of bytes read and written. XLA counts a loop's body once."""
         analysis: Any = self.compiled.cost_analysis()
         return analysis["bytes accessed"]
 
@@ -43,10 +43,10 @@ class Program:
 def in_turn(
     programs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of each run of each program, after one run to warm up.
+    """Return the seconds of each run of each program, after one warm-up run.
 
-    The programs alternate in a random order, so changes of the machine's speed, and what a
-    program leaves in caches and memory, affect all of them equally.
+    The programs alternate in a random order, so changes in the machine's speed and in the
+    contents of caches and memory affect all programs equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     shuffled = random.Random(0)
@@ -59,23 +59,23 @@ def in_turn(
 
 
 def quartiles(values: Iterable[float]) -> dict[str, float]:
-    """Return the median and the quartiles."""
+    """Return the median and the quartiles of the values."""
     low, median, high = map(float, np.quantile(list(values), (0.25, 0.5, 0.75)))
     return {"median": median, "low": low, "high": high}
 
 
 def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
-    """Return the quartiles of the ratios of two programs' times, round by round."""
+    """Return the quartiles of the per-round ratios of two programs' times."""
     return quartiles(a / b for a, b in zip(runs, base, strict=True))
 
 
 def show(values: Mapping[str, float]) -> str:
-    """Return a median with its quartiles as text."""
+    """Format a median with its quartiles as text."""
     return "{median:.2f} ({low:.2f} to {high:.2f})".format_map(values)
 
 
 def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:
-    """Return a table. A column is the name of an entry, or a function of a row."""
+    """Return a Markdown table. A column is a key of the rows, or a function of a row."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (str(row[c]) if isinstance(c, str) else c(row) for c in columns.values())
@@ -95,7 +95,7 @@ def run(
 
     Args:
       name: name of the benchmark and of the file with its results.
-      measure: a function from sizes to results, which must be JSON.
+      measure: a function from sizes to JSON-serializable results.
       table: a function from the results to Markdown.
       small: sizes for two CPU cores.
       full: sizes for a GPU, with `--full`. The default is `small`.
@@ -115,7 +115,7 @@ def run(
 
 
 def describe() -> dict[str, Any]:
-    """Return the device and the versions, which are stored with each result."""
+    """Return the device and the package versions, which are stored with each result."""
     packages = ("jax", "jaxlib", "optax", "flax", "python-somax", "sophia_optax")
     return {
         "device": _device(),

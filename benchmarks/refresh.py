@@ -1,13 +1,13 @@
-"""The cost of a refresh relative to a training step, and of sampling its labels.
+"""The cost of a refresh relative to a training step, and the cost of sampling labels.
 
     python -m benchmarks.refresh
 
-A refresh has a thirtieth of the batch, 16 of the paper's 480 sequences, with a group for
-each sequence. Operations are counted for GPT-2 small, and its peak memory is the
-compiler's. Times are measured for a model of this machine's size. The time of a
+A refresh uses a thirtieth of the batch, 16 of the paper's 480 sequences, with one group per
+sequence. FLOPs are counted for GPT-2 small, and its peak memory is reported by the
+compiler. Times are measured for a model whose size suits the machine. The time of a
 Gauss-Newton pass is relative to a gradient of the same sequences, with the sampler of this
-library and with `jax.random.categorical`. The time to trace is that of a model with
-unrolled layers and without `each_group`, with empty caches.
+library and with `jax.random.categorical`. Tracing is timed with empty caches, for a model
+with unrolled layers and without `each_group`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 
 def run_of(model: ModelConfig, batch: int, accumulate: int) -> Config:
-    """Return a run whose refresh has a thirtieth of the batch."""
+    """Return the config of a run whose refresh uses a thirtieth of the batch."""
     return dataclasses.replace(
         preset_config("gpt2-125m"),
         model=model,
@@ -46,7 +46,7 @@ class Sizes:
     timed: Config = run_of(SMALL, batch=120, accumulate=1)
     repeats: int = 7
     counted: Config = run_of(Shape(), batch=480, accumulate=30)
-    pass_shape: ModelConfig = Shape(context=256)  # of one sequence
+    pass_shape: ModelConfig = Shape(context=256)  # for passes over one sequence
 
 
 FULL = Sizes(timed=run_of(Shape(dtype="bfloat16"), batch=480, accumulate=30))
@@ -70,13 +70,13 @@ def measure_refresh(sizes: Sizes) -> dict[str, Any]:
 
 def _peak_bytes(compiled: jax.stages.Compiled) -> int:
     memory: Any = compiled.memory_analysis()
-    # The new state takes the memory of the donated one, and is not counted again.
+    # The new state reuses the memory of the donated state, so it is not counted again.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def _flops_over_step(config: Config) -> float:
-    """Return the operations of a refresh relative to the gradient of a batch."""
+    """Return the FLOPs of a refresh relative to those of a batch's gradient."""
     model, length = Model(config.model), config.model.context
     inputs, tokens = (
         jax.ShapeDtypeStruct((config.training.batch, n), jnp.int32)
@@ -109,10 +109,10 @@ def _time_refresh(sizes: Sizes) -> dict[str, Any]:
 
 
 def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure.Program:
-    """Compile `fn(params, tokens, key=key)`, whose result is like the parameters."""
+    """Compile `fn(params, tokens, key=key)`, whose result is a tree like the parameters."""
 
     def with_carry(carry, params, tokens, key):
-        del carry  # donated: the result takes its memory
+        del carry  # donated: the result reuses its memory
         return fn(params, tokens, key=key)
 
     params = model.init()
@@ -121,7 +121,7 @@ def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure
 
 
 class Gumbel(Categorical):
-    """A likelihood that samples labels with a Gumbel variable for each logit."""
+    """A categorical likelihood that samples labels with one Gumbel variable per logit."""
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         return jax.random.categorical(key, outputs)
@@ -149,7 +149,7 @@ def _time_passes(sizes: Sizes) -> dict[str, Any]:
 
 
 def _time_traces(repeats: int) -> dict[str, Any]:
-    """Return times to trace estimates of an unrolled model, relative to a gradient's."""
+    """Return the time to trace estimates of an unrolled model, relative to a gradient."""
 
     def logits_fn(layers, x):  # a transformer with one head, without a mask
         for w in layers:
@@ -183,22 +183,25 @@ def _time_traces(repeats: int) -> dict[str, Any]:
 
 
 RATIOS = {
-    "time_over_step": "time over a step's",
-    "pass_over_gradient": "time of a Gauss-Newton pass over a gradient's",
-    "gumbel_pass_over_gradient": "the same with `jax.random.categorical`",
-    "trace_gnb_over_gradient": "time to trace `gnb` over a gradient's",
-    "trace_hutchinson_over_gradient": "time to trace `hutchinson` over a gradient's",
+    "time_over_step": "time of a refresh / of a training step",
+    "pass_over_gradient": "time of a Gauss-Newton pass / of a gradient",
+    "gumbel_pass_over_gradient": (
+        "time of a pass with `jax.random.categorical` / of a gradient"
+    ),
+    "trace_gnb_over_gradient": "time to trace `gnb` / a gradient",
+    "trace_hutchinson_over_gradient": "time to trace `hutchinson` / a gradient",
 }
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results in Markdown."""
-    peak = results["peak_bytes"]
+    cost, peak = results["flops_over_step"], results["peak_bytes"]
+    ratio = peak["with"] / peak["without"]
     rows = {
-        "operations over a step's, GPT-2 small": f"{results['flops_over_step']:.2%}",
-        "peak memory of a step with it (GiB)": f"{peak['with'] / 2**30:.2f}",
-        "over that of a step without it": f"{peak['with'] / peak['without']:.3f}",
-        "time of a step (s)": measure.show(results["step_seconds"]),
+        "FLOPs of a refresh / of a training step, GPT-2 small": f"{cost:.2%}",
+        "peak memory of a step with a refresh (GiB)": f"{peak['with'] / 2**30:.2f}",
+        "peak memory of a step with / without a refresh": f"{ratio:.3f}",
+        "time of a training step (s)": measure.show(results["step_seconds"]),
         **{text: measure.show(results[name]) for name, text in RATIOS.items()},
     }
     columns = {"refresh of a thirtieth of the batch": "name", "": "value"}

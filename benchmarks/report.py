@@ -1,8 +1,8 @@
-"""Write the tables and plots of the docs from the stored results.
+"""Command that writes the tables and plots of the docs from the stored results.
 
     python -m benchmarks.report
 
-In a page, a table is between two comments. The first comment has its name.
+In a page, each table stands between two comments, of which the first contains its name.
 """
 
 import json
@@ -25,7 +25,7 @@ PAGES = [
     for name in ("groups", "costs", "devices", "results", "trainer/compile")
 ]
 REFERENCE = measure.RESULTS / "amd-epyc-2-cores"
-"""The machine whose results all tables except that of costs show."""
+"""The machine whose results all tables show, except the table of costs."""
 
 _PATTERN = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,7 +37,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tpu_updates": ("tpu", tpu.updates),
     "tpu_refreshes": ("tpu", tpu.refreshes),
 }
-"""The tables of one benchmark's results."""
+"""Tables built from the results of a single benchmark, keyed by table name: (benchmark,
+function)."""
 
 PLOTS: dict[str, Callable[[], Figure]] = {
     "path": lambda: study_plots.path_of_changes(stored),
@@ -46,23 +47,26 @@ PLOTS: dict[str, Callable[[], Figure]] = {
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Return the results of a machine by the name of the benchmark."""
+    """Return the results of a machine, keyed by the name of the benchmark."""
     files = sorted(folder.glob("*.json"))
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def costs() -> str:
-    """Return the table of costs: a row for each claim, a column for each machine."""
+    """Return the table of costs: a row for each ratio, a column for each machine."""
     machines = {}
     for folder in sorted(measure.RESULTS.iterdir()):
         kept = results(folder)
         if {"update", "refresh", "estimate"} <= kept.keys():
             machine = kept["update"]["machine"]
             name = f"{machine['device']} ({machine['cpu_cores']} CPU cores)"
-            machines[name] = _claims({k: v["results"] for k, v in kept.items()})
-    claims = next(iter(machines.values()))
-    rows = [{"": claim} | {m: machines[m][claim] for m in machines} for claim in claims]
-    return measure.markdown(rows, {name: name for name in ("", *machines)})
+            machines[name] = _ratios({k: v["results"] for k, v in kept.items()})
+    columns = ("program", "baseline", "ratio of")
+    rows: measure.Rows = [
+        dict(zip(columns, label, strict=True)) | {m: machines[m][label] for m in machines}
+        for label in next(iter(machines.values()))
+    ]
+    return measure.markdown(rows, {name: name for name in (*columns, *machines)})
 
 
 OTHER_TABLES = {
@@ -73,10 +77,11 @@ OTHER_TABLES = {
     "compiled": lambda: topologies.output(topologies.EXAMPLE),
     "two_slices": lambda: topologies.output(topologies.TWO_SLICES),
 }
-"""The tables of results of several files."""
+"""Tables built from several results files, keyed by table name."""
 
 
-def _claims(found: dict[str, Any]) -> dict[str, str]:
+def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
+    """Return ratios, keyed by program, baseline and quantity."""
     update, refresh, errors = (found[name] for name in ("update", "refresh", "estimate"))
 
     def alone(name, moments="float32", tree="GPT-2 small"):
@@ -98,36 +103,64 @@ def _claims(found: dict[str, Any]) -> dict[str, str]:
         return _only(errors["fresh_batches"]["rows"], name=name)["error_trained"]
 
     plain, peak = "sophia_g, no refresh", refresh["peak_bytes"]
+    adamw, of_ten = "AdamW's update", "time of 10 steps"
+    plain_update, on_part = "update without `hessian_fn`", "a thirtieth of the batch"
     return {
-        "update without `hessian_fn` over `optax.adamw`'s, bytes": size(alone(plain)),
-        "the same, time": time(alone(plain)),
-        "with a `hessian_fn` that is not due, time": time(alone("sophia_g, not due")),
-        "without it, m and h in bfloat16 (of AdamW's only m can be), time": (
-            time(alone(plain, "bfloat16"))
+        (f"{plain_update}, GPT-2 small", adamw, "bytes"): size(alone(plain)),
+        (f"{plain_update}, GPT-2 small", adamw, "time"): time(alone(plain)),
+        ("update with a `hessian_fn` that is not due, GPT-2 small", adamw, "time"): (
+            time(alone("sophia_g, not due"))
         ),
-        "update with `hold_unclipped`, 13 million parameters, no refresh, bytes": (
+        (
+            f"{plain_update}, m and h in bfloat16, GPT-2 small",
+            f"{adamw}, m in bfloat16",
+            "time",
+        ): time(alone(plain, "bfloat16")),
+        (f"{plain_update}, `hold_unclipped`, 13M parameters", adamw, "bytes"): (
             size(held("no refresh"))
         ),
-        "the same, averaged over a refresh every 10, time": time(held("averaged over 10")),
-        "that with Nesterov's momentum, time": time(held("Nesterov, averaged over 10")),
-        "refresh on 16 of 480 sequences in 16 groups every 10 steps over GPT-2 small's "
-        "steps, operations": f"{refresh['flops_over_step'] / 10:.2%}",
-        "the same in time, a model of this machine's size, without the update": (
-            f"{refresh['time_over_step']['median'] / 10:.2%}"
+        ("update, `hold_unclipped`, 13M parameters", adamw, of_ten): (
+            time(held("averaged over 10"))
         ),
-        "its error over that of the paper's 240 sequences in one group, trained model": (
-            f"{error('gnb, 16 groups') / error('paper, Sophia-G'):.2f}"
+        ("update, `hold_unclipped`, Nesterov's momentum, 13M parameters", adamw, of_ten): (
+            time(held("Nesterov, averaged over 10"))
         ),
-        "peak memory of GPT-2 small's step with that refresh over one without": (
-            f"{peak['with'] / peak['without']:.3f}"
-        ),
-        "Gauss-Newton pass over a gradient of the same few sequences, GPT-2 small, 50,257 "
-        "classes, time": measure.show(refresh["pass_over_gradient"]),
-        "training step, averaged over a refresh every 10, over AdamW's, time: `sophia_g`, "
-        "which refreshes on a thirtieth of the batch": step("sophia_g"),
-        "`optax.contrib.sophia`, on the whole batch": step("optax.contrib.sophia"),
-        "`optax.contrib.sophia`, on that part": step("optax.contrib.sophia on a part"),
-        "`somax.sophia_g`, always on the whole batch": step("somax.sophia_g"),
+        (
+            "refresh on 16 of 480 sequences in 16 groups",
+            "10 training steps, GPT-2 small",
+            "FLOPs",
+        ): f"{refresh['flops_over_step'] / 10:.2%}",
+        (
+            f"refresh on {on_part}, without the update",
+            "10 training steps, a small model",
+            "time",
+        ): f"{refresh['time_over_step']['median'] / 10:.2%}",
+        (
+            "refresh on 16 sequences in 16 groups, trained model",
+            "the paper's refresh on 240 sequences in one group",
+            "error",
+        ): f"{error('gnb, 16 groups') / error('paper, Sophia-G'):.2f}",
+        (
+            "training step with a refresh on 16 of 480 sequences, GPT-2 small",
+            "training step without a refresh",
+            "peak memory",
+        ): f"{peak['with'] / peak['without']:.3f}",
+        (
+            "Gauss-Newton estimate from one sequence, GPT-2 small, 50,257 classes",
+            "gradient of this sequence",
+            "time",
+        ): measure.show(refresh["pass_over_gradient"]),
+        **{
+            (f"training step, {name}", "AdamW's training step", of_ten): step(row)
+            for name, row in {
+                f"`sophia_g`, refresh on {on_part}": "sophia_g",
+                "`optax.contrib.sophia`, refresh on the batch": "optax.contrib.sophia",
+                f"`optax.contrib.sophia`, refresh on {on_part}": (
+                    "optax.contrib.sophia on a part"
+                ),
+                "`somax.sophia_g`, whose refresh always uses the batch": "somax.sophia_g",
+            }.items()
+        },
     }
 
 
@@ -137,7 +170,7 @@ def _only(rows: measure.Rows, **wanted: Any) -> measure.Row:
 
 
 def written(text: str) -> str:
-    """Return a page with the tables of the current results."""
+    """Return the text of a page with its tables updated to the stored results."""
     kept = results(REFERENCE)
 
     def table(match):
@@ -151,7 +184,7 @@ def written(text: str) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the plots into `folder`."""
-    # For reproducible files: text stays text, names are not random, no date is stored.
+    # For reproducible SVG files: keep text as text, use fixed ids, and store no date.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
     for name, make in PLOTS.items():
         with plt.rc_context(style):

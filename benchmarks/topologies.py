@@ -1,9 +1,9 @@
-"""The presets compiled for slices of TPUs and hosts of GPUs that need not be attached.
+"""Compilation of the presets for TPU slices and GPU hosts that need not be attached.
 
     python -m benchmarks.topologies
 
 Each row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW, takes
-some minutes, and is skipped if its results are kept. `python -m benchmarks.report` writes
+some minutes, and is skipped if its results are stored. `python -m benchmarks.report` writes
 the table.
 """
 
@@ -29,7 +29,7 @@ TOPOLOGIES = {
     "neox-1.5b": "v5e:16x16 v5p:4x4x4 v6e:8x16 h200:64",
     "neox-6.6b": "v5e:16x16 v5p:4x4x8 v6e:16x16 h200:128",
 }
-# The batch of GPT-2, 480, is not a multiple of 64 devices.
+# GPT-2's batch of 480 sequences can't be divided evenly over 64 or more devices.
 FLAGS = dict.fromkeys(
     [("gpt2-770m", "v5e:8x8"), ("gpt2-1.5b", "v5e:8x16"), ("gpt2-1.5b", "v6e:8x8")],
     "--batch 512",
@@ -43,12 +43,12 @@ ROWS = [
 
 
 def path(preset: str, topology: str, optimizer: str) -> Path:
-    """Return the file with the results of a row and an optimizer."""
+    """Return the file with the results for a preset, topology and optimizer."""
     return KEPT / f"{preset}_{topology.replace(':', '-')}_{optimizer}.json"
 
 
 def table() -> str:
-    """Return the kept results in Markdown."""
+    """Return the stored results as a Markdown table."""
     rows = []
     for preset, topology, flags in ROWS:
         files = [path(preset, topology, optimizer) for optimizer in OPTIMIZERS]
@@ -92,7 +92,7 @@ def _row(sophia: dict[str, Any], adamw: dict[str, Any], flags: str) -> measure.R
 
 
 def output(file: Path) -> str:
-    """Return what the command printed."""
+    """Return a run's stored results, formatted as the compile command prints them."""
     return f"```text\n{format_results(json.loads(file.read_text()))}\n```"
 
 

@@ -1,10 +1,10 @@
-"""The optimizer and the estimators as the TPU's compiler compiles them. No TPU is needed.
+"""Memory traffic of the optimizer and the estimators, as compiled for TPUs. Needs no TPU.
 
     pip install "jax[tpu]"
     python -m benchmarks.tpu
 
-The programs are compiled for v5p and not run. Bytes are those that a program reads and
-writes in the memory of one device; for a loop, those of all iterations.
+The programs are compiled for v5p, but not run. Bytes are the bytes that a program reads and
+writes in the memory of a single device, over all iterations of its loops.
 """
 
 import collections
@@ -23,7 +23,7 @@ from examples.gpt.presets import preset_config
 from examples.gpt.tools.topologies import open_topology
 from sophia_optax import hold_unclipped, sophia_g
 
-# The bytes of an update are relative to the first of its group.
+# The bytes of an update are relative to the first optimizer in the same dictionary.
 IN_FLOAT32 = {
     "adamw": optax.adamw(1e-3),
     "sophia_g, gamma=0.05": sophia_g(1e-3, gamma=0.05),
@@ -38,7 +38,7 @@ IN_BFLOAT16 = {
         1e-3, gamma=0.05, mu_dtype="bfloat16", hessian_dtype="bfloat16"
     ),
 }
-# Optimizer and groups of an estimate; "adamw" stands for a gradient.
+# Optimizer and number of groups of each estimate. "adamw" stands for the gradient.
 ESTIMATES = {"gradient": ("adamw", 1), "1 group": ("sophia_g", 1)}
 ESTIMATES |= {"8 groups": ("sophia_g", 8), "16 groups": ("sophia_g", 16)}
 ESTIMATES |= {"Hutchinson, 1 group": ("sophia_h", 1)}
@@ -71,7 +71,7 @@ def measure_compiled(config: Config) -> dict[str, Any]:
 def compile_update(
     config: Config, tx: optax.GradientTransformation, devices: list[Any], has_estimate: bool
 ) -> jax.stages.Compiled:
-    """Compile the update of a model's parameters on one device."""
+    """Compile the update of a model's parameters on a single device."""
     mesh = sharding.make_mesh("", devices[:1])
     state = step.abstract_state(config, tx, mesh)
     tx = optax.with_extra_args_support(tx)
@@ -89,7 +89,7 @@ def compile_update(
 def compile_estimate(
     config: Config, devices: list[Any], mesh_text: str, optimizer: Any, groups: int
 ) -> jax.stages.Compiled:
-    """Compile an estimate from 16 sequences, or, for AdamW, their gradient."""
+    """Compile an estimate from 16 sequences or, for AdamW, the gradient of their loss."""
     mesh = sharding.make_mesh(mesh_text, devices)
     config = dataclasses.replace(
         config,
@@ -97,7 +97,7 @@ def compile_estimate(
         training=dataclasses.replace(config.training, batch=16),
         refresh=dataclasses.replace(config.refresh, refresh_batch=16, groups=groups),
     )
-    config = config.with_resolved_defaults(vocabulary=0)  # the preset has a vocabulary
+    config = config.with_resolved_defaults(vocabulary=0)  # unused: the preset sets it
     tokens = abstract_tokens(mesh, 16, config.model.context + 1)
     with jax.set_mesh(mesh):
         params = Model(config.model).abstract_params
@@ -111,7 +111,7 @@ def compile_estimate(
 
 
 def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Return bytes, temporary memory and instructions of a program."""
+    """Return a program's memory traffic, temporary memory, communication and op counts."""
     memory: Any = compiled.memory_analysis()
     ops = collections.Counter(hlo.instructions(compiled))
     return {
@@ -129,7 +129,7 @@ def updates(results: dict[str, Any]) -> str:
         {
             "update": "name",
             "GB": lambda row: f"{row['bytes'] / 1e9:.2f}",
-            "over AdamW's with the same dtype of m": lambda row: f"{row['over_adamw']:.2f}",
+            "GB / AdamW's (same dtype of m)": lambda row: f"{row['over_adamw']:.2f}",
             "temporaries (MB)": lambda row: f"{row['temporaries'] / 1e6:.0f}",
             "fusions": lambda row: str(row["ops"]["fusion"]),
             "copies": lambda row: str(row["ops"]["copy"]),
@@ -149,9 +149,9 @@ def refreshes(results: dict[str, Any]) -> str:
     return measure.markdown(
         results["refreshes"],
         {
-            "from 16 sequences": "name",
-            "bytes over a gradient's": ratio("bytes"),
-            "temporaries over a gradient's": ratio("temporaries"),
+            "program": "name",
+            "bytes / gradient's bytes": ratio("bytes"),
+            "temporaries / gradient's temporaries": ratio("temporaries"),
             "all-reduce (GB)": sent("all-reduce"),
             "all-gather (GB)": sent("all-gather"),
             "copies": lambda row: str(row["ops"]["copy"]),

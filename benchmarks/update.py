@@ -1,13 +1,13 @@
-"""The time and the bytes of an update and of a training step, of several optimizers.
+"""Times of updates and training steps with several optimizers, and bytes of the updates.
 
     python -m benchmarks.update
 
 The updates are for the parameters of GPT-2 small and of a model with 13 million parameters.
-Bytes are the compiler's count of those that are read and written. It counts both branches
-of a `cond`, one round of a loop, and all of an array if a few entries are taken. For
-`hold_unclipped` the count is therefore too large: it contains all of m and h for the
-sample, and a round of the loop over all entries, which runs only if few entries of the
-sample are counted.
+Bytes are XLA's count of the bytes read and written. XLA counts both branches of a `cond`,
+one iteration of a loop, and a whole array if only some entries are gathered from it. For
+`hold_unclipped` the count is therefore too large: it includes all of m and h for the
+sample, and an iteration of the loop over all entries. This loop runs only if few entries of
+the sample have u != 0 and h > 0.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from examples.gpt.core.config import ModelConfig
 from sophia_optax import gnb, hold_unclipped, sophia_g
 
 ADAMW = "optax.adamw"
-# Steps with a `hessian_fn` that is not called or is called, by their `update_interval`. The
-# first update always refreshes, and is not timed.
+# The `update_interval` for timed steps that do not call their `hessian_fn`, and for steps
+# that do. The first update always refreshes, and is not timed.
 INTERVALS = {"not due": 10**9, "refresh": 1}
 
 MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
@@ -34,14 +34,14 @@ MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    # Names and models of the parameters that are updated, and the dtype of m and h.
+    # Name and model of the updated parameters, and the dtype of m and h.
     trees: tuple[tuple[str, ModelConfig, str], ...] = (
         ("GPT-2 small", Shape(), "float32"),
         ("GPT-2 small", Shape(), "bfloat16"),
         ("13M", MEDIUM, "float32"),
     )
     step: ModelConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
-    batch: int = 60  # sequences of a training step; a refresh has a thirtieth
+    batch: int = 60  # sequences of a training step; a refresh uses a thirtieth
     repeats: int = 15
 
 
@@ -61,9 +61,9 @@ def measure_updates(sizes: Sizes) -> dict[str, Any]:
 
 
 def optimizers(dtype: str) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """Return optimizers by name, with m and h in `dtype`.
+    """Return optimizers, keyed by name, with m and h in `dtype`.
 
-    Those whose name ends with "no refresh" have no `hessian_fn`.
+    An optimizer whose name ends with "no refresh" is called without a `hessian_fn`.
     """
     variants: dict[str, dict[str, Any]] = {
         "sophia_g": {},
@@ -114,7 +114,7 @@ def _update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple
 
 
 def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
-    """Return a row for each program, and for nine steps that are not due and a refresh."""
+    """Return a row per program, and per average of a refresh and nine steps without one."""
     for refresh in [name for name in seconds if name.endswith(", refresh")]:
         name = refresh.removesuffix(", refresh")
         pairs = zip(seconds[f"{name}, not due"], seconds[refresh], strict=True)
@@ -130,7 +130,7 @@ def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
 
 
 def _time_steps(sizes: Sizes) -> measure.Rows:
-    """Return rows of training steps, of sophia_optax and other libraries."""
+    """Time training steps with sophia_optax and other libraries. Return a row for each."""
     model, part = Model(sizes.step), sizes.batch // 30
     estimate = gnb(model.logits, groups=part)
     tokens = model.tokens(sizes.batch)
@@ -189,15 +189,15 @@ def table(results: dict[str, Any]) -> str:
     timed = {
         "optimizer": "optimizer",
         "ms": lambda row: f"{1e3 * row['seconds']['median']:.3g}",
-        "time over AdamW's": lambda row: measure.show(row["time_over_adamw"]),
+        "time / AdamW's": lambda row: measure.show(row["time_over_adamw"]),
     }
     columns = {"parameters": "tree", "m and h": "moments", **timed}
-    alone = measure.markdown(results["alone"], columns | {"bytes over AdamW's": ratio})
+    alone = measure.markdown(results["alone"], columns | {"bytes / AdamW's": ratio})
     config = results["config"]
     return (
         f"Updates:\n\n{alone}\n\nTraining steps with {config['batch']} x "
-        f"{config['step']['context']} tokens. A refresh of sophia_g, and of optimizers on "
-        "a part, has a thirtieth of the sequences, that of others all:\n\n"
+        f"{config['step']['context']} tokens. sophia_g, and the optimizers on a part, use "
+        "a thirtieth of the sequences in a refresh. The others use all sequences:\n\n"
         f"{measure.markdown(results['step'], timed)}"
     )
 

@@ -1,4 +1,4 @@
-"""Equinox, whose models have more than parameters: `python -m examples.with_equinox`."""
+"""An Equinox model with non-parameter leaves: `python -m examples.with_equinox`."""
 
 import equinox as eqx
 import jax
@@ -8,7 +8,7 @@ import optax
 from sophia_optax import Normal, gnb, sophia_g, unclipped_fraction
 
 NOISE = 0.1
-LIKELIHOOD = Normal(NOISE)  # for both the loss and the estimate
+LIKELIHOOD = Normal(NOISE)  # used by the loss and by the Hessian estimate
 
 
 def make_model(key):
@@ -32,10 +32,10 @@ def step(model, state, tx, key):
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
 
     # Parameters, gradients and estimates are None for leaves that are not float arrays.
-    params, rest = eqx.partition(eqx.nn.inference_mode(model), eqx.is_inexact_array)
+    params, static = eqx.partition(eqx.nn.inference_mode(model), eqx.is_inexact_array)
 
     def means_fn(params, x):
-        return jax.vmap(eqx.combine(params, rest))(x)
+        return jax.vmap(eqx.combine(params, static))(x)
 
     estimate = gnb(means_fn, likelihood=LIKELIHOOD, groups=16)
     updates, state = tx.update(

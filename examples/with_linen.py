@@ -1,4 +1,4 @@
-"""Flax Linen, with running statistics and dropout: `python -m examples.with_linen`."""
+"""Flax Linen with batch normalization and dropout: `python -m examples.with_linen`."""
 
 from typing import Any
 
@@ -29,22 +29,22 @@ def step(ts, key):
     x = jax.random.uniform(x_key, (256, 2), minval=-1, maxval=1)
     y = x[:, 1] > jnp.sin(4 * x[:, 0])
 
-    def logits_fn(params, x, **train):
-        return ts.apply_fn({"params": params, "batch_stats": ts.batch_stats}, x, **train)
+    def logits_fn(params, x, **kwargs):
+        return ts.apply_fn({"params": params, "batch_stats": ts.batch_stats}, x, **kwargs)
 
     def loss_fn(params):
-        train = {"train": True, "rngs": {"dropout": dropout_key}, "mutable": "batch_stats"}
-        logits, new = logits_fn(params, x, **train)
-        return optax.sigmoid_binary_cross_entropy(logits, y).mean(), new
+        kwargs = {"train": True, "rngs": {"dropout": dropout_key}, "mutable": "batch_stats"}
+        logits, updated = logits_fn(params, x, **kwargs)
+        return optax.sigmoid_binary_cross_entropy(logits, y).mean(), updated
 
-    (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    # Without `train`, because a group has too few examples for batch statistics.
+    (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    # The estimate uses running averages: a group is too small for batch statistics.
     estimate = gnb(logits_fn, likelihood=Bernoulli(), groups=16)
-    updates, opt_state = ts.tx.update(  # `ts.apply_gradients` forwards no `hessian_fn`
+    updates, opt_state = ts.tx.update(  # `ts.apply_gradients` does not forward `hessian_fn`
         grads, opt_state, params, hessian_fn=lambda key: estimate(params, x[:16], key=key)
     )
     params = optax.apply_updates(params, updates)
-    return ts.replace(step=ts.step + 1, params=params, opt_state=opt_state, **new), loss
+    return ts.replace(step=ts.step + 1, params=params, opt_state=opt_state, **updated), loss
 
 
 def main(steps=300):

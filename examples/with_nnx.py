@@ -1,4 +1,4 @@
-"""Flax NNX, with batch normalization and dropout: `python -m examples.with_nnx`."""
+"""Flax NNX with batch normalization and dropout: `python -m examples.with_nnx`."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Model(nnx.Module):
 
 
 def spirals(key):
-    """Return random points on three arms of a spiral, and their arms."""
+    """Return random points on three spiral arms, and the index of each point's arm."""
     arm_key, radius_key = jax.random.split(key)
     arm = jax.random.randint(arm_key, (256,), 0, 3)
     radius = jax.random.uniform(radius_key, (256,), minval=0.1)
@@ -37,10 +37,10 @@ def step(model, optimizer, key):
 
     loss, grads = nnx.value_and_grad(loss_fn)(model)
 
-    # The estimator calls the model with one group, which has too few examples for batch
+    # The estimator calls the model on a single group, which has too few examples for batch
     # statistics. Unlike `model.eval()`, `nnx.view` does not change the model.
-    evaluated = nnx.view(model, use_running_average=True, deterministic=True)
-    graph, params, rest = nnx.split(evaluated, nnx.Param, ...)
+    eval_model = nnx.view(model, use_running_average=True, deterministic=True)
+    graph, params, rest = nnx.split(eval_model, nnx.Param, ...)
     estimate = gnb(lambda params, x: nnx.merge(graph, params, rest)(x), groups=16)
     optimizer.update(model, grads, hessian_fn=lambda key: estimate(params, x[:16], key=key))
     return loss

@@ -1,4 +1,4 @@
-"""Plain JAX, on padded lines of text: `python -m examples.with_pytrees`."""
+"""A plain JAX model of padded lines of text: `python -m examples.with_pytrees`."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ import optax
 
 from sophia_optax import gnb, sophia_g, unclipped_fraction
 
-LENGTH, MEMORY = 96, 5  # characters of a padded line, and of the network's input
+LENGTH, CONTEXT = 96, 5  # characters in a padded line, and in the network's input
 LINES = [line.encode() for line in Path(__file__).read_text().splitlines(keepends=True)]
 TEXT = jnp.array([np.frombuffer(line.ljust(LENGTH, b"\0"), np.uint8) for line in LINES])
 
 
 def logits_fn(params, text):
-    """Return the logits of each character, shape (lines, LENGTH, 128)."""
-    before = jnp.pad(text, ((0, 0), (MEMORY, 0)))
-    windows = jnp.stack([before[:, i : i + LENGTH] for i in range(MEMORY)], axis=-1)
+    """Return the logits for each character, shape (lines, LENGTH, 128)."""
+    padded = jnp.pad(text, ((0, 0), (CONTEXT, 0)))
+    windows = jnp.stack([padded[:, i : i + LENGTH] for i in range(CONTEXT)], axis=-1)
     hidden = jnp.einsum("btmd,mdh->bth", params["embed"][windows], params["in"])
     return jax.nn.gelu(hidden) @ params["out"]
 
@@ -36,7 +36,7 @@ def step(carry, key):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, text)
         return jnp.sum(mask * losses) / jnp.sum(mask)
 
-    def hessian_fn(key):  # half of the batch, with its weights
+    def hessian_fn(key):  # uses half of the batch, with its mask as weights
         return estimate(params, text[:16], key=key, weights=mask[:16])
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -48,7 +48,7 @@ def main(steps=300):
     keys = jax.random.split(jax.random.key(0), steps + 3)
     params = {
         "embed": jax.random.normal(keys[0], (128, 16)),
-        "in": jax.random.normal(keys[1], (MEMORY, 16, 128)) / (16 * MEMORY) ** 0.5,
+        "in": jax.random.normal(keys[1], (CONTEXT, 16, 128)) / (16 * CONTEXT) ** 0.5,
         "out": jax.random.normal(keys[2], (128, 128)) / 128**0.5,
     }
     (_, state), losses = jax.lax.scan(step, (params, tx.init(params)), keys[3:])

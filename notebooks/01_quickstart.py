@@ -16,9 +16,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/01_quickstart.ipynb)
 #
-# Sophia is an Optax optimizer that divides the average of gradients by an average of the
-# Hessian diagonal, and clips the quotient entry by entry. This notebook replaces AdamW by Sophia
-# in a Flax NNX model. A rule chooses the new setting, gamma.
+# Sophia divides a moving average of the gradients by gamma times a moving average of estimates of
+# the Hessian diagonal, and clips each entry of the quotient to ±1. This notebook replaces AdamW
+# with Sophia for a Flax NNX model, and shows how to choose the hyperparameter gamma.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" flax matplotlib
@@ -38,8 +38,8 @@ from sophia_optax import gnb, hold_unclipped, sophia_g, sophia_metrics
 # %% [markdown]
 # ## A model and its data
 #
-# The model predicts the next byte of Python source code from the eight bytes before it. The text
-# is a module of the standard library, so there is nothing to download.
+# The model predicts the next byte of Python source code from the eight bytes before it. The
+# training text is a module of the standard library, so there is nothing to download.
 
 # %%
 TEXT = np.frombuffer(inspect.getsource(argparse).encode("ascii", "replace"), np.uint8)
@@ -80,13 +80,14 @@ print(f"{len(TEXT):,} bytes, {CUT:,} windows to train on")
 # %% [markdown]
 # ## From AdamW to Sophia
 #
-# **Claim: Sophia replaces AdamW, with one additional argument.**
+# **Claim: to replace AdamW with Sophia, pass one additional argument to `update`.**
 #
-# AdamW's step is `optimizer.update(model, grads)`. Sophia's step has the argument `hessian_fn`, a
-# function of a key that estimates the Hessian diagonal. It is called on every tenth step, inside
-# the compiled step. The estimate is Gauss-Newton-Bartlett's: squared gradients for labels that
-# are sampled from the model, of 16 examples in 16 groups (`groups=16`). Both optimizers have the
-# best of three learning rates.
+# With AdamW, a step calls `optimizer.update(model, grads)`. Sophia also takes `hessian_fn`, a
+# function of a PRNG key that returns an estimate of the Hessian diagonal. The optimizer calls it on
+# every tenth step, inside the compiled step. The estimator here is Gauss-Newton-Bartlett (`gnb`),
+# which samples labels from the model and squares the gradients of their losses. Sophia with `gnb` is
+# called Sophia-G. Here `gnb` splits 16 examples into 16 groups; notebook 2 explains groups. Each
+# optimizer uses the best of three learning rates.
 
 
 # %%
@@ -109,16 +110,16 @@ def sophia_step(model, optimizer, x, y):
 def train(tx, step):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses, metrics = [], []
+    losses, rows = [], []
     for x, y in batches(seed=0):
         losses.append(step(model, optimizer, x, y))
         if step is sophia_step:
-            metrics.append(look(optimizer.opt_state))
-    seen = {k: np.array([m[k] for m in metrics]) for k in (metrics[0] if metrics else ())}
-    return np.array(losses), seen, float(validation_loss(model))
+            rows.append(compute_metrics(optimizer.opt_state))
+    history = {k: np.array([row[k] for row in rows]) for k in (rows[0] if rows else ())}
+    return np.array(losses), history, float(validation_loss(model))
 
 
-look = nnx.jit(sophia_metrics)
+compute_metrics = nnx.jit(sophia_metrics)
 
 
 def schedule(peak):
@@ -130,7 +131,7 @@ def sophia_of(peak, gamma):
 
 
 def best(runs):
-    """The run of the lowest validation loss, and its learning rate."""
+    """Return the lowest validation loss, with its learning rate and its run."""
     return min((run[-1], peak, run) for peak, run in runs.items())
 
 
@@ -141,7 +142,7 @@ adamw_validation, peak, (adamw, _, _) = best(
     }
 )
 print(f"AdamW    {adamw_validation:.3f} in validation, at a learning rate of {peak:g}")
-sophia_validation, peak, (sophia, held, _) = best(
+sophia_validation, peak, (sophia, metrics, _) = best(
     {
         peak: train(sophia_of(peak, hold_unclipped(0.2)), sophia_step)
         for peak in (3e-3, 1e-2, 3e-2)
@@ -160,9 +161,10 @@ figure, (top, bottom) = plt.subplots(
 )
 top.plot(smooth(adamw), label=f"AdamW: {adamw_validation:.3f} in validation")
 top.plot(smooth(sophia), label=f"Sophia-G: {sophia_validation:.3f} in validation")
-top.set(ylabel="loss, nats a byte, mean of 10 steps", title="The next byte from eight")
+top.set(ylabel="loss, nats per byte, mean of 10 steps")
+top.set_title("Predicting the next byte from eight bytes")
 top.legend()
-bottom.plot(held["unclipped_fraction"], "C1", label="Sophia-G")
+bottom.plot(metrics["unclipped_fraction"], "C1", label="Sophia-G")
 bottom.axhline(0.2, color="0.5", ls="--", zorder=0, label="target fraction")
 bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
 bottom.legend()
@@ -171,28 +173,29 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# **Result:** AdamW ends a few hundredths of a nat lower. It is faster at the start, where
-# Sophia's steps are clipped. A fifth of the entries is unclipped at every step, which is the target.
-# This model has 70,000 parameters and is trained for 300 steps: the example shows how to replace
-# AdamW, not which optimizer is better.
-# [Results](https://sophia-optax.github.io/sophia_optax/results.html) compares optimizers that were
-# tuned by a search.
+# **Result:** AdamW ends a few hundredths of a nat lower. It is faster at the start, because most
+# entries of Sophia's steps are clipped. At every step about a fifth of the entries is unclipped,
+# which is the target. With 70,000 parameters and 300 steps, the example shows how to replace AdamW,
+# not which optimizer is better.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) compares the optimizers after
+# a hyperparameter search.
 
 # %% [markdown]
 # ## The rule for gamma
 #
-# **Claim: a fixed fraction of unclipped entries needs a different gamma at each step.**
+# **Claim: to keep the fraction of unclipped entries constant, gamma must change during training.**
 #
-# If the quotient of an entry is below one in magnitude, Sophia takes a Newton-like step. Otherwise
-# it takes the sign. gamma scales the Hessian in the divisor. If gamma is small, nearly all entries
-# are clipped. If it is large, nearly none are clipped, and the steps are short. At every step,
-# `hold_unclipped(0.2)` chooses the gamma for which a fifth of all entries is unclipped.
+# If the quotient of an entry is below one in magnitude, the entry is unclipped, and its update is a
+# Newton-like step. Otherwise its update is the sign of the averaged gradient. With a small gamma
+# nearly all entries are clipped. With a large gamma nearly none are clipped, and the steps are
+# short. The rule `hold_unclipped(0.2)` chooses gamma at every step so that a fifth of the entries
+# is unclipped.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-left.semilogy(held["gamma"], "C1")
+left.semilogy(metrics["gamma"], "C1")
 left.set(xlabel="step", ylabel="gamma", title="The gamma that leaves a fifth unclipped")
-for name, fractions in held.items():
+for name, fractions in metrics.items():
     if name.startswith("unclipped_fraction/"):
         path = name.removeprefix("unclipped_fraction/").removesuffix("/value")
         right.plot(smooth(fractions), label=path)
@@ -204,38 +207,42 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# A gamma may also be a number. How much does its choice matter?
+# Gamma may also be a constant. How much does its value matter?
 
 # %%
 GAMMAS = [0.001, 0.01, 0.1, 0.3, 1.0, 3.0]
-found = []
+results = []
 for gamma in GAMMAS:
-    _, metrics, validation = train(sophia_of(peak, gamma), sophia_step)
-    found.append((float(np.mean(metrics["unclipped_fraction"])), validation))
+    _, history, validation = train(sophia_of(peak, gamma), sophia_step)
+    results.append((float(np.mean(history["unclipped_fraction"])), validation))
     print(
-        f"gamma {gamma:5}: unclipped {found[-1][0]:.2f}, validation loss {validation:.3f}"
+        f"gamma {gamma:5}: unclipped {results[-1][0]:.2f}, validation loss {validation:.3f}"
     )
 
 # %%
-means, validations = zip(*found, strict=True)
+means, validations = zip(*results, strict=True)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 left.semilogx(GAMMAS, means, "o-C1", label="one gamma, mean of the run")
 left.axhline(0.2, color="0.5", ls="--", label="`hold_unclipped`")
-left.set(xlabel="gamma", ylabel="unclipped fraction", title="What gamma does")
+left.set(xlabel="gamma", ylabel="unclipped fraction")
+left.set_title("Unclipped fraction against gamma")
 right.semilogx(GAMMAS, validations, "o-C1", label="one gamma")
 right.axhline(sophia_validation, color="0.5", ls="--", label="`hold_unclipped`")
 right.axhline(adamw_validation, color="C0", ls="--", label="AdamW")
-right.set(xlabel="gamma", ylabel="validation loss, nats a byte", title="What it is worth")
+right.set(xlabel="gamma", ylabel="validation loss, nats per byte")
+right.set_title("Validation loss against gamma")
 for axes in (left, right):
     axes.grid(alpha=0.3)
     axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** the gamma for which a fifth is unclipped falls by a factor of about four hundred during
-# training, so no constant gives this fraction throughout. The fractions of the parameters differ.
-# Rows of the embedding whose byte does not occur have no gradient, and count as unclipped. The loss
-# hardly depends on the choice: in this short run the rule ends 0.01 to 0.02 above the constants. The
-# constants differ by 0.01 over a factor of three thousand, because on most of this range Sophia is
-# close to sign momentum. The advantage of the rule is that it does not depend on the scale: a factor
-# on the estimates has no effect. The next notebook is about this factor.
+# **Result:** the gamma that leaves a fifth of the entries unclipped falls by a factor of about four
+# hundred during training, so no constant keeps this fraction. The fraction differs between
+# parameters. Embedding rows of bytes that do not occur have zero gradients, and count as unclipped.
+#
+# The loss hardly depends on gamma: in this short run the rule ends 0.01 to 0.02 nats above the
+# constants. The losses of the constants differ by only 0.01 nats, although gamma varies by a factor
+# of three thousand, because for most of these values Sophia is close to sign momentum. The
+# advantage of the rule is that a constant factor on the estimates has no effect. The next notebook
+# shows how easily such a factor arises.

@@ -16,9 +16,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/02_curvature.ipynb)
 #
-# Sophia divides by an estimate of the Hessian diagonal. This notebook compares the estimators with
-# the exact diagonals of a small model: which matrix they estimate, with which scale, and with which
-# error.
+# Sophia divides by an estimate of the Hessian diagonal. This notebook compares three estimators with
+# the exact diagonals for a small model. It shows which matrix each of them estimates, how large the
+# error is, and which mistakes change the scale of an estimate.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -36,8 +36,8 @@ from sophia_optax import empirical_fisher, gnb, hutchinson
 # %% [markdown]
 # ## A small model
 #
-# The model is a classifier with one hidden layer, 1,024 examples and 4 classes. It is trained for
-# some steps, but not until it converges.
+# The model is a classifier with one hidden layer and 4 classes. It is trained on 1,024 examples for
+# 60 steps, before it converges.
 
 
 # %%
@@ -51,7 +51,7 @@ def loss_fn(params, x, y):
 
 keys = jax.random.split(jax.random.key(0), 4)
 x = jax.random.normal(keys[0], (1024, 8))
-# A tenth of the labels is noise: no model can be sure.
+# A tenth of the labels is replaced with class 3, so no model can be certain.
 y = jnp.where(jax.random.uniform(keys[1], (1024,)) < 0.1, 3, jnp.argmax(x[:, :4], 1))
 params = {
     "in": 0.5 * jax.random.normal(keys[2], (8, 16)),
@@ -73,9 +73,11 @@ flat, unravel = ravel_pytree(params)
 print(f"{flat.size} parameters, loss {loss_fn(params, x, y):.3f}")
 
 # %% [markdown]
-# The exact diagonals are those of the Hessian $\nabla^2 L$, and of the Gauss-Newton matrix, the mean
-# over examples of $J^\top (\mathrm{diag}(p) - p p^\top) J$ with the Jacobian $J$ of the logits. The
-# Gauss-Newton matrix lacks the curvature of the model, and its diagonal is non-negative.
+# Two exact diagonals serve as references. One is the diagonal of the Hessian $\nabla^2 L$ of the
+# loss. The other is the diagonal of the Gauss-Newton matrix, the mean over examples of
+# $J^\top (\mathrm{diag}(p) - p p^\top) J$, where $J$ is the Jacobian of the logits and $p$ are the
+# predicted probabilities. The Gauss-Newton matrix omits the second derivatives of the logits, and its
+# diagonal is non-negative.
 
 # %%
 hessian = jnp.diag(jax.hessian(lambda v: loss_fn(unravel(v), x, y))(flat))
@@ -90,8 +92,12 @@ print(
 # %% [markdown]
 # ## Each estimator, averaged
 #
-# **Claim: the mean of `hutchinson` is the diagonal of the Hessian, and the mean of `gnb` that of the
-# Gauss-Newton matrix. `empirical_fisher`, which uses the true labels, has neither mean.**
+# **Claim: the mean of `hutchinson` is the diagonal of the Hessian, and the mean of `gnb` is the
+# diagonal of the Gauss-Newton matrix. `empirical_fisher` estimates neither of them.**
+#
+# `hutchinson` averages $z \odot Hz$ over vectors $z$ of random signs, where $H$ is the Hessian. `gnb`
+# (Gauss-Newton-Bartlett) squares gradients for labels that are sampled from the model.
+# `empirical_fisher` squares gradients for the true labels.
 
 
 # %%
@@ -124,33 +130,36 @@ def error(estimates, truth):
 keys = jax.random.split(jax.random.key(1), 2000)
 figure, all_axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
 for axes, (name, (estimate, truth)) in zip(all_axes, estimators.items(), strict=True):
-    once, mean = estimate(keys[0]), jax.lax.map(estimate, keys, batch_size=20).mean(0)
+    single, mean = estimate(keys[0]), jax.lax.map(estimate, keys, batch_size=20).mean(0)
     kind = "the Hessian" if truth is hessian else "Gauss-Newton"
     print(
-        f"{name:16} against {kind}: error {error(once, truth):.2f} once, {error(mean, truth):.2f} in the mean of {len(keys)}"
+        f"{name:16} against {kind}: error {error(single, truth):.2f} for one estimate, {error(mean, truth):.2f} for the mean of {len(keys)}"
     )
-    axes.plot(truth, once, ".", color="0.7", label=f"once: error {error(once, truth):.2f}")
+    label = f"one estimate: error {error(single, truth):.2f}"
+    axes.plot(truth, single, ".", color="0.7", label=label)
     axes.plot(truth, mean, ".C0", label=f"mean of {len(keys)}: {error(mean, truth):.2f}")
     axes.axline((0, 0), slope=1, color="k", lw=0.8)
     axes.set(xlabel=f"exact diagonal of {kind}", title=name)
     axes.legend()
-all_axes[0].set_ylabel("estimate, an entry a point")
+all_axes[0].set_ylabel("estimate (one point per entry)")
 plt.show()
 
 # %% [markdown]
-# **Result:** gray points are one estimate, and blue points are the mean. For the first two
-# estimators the means are on the line. One estimate of `hutchinson` has negative entries where the
-# diagonal is positive. The entries of `gnb` are non-negative. The empirical Fisher is not random, so
-# an average does not change it. It squares residuals, so noise in the labels counts as curvature.
+# **Result:** gray points show a single estimate, and blue points the mean of 2,000 estimates. For
+# `hutchinson` and `gnb` the means are on the line of equality. A single estimate of `hutchinson` has
+# negative entries where the diagonal is positive, but `gnb` never has negative entries.
+# `empirical_fisher` is not random, so averaging does not change it. It squares residuals, so noise in
+# the labels counts as curvature.
 
 # %% [markdown]
 # ## Groups
 #
 # **Claim: the error of one estimate falls as 1 / √groups, without additional arithmetic.**
 #
-# The paper squares the mean gradient of all sampled labels, and multiplies it by their number. This
-# is one group. The square of a sum has cross terms, whose mean is zero and which are noise in each
-# estimate. With several groups there are fewer cross terms.
+# `gnb` splits the batch into groups, and squares the sum of the gradients of each group. The paper
+# uses one group: it squares the mean gradient of the batch, and multiplies by the number of examples.
+# The square of a sum contains products of two examples' gradients. These products have mean zero, but
+# they add noise to each estimate. With more groups there are fewer such products.
 
 # %%
 GROUPS = [1, 2, 4, 8, 16, 32, 64]
@@ -165,7 +174,8 @@ figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
 axes.fill_between(GROUPS, low, high, alpha=0.3, label="half of 200 estimates")
 axes.loglog(GROUPS, median, "o-", label="gnb, median")
 axes.loglog(GROUPS, median[0] / np.sqrt(GROUPS), "k--", lw=1, label="1 / √groups")
-axes.set(xlabel="groups of 1,024 examples in all", ylabel="relative error of one estimate")
+axes.set_xlabel("number of groups (1,024 examples in total)")
+axes.set_ylabel("relative error of one estimate")
 axes.set_title("The same examples, the same gradients, squared in groups")
 axes.set_xticks(GROUPS, map(str, GROUPS))
 axes.grid(alpha=0.3, which="both")
@@ -173,19 +183,20 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** the error falls from 1.3 with one group, the paper's setting, to 0.2 with 64 groups. For
-# many groups it is above the dashed line, because each example still has only one sampled label. With
-# 16 groups, a sixteenth of the batch has the error that one group has with the whole batch. So a
-# refresh needs only a few sequences.
+# **Result:** the error falls from 1.3 with one group to 0.2 with 64 groups. With many groups it is
+# above the dashed line, because each example still has only one sampled label. So a few examples in
+# many groups can replace a large batch in one group.
 
 # %% [markdown]
 # ## Scale
 #
-# **Claim: the most common error is the scale, and it changes the meaning of gamma.**
+# **Claim: the most common mistake is a wrong scale, and it changes the meaning of gamma.**
 #
-# The code of these three estimates is similar. The square of the mean gradient of sampled labels
-# lacks the factor 1,024. If gradients are accumulated over 4 micro-batches, and the estimate is
-# computed from the last one, whose loss is divided by 4, the factor is larger.
+# Sophia divides by the estimate times the hyperparameter gamma, and clips the quotient to ±1. We compare
+# `gnb` with two similar estimates that have a wrong scale. One squares the mean gradient, but omits the
+# factor 1,024, the number of examples. The other is typical of gradient accumulation over 4
+# micro-batches: it squares the gradient of the last micro-batch, whose loss is divided by 4, so the
+# square is too small by a factor of 16.
 
 
 # %%
@@ -194,7 +205,7 @@ def mean_gradient(params, x, key):
     return jax.grad(loss_fn)(params, x, labels)
 
 
-ways = {
+estimates_to_compare = {
     "sophia_optax.gnb": estimators["gnb"][0],
     "mean gradient, squared": flattened(
         lambda key: jax.tree.map(jnp.square, mean_gradient(params, x, key))
@@ -206,23 +217,23 @@ ways = {
     ),
 }
 scales = {}
-for name, estimate in ways.items():
+for name, estimate in estimates_to_compare.items():
     mean = jax.lax.map(estimate, keys, batch_size=20).mean(0)
     scales[name] = float(mean.sum() / gauss_newton.sum())
     print(
-        f"{name:28} {scales[name]:7.4f} of the diagonal: gamma 0.05 is really {0.05 * scales[name]:.2g}"
+        f"{name:28} {scales[name]:7.4f} times the diagonal: gamma 0.05 acts like {0.05 * scales[name]:.2g}"
     )
 figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
 axes.barh(list(scales), list(scales.values()), color=["C0", "C3", "C3"])
 axes.axvline(1, color="k", lw=1, ls="--", label="the diagonal")
 axes.set(xscale="log", xlabel="sum of the mean estimate / sum of the exact diagonal")
-axes.set_title("What a factor that was forgotten does")
+axes.set_title("The effect of a forgotten factor")
 axes.invert_yaxis()
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** the estimates are too small by factors of a thousandth and of six hundredths. Training
-# continues with a wrong gamma, and nearly all entries are clipped. At least one independent study
-# that found no gain from Sophia had such an error. This notebook does not show how its results
-# depend on it.
+# **Result:** the wrong estimates are 0.001 and 0.06 times the exact diagonal. No error is raised:
+# training continues with an effective gamma that is too small, and nearly all entries are clipped. At
+# least one independent study that found no gain from Sophia had a wrong scale. This notebook does not
+# show whether the scale explains the results of that study.

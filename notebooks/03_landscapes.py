@@ -16,9 +16,10 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/03_landscapes.ipynb)
 #
-# Sophia's paper has two arguments: a landscape of two parameters on which other methods fail, and a
-# theorem that the number of steps does not grow with the condition number. This notebook repeats
-# both with the stages of this library, and then rotates the axes of the landscape.
+# Sophia's paper gives two arguments for dividing by the curvature and clipping: a loss landscape of
+# two parameters on which other methods fail, and a theorem that the number of steps does not grow
+# with the condition number. This notebook reproduces both with the optimizers of this library. It
+# then shows what changes if the steep directions are not aligned with the parameters.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -45,10 +46,10 @@ jax.config.update("jax_enable_x64", True)
 #
 # **Claim: Newton's method converges to a saddle. Sophia converges to the minimum in a few steps.**
 #
-# The first parameter is steep and not convex, the second is flat:
-# $L(\theta) = 8(\theta_1 - 1)^2(1.3\theta_1^2 + 2\theta_1 + 1) + \frac12(\theta_2 - 4)^2$,
-# with the minimum at (1, 4) and a saddle at (0, 4). We start at (0.2, 0), where the first
-# parameter's curvature is negative.
+# The loss is steep and non-convex in the first parameter, and flat in the second:
+# $L(\theta) = 8(\theta_1 - 1)^2(1.3\theta_1^2 + 2\theta_1 + 1) + \frac12(\theta_2 - 4)^2$.
+# The minimum is at (1, 4), and there is a saddle at (0, 4). We start at (0.2, 0), where the curvature
+# along the first parameter is negative. (The paper does not state the starting point of its figure.)
 
 
 # %%
@@ -58,7 +59,7 @@ def landscape(theta):
 
 
 def newton():
-    """The whole Hessian, neither clipped nor floored."""
+    """Return Newton's method with the full Hessian, without clipping or a floor."""
 
     def update(updates, state, params=None, *, hessian):
         return -jnp.linalg.solve(hessian, updates), state
@@ -66,8 +67,8 @@ def newton():
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def walk(tx, steps, curvature=None, start=(0.2, 0.0)):
-    """The path of an optimizer that may see the exact curvature."""
+def run_optimizer(tx, steps, curvature=None, start=(0.2, 0.0)):
+    """Return the path of an optimizer, which receives `curvature(params)` as `hessian`."""
     tx = optax.with_extra_args_support(tx)
     params = jnp.array(start)
     state, path = tx.init(params), [params]
@@ -81,11 +82,11 @@ def walk(tx, steps, curvature=None, start=(0.2, 0.0)):
 
 hessian = jax.jit(jax.hessian(landscape))
 paths = {
-    "GD": walk(optax.sgd(0.02), 100),
-    "SignGD": walk(optax.sign_sgd(0.1), 100),
-    "Adam": walk(optax.adam(0.1), 100),
-    "Newton": walk(newton(), 100, hessian),
-    "Sophia": walk(
+    "GD": run_optimizer(optax.sgd(0.02), 100),
+    "SignGD": run_optimizer(optax.sign_sgd(0.1), 100),
+    "Adam": run_optimizer(optax.adam(0.1), 100),
+    "Newton": run_optimizer(newton(), 100, hessian),
+    "Sophia": run_optimizer(
         sophia(0.5, b1=0.0, b2=0.0, gamma=1.0, weight_decay=0.0),
         100,
         lambda theta: jnp.diag(hessian(theta)),
@@ -94,7 +95,7 @@ paths = {
 minimum = np.array([1.0, 4.0])
 for name, path in paths.items():
     distance = np.abs(path - minimum).max(1)
-    # The first step after which it stays there.
+    # The first step after which the path stays near the minimum.
     outside = np.flatnonzero(distance >= 0.05)
     arrived = f"from step {outside[-1] + 1}" if outside[-1] < 100 else "not yet"
     end = f"({path[-1, 0] + 0:.3f}, {path[-1, 1]:.3f})"
@@ -121,30 +122,30 @@ axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# **Result:** Newton's method moves away from the minimum, to the saddle. The learning rate of gradient
-# descent is limited by the steep parameter (its curvature at the minimum is 69, so the limit is
-# 0.029), so it is slow along the flat parameter. SignGD and Adam move at the same speed along both
-# parameters, and oscillate along the steep one. Sophia's step is a sign where the curvature is not
-# positive or the quotient is large, and a Newton step elsewhere. It is at the minimum after eleven
-# steps. (The paper does not list the starting point of its figure. This one is ours.)
+# **Result:** Newton's method moves away from the minimum, to the saddle. Gradient descent (GD) is slow
+# along the flat parameter, because the steep parameter limits its learning rate: the curvature at the
+# minimum is 69, so the limit is 2 / 69 = 0.029. SignGD and Adam move at the same speed along both
+# parameters, and oscillate along the steep one. For each parameter, Sophia takes a Newton step, unless
+# the curvature is not positive or the Newton step is too large. Then it takes a step of fixed size
+# against the sign of the gradient. It reaches the minimum after eleven steps.
 
 # %% [markdown]
 # ## Steps against the condition number
 #
 # **Claim: with the full Hessian, the number of Sophia's steps does not grow with the condition
-# number. Those of SignGD and gradient descent do.**
+# number κ. With SignGD and gradient descent it does.**
 #
-# `full_matrix_sophia` is the algorithm of the paper's theory: the Newton step, clipped entry by
-# entry in the Hessian's eigenbasis, with η = 1/2. We minimize
-# $\sum_i w_i\, \varphi((A\theta)_i)$ in ten dimensions with weights from 1 to κ, for a quadratic
-# $\varphi$ and for $\log\cosh$, on which Newton's method diverges. `A` is a random rotation, and
-# for the second function also a shear. We count the steps to a thousandth of the initial loss, and
-# take the worst of four matrices `A`. SignGD and gradient descent have the best learning rate of a
-# grid.
+# `full_matrix_sophia` is the algorithm of the paper's theory: the Newton step, clipped entry by entry
+# in the Hessian's eigenbasis, with a learning rate of 1/2. We minimize
+# $\sum_i w_i\, \varphi((A\theta)_i)$ in ten dimensions with weights $w_i$ from 1 to κ. The function
+# $\varphi$ is a quadratic, or $\log\cosh$, on which Newton's method diverges. `A` is the identity
+# ("own axes") or a random rotation ("rotated axes"), to which a random shear is added for $\log\cosh$.
+# We count the steps until the loss is a thousandth of its initial value, for the worst of four random
+# matrices `A`. All other methods use the best learning rate of a grid.
 
 # %%
-N, MOST, GOAL = 10, 30_000, 1e-3
-SHAPES = {  # the function, its second derivative, and the x > 0 of a value
+N, MAX_STEPS, GOAL = 10, 30_000, 1e-3
+SHAPES = {  # the function, its second derivative, and its inverse for x > 0
     "quadratic": (lambda x: x**2 / 2, jnp.ones_like, lambda v: math.sqrt(2 * v)),
     "log cosh": (
         lambda x: jnp.logaddexp(x, -x) - math.log(2),
@@ -155,7 +156,7 @@ SHAPES = {  # the function, its second derivative, and the x > 0 of a value
 
 
 def problem(name, kappa, seed):
-    """A, w and a start with the same loss in every term."""
+    """Return A, w and a starting point at which all terms have the same loss."""
     value, _, inverse = SHAPES[name]
     rng, w = np.random.default_rng(seed), np.geomspace(1, kappa, N)
     A = np.eye(N)
@@ -168,8 +169,8 @@ def problem(name, kappa, seed):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def steps(name, method, A, w, start, rates):
-    """Steps of the best learning rate, or MOST."""
+def count_steps(name, method, A, w, start, rates):
+    """Return the number of steps with the best learning rate, at most MAX_STEPS."""
     value, second, _ = SHAPES[name]
     rho = 1 / (2 * math.sqrt(N)) * (1 if name == "quadratic" else math.log(2) / 2)
 
@@ -178,7 +179,7 @@ def steps(name, method, A, w, start, rates):
 
     def move(theta):
         grads, curvatures = jax.grad(loss)(theta), w * second(A @ theta)
-        if method == "Sophia, whole Hessian":
+        if method == "Sophia, full Hessian":
             tx, hessian = full_matrix_sophia(1.0, rho), (A.T * curvatures) @ A
         elif method == "Sophia, diagonal":
             tx = sophia(1.0, 0.0, 0.0, 1.0, weight_decay=0.0, clip_threshold=rho)
@@ -193,60 +194,60 @@ def steps(name, method, A, w, start, rates):
         return step + 1, thetas, jnp.any(jax.vmap(loss)(thetas) <= GOAL * loss(start))
 
     carry = (0, jnp.broadcast_to(start, (len(rates), N)), jnp.array(False))
-    return jax.lax.while_loop(lambda c: ~c[2] & (c[0] < MOST), body, carry)[0]
+    return jax.lax.while_loop(lambda c: ~c[2] & (c[0] < MAX_STEPS), body, carry)[0]
 
 
 def learning_rates(name, method, A, w, start):
-    if method == "Sophia, whole Hessian":
+    if method == "Sophia, full Hessian":
         return np.array([0.5])
     if method == "Sophia, diagonal":  # the diagonal may be too small by a factor of N
         return 0.5 ** np.arange(1, 6)
-    if method == "GD":  # no curvature is above its value at the minimum
+    if method == "GD":  # the curvature is largest at the minimum
         return np.array([0.5, 1, 1.9]) / np.linalg.norm(A.T * w @ A, 2)
-    loss = float(SHAPES[name][0](jnp.array(2.0))) * N  # at the start
-    rate = math.sqrt(2 * GOAL * loss / w.sum())  # going to and fro leaves such a loss
+    loss = float(SHAPES[name][0](jnp.array(2.0))) * N  # the initial loss
+    rate = math.sqrt(2 * GOAL * loss / w.sum())  # oscillates at the target loss
     return rate * 2.0 ** np.arange(-math.ceil(math.log2(w[-1]) / 2) - 2, 4)
 
 
 # %%
-METHODS = ["Sophia, whole Hessian", "Sophia, diagonal", "SignGD", "GD"]
+METHODS = ["Sophia, full Hessian", "Sophia, diagonal", "SignGD", "GD"]
 KAPPAS = [10.0**k for k in range(9)]
 counts = {}
 for name in SHAPES:
-    print(f"\n{name:24}" + "".join(f"{kappa:>9.0e}" for kappa in KAPPAS))
+    print(f"\n{name:31}" + "".join(f"{kappa:>9.0e}" for kappa in KAPPAS))
     for method in METHODS:
-        for turned in (False, True):
+        for rotated in (False, True):
             row = []
             for kappa in KAPPAS:
-                if row and row[-1] >= MOST:
-                    row.append(MOST)  # nor will it with a larger one
+                if row and row[-1] >= MAX_STEPS:
+                    row.append(MAX_STEPS)  # a larger κ does not need fewer steps
                     continue
-                made = []
-                for seed in range(4) if turned else [None]:
+                step_counts = []
+                for seed in range(4) if rotated else [None]:
                     A, w, start = problem(name, kappa, seed)
                     rates = learning_rates(name, method, A, w, start)
-                    made.append(int(steps(name, method, A, w, start, rates)))
-                row.append(max(made))
-            counts[name, method, turned] = row
-            cells = "".join(f"{n:>9,}" if n < MOST else f"{'...':>9}" for n in row)
-            print(f"{method + (' (turned)' if turned else ''):31}"[:31].ljust(31) + cells)
+                    step_counts.append(int(count_steps(name, method, A, w, start, rates)))
+                row.append(max(step_counts))
+            counts[name, method, rotated] = row
+            cells = "".join(f"{n:>9,}" if n < MAX_STEPS else f"{'...':>9}" for n in row)
+            print(f"{method + (' (rotated)' if rotated else ''):31}" + cells)
 
 # %%
 figure, both = plt.subplots(1, 2, sharey=True, figsize=(12, 5), layout="constrained")
 for axes, name in zip(both, SHAPES, strict=True):
     for i, method in enumerate(METHODS):
-        for turned in (False, True):
-            seen = [n for n in counts[name, method, turned] if n < MOST]
+        for rotated in (False, True):
+            reached = [n for n in counts[name, method, rotated] if n < MAX_STEPS]
             style = {
                 "color": f"C{i}",
-                "marker": "o" if turned else "x",
-                "ls": "-" if turned else "--",
+                "marker": "o" if rotated else "x",
+                "ls": "-" if rotated else "--",
             }
             axes.loglog(
-                KAPPAS[: len(seen)],
-                seen,
+                KAPPAS[: len(reached)],
+                reached,
                 **style,
-                label=f"{method}, {'turned' if turned else 'own'} axes",
+                label=f"{method}, {'rotated' if rotated else 'own'} axes",
             )
     axes.set(title=f"{name}, {N} dimensions", xlabel="condition number κ")
     axes.grid(alpha=0.3)
@@ -256,21 +257,23 @@ figure.legend(*both[0].get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# **Result:** with the full Hessian, the quadratic takes 23 steps from κ = 10 to 10⁸, on its own axes
-# and on rotated axes. On log cosh the number of steps falls with κ. (At κ = 1 all terms are flat, and
-# the start is further away.) On the function's own axes the steps of SignGD grow with √κ, as the
-# paper's bound says, and those of gradient descent with κ. There diagonal Sophia is as good as the
-# full Hessian. **On rotated axes it is not:** its steps grow with κ, and are twice those of gradient
-# descent. Those of SignGD grow even faster. The theorem is about the full Hessian, which is not
+# **Result:** with the full Hessian, the quadratic takes 23 steps for all κ from 10 to 10⁸, on its own
+# axes and on rotated axes. On log cosh the number of steps does not grow with κ either. (κ = 1 takes
+# more steps, because all weights are 1 and the start is further from the minimum.)
+#
+# On the function's own axes, the number of steps grows with √κ for SignGD, as the paper's bound says,
+# and with κ for gradient descent. Diagonal Sophia is as good as the full Hessian there. **On rotated
+# axes it is not:** its number of steps grows with κ, and exceeds that of gradient descent for all
+# κ ≥ 1,000. For SignGD the growth is even faster. The theorem assumes the full Hessian, which is not
 # affordable for a language model.
 
 # %% [markdown]
 # ## The limits of the diagonal
 #
-# **Claim: a rotation by a few degrees is enough.**
+# **Claim: a rotation by a few degrees is enough to remove the advantage of diagonal Sophia.**
 #
-# In two dimensions, with κ = 10,000, we rotate the axes of a quadratic by increasing angles. The
-# diagonal of the Hessian is then a mixture of both curvatures, in which the steep direction dominates.
+# We rotate the axes of a quadratic in two dimensions, with κ = 10,000, by increasing angles. Each
+# diagonal entry of the Hessian is then a mixture of both curvatures, dominated by the steep direction.
 
 
 # %%
@@ -292,23 +295,23 @@ def steps_at(degrees, kappa=1e4):
             )
             return step + 1, theta + updates
 
-        def far(carry):
+        def not_converged(carry):
             loss = 0.5 * carry[1] @ matrix @ carry[1]
             return (loss > 0.5e-3 * start @ matrix @ start) & (carry[0] < 100_000)
 
-        return jax.lax.while_loop(far, body, (0, start))[0]
+        return jax.lax.while_loop(not_converged, body, (0, start))[0]
 
     return int(run(start))
 
 
 angles = [0, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 45]
-turned = [steps_at(angle) for angle in angles]
-for angle, n in zip(angles, turned, strict=True):
+step_counts = [steps_at(angle) for angle in angles]
+for angle, n in zip(angles, step_counts, strict=True):
     print(f"{angle:5.2f}° {n:7,} steps")
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-axes.semilogy(angles, turned, "o-", color="C1", label="Sophia, diagonal")
-axes.axhline(turned[0], color="C0", ls="--", label="on its own axes")
-axes.set(xlabel="turned by, degrees", ylabel="steps to a thousandth of the loss")
+axes.semilogy(angles, step_counts, "o-", color="C1", label="Sophia, diagonal")
+axes.axhline(step_counts[0], color="C0", ls="--", label="on its own axes")
+axes.set(xlabel="rotation, degrees", ylabel="steps to a thousandth of the loss")
 axes.set_title("Diagonal Sophia on a quadratic of two dimensions, κ = 10,000")
 axes.grid(alpha=0.3)
 axes.legend()
@@ -316,6 +319,6 @@ plt.show()
 
 # %% [markdown]
 # **Result:** half a degree nearly doubles the number of steps, and five degrees multiply it by eighty.
-# Sophia's gain on a network therefore depends on the alignment of its curvature with its
-# parameters. [Results](https://sophia-optax.github.io/sophia_optax/results.html) has experiments with
-# a small GPT.
+# Sophia's gain on a network therefore depends on how well the eigenvectors of the network's Hessian
+# are aligned with its parameters.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) has experiments with a small GPT.

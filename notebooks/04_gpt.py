@@ -16,9 +16,10 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/04_gpt.ipynb)
 #
-# This notebook trains the byte-level GPT of `examples/gpt`, two layers of width 64, on the source code
-# of Python's standard library. AdamW and Sophia-G have the same initial parameters and the same
-# batches. Their settings are from a search (`examples/gpt/presets.py`).
+# This notebook trains the byte-level GPT of `examples/gpt`, with two layers of width 64, on the source
+# code of Python's standard library. AdamW and Sophia-G (Sophia with the estimator `gnb`) start from the
+# same parameters and use the same batches. Their hyperparameters come from a search
+# (`examples/gpt/presets.py`).
 
 # %% tags=["skip-execution"]
 # !git clone --quiet --depth 1 https://github.com/sophia-optax/sophia_optax
@@ -43,7 +44,8 @@ from sophia_optax import gnb, unclipped_fraction
 # %% [markdown]
 # ## The run
 #
-# On a CPU the run has 200 steps of 64 sequences. On a GPU or a TPU it has 500 steps, as the example.
+# A run takes 200 steps of 64 sequences on a CPU. On a GPU or a TPU it takes 500, the default of the
+# example.
 
 # %%
 STEPS = 200 if jax.default_backend() == "cpu" else 500
@@ -59,10 +61,10 @@ print(
 # %% [markdown]
 # ## One step for both
 #
-# **Claim: the step of Sophia is the step of AdamW with one additional argument.**
+# **Claim: one training step serves both optimizers. Sophia needs one more argument than AdamW.**
 #
-# A refresh uses 16 sequences of the batch in 16 groups, on every tenth step. AdamW ignores the
-# argument.
+# The argument is `hessian_fn`, which estimates the diagonal of the Hessian. Sophia calls it on every
+# tenth step, with 16 sequences of the batch in 16 groups. AdamW ignores the argument.
 
 
 # %%
@@ -114,7 +116,7 @@ def train(optimizer):
             validations.append((n + 1, float(validation_loss(trained))))
             if optimizer == "sophia_g":
                 fractions.append((n + 1, float(unclipped_fraction(state))))
-    print(f"{optimizer}: {validations[-1][1]:.3f} nats a byte in validation")
+    print(f"{optimizer}: {validations[-1][1]:.3f} nats per byte in validation")
     return trained, np.array(losses), validations, fractions
 
 
@@ -132,8 +134,8 @@ for i, (name, (_, losses, validations, fractions)) in enumerate(runs.items()):
     top.plot(*np.transpose(validations), f"oC{i}-", ms=4, label=label)
     if fractions:
         bottom.plot(*np.transpose(fractions), f"oC{i}-", ms=4, label=name)
-top.set(ylabel="loss, nats a byte", title="The byte GPT on Python's standard library")
-bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="the paper's advice")
+top.set(ylabel="loss, nats per byte", title="The byte GPT on Python's standard library")
+bottom.axhspan(0.1, 0.5, color="0.9", zorder=0, label="range recommended by the paper")
 bottom.set(xlabel="step", ylabel="unclipped fraction", ylim=(0, 1))
 for axes in (top, bottom):
     axes.grid(alpha=0.3)
@@ -141,9 +143,11 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# **Result:** after 200 steps on a CPU AdamW is about 0.07 nats lower. The settings were found for 500
-# steps. Sophia-G is slower at the start, because no entry moves by more than the learning rate.
-# [Results](https://sophia-optax.github.io/sophia_optax/results.html) has a comparison at equal tuning.
+# **Result:** after 200 steps on a CPU, the loss of AdamW is about 0.07 nats lower. The hyperparameters
+# were searched for runs of 500 steps. Sophia-G is slower at the start, because clipping limits the
+# change of each weight to the learning rate.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) compares both optimizers after an
+# equal hyperparameter search.
 
 # %% [markdown]
 # ## Samples
@@ -157,5 +161,5 @@ for name, (trained, *_) in runs.items():
     print(f"--- {name}\n{corpus.tokenizer.decode(np.concatenate([prompt, tokens]))}\n")
 
 # %% [markdown]
-# **Result:** after a minute of training, both models write indentation, brackets and some keywords,
-# without meaning. The difference of their losses is not visible in the samples.
+# **Result:** after a minute of training, both models generate indentation, brackets and some keywords,
+# but no meaningful code. The difference between their losses is not visible in the samples.

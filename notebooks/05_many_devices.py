@@ -16,10 +16,10 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/05_many_devices.ipynb)
 #
-# On several devices, a curvature estimate is easily wrong by a factor of their number, without an
-# error: for example if the gradient is squared after its mean over devices. This notebook simulates
-# eight CPU devices. It takes the same step under `pmap`, under `shard_map`, and under `jit` with
-# sharded arrays on meshes of Auto and of Explicit axes.
+# On several devices, it is easy to get a curvature estimate that is wrong by a factor of the device
+# count, for example by averaging the gradient over devices before squaring it. No error is raised.
+# This notebook simulates eight CPU devices, and compares four layouts: `pmap`, `shard_map`, and `jit`
+# with sharded arrays on a mesh of Auto axes and on a mesh of Explicit axes.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -29,7 +29,7 @@ import functools
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")  # also where there is a GPU or a TPU
+jax.config.update("jax_platforms", "cpu")  # even if there is a GPU or a TPU
 jax.config.update("jax_num_cpu_devices", 8)
 
 import jax.numpy as jnp
@@ -45,8 +45,9 @@ print(f"{jax.device_count()} devices: {jax.devices()[0].platform}")
 # %% [markdown]
 # ## One model, one batch, four layouts
 #
-# The model is a classifier with 64 examples, eight on each device. In every layout each device has
-# one group: it squares its own gradient, and the squares are summed. The mean gradient is not squared.
+# The model is a classifier with 64 examples, eight on each device. An estimate splits its batch into
+# groups, and squares the summed gradient of each group. In all four layouts each device has one group:
+# it squares its own gradient, and only the squares are summed over devices.
 
 
 # %%
@@ -65,7 +66,7 @@ params = {
     "in": 0.5 * jax.random.normal(keys[1], (8, 16)),
     "out": 0.5 * jax.random.normal(keys[2], (16, 4)),
 }
-params = jax.tree.map(np.array, params)  # each layout puts them where it wants them
+params = jax.tree.map(np.array, params)  # each layout places them on its own devices
 P = PartitionSpec
 
 
@@ -99,8 +100,8 @@ def under_pmap(fn):
 
     def call(params, x, y, key):
         x, y = (array.reshape(8, 8, *array.shape[1:]) for array in (x, y))
-        result = mapped(params, x, y, key)  # each device's
-        for leaf in jax.tree.leaves(result):  # they do not drift apart: not by a bit
+        result = mapped(params, x, y, key)  # one result for each device
+        for leaf in jax.tree.leaves(result):  # the results of all devices are bitwise equal
             np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
         return jax.tree.map(lambda leaf: leaf[0], result)
 
@@ -125,7 +126,7 @@ LAYOUTS = {
 # **Claim: an estimate without random numbers is equal in all layouts, up to rounding.**
 #
 # `empirical_fisher` squares gradients for the true labels. It is not random, so every layout must
-# return the estimate of one device with eight groups.
+# return the same estimate as a single device with eight groups.
 
 
 # %%
@@ -143,23 +144,27 @@ def vector(tree):
 
 
 key = jax.random.key(1)
-made = {name: vector(layout(fisher)(params, x, y, key)) for name, layout in LAYOUTS.items()}
-for name, estimate in made.items():
-    off = np.abs(estimate - made["one device"]).max() / made["one device"].max()
-    print(f"{name:20} off by {off:.1e} of the largest entry")
+estimates = {
+    name: vector(layout(fisher)(params, x, y, key)) for name, layout in LAYOUTS.items()
+}
+expected = estimates["one device"]
+print("largest difference, relative to the largest entry:")
+for name, estimate in estimates.items():
+    print(f"{name:20} {np.abs(estimate - expected).max() / expected.max():.1e}")
 
 # %% [markdown]
-# **Result:** they are equal to one part in ten million, the rounding of float32 in a different order
-# of the sum.
+# **Result:** the estimates agree to one part in ten million. The difference is float32 rounding: the
+# layouts sum in different orders.
 
 # %% [markdown]
 # ## Sampled labels
 #
-# **Claim: under `jit` the sampled labels are those of one device. Under `pmap` and `shard_map` each
-# device samples its own labels, and the mean is the same.**
+# **Claim: under `jit`, `gnb` samples the same labels as on a single device. Under `pmap` and
+# `shard_map` each device samples its own labels, and the estimate has the same mean.**
 #
-# The exact diagonal of the Gauss-Newton matrix is computed from the dense Jacobian. The average of 1,
-# 2, 5, 10, ... and 2,000 estimates is compared with it.
+# `gnb` squares gradients for labels that are sampled from the model. Its mean is the diagonal of the
+# Gauss-Newton matrix, which is computed exactly from the dense Jacobian. The averages of 1, 2, 5, 10,
+# ... and 2,000 estimates are compared with this exact diagonal.
 
 # %%
 p = jax.nn.softmax(logits_fn(params, x))
@@ -181,9 +186,9 @@ for name, layout in LAYOUTS.items():
     first[name] = draws[0]
     means = np.array([draws[:n].mean(0) for n in DRAWS])
     errors[name] = np.linalg.norm(means - exact, axis=1) / np.linalg.norm(exact)
-    off = np.abs(first[name] - first["one device"]).max() / exact.max()
+    difference = np.abs(first[name] - first["one device"]).max() / exact.max()
     print(
-        f"{name:20} first draw off from one device's by {off:.1e}, mean off from the exact by {errors[name][-1]:.3f}"
+        f"{name:20} first estimate differs from the single-device estimate by {difference:.1e}, relative error of the mean {errors[name][-1]:.3f}"
     )
 
 # %%
@@ -200,18 +205,19 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** the three layouts with the labels of one device have the same curve, and so have the two
-# layouts whose devices sample their own labels. Both errors fall as 1 / √draws, without a bias.
+# **Result:** the single device and the two `jit` layouts sample the same labels and have the same
+# curve. `pmap` and `shard_map` share a second curve. The errors of all layouts fall as 1 / √draws, so
+# no layout has a bias.
 
 # %% [markdown]
 # ## Training
 #
 # **Claim: training has the same trajectory in all layouts.**
 #
-# One compiled function takes forty steps of Sophia, with a refresh on every fifth. Under a mapped
-# axis, gradients are averaged with `pmean`. Inside `shard_map`, the parameters are first made varying
-# over the devices. Otherwise the gradient of a replicated parameter is already a sum over
-# devices, and its `pmean` would be eight times too large, without an error.
+# One compiled function takes forty steps of Sophia, with a new estimate on every fifth step. Under
+# `pmap` and `shard_map`, gradients are averaged over devices with `pmean`. Inside `shard_map`, `pcast`
+# first makes the parameters varying over the mesh axis. Otherwise the gradient of a replicated
+# parameter would already be a sum over devices, and its `pmean` would silently be eight times too large.
 
 
 # %%
@@ -240,8 +246,8 @@ def training(params, x, y, key, *, axis_name, groups):
 runs = {name: layout(training)(params, x, y, key) for name, layout in LAYOUTS.items()}
 losses, trained = runs["one device"]
 for name, (own_losses, own) in runs.items():
-    off = np.abs(vector(own) - vector(trained)).max()
-    print(f"{name:20} loss {own_losses[-1]:.6f}, parameters off by at most {off:.1e}")
+    difference = np.abs(vector(own) - vector(trained)).max()
+    print(f"{name:20} loss {own_losses[-1]:.6f}, parameters agree to {difference:.1e}")
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -250,22 +256,22 @@ for i, (name, (own_losses, _)) in enumerate(runs.items()):
 axes.set(
     xlabel="step",
     ylabel="loss, nats",
-    title="Forty steps of Sophia: five lines, one on another",
+    title="Forty steps of Sophia: five coinciding curves",
 )
 axes.grid(alpha=0.3)
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** all trajectories coincide. Under `pmap` the copies of the devices are equal bit for bit.
-# On a pod the same code runs on more devices, and a refresh communicates what one gradient
-# communicates (`python -m benchmarks.devices`).
+# **Result:** all trajectories coincide. Under `pmap` all devices hold bitwise equal results. The same
+# code runs on more devices, and each estimate communicates as much as one gradient
+# (`python -m benchmarks.devices` measures this).
 
 # %% [markdown]
 # ## Sharded parameters
 #
-# **Claim: if `each_group` annotates the layers where the model gathers them, an estimate needs the
-# memory of a gradient.**
+# **Claim: if the model annotates each gathered layer with `each_group`, an estimate needs no more
+# memory than a gradient.**
 #
 # The model has sixteen layers. Each device holds an eighth of each layer, and gathers one layer at a
 # time.
@@ -277,40 +283,43 @@ layers = jax.device_put(layers, NamedSharding(mesh, P(None, "data")))
 inputs = jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, P("data")))
 
 
-def deep(mark, layers, x):
+def deep(annotate, layers, x):
     def layer(x, w):
-        w = mark(w) if mark else w
+        w = annotate(w) if annotate else w
         return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, P())), None
 
     return jax.lax.scan(jax.checkpoint(layer), x, layers)[0]
 
 
 programs = {"gradient": jax.grad(lambda layers, x: deep(None, layers, x).sum())}
-for name, mark in {"estimate": None, "estimate, marked": each_group}.items():
+for name, annotate in {"estimate": None, "estimate, annotated": each_group}.items():
     programs[name] = functools.partial(
-        gnb(functools.partial(deep, mark), groups=8), key=key
+        gnb(functools.partial(deep, annotate), groups=8), key=key
     )
 for name, program in programs.items():
     with jax.set_mesh(mesh):
         lowered = jax.jit(program, out_shardings=layers.sharding).lower(layers, inputs)
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
-    print(f"{name:17} {memory / 2**20:4.1f} MiB")
+    print(f"{name:20} {memory / 2**20:4.1f} MiB")
 
 # %% [markdown]
-# **Result:** with annotations, an estimate is sharded like a gradient. Without annotations, each device
-# holds the gathered gradient of its group and the gathered estimate.
+# **Result:** with annotations, an estimate is sharded like a gradient. Without them, each device holds
+# its group's gradient and the estimate for all sixteen layers, neither of them sharded.
 
 # %% [markdown]
 # ## A pod
 #
-# A pod has more chips than a refresh needs sequences. Each chip with a part of the batch computes at
-# least one sequence, so a refresh every 10 steps is expensive. But its many groups have a small
-# error, so it can be less frequent. With a refresh every k steps, b2 = 0.99^(k / 10) keeps the time
-# constant of the average, which has the error of (1 + b2) / (1 - b2) refreshes.
+# A refresh is a step on which Sophia adds a new estimate to its moving average. On a pod, which is a
+# large set of connected TPU chips, each chip that holds a part of the batch computes at least one
+# sequence of a refresh. These are more sequences than a refresh needs, so a refresh every 10 steps is
+# expensive. With its many groups a refresh has a small error, so it can be less frequent. With a
+# refresh every k steps, the decay b2 = 0.99^(k / 10) keeps the time constant of the moving average.
+# The moving average has the error of a mean of (1 + b2) / (1 - b2) estimates. In the table, "effective
+# groups" is the number of groups in this mean, and "mean age" is the mean age of the averaged estimates.
 
 # %%
 print(
-    "chips of 512 sequences    k    b2  groups that count  age, steps  of a step's arithmetic"
+    "chips of 512 sequences    k    b2  effective groups  mean age in steps  fraction of a step's FLOPs"
 )
 for chips, intervals in ((16, (10,)), (256, (10, 100, 160)), (512, (10, 100, 320))):
     for k in intervals:
@@ -318,10 +327,10 @@ for chips, intervals in ((16, (10,)), (256, (10, 100, 160)), (512, (10, 100, 320
         groups = chips * (1 + b2) / (1 - b2)
         age = k * b2 / (1 - b2) + (k - 1) / 2
         print(
-            f"{chips:22} {k:4} {b2:5.2f} {groups:18,.0f} {age:11.0f} {chips / 512 / k:23.2%}"
+            f"{chips:22} {k:4} {b2:5.2f} {groups:17,.0f} {age:18.0f} {chips / 512 / k:27.2%}"
         )
 
 # %% [markdown]
-# **Result:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 have the same total cost, and
-# their averages have the same error and time constant. This is a calculation. It was not tried in
-# training.
+# **Result:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 have the same total cost. Their
+# moving averages have about the same error and the same time constant. This is only a calculation: the
+# longer intervals were not tested in training.

@@ -16,15 +16,15 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/06_other_uses.ipynb)
 #
-# The diagonal of the Hessian is useful without an optimizer. This notebook has three small
-# applications of `gnb`, and compares each with its simple baseline. They need an estimate with the
-# correct scale: a factor of the batch size would make the second wrong by that factor.
+# The diagonal of the Hessian is also useful without an optimizer. This notebook applies `gnb`, which
+# estimates the diagonal of the Gauss-Newton approximation of the Hessian, to three small problems. It
+# compares each application with a simple baseline.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
 
 # %%
-import argparse  # its source is the text that the model learns
+import argparse  # its source is the training text
 import inspect
 
 import jax
@@ -39,8 +39,8 @@ from sophia_optax import Bernoulli, gnb
 # ## A trained model and its diagonal
 #
 # The model predicts the next byte of a module of the standard library from the eight bytes before
-# it. It is trained with AdamW. Then the diagonal of the Gauss-Newton matrix is estimated from 4,096
-# examples, each of them a group.
+# it. It is trained with AdamW. Then `gnb` estimates the diagonal h from 4,096 examples. Each example
+# is its own group: its gradient is squared before the sum, which gives the smallest error.
 
 # %%
 TEXT = np.frombuffer(inspect.getsource(argparse).encode("ascii", "replace"), np.uint8)
@@ -99,16 +99,16 @@ rows = np.random.default_rng(0).choice(CUT, 4096, replace=False)
 estimate = jax.jit(gnb(logits_fn, groups=len(rows)))
 h = estimate(params, TRAIN[0][rows], key=jax.random.key(2))
 validation_loss = jax.jit(lambda params: loss_fn(params, *VALIDATION))
-print(f"validation loss {validation_loss(params):.3f} nats a byte")
+print(f"validation loss {validation_loss(params):.3f} nats per byte")
 
 # %% [markdown]
 # ## Pruning
 #
-# **Claim: to prune by the saliency h θ² / 2 costs less than to prune by the magnitude |θ|.**
+# **Claim: pruning by the saliency h θ² / 2 raises the loss less than pruning by the magnitude |θ|.**
 #
-# If the gradient is zero and the Hessian diagonal, the loss rises by h θ² / 2 when a weight θ is set
-# to zero ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
-# A fraction of all weights with the smallest saliency is set to zero, without further training.
+# If the gradient is zero and the Hessian is diagonal, setting a weight θ to zero raises the loss by
+# about h θ² / 2 ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
+# For each score, the weights with the lowest scores are set to zero, without further training.
 
 
 # %%
@@ -129,25 +129,26 @@ for name, score in scores.items():
     losses = [float(validation_loss(pruned(score, f))) for f in fractions]
     axes.plot(fractions, losses, "o-", ms=3, label=name)
     kept = losses[np.searchsorted(fractions, 0.7)]
-    print(f"{name}: {kept:.2f} nats a byte with 30% of the weights")
+    print(f"{name}: {kept:.2f} nats per byte with 30% of the weights")
 axes.set(xlabel="fraction of weights set to zero", ylabel="validation loss", ylim=(1, 4))
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** up to 45% of the weights both cost little, and the magnitude costs less. Beyond that the
-# saliency is better: with 30% of the weights its loss is more than half a nat lower.
+# **Result:** if at most 45% of the weights are removed, both scores raise the loss little, and the
+# magnitude raises it less. Beyond 45% the saliency is better: with 30% of the weights left, its loss
+# is more than half a nat lower.
 
 # %% [markdown]
 # ## Uncertainty
 #
 # **Claim: with a diagonal Laplace approximation, a classifier is less certain far from its data.**
 #
-# The Laplace approximation of the posterior is a normal distribution around the trained weights, with
-# variance 1 / (N h + λ) for N examples and a prior of variance 1 / λ. The logit f of an example
-# then has the variance Σ (∂f/∂θ)² / (N h + λ), and its probability is about
-# σ(f / √(1 + π variance / 8)). The baseline is σ(f). N h is the curvature of the sum of all
-# losses, so a wrong scale of h would make the variance wrong.
+# The Laplace approximation of the posterior is a normal distribution around the trained weights. For
+# N examples and a prior of variance 1 / λ, the variance of a weight is 1 / (N h + λ). The logit f of
+# an example then has the variance Σ (∂f/∂θ)² / (N h + λ), and the predicted probability is about
+# σ(f / √(1 + π variance / 8)), where σ is the sigmoid function. The baseline is σ(f). N h is the
+# curvature of the sum of all losses, so the variances are correct only if the scale of h is correct.
 
 # %%
 N = 100
@@ -190,7 +191,7 @@ def fit(prior):
 
 @jax.jit
 def probabilities(weights, variances, x):
-    """Return the probabilities of the trained weights, and those of the posterior."""
+    """Return the probabilities for the trained weights and for the posterior."""
 
     def of_point(x):
         f, gradient = jax.value_and_grad(lambda p: network(p, x[None])[0])(weights)
@@ -228,17 +229,18 @@ figure.colorbar(image, ax=axes, label="certainty |2p - 1|, λ = 0.03")
 plt.show()
 
 # %% [markdown]
-# **Result:** with a weak prior, λ = 0.03, the trained weights overfit: they are certain everywhere. The
-# approximation is less certain far from the data, and its test loss is much lower. With λ = 1 the
-# trained weights do not overfit, and the approximation is too uncertain: its test loss is higher.
+# **Result:** with a weak prior, λ = 0.03, the trained weights overfit, and their predictions are certain
+# everywhere. The Laplace approximation is less certain far from the data, and its test loss is much
+# lower. With λ = 1 the trained weights do not overfit. The approximation is then too uncertain, and its
+# test loss is higher.
 
 # %% [markdown]
 # ## Quantization
 #
 # **Claim: Σ h δ² / 2 predicts how much the loss rises when a layer is rounded.**
 #
-# Each layer of the first model is rounded to 2 to 6 bits, one layer at a time, with the rounding error
-# δ. The baseline is the squared error Σ δ².
+# One layer of the byte model at a time is rounded to between 2 and 6 bits. The rounding error of a
+# weight is δ. The baseline is the squared error Σ δ².
 
 
 # %%
@@ -273,6 +275,6 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** Σ h δ² / 2 predicts the rise itself (the dashed line), up to a rise of half a nat, for all
-# layers with one formula. Σ δ² orders the roundings almost as well, but it has no scale, and it
-# overrates the errors of the embedding, in which rows of rare bytes matter little.
+# **Result:** for all layers, Σ h δ² / 2 predicts the size of the rise (the dashed line), up to about
+# half a nat. Σ δ² ranks the rounded layers almost as well, but it does not predict the size of the
+# rise. It also overrates rounding errors in the embedding, whose rows for rare bytes matter little.

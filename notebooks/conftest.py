@@ -1,2 +1,2 @@
-# Each script is the text of the notebook beside it, which is what runs.
+# Do not collect the scripts: nbmake runs the notebooks, which have the same cells.
 collect_ignore_glob = ["*.py"]

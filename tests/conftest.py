@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 
-# Most of the time is compilation, and the tests do not depend on XLA's optimizations.
+# Disable XLA's optimizations: the tests need none, and spend most time on compilation.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -16,14 +16,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-# Tracing creates many long-lived objects, and garbage collection is a tenth of the time.
+# Collect garbage less often. Otherwise it takes a tenth of the time, because tracing
+# creates many long-lived objects.
 gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_configure(config):
-    """Cache compiled programs, for this worker and the trainers that its tests start.
+    """Cache compiled programs for this pytest worker and the trainers that it starts.
 
-    Workers do not share a cache, because JAX does not write its entries atomically.
+    Workers do not share a cache, because JAX does not write cache entries atomically.
     """
     folder = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -41,7 +42,7 @@ _tests_since_clearing = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _clear_jax_caches():
-    """Free compiled programs after every fourth test. They would need several GB."""
+    """Free compiled programs after every fourth test. Otherwise they take several GB."""
     yield
     if next(_tests_since_clearing) % 4 == 0:
         jax.clear_caches()
@@ -62,7 +63,7 @@ def x64():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Simulate a machine with one device."""
+    """Simulate a machine with a single device."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)

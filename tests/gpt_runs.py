@@ -1,4 +1,4 @@
-"""Configs of small runs, and `python -m examples.gpt` in subprocesses."""
+"""Helpers that configure small training runs and run `examples.gpt` in subprocesses."""
 
 import json
 import os
@@ -28,8 +28,8 @@ import runpy, sys
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
-# Send a signal to this process after a step. The next steps are slow, so that the processes
-# have time to agree on the last step.
+# Send a signal to this process after a step. Later steps are slowed down, so that the
+# processes have time to agree on the last step.
 SIGNAL_CODE = """
 import os, sys, time
 from examples.gpt.operations.processes import StopSignal
@@ -52,7 +52,7 @@ MERGES = (("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k"))
 
 
 def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
-    """Return a tokenizer with a token for each byte and each merge."""
+    """Return a BPE tokenizer with one token per byte and one per merge."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *map("".join, merges)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -60,12 +60,12 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.enable_truncation(5)  # some files of the hub truncate, but a corpus must not be
+    bpe.enable_truncation(5)  # as in some Hub files: `JsonTokenizer` must disable it
     return JsonTokenizer(bpe.to_str().encode())
 
 
 def flags(**values) -> list[str]:
-    """Return flags of the command for values of the config's fields."""
+    """Return command-line flags that set config fields to these values."""
     args = []
     for name, value in values.items():
         name = name.replace("_", "-")
@@ -79,12 +79,12 @@ def flags(**values) -> list[str]:
 
 
 def make_config(**values) -> Config:
-    """Return the config that the command parses from these values."""
+    """Return the config that the command line parses for these field values."""
     return parse(flags(**values))
 
 
 def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState, Any]:
-    """Return the traced training step of a config, an abstract state and `init_state`."""
+    """Return a config's traced training step, abstract state and state initializer."""
     with jax.set_mesh(mesh):
         config = make_config(**values)
         config = config.with_resolved_defaults(1, sharding.num_batch_shards(mesh))
@@ -92,14 +92,14 @@ def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState,
         tx = make_optimizer(config, make_schedule(config))
         state = step.abstract_state(config, tx, mesh)
         shape = config.training.batch, config.model.context + 1
-        where = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+        batch_sharding = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
         traced = step.make_train_step(config, tx, mesh).trace(state, tokens)
     return traced, state, lambda: step.init_state(config, tx, mesh)
 
 
 def run_flags(data: Path, out: Path, **changes) -> list[str]:
-    """Return the flags of a run that takes seconds."""
+    """Return the flags for a training run that takes a few seconds."""
     values = {"data": data, "out": out, "steps": 20, "warmup": 3}
     values |= {"layers": 2, "heads": 4, "width": 32, "context": 16, "batch": 16}
     values |= {"refresh_batch": 8, "groups": 8, "update_interval": 5, "log_every": 1}
@@ -113,10 +113,10 @@ def start_command(
     signal_after: tuple[int, int] | None = None,
     patch: str = "",
 ) -> subprocess.Popen:
-    """Start the command on simulated devices.
+    """Start `python -m examples.gpt` on simulated devices.
 
-    With `signal_after`, a step and a signal, the process sends itself the signal after the
-    step. The code in `patch` runs first.
+    If `signal_after` is (step, signal), the process sends itself the signal after the step.
+    The code in `patch` runs before the module.
     """
     signal_args = [] if signal_after is None else [*map(str, map(int, signal_after))]
     code = patch + (SIGNAL_CODE if signal_args else "") + RUN_CODE
@@ -134,7 +134,7 @@ def start_command(
 def run_module(
     name: str, *args: str, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m NAME`. A failure raises no exception."""
+    """Run `python -m NAME`, without raising an exception if it fails."""
     return subprocess.run(
         [sys.executable, "-m", name, *args],
         cwd=ROOT,
@@ -145,18 +145,18 @@ def run_module(
 
 
 def run_command(args: list[str], **kwargs) -> tuple[int, str]:
-    """Run the command, and return its exit code and output."""
+    """Run `examples.gpt`, and return its exit code and output."""
     process = start_command(args, **kwargs)
     output = process.communicate(timeout=240)[0]
     return process.returncode, output
 
 
 def run_processes(
-    args: list[str], count: int, which: int | None = None, signal_after=None, **kwargs
+    args: list[str], count: int, to_process: int | None = None, signal_after=None, **kwargs
 ) -> tuple[list[int], list[str]]:
-    """Run the command in several processes, and return their exit codes and outputs.
+    """Run `examples.gpt` in several processes. Return their exit codes and outputs.
 
-    With `signal_after`, all processes or only process `which` send themselves a signal.
+    With `signal_after`, all processes, or only process `to_process`, signal themselves.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -165,7 +165,7 @@ def run_processes(
     processes = [
         start_command(
             [*args, "--process-id", str(i)],
-            signal_after=signal_after if which in (None, i) else None,
+            signal_after=signal_after if to_process in (None, i) else None,
             **kwargs,
         )
         for i in range(count)
@@ -179,7 +179,7 @@ def run_processes(
 
 
 def read_losses(out: Path) -> list[float]:
-    """Return the losses of all steps and validations of a run."""
+    """Return a run's training and validation losses, in the order of the steps."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row[k] for row in rows for k in ("loss", "val_loss") if k in row]

@@ -1,4 +1,4 @@
-"""Documents, and the shards that `examples.gpt.prepare` writes."""
+"""Test documents, and helpers to read the shards that `examples.gpt.prepare` writes."""
 
 import gzip
 import hashlib
@@ -16,9 +16,9 @@ from examples.gpt.tools import corpora, prepare
 from examples.gpt.tools.prepare import Options
 
 WORDS = ["a", "the", "bird", "æther", "sings", "of", "🐦", "and\n", "<|endoftext|>"]
-draw = random.Random(0)
+rng = random.Random(0)
 DOCUMENTS = [
-    f"{i}: " + " ".join(draw.choices(WORDS, k=draw.randrange(1, 60))) for i in range(200)
+    f"{i}: " + " ".join(rng.choices(WORDS, k=rng.randrange(1, 60))) for i in range(200)
 ]
 
 
@@ -44,7 +44,7 @@ def make_options(out, *names, **changes):
 
 
 def checksums(folder):
-    """Return the checksum of each file."""
+    """Return the SHA-256 of each file, keyed by file name."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -52,7 +52,7 @@ def checksums(folder):
 
 
 def read_documents(folder):
-    """Return the documents of each split of a prepared folder."""
+    """Return the decoded documents in a prepared folder, keyed by split."""
     corpus, documents = corpora.load(folder), {}
     for name in corpora.SPLITS:
         tokens = np.concatenate(getattr(corpus, name).arrays)
@@ -64,7 +64,7 @@ def read_documents(folder):
 
 
 def split_documents(documents, fraction=0.2):
-    """Return the expected documents of each split."""
+    """Return the documents that `prepare` should write, keyed by split."""
     splits = {name: [] for name in corpora.SPLITS}
     for text in documents:
         [(name, _)] = prepare.encode_batch([text], Bytes(), fraction)
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 
 class KillAtWrite:
-    """Raise `Killed` instead of a write. `countdown` is the number of writes until then."""
+    """A patch that raises `Killed` instead of the `countdown`-th call of `write_bytes`."""
 
     def __init__(self, monkeypatch):
         self.countdown, self._write = 0, folders.write_bytes

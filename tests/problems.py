@@ -1,4 +1,4 @@
-"""Small problems, and dense curvature matrices to compare estimates with."""
+"""Small models, and dense curvature diagonals as references for the estimators."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 
 def network(params, x):
-    """Return outputs of a nonlinear network, shape (..., outputs)."""
+    """Return the outputs of a nonlinear network, shape (..., outputs)."""
     return jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"]
 
 
@@ -23,12 +23,12 @@ def network_params(outputs=3, dtype=None):
 
 
 def scalar_network(params, x):
-    """Return one output for each prediction, shape (...)."""
+    """Return the network's first output for each prediction, shape (...)."""
     return network(params, x)[..., 0]
 
 
 def assert_close_to_max(actual, expected, tolerance):
-    """Compare trees, with a tolerance relative to the largest entry of each array."""
+    """Check that trees agree within a tolerance relative to each array's largest entry."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * abs(e).max())
@@ -40,9 +40,10 @@ def hessian_diagonal(loss, params):
 
 
 def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=None):
-    """Return diag Σ_b w_b J_bᵀ H_b J_b / W, from dense Jacobians J and Hessians H.
+    """Return diag(Σ_b w_b J_bᵀ H_b J_b) / Σ_b w_b over predictions b, computed densely.
 
-    `targets` may be any labels: for these likelihoods H does not depend on them.
+    J_b is the Jacobian of the outputs, and H_b the Hessian of the loss in the outputs. For
+    these likelihoods H_b does not depend on the label, so `targets` may be any labels.
     """
     flat, unravel = ravel_pytree(params)
     predictions = np.shape(targets)
@@ -52,11 +53,11 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
 
     @jax.jit
     def diagonal(flat):
-        def outputs(v):  # shape (size, outputs of a prediction)
+        def outputs(v):  # shape (size, outputs per prediction)
             return outputs_fn(unravel(v), x).reshape(size, -1)
 
         def loss(f, b):
-            return likelihood.neg_log_prob(f if rest else f[0], targets[b])
+            return likelihood.neg_log_prob(f if output_shape else f[0], targets[b])
 
         f, jacobian = outputs(flat), jax.jacobian(outputs)(flat)
         hessians = [jax.hessian(loss)(f[b], b) for b in range(size)]
@@ -65,14 +66,14 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
             for w, j, h in zip(weights, jacobian, hessians, strict=True)
         )
 
-    rest = jax.eval_shape(outputs_fn, params, x).shape[len(predictions) :]
+    output_shape = jax.eval_shape(outputs_fn, params, x).shape[len(predictions) :]
     return unravel(diagonal(flat) / weights.sum())
 
 
 class GivenLabels:
-    """A likelihood whose outputs are (outputs, labels), and whose samples are these labels.
+    """A likelihood that takes outputs as (outputs, labels), and samples these labels.
 
-    With it the mean of an estimator over all assignments of labels is an explicit sum.
+    With it, an estimator's mean over all assignments of labels is an explicit sum.
     """
 
     def __init__(self, likelihood):
@@ -87,11 +88,11 @@ class GivenLabels:
 
 
 def all_labels(values, log_probs):
-    """Return every assignment of `values` to predictions, and its probability.
+    """Return every assignment of labels to predictions, with its probability.
 
     Args:
-      values: shape (V,), the labels.
-      log_probs: shape (*predictions, V), log-probability of each value.
+      values: shape (V,), the possible labels.
+      log_probs: shape (*predictions, V), the log-probability of each label.
 
     Returns:
       Labels, shape (V ** size, *predictions), and probabilities, shape (V ** size,).

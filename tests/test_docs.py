@@ -1,4 +1,4 @@
-"""Code, links and API pages of the README and of `docs/`."""
+"""Tests of the code, links and API pages in the README and `docs/`."""
 
 import re
 import tomllib
@@ -24,21 +24,21 @@ def code_blocks(text):
 
 
 def run(path, capsys):
-    """Run a page's code as one program. Return its variables and the printed lines."""
+    """Run a page's code blocks as one program. Return its variables and printed lines."""
     variables = {}
     for code in code_blocks(path.read_text()):
         exec(compile(code, path.name, "exec"), variables)
     return variables, capsys.readouterr().out.splitlines()
 
 
-def test_readme_code_is_the_first_code_block_of_start():
-    """The code is run by `test_start_code_trains_the_models`."""
+def test_readme_code_equals_the_first_code_block_of_the_start_page():
+    """`test_start_page_code_trains_its_models` runs this code."""
     [code] = code_blocks(README)
     assert code == code_blocks((DOCS / "start.md").read_text())[0]
 
 
 @pytest.mark.slow
-def test_start_code_trains_the_models(capsys):
+def test_start_page_code_trains_its_models(capsys):
     variables, out = run(DOCS / "start.md", capsys)
     assert len(out) == 3  # Sophia-G, Sophia-H, and a language model
     for line, steps in zip(out, (200, 200, 300), strict=True):
@@ -47,7 +47,7 @@ def test_start_code_trains_the_models(capsys):
         assert int(refreshes) == steps // 10
     for line in out[:2]:
         assert 10 <= float(re.search(r"unclipped (.*)%", line)[1]) <= 30
-    # The last section composes Sophia as a chain.
+    # The last section composes a chain, which must equal `sophia`.
     params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 1e-4])
     actual, expected = (
         tx.update(grads, tx.init(params), params, hessian=jnp.ones(2))[0]
@@ -56,13 +56,13 @@ def test_start_code_trains_the_models(capsys):
     assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-def test_large_batches_code_accumulates_the_estimate_of_the_batch(capsys):
-    """Both in a scan and with `optax.MultiSteps`."""
+def test_large_batches_page_code_accumulates_the_full_batch_estimate(capsys):
+    """Check accumulation in a scan and with `optax.MultiSteps`."""
     variables, _ = run(DOCS / "large_batches.md", capsys)
     params, key = jnp.zeros((3, 2)), jax.random.key(1)
     estimate = gnb(lambda params, x: x @ params, groups=4)
     x = variables["micro_batches"].reshape(32, 3)
-    variables["params"] = params  # the page has trained them
+    variables["params"] = params  # undo the page's training
     actual = variables["hessian_fn"](key)
     assert_trees_all_close(actual, estimate(params, x, key=key), rtol=1e-5)
     state = variables["state"]
@@ -78,10 +78,10 @@ def test_large_batches_code_accumulates_the_estimate_of_the_batch(capsys):
         for page in PAGES
         if code_blocks(page.read_text())
         and page.stem not in ("start", "large_batches")  # tested above
-        and page.parent.name != "trainer"  # its code needs the files of a run
+        and page.parent.name != "trainer"  # its code needs the files of a training run
     ],
 )
-def test_page_code_prints_the_output_in_its_comments(name, capsys, tmp_path, monkeypatch):
+def test_page_code_prints_the_output_shown_in_comments(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = DOCS / f"{name}.md"
     _, out = run(path, capsys)
@@ -100,7 +100,7 @@ def test_page_links_to_existing_files(name):
         assert (ROOT / target).exists(), target
 
 
-def test_readme_links_to_existing_pages_of_the_site():
+def test_readme_links_only_to_existing_site_pages():
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     site = re.escape(urls["Documentation"])
     pages = re.findall(rf"{site}([^)#]*?)\.html", README)

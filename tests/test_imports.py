@@ -1,4 +1,4 @@
-"""The import direction between folders."""
+"""Tests of the allowed import directions between folders."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ SUBPACKAGES = ("sophia_optax.optimizer", "sophia_optax.curvature")
 SHARED = "sophia_optax.arrays"  # both subpackages may import it
 VARIANTS = "sophia_optax.variants"
 USERS = ("benchmarks", "examples", "notebooks")
-# The core of the GPT trainer is a folder to copy. Its imports are relative.
+# The core of the GPT trainer is a folder that users copy, so its imports are relative.
 GPT = "examples.gpt"
 GPT_IMPORTS = {
     f"{GPT}.core": (),
@@ -34,19 +34,19 @@ PUBLIC = {
 
 
 def find_imports(path, source):
-    """Yield (module, names) of every import, with no names for `import module`."""
+    """Yield (module, names) for every import. For `import module`, names is empty."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, set()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
             is_core = path.startswith("examples/gpt/core/") and node.level == 1
-            assert is_core, "imports must be absolute, except within the core of the GPT"
+            assert is_core, "imports must be absolute, except within `examples/gpt/core`"
         elif isinstance(node, ast.ImportFrom):
             yield node.module, {alias.name for alias in node.names}
 
 
 def may_import(path, module, names):
-    """Return whether a file, relative to the repository, may import these names."""
+    """Return whether the file at this path in the repository may import these names."""
     folder, top = path.rsplit("/", 1)[0].replace("/", "."), module.split(".")[0]
     if top == "examples" and folder in GPT_IMPORTS:
         part = module.removeprefix(f"{GPT}.").split(".")[0]

@@ -1,4 +1,4 @@
-"""The public API in modes of JAX, with parameters in 16 and 32 bits."""
+"""Tests of the public API in JAX modes such as `debug_nans`, in 16 and 32 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,14 @@ MODES = {
 }
 DTYPES = ("float32", "bfloat16")
 LIKELIHOODS = (Categorical(), Bernoulli(), Normal(), Poisson())
-PROMOTION, OTHERS = list(MODES)[:2], list(MODES)[2:]
+PROMOTION_MODES, OTHER_MODES = list(MODES)[:2], list(MODES)[2:]
+SLOW = pytest.mark.slow
 EVERY_MODE = pytest.mark.parametrize(
     ("mode", "dtype"),
-    [(mode, dtype) for mode in PROMOTION for dtype in DTYPES]
-    + [pytest.param(mode, "bfloat16", marks=pytest.mark.slow) for mode in OTHERS],
+    [(mode, dtype) for mode in PROMOTION_MODES for dtype in DTYPES]
+    + [pytest.param(mode, "bfloat16", marks=SLOW) for mode in OTHER_MODES],
 )
-KEY = jax.random.key(0)
-CLASSES = jnp.arange(8) % 3
+KEY, CLASSES = jax.random.key(0), jnp.arange(8) % 3
 
 
 def logits_fn(params, x):
@@ -55,15 +55,15 @@ def is_finite(tree):
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "likelihood"),
-    [(m, d, p) for m in PROMOTION for d in DTYPES for p in LIKELIHOODS]
-    + [pytest.param(m, "bfloat16", Categorical(), marks=pytest.mark.slow) for m in OTHERS],
+    [(m, d, p) for m in PROMOTION_MODES for d in DTYPES for p in LIKELIHOODS]
+    + [pytest.param(m, "bfloat16", Categorical(), marks=SLOW) for m in OTHER_MODES],
 )
-def test_gnb_and_empirical_fisher_run_in_every_mode(mode, dtype, likelihood):
+def test_gnb_and_empirical_fisher_are_finite_in_every_jax_mode(mode, dtype, likelihood):
     with MODES[mode]():
         params, x = make_params(dtype), jnp.arange(40.0, dtype=dtype).reshape(8, 5) / 40
         shape = 8 if likelihood == Categorical() else (8, 3)
         targets = CLASSES if shape == 8 else jnp.ones(shape, int)
-        # `debug_nans` is for code outside `jit`.
+        # Outside `jit`, `debug_nans` also checks intermediate results.
         transform = (lambda fn: fn) if mode == "debug_nans" else jax.jit
         estimate = transform(gnb(logits_fn, likelihood=likelihood, groups=4))
         fisher = transform(empirical_fisher(logits_fn, likelihood=likelihood))
@@ -73,7 +73,7 @@ def test_gnb_and_empirical_fisher_run_in_every_mode(mode, dtype, likelihood):
 
 
 @EVERY_MODE
-def test_hutchinson_and_accumulate_run_in_every_mode(mode, dtype):
+def test_hutchinson_and_accumulate_are_finite_in_every_jax_mode(mode, dtype):
     with MODES[mode]():
         params, x = make_params(dtype), jnp.ones((8, 5), dtype)
         estimate = hutchinson(lambda p, x: jnp.mean(logits_fn(p, x) ** 2), groups=2)
@@ -91,7 +91,7 @@ def test_hutchinson_and_accumulate_run_in_every_mode(mode, dtype):
         {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16"},
     ],
 )
-def test_sophia_runs_in_every_mode(mode, dtype, settings):
+def test_sophia_is_finite_in_every_jax_mode(mode, dtype, settings):
     with MODES[mode]():
         params = make_params(dtype)
         hessian = jax.tree.map(lambda p: jnp.ones_like(p, "float32"), params)

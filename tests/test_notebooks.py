@@ -1,4 +1,4 @@
-"""Notebooks and their scripts. The notebooks are run by `pytest --nbmake notebooks/`."""
+"""Tests of notebooks against their scripts. `pytest --nbmake` runs the notebooks."""
 
 import json
 import re
@@ -14,10 +14,10 @@ NOTEBOOKS = pytest.mark.parametrize(
 
 
 def script_cells(script):
-    """Yield the type and the text of each cell of a percent script."""
+    """Yield the type and the text of each cell in a script in percent format."""
     for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         first, _, text = cell.partition("\n")
-        if "[markdown]" in first or "skip-execution" in first:  # both are commented out
+        if "[markdown]" in first or "skip-execution" in first:  # the cell is commented out
             text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
         yield "markdown" if "[markdown]" in first else "code", text.strip()
 
@@ -27,14 +27,14 @@ def notebook_cells(notebook):
 
 
 @NOTEBOOKS
-def test_notebook_has_the_cells_of_its_script(notebook):
+def test_notebook_has_the_same_cells_as_its_script(notebook):
     cells = notebook_cells(notebook)
     texts = [(c["cell_type"], "".join(c["source"]).strip()) for c in cells]
     assert texts == list(script_cells(notebook.with_suffix(".py").read_text()))
 
 
 @NOTEBOOKS
-def test_notebook_has_outputs_of_one_complete_run(notebook):
+def test_notebook_outputs_come_from_one_complete_run(notebook):
     code = [cell for cell in notebook_cells(notebook) if cell["cell_type"] == "code"]
     install, *run = code
     assert install["metadata"]["tags"] == ["skip-execution"]

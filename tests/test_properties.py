@@ -27,7 +27,7 @@ def examples(n):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None)
 
 
-# The optimizer. Each combination of shape and dtype is compiled, so they are few.
+# Optimizer strategies. JAX compiles each combination of shape and dtype, so use few.
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = ((), (3,), (2, 2), (0, 2))
@@ -42,9 +42,9 @@ TREES = st.recursive(
     ),
     max_leaves=6,
 ).filter(lambda tree: tree is not None)  # Optax interprets `params=None` as no parameters
-SIZES = st.sampled_from([0.0, 1e-45, 1e-30, 1e-7, 1e-3, 1.0, 1e3, 6e4, 1e30, 3e38])
+MAGNITUDES = st.sampled_from([0.0, 1e-45, 1e-30, 1e-7, 1e-3, 1.0, 1e3, 6e4, 1e30, 3e38])
 SEEDS = st.integers(0, 2**32 - 1)
-VALUES = st.tuples(SEEDS, st.lists(SIZES, min_size=1, max_size=3))
+VALUES = st.tuples(SEEDS, st.lists(MAGNITUDES, min_size=1, max_size=3))
 HYPERPARAMETERS = st.fixed_dictionaries(
     {
         "learning_rate": st.sampled_from([0.0, 1e-6, 3e-4, 0.1, 1.0]),
@@ -65,13 +65,13 @@ HYPERPARAMETERS = st.fixed_dictionaries(
 
 
 def fill(tree, values):
-    """Fill the tree with finite numbers of both signs and of the given sizes."""
-    seed, sizes = values
+    """Fill the tree with finite numbers of random sign and of the given magnitudes."""
+    seed, magnitudes = values
     rng = np.random.default_rng(seed)
 
     def fill_leaf(leaf):
         bound = float(jnp.finfo(leaf.dtype).max)
-        size = rng.choice(sizes, leaf.shape) * rng.uniform(0.5, 1, leaf.shape)
+        size = rng.choice(magnitudes, leaf.shape) * rng.uniform(0.5, 1, leaf.shape)
         values = np.clip(size, 0, bound) * rng.choice([-1, 1], leaf.shape)
         return jnp.asarray(values.astype(np.float32), leaf.dtype)
 
@@ -105,7 +105,7 @@ def assert_bounded(updates, params, hyperparameters):
     st.lists(st.tuples(VALUES, st.none() | VALUES), max_size=3),
 )
 def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, steps):
-    """All gradients and estimates are finite. Some steps have no estimate."""
+    """Gradients and estimates are finite, and some steps have no estimate."""
     tx = sophia(**hyperparameters)
     params = fill(tree, start)
     state = tx.init(params)
@@ -116,7 +116,7 @@ def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, ste
         assert is_finite((updates, state))
         assert_bounded(updates, params, hyperparameters)
         assert 0 <= unclipped_fraction(state) <= 1
-        # The quotient before the clip is finite too.
+        # The quotient before the clip is also finite.
         stage = scale_by_diag_hessian(gamma=hyperparameters["gamma"], eps=0.0)
         assert is_finite(stage.update(grads, stage.init(params), params, hessian=hessian))
     num_refreshes = optax.tree.get(state, "num_refreshes")
@@ -125,8 +125,8 @@ def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, ste
     assert optax.tree.get(state, "num_updates") == len(steps)
 
 
-# The estimators, on eight predictions of a small network. Each case is compiled, so the
-# cases are few.
+# Estimator strategies, with eight predictions of a small network. JAX compiles each case,
+# so use few.
 
 BATCH = 8
 WEIGHTS = st.lists(
@@ -163,7 +163,7 @@ def estimates(case, params, x, y, weights, key):
 @examples(50)
 @given(CASES, SEEDS, st.sampled_from([0.0, 1e-3, 1.0, 5.0]), WEIGHTS)
 def test_gnb_and_empirical_fisher_are_finite_and_nonnegative(case, seed, size, weights):
-    """If all weights are 0, every entry is NaN."""
+    """If all weights are 0, every entry of the estimate is NaN instead."""
     rng, shapes = np.random.default_rng(seed), {"bias": (3,), "in": (2, 3), "out": (3, 3)}
     params = {
         name: jnp.asarray(size * rng.normal(size=shape), dtype)

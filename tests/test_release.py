@@ -1,4 +1,4 @@
-"""Addresses of the project, its README on PyPI, and the changelog."""
+"""Tests of the project's URLs, its README on PyPI, and the changelog."""
 
 import fnmatch
 import os
@@ -16,7 +16,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 URLS = PYPROJECT["project"]["urls"]
 OWNER, NAME = URLS["Repository"].removeprefix("https://github.com/").split("/")
 
-# Addresses that contain the owner and the name of a repository.
+# Regular expressions for URLs that contain the owner and the name of a repository.
 PATTERNS = [
     r"github\.com[/:]([\w.-]+)/([\w.-]+)",
     r"raw\.githubusercontent\.com/([\w.-]+)/([\w.-]+)",
@@ -26,7 +26,7 @@ PATTERNS = [
 
 
 def find_repositories(text):
-    """Yield (owner, name) of each address that refers to this project."""
+    """Yield (owner, name) for each URL that refers to this project."""
     for pattern in PATTERNS:
         for owner, name in re.findall(pattern, text):
             if re.search("sophia[-_.]?optax", f"{owner}/{name}", re.IGNORECASE):
@@ -34,7 +34,7 @@ def find_repositories(text):
 
 
 def text_files():
-    """Yield path and text of each file that `.gitignore` does not ignore."""
+    """Yield the path and text of each file that `.gitignore` does not ignore."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     for folder, folders, files in os.walk(ROOT):
         relative = Path(folder).relative_to(ROOT)
@@ -49,10 +49,10 @@ def text_files():
             try:
                 yield path.relative_to(ROOT).as_posix(), path.read_text()
             except UnicodeDecodeError:
-                continue  # an image
+                continue  # not text, such as an image
 
 
-def test_addresses_in_all_files_equal_those_in_pyproject():
+def test_project_urls_in_all_files_match_pyproject():
     found = {path: set(find_repositories(text)) for path, text in text_files()}
     assert {path: pairs for path, pairs in found.items() if pairs - {(OWNER, NAME)}} == {}
     assert {path for path, pairs in found.items() if pairs} >= {
@@ -65,7 +65,7 @@ def test_addresses_in_all_files_equal_those_in_pyproject():
     }
 
 
-def test_urls_of_pyproject_have_the_same_owner_and_name():
+def test_pyproject_urls_all_contain_the_same_owner_and_name():
     assert {
         "Documentation": f"https://{OWNER}.github.io/{NAME}/",
         "Repository": f"https://github.com/{OWNER}/{NAME}",
@@ -75,7 +75,7 @@ def test_urls_of_pyproject_have_the_same_owner_and_name():
 
 
 def make_links_absolute(readme):
-    """Apply the substitutions in pyproject, as the build for PyPI does."""
+    """Make the README's links absolute, as pyproject's substitutions do for PyPI."""
     hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     for substitution in hook["substitutions"]:
         readme = re.sub(substitution["pattern"], substitution["replacement"], readme)
@@ -94,7 +94,7 @@ def test_pypi_readme_has_only_absolute_links():
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_pypi_readme_has_unchanged_code_blocks():
+def test_pypi_readme_substitutions_keep_code_blocks():
     fence = re.compile(r"^```.*?^```$", re.M | re.S)
     readme = (ROOT / "README.md").read_text()
     assert fence.findall(make_links_absolute(readme)) == fence.findall(readme)
@@ -123,7 +123,7 @@ def test_pypi_readme_substitutions_make_links_absolute(text, expected):
     )
 
 
-def test_changelog_has_a_section_for_the_version():
+def test_changelog_has_a_section_for_the_current_version():
     release_notes = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))["release_notes"]
     version = sophia_optax.__version__
     notes = release_notes(f"v{version}")

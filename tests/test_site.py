@@ -1,4 +1,4 @@
-"""The site, built with warnings as errors and opened in a browser without a network."""
+"""Tests of the documentation site, built with warnings as errors and opened offline."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ BROWSERS = "chromium", "chromium-browser", "google-chrome"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Build the site from a copy, because two processes may build at the same time."""
+    """Build the site from copied sources, because other processes may build it as well."""
     pytest.importorskip("sphinx", reason='needs `pip install -e ".[docs]"`')
     source = tmp_path_factory.mktemp("site")
     for name in ("docs", "notebooks"):
@@ -37,7 +37,7 @@ def browser(site):
     if not found:
         pytest.skip("needs an installed Chromium")
     with playwright.sync_playwright() as started:
-        # Chromium's sandbox does not work as root, which is the user in a container.
+        # Chromium's sandbox does not work as root, which is the usual user in a container.
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -51,7 +51,7 @@ def page(browser):
     context.close()
 
 
-def test_site_has_no_errors_requests_to_the_network_or_broken_links(site, page):
+def test_site_has_no_errors_network_requests_or_broken_links(site, page):
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(request.url))
@@ -86,7 +86,7 @@ def test_site_fits_the_width_of_a_phone(site, page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
 
 
-def test_site_typesets_formulas_in_its_font(site, page):
+def test_site_typesets_formulas_in_stix_two_math(site, page):
     page.goto((site / "estimators.html").as_uri())
     assert page.evaluate("document.querySelectorAll('math').length") > 20
     fonts = "[...document.fonts].map(font => font.family + ' ' + font.status)"

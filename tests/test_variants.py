@@ -1,4 +1,4 @@
-"""Variants of Sophia, compared with formulas in NumPy or with `sophia`."""
+"""Tests of Sophia's variants against formulas in NumPy or against `sophia`."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ ESTIMATES = [random_tree(10 + seed) for seed in range(7)]
 
 
 def train(tx, estimates=None):
-    """Return parameters and state after one step for each of GRADS."""
+    """Return the parameters and the state after one step per gradient in GRADS."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -57,7 +57,7 @@ def train(tx, estimates=None):
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_adahessian_follows_its_paper(x64, block_size):
-    """Equations 9 to 12 and Algorithm 1 of arXiv 2006.00719."""
+    """The reference implements equations 9 to 12 and Algorithm 1 of arXiv 2006.00719."""
     lr, b1, b2, weight_decay = 0.15, 0.9, 0.999, 0.1
 
     def expected(name):
@@ -75,7 +75,7 @@ def test_adahessian_follows_its_paper(x64, block_size):
 
     averaged = [spatial_average(e, block_size) for e in ESTIMATES]
     params, _ = train(adahessian(lr, b1, b2, weight_decay=weight_decay), averaged)
-    # The averages of the Hessian are float32.
+    # The tolerance is loose, because the averages of the Hessian are float32.
     assert_trees_all_close(params, {name: expected(name) for name in PARAMS}, rtol=2e-4)
 
 
@@ -89,8 +89,8 @@ def test_adahessian_follows_its_paper(x64, block_size):
         (noise_bounded(0.1, update_interval=3), 3),
     ],
 )
-def test_variants_refresh_every_update_interval_steps(tx, refreshes):
-    """The default of `adahessian` is to refresh at every step."""
+def test_variants_refresh_once_per_update_interval(tx, refreshes):
+    """By default, `adahessian` refreshes at every step."""
     params = jnp.ones(2)
     state = tx.init(params)
     update = jax.jit(
@@ -101,7 +101,7 @@ def test_variants_refresh_every_update_interval_steps(tx, refreshes):
     assert optax.tree.get(state, "num_refreshes") == refreshes
 
 
-def test_spatial_average_does_not_change_sums_and_vectors():
+def test_spatial_average_keeps_sums_vectors_and_scalars():
     h = {"w": jnp.arange(24.0).reshape(2, 3, 4), "b": jnp.arange(3.0), "s": jnp.array(2.0)}
     averaged = spatial_average(h, 2)
     assert_trees_all_equal({n: averaged[n] for n in "bs"}, {n: h[n] for n in "bs"})
@@ -116,8 +116,8 @@ def test_spatial_average_rejects_an_invalid_block_size(block_size):
 
 
 @pytest.mark.parametrize("debias", [False, True])
-def test_adahessian_clip_divides_by_the_root_of_averaged_squares(x64, debias):
-    """Every second update is a refresh. `debias` depends on the number of refreshes."""
+def test_adahessian_clip_divides_by_the_root_mean_square_of_estimates(x64, debias):
+    """Every second update is a refresh. `debias` must count refreshes, not updates."""
     lr, b1, b2, gamma, weight_decay = 0.1, 0.9, 0.8, 0.2, 0.2
     estimates = [e if t % 2 == 0 else None for t, e in enumerate(ESTIMATES)]
 
@@ -150,7 +150,7 @@ def test_smooth_clip_is_accurate_for_small_and_large_updates(dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), x / np.hypot(1, x), rtol)
 
 
-def test_smooth_clip_keeps_the_metrics_and_frozen_leaves():
+def test_smooth_clip_keeps_unclipped_fraction_and_frozen_leaves():
     params = {"w": jnp.ones(4), "frozen": None}
     stages = optax.ema(0.0, debias=False), scale_by_diag_hessian(0.0, 1.0), smooth_clip()
     tx = optax.chain(*stages)
@@ -164,8 +164,8 @@ def test_smooth_clip_keeps_the_metrics_and_frozen_leaves():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_gradient_noise_of_gnb_is_the_variance_over_all_labels(x64, groups):
-    """The variance of the mean gradient for sampled labels is computed exactly."""
+def test_gradient_noise_of_gnb_estimates_the_variance_over_labels(x64, groups):
+    """The variance of the mean gradient is computed exactly, as a sum over all labels."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x = jax.random.normal(jax.random.key(2), (4, 2))
     log_probs = jax.nn.log_softmax(network(params, x))
@@ -196,8 +196,8 @@ def test_gradient_noise_of_gnb_is_the_variance_over_all_labels(x64, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_gradient_noise_of_empirical_fisher_is_the_variance_between_groups(x64, groups):
-    """The estimate includes the squared mean gradient, divided by the number of groups."""
+def test_gradient_noise_of_empirical_fisher_estimates_variance_between_groups(x64, groups):
+    """The estimate also includes the squared mean gradient, over the number of groups."""
     params = network_params()
     x, y = jax.random.normal(jax.random.key(2), (6, 2)), jnp.array([0, 1, 2, 2, 1, 0])
 
@@ -213,7 +213,7 @@ def test_gradient_noise_of_empirical_fisher_is_the_variance_between_groups(x64, 
 
 
 @pytest.mark.parametrize(("batch_weight", "expected"), [(None, 4), (jnp.float32(16), 16)])
-def test_gradient_noise_divides_by_the_weight_of_the_batch(batch_weight, expected):
+def test_gradient_noise_divides_by_the_batch_weight(batch_weight, expected):
     params, x = network_params(), jax.random.normal(jax.random.key(2), (4, 2))
     arguments = {"key": jax.random.key(0), "weights": jnp.array([1.0, 0.0, 2.0, 1.0])}
     h = gnb(network)(params, x, **arguments)
@@ -245,7 +245,7 @@ def test_noise_bounded_divides_by_the_root_of_squared_momentum_plus_noise(x64, n
     assert_trees_all_close(params, {name: expected(name) for name in PARAMS}, rtol=1e-5)
 
 
-def test_clip_only_equals_sophia_with_a_hessian_of_one():
+def test_clip_only_equals_sophia_with_a_hessian_of_ones():
     ones = [jax.tree.map(np.ones_like, PARAMS)] * len(GRADS)
     params, state = train(sophia(0.1, 0.9, b2=0.0, gamma=0.2), ones)
     assert 0 < unclipped_fraction(state) < 1
@@ -281,8 +281,8 @@ def test_normalize_only_divides_the_momentum_by_its_norm():
         signum,
     ],
 )
-def test_variant_with_zero_gradients_only_decays_unmasked_weights(make):
-    """Hyperparameters may be traced. A norm of zero gives no NaN."""
+def test_variants_with_zero_gradients_only_decay_weights_selected_by_the_mask(make):
+    """Hyperparameters may be traced. `normalize_only` returns no NaN for a norm of 0."""
     mask = {"w": True, "b": False}
 
     @jax.jit
@@ -297,7 +297,7 @@ def test_variant_with_zero_gradients_only_decays_unmasked_weights(make):
     assert_trees_all_close(step(0.1, 0.9, 0.5), expected, rtol=1e-6)
 
 
-def test_full_matrix_sophia_of_a_diagonal_matrix_equals_scale_by_sophia():
+def test_full_matrix_sophia_with_a_diagonal_hessian_equals_scale_by_sophia():
     curvature = jnp.array([1.0, 10.0, -3.0, 0.0])
     grads = jnp.array([0.3, -2.0, 0.5, -0.1])
     tx = full_matrix_sophia(0.1, clip_threshold=0.25)
@@ -319,7 +319,7 @@ def test_full_matrix_sophia_is_equivariant_under_rotation(x64):
     updates = update(grads, np.diag(curvature))
     rotated = update(rotation @ grads, rotation @ np.diag(curvature) @ rotation.T)
     np.testing.assert_allclose(rotated, rotation @ updates, rtol=1e-8)
-    assert 0 < (np.abs(updates) < 0.149).sum() < 5  # some entries are clipped, not all
+    assert 0 < (np.abs(updates) < 0.149).sum() < 5  # some entries are clipped, but not all
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 2), ()])

@@ -21,9 +21,9 @@ from examples.gpt.tools.command import run_command
 
 
 def main(config: Config) -> dict[str, list[Row]]:
-    """Train with each optimizer, and write everything to the folder of the config.
+    """Train with each optimizer, and write all results to the folder of the config.
 
-    Return the rows of metrics.jsonl by optimizer.
+    Return the rows of metrics.jsonl, keyed by optimizer.
     """
     if str(config.folder).startswith(("s3:", "az:")):
         raise ConfigError(f"`out` must be a folder or gs://NAME, got {config.folder}.")
@@ -45,7 +45,7 @@ def main(config: Config) -> dict[str, list[Row]]:
                 effects = opened.log, opened.save, opened.signal.should_stop
                 train(opened.config, corpus, opened.start, *effects)
             curves[run.optimizer] = opened.rows
-    if processes.is_first_process() and all(curves.values()):  # not if metrics were lost
+    if processes.is_first_process() and all(curves.values()):  # all runs must have metrics
         plot_losses(curves, out / "loss.png", corpus.name)
         print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
         for name, rows in curves.items():
@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, list[Row]]:
 
 
 def runs(config: Config, out: Path) -> Iterator[tuple[Config, Path]]:
-    """Yield the run and those with the optimizers of `compare`, each with its folder."""
+    """Yield the config and folder of the main run and of each `compare` run."""
     yield config, out
     for optimizer in config.compare:
         recipe = preset_config(config.preset, optimizer).recipe
@@ -63,7 +63,7 @@ def runs(config: Config, out: Path) -> Iterator[tuple[Config, Path]]:
 
 
 def initial_params(config: Config) -> Any:
-    """Return the parameters of `init_from`, or None for random ones."""
+    """Return the parameters loaded from `init_from`, or None for random initialization."""
     if config.init_from is None:
         return None
     if checkpoints.find_checkpoint(config.init_from) is not None:
@@ -75,7 +75,7 @@ def initial_params(config: Config) -> Any:
 
 
 def run(config: Config) -> None:
-    """Join the other processes, and train."""
+    """Connect to the other processes, then train."""
     config.check()
     processes.join_processes(config.processes)
     main(config)

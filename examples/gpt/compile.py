@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt.compile`: compile for devices not attached."""
+"""The command `python -m examples.gpt.compile`: compile a run for unattached devices."""
 
 import tyro
 

@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt.export`: write weights for transformers."""
+"""The command `python -m examples.gpt.export`: export weights in Hugging Face's format."""
 
 from examples.gpt.tools import command, hugging_face
 

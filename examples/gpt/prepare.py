@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt.prepare`: turn text into tokens."""
+"""The command `python -m examples.gpt.prepare`: tokenize text for training."""
 
 from examples.gpt.tools import command, prepare
 

@@ -1,4 +1,4 @@
-"""The paper's models with their runs, and the command line, whose flags override them."""
+"""Presets for training runs, and the parser of the command line that overrides them."""
 
 import dataclasses
 from typing import Any
@@ -16,8 +16,8 @@ from examples.gpt.core.config import (
     Training,
 )
 
-# 480 sequences of 1,024 tokens, warm-up and k = 10 are the paper's. The refresh is ours: 16
-# sequences in 16 groups, where the paper has 240 sequences in one group.
+# As in the paper: 480 sequences of 1,024 tokens, the warm-up, a refresh every 10 steps.
+# Unlike in the paper, a refresh uses 16 sequences in 16 groups, not 240 in one group.
 _GPT2 = Config(
     # GPT-2's 50,257 tokens, rounded up to a multiple of 128 for speed.
     model=ModelConfig(context=1024, vocabulary=50304, init_std=0.02, dtype="bfloat16"),
@@ -50,7 +50,7 @@ def _paper(
     gamma: float = 0.05,
     decay: float = 0.2,
 ) -> Recipes:
-    """Return the paper's recipes with these rates. Sophia-H has Levanter's gamma."""
+    """Return the paper's recipes, except that Sophia-H uses Levanter's gamma."""
     return {
         "sophia_g": Recipe(sophia_g, 0.965, 0.99, decay, gamma),
         "sophia_h": Recipe(sophia_h, 0.965, 0.99, decay, 0.01),
@@ -64,7 +64,7 @@ _SMALL = _paper(6e-4, 6e-4, 6e-4, 1e-4)
 _MEDIUM = _paper(7e-4, 4e-4, 3e-4, 1e-4, gamma=0.08)
 _XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, decay=0.15)
 
-# `bytes` was searched: docs/results.md has the trials.
+# Found by a hyperparameter search: docs/results.md lists the trials.
 _BYTES: Recipes = {
     "sophia_g": Config().recipe,
     "sophia_h": Recipe(5e-3, 0.8, 0.99, 0.2, gamma=0.01),
@@ -73,8 +73,8 @@ _BYTES: Recipes = {
     "lion": Recipe(2e-3, 0.8, 0.9, 0.2),
 }
 
-# The others were not searched here. gpt2-30m has the settings of 125M. gpt2-1.5b and
-# neox-6.6b have those of the 1.5B NeoX, whose learning rate for Lion is extrapolated.
+# Only the recipes of `bytes` were tuned here. gpt2-30m uses the recipes of gpt2-125m.
+# gpt2-1.5b and neox-6.6b use those of neox-1.5b, whose Lion learning rate is extrapolated.
 PRESETS: dict[Preset, tuple[Config, Recipes]] = {
     "bytes": (Config(), _BYTES),
     "gpt2-30m": (_sized(_GPT2, 6, 6, 384), _SMALL),
@@ -83,13 +83,13 @@ PRESETS: dict[Preset, tuple[Config, Recipes]] = {
     "gpt2-770m": (_sized(_GPT2, 36, 20, 1280), _paper(3e-4, 3e-4, 2e-4, 8e-5)),
     "gpt2-1.5b": (_sized(_GPT2, 48, 25, 1600), _XL),
     "neox-1.5b": (_sized(_NEOX, 48, 24, 1536), _XL),
-    # 6.65 billion parameters without its head, 6.86 with it.
+    # 6.65 billion parameters without the output head, 6.86 billion with it.
     "neox-6.6b": (_sized(_NEOX, 32, 32, 4096), _XL),
 }
 
 
 def preset_config(preset: Preset = "bytes", optimizer: Optimizer = "sophia_g") -> Config:
-    """Return the run of a preset with the recipe of an optimizer."""
+    """Return the config of a preset, with its recipe for an optimizer."""
     config, recipes = PRESETS[preset]
     recipe = recipes[optimizer]
     return dataclasses.replace(config, preset=preset, optimizer=optimizer, recipe=recipe)
@@ -104,17 +104,17 @@ class _Start:
 
 
 def default_config(arguments: list[str] | None = None) -> Config:
-    """Return the defaults of a command line, which depend on its preset and optimizer."""
+    """Return the default config for the --preset and --optimizer in `arguments`."""
     first: Any = {"return_unknown_args": True, "add_help": False}
     start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
-    if start.gamma is not None or start.share is not None:  # these replace each other
+    if start.gamma is not None or start.share is not None:  # these are mutually exclusive
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)
         config = dataclasses.replace(config, recipe=recipe)
     return config
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Return the config of a command line."""
+    """Return the config parsed from command-line arguments."""
     flags, default = tyro.conf.OmitArgPrefixes[Config], default_config(arguments)
     return tyro.cli(flags, prog="python -m examples.gpt", args=arguments, default=default)

@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt.sample`: write text."""
+"""The command `python -m examples.gpt.sample`: generate text."""
 
 from examples.gpt.tools import command, sample
 

@@ -1,1 +1,1 @@
-"""Estimates of the Hessian diagonal: pure functions, independent of the optimizer."""
+"""Estimators of the Hessian diagonal: pure functions, independent of the optimizer."""

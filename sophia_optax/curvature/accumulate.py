@@ -1,4 +1,4 @@
-"""The estimate of a batch that arrives in micro-batches: their weighted mean."""
+"""Accumulation of an estimate over micro-batches, as a weighted mean."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from sophia_optax.curvature.estimator import Estimator
 
 
 class AccumulatorState(NamedTuple):
-    """The mean over the micro-batches that were added."""
+    """The weighted mean of the estimates of all micro-batches added so far."""
 
     num_batches: jax.Array  # shape=(), dtype=int32
-    weight: jax.Array  # shape=(), dtype=float32, the sum of the weights
-    hessian: Any  # like the parameters, the mean of the estimates
+    weight: jax.Array  # shape=(), dtype=float32, the sum of their weights
+    hessian: Any  # a tree like the parameters
 
 
 class Accumulator(NamedTuple):
@@ -32,19 +32,19 @@ def accumulate(estimate: Estimator) -> Accumulator:
     .. math::
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
-    W_i and ĥ_i are the weights and estimates of the micro-batches. If all micro-batches
-    have the same size, this equals `estimate` on their concatenation with all groups.
-    `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
+    ĥ_i is the estimate of micro-batch i, and W_i its weight. If all micro-batches have the
+    same size, the mean equals one estimate of their concatenation with as many groups in
+    total. `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
       Three pure functions:
 
       - `init(params)`: the empty state;
-      - `add(state, params, *batch, **kwargs)`: the state with one more micro-batch. The
-        arguments are those of `estimate`. The key may be the same for all micro-batches,
-        because their groups have different numbers. W_i is the number of predictions, or
-        the sum of their weights; for `hutchinson` the number of examples, or the argument
-        `weight`. A micro-batch of weight 0 is ignored;
+      - `add(state, params, *batch, **kwargs)`: the state after one more micro-batch. The
+        other arguments are those of `estimate`. The key may be the same for all
+        micro-batches, because their groups have different numbers. W_i is the number of
+        predictions, or the sum of their weights. For `hutchinson` it is the number of
+        examples, or the argument `weight`. A micro-batch of weight 0 is ignored;
       - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
         the total weight is 0, it is NaN, which the optimizer rejects.
 
@@ -78,7 +78,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
 
         def blend(mean: jax.Array, e: jax.Array) -> jax.Array:
             blended = mean + fraction.astype(mean.dtype) * (e - mean)
-            return jnp.where(weight == 0, mean, blended)  # e is NaN if the weight is 0
+            return jnp.where(weight == 0, mean, blended)  # `e` is NaN if `weight` is 0
 
         hessian = jax.tree.map(blend, state.hessian, new)
         return AccumulatorState(state.num_batches + 1, state.weight + weight, hessian)

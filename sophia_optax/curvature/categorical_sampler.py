@@ -1,10 +1,11 @@
-"""Sample classes from logits by inverting the cumulative distribution in two steps.
+"""Categorical sampling from logits, which inverts the cumulative distribution in two steps.
 
-Each sample takes one uniform number u in (0, 1). The classes are divided into blocks. The
-weight of a block is the sum of exp(logit - max), and W is the sum over all blocks. Step one
-finds the first block with a cumulative weight above u W, and step two the first such class
-in this block. A block is one class for up to 256 classes, a 128th of a multiple of 128, so
-that devices with shards of the classes exchange 128 weights, and otherwise 256 classes.
+Each sample uses one uniform number u in (0, 1). The classes are divided into blocks. The
+weight of a block is the sum of exp(logit - max), and W is the sum of all weights. Step one
+finds the first block with a cumulative weight above u W. Step two finds the first class in
+this block with a cumulative weight above u W. With up to 256 classes, a block is one class.
+If the number of classes is a multiple of 128, there are 128 blocks, so that devices with
+shards of the classes exchange only 128 weights. Otherwise a block is 256 classes.
 """
 
 import jax
@@ -16,20 +17,20 @@ _NUM_BLOCKS, _BLOCK_SIZE = 128, 256
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return classes, shape (...), int32, for logits of shape (..., classes).
+    """Sample classes, shape (...), int32, from logits of shape (..., classes).
 
-    Their probabilities are softmax(logits), exact up to a few times 2**-23, the spacing of
-    uniform numbers in float32, and 0 for a logit of -inf.
+    The probabilities are softmax(logits), up to an error of a few times 2**-23, the spacing
+    of uniform numbers in float32. A class with a logit of -inf is never sampled.
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
-    uniform += 2.0**-24  # the middle of the interval that rounds to this number
+    uniform += 2.0**-24  # the middle of an interval of width 2**-23, never 0
     # If the classes are sharded, XLA inserts the communication.
     spec = jax.typeof(logits).sharding.spec[:-1]
     return run_on_auto_axes(invert_cdf, spec)(uniform, logits)
 
 
 def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return the class at which the cumulative softmax exceeds `uniform`, shape (...)."""
+    """Return the first class at which the cumulative softmax exceeds `uniform`."""
     classes, shape = logits.shape[-1], logits.shape[:-1]
     top = logits.max(-1, keepdims=True)
 
@@ -50,7 +51,7 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     if size == 1:
         return block[..., 0].astype(jnp.int32)
 
-    # The weights of this block's classes, computed again from the logits.
+    # Recompute the weights of this block's classes from the logits.
     before = jnp.take_along_axis(cumulative - block_weights, block, -1)
     candidates = block * size + jnp.arange(size).reshape(*(1 for _ in shape), -1)
     inside = jnp.take_along_axis(logits, jnp.minimum(candidates, classes - 1), -1)
@@ -62,8 +63,8 @@ def invert_cdf(uniform: jax.Array, logits: jax.Array) -> jax.Array:
 def _find_first_above(
     target: jax.Array, cumulative: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Return the index of the first `cumulative` above `target` with a positive weight."""
-    # Rounded sums may increase where the weight is 0, or end below `target`.
+    """Return the first index with a positive weight and a `cumulative` above `target`."""
+    # By rounding, `cumulative` may increase where a weight is 0, or end below `target`.
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)
     target = jnp.minimum(target, jnp.nextafter(last, jnp.zeros_like(last)))

@@ -1,10 +1,11 @@
-"""Find and check the annotations of `each_group` in the jaxpr of a group's gradient.
+"""Checks of `each_group` annotations in the jaxpr of a group's gradient.
 
-The squares may be moved, padded with zeros, stacked by a scan over layers, or summed over
-devices on their way to the parameter, but not changed otherwise. And no gradient may be
-summed over devices before it is squared. The check is an abstract interpretation: each
-value in the jaxpr has a kind, and `_apply` derives the kinds of the results of an operation
-from those of its operands. Without annotations and communication nothing is checked.
+An annotation squares a gradient in the backward pass. Afterwards, the squares may be
+moved, padded with zeros, stacked by a scan over layers or summed over devices, but not
+changed otherwise. No gradient may be summed over devices before it is squared. The check is
+an abstract interpretation: each value in the jaxpr has a kind, and `_apply` derives the
+kinds of an operation's results from the kinds of its operands. A jaxpr without annotations
+and communication is not checked.
 """
 
 import dataclasses
@@ -30,15 +31,15 @@ GroupLoss = Callable[[Any, dict[str, Any], jax.Array], jax.Array]
 class Kind(enum.Enum):
     FORWARD = enum.auto()  # does not depend on the cotangent of the loss
     ZERO = enum.auto()
-    GRADIENT = enum.auto()  # of one group, or if `Value.axes` are given, of several devices
-    SQUARES = enum.auto()  # each entry is 0, or a sum over groups of one entry squared
-    INVALID = enum.auto()  # the estimate would be wrong, because of `Value.cause`
+    GRADIENT = enum.auto()  # of one group, summed over the devices along `Value.axes`
+    SQUARES = enum.auto()  # each entry is 0, or one entry's square summed over groups
+    INVALID = enum.auto()  # the estimate would be wrong, for the reason `Value.cause`
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
     kind: Kind
-    axes: Axes = frozenset()  # the mapped axes that it was summed over
+    axes: Axes = frozenset()  # the mapped axes over which the value was summed
     cause: str = ""
 
     @property
@@ -52,7 +53,7 @@ class Value:
 FORWARD, ZERO = Value(Kind.FORWARD), Value(Kind.ZERO)
 
 _invalid = functools.partial(Value, Kind.INVALID, frozenset())
-# Each cause has a row in the table of docs/devices.md.
+# The table of errors in docs/devices.md has a row for each cause.
 PARTS = _invalid("as separate parts, at several uses, or in a loop that is not over layers")
 AGAIN = _invalid("again after another annotation")
 SOME_USES = _invalid("at some of its uses only")
@@ -63,13 +64,13 @@ INNER = _invalid("in a gradient that the model computes itself")
 EARLY = _invalid("before it is gathered over devices")
 ROUNDED = _invalid("after it is cast to 16 bits")
 
-# The result of a move has the kind of its first operand. Other operands are indices.
+# Moves keep the kind of their first operand. Any other operands are indices.
 _MOVES = {
     *("convert_element_type", "copy", "dynamic_slice", "layout_constraint", "name"),
     *("pcast", "pvary", "reshape", "reshard", "rev", "sharding_constraint", "slice"),
     *("split", "squeeze", "transpose"),
 }
-# These are moves if the result has as many entries as the operand. Otherwise they sum.
+# These are moves only if the result has as many entries as the operand.
 _MOVES_OR_SUMS = {"broadcast_in_dim", "reduce_sum"}
 _SUMS = {"add", "add_any", "dynamic_update_slice", "pad", "scatter-add"}
 _PRODUCTS = {"conv_general_dilated", "dot_general", "integer_pow", "mul", "neg", "square"}
@@ -79,10 +80,11 @@ _SUMS_OVER_DEVICES = {"psum", "psum_invariant", "reduce_scatter"}
 def trace_group_gradient(
     loss: GroupLoss, params: Any, grouped: GroupedBatch, names: tuple[str, ...]
 ) -> tuple[Callable[..., Any], Any, Any]:
-    """Trace the gradient of one group's loss, and find the parameters that it squares.
+    """Trace the gradient of one group's loss, and find the annotated parameters.
 
-    Return the gradient, a `Value` for each parameter, and for each parameter whether its
-    gradient is already summed over the mapped axis `GROUPS`, or None without annotations.
+    Return the gradient function, the `Value` of each parameter's gradient, and a tree of
+    bools: whether each gradient is already summed over the mapped axis `GROUPS`. The tree
+    is None if no annotation uses this axis.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
@@ -94,22 +96,22 @@ def trace_group_gradient(
         return fn, values, None
     is_summed = jax.tree.map(lambda value: value.is_squares, values)
     if grouped.axes:
-        # On Explicit axes the types of annotated parameters say that they stay sharded.
+        # Types include Explicit axes: retrace, because annotated parameters stay sharded.
         gathered = grouped.gather(params, is_summed)
         fn, _ = trace(gradient, gathered, *grouped.first, axis_env=axis_env)
     return fn, values, is_summed
 
 
 def named_gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Return the gradient of a loss, with the cotangent of the loss named in its jaxpr."""
-    # Inside `jit`, so that a call of its jaxpr binds one operation, not all of them.
+    """Return the gradient function of a loss. Its jaxpr names the loss's cotangent."""
+    # Under `jit`, an evaluation of the jaxpr binds one operation, not every operation.
     return jax.jit(jax.grad(lambda *args: _name_cotangent(loss(*args))))
 
 
 def trace(
     fn: Callable[..., Any], params: Any, *args: Any, axis_env: Sequence[Any] = ()
 ) -> tuple[Callable[..., Any], Any]:
-    """Trace `fn`. Return a function that evaluates its jaxpr, and the jaxpr."""
+    """Trace `fn` to a jaxpr. Return a function that evaluates the jaxpr, and the jaxpr."""
     with jax.disable_jit(False):  # under `disable_jit`, tracing would unroll scans
         jaxpr = jax.make_jaxpr(fn, axis_env=list(axis_env))(params, *args)
 
@@ -122,7 +124,7 @@ def trace(
 
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
     """Return the `Value` of each parameter's gradient, given the gradient's jaxpr."""
-    if names:  # not by `jaxpr.effects`: `ppermute` has no effect
+    if names:  # `jaxpr.effects` does not suffice: `ppermute` has no effect
         axes = _find_used_axes(jaxpr.eqns)
         needs_check = not axes.isdisjoint(names) or _has_annotation(jaxpr.eqns)
     else:
@@ -134,18 +136,18 @@ def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
 
 
 def _uses_groups(jaxpr: Any) -> bool:
-    # An annotation sums over the axis `GROUPS`, which leaves an effect.
+    # An annotation sums over the axis `GROUPS`, which the jaxpr records as an effect.
     return any(getattr(effect, "name", None) == GROUPS for effect in jaxpr.effects)
 
 
 def _check_values(values: Any) -> None:
-    """Raise ValueError if the estimate of a parameter would be wrong."""
+    """Raise ValueError if any parameter's estimate would be wrong."""
     for path, value in jax.tree.leaves_with_path(values):
         name = f"`params{jax.tree_util.keystr(path)}`"
         if value.kind == Kind.INVALID:
             raise ValueError(
-                f"`each_group` must annotate {name} once and as a whole, but annotates it "
-                f'{value.cause}. See "Errors and remedies" in docs/devices.md.'
+                f"`each_group` must annotate {name} exactly once, with all entries, but "
+                f'annotates it {value.cause}. See "Errors and remedies" in docs/devices.md.'
             )
         if value.kind == Kind.GRADIENT and value.axes:
             raise ValueError(
@@ -154,13 +156,13 @@ def _check_values(values: Any) -> None:
             )
 
 
-# The identity. It names the cotangent of the loss, from which `_follow` starts.
+# The identity. Its backward pass names the cotangent at which `_follow` starts.
 _name_cotangent = jax.custom_vjp(lambda loss: loss)
 _name_cotangent.defvjp(lambda x: (x, None), lambda _, g: (checkpoint_name(g, _BACKWARD),))
 
 
 def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
-    """Return the values of the results of a jaxpr, given those of its arguments."""
+    """Return the abstract values of a jaxpr's results, given its arguments' values."""
     values = dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(x: Any) -> Value:
@@ -175,7 +177,7 @@ def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
 
 
 def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the values of the results of an operation."""
+    """Return the abstract values of an operation's results."""
     name, params, results = eqn.primitive.name, eqn.params, len(eqn.outvars)
     first = operands[0] if operands else FORWARD
     if name == "name" and params["name"] == _BACKWARD:
@@ -183,7 +185,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name == "name" and params["name"] == SQUARES:
         return [_apply_annotation(first)]
 
-    # Operations with jaxprs inside.
+    # Operations that contain jaxprs.
     if name == "scan":
         return _follow_scan(eqn, operands, names)
     if name == "cond":
@@ -193,14 +195,14 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if inner is not None and (len(inner.invars), len(inner.outvars)) == counts:
         return _follow(inner, operands, names)  # a call, such as `jit` or `remat`
     if _has_annotation([eqn]):
-        return [HIDDEN] * results  # a `while` or a kernel: how often it runs is unknown
+        return [HIDDEN] * results  # a `while` or a kernel: the number of runs is unknown
     if name in ("optimization_barrier", "device_put"):
         return operands  # one result for each operand
 
-    # Sums of two operands. If one of them is zero, the result is the other.
+    # Sums of two operands. If one operand is zero, the sum has the other's kind.
     if name in _SUMS:
         total = _sum(first, operands[2 if name == "scatter-add" else 1])
-        # Indices that repeat add several entries of the updates to one entry.
+        # With repeated indices, several updates are added to the same entry.
         repeats = name == "scatter-add" and not params["unique_indices"]
         return [_sum(total, total) if repeats else total]
     if name == "concatenate":
@@ -209,7 +211,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name in _SUMS_OVER_DEVICES and params.get("axis_index_groups") is None:
         return [_sum_over_devices(value, over, names) for value in operands]
 
-    # Moves of the entries of one operand.
+    # Operations that only move the entries of one operand.
     if name in _MOVES_OR_SUMS and first != ZERO:
         if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
             return [first]
@@ -220,7 +222,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
         is_rounded = first.is_squares and jnp.promote_types(dtype, "float32") != dtype
         return [ROUNDED if is_rounded else first] * results
 
-    # Other operations, which are valid for gradients but not for squares.
+    # Other operations are valid for gradients but not for squares.
     if invalid := next((v for v in operands if v.kind == Kind.INVALID), None):
         return [invalid] * results
     if any(value.is_squares for value in operands):
@@ -228,35 +230,35 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name in _PRODUCTS and ZERO in operands:
         return [ZERO] * results
     result = functools.reduce(_join, operands, FORWARD)
-    if result.kind == Kind.GRADIENT:  # such as an `all_to_all` or a `ppermute`
+    if result.kind == Kind.GRADIENT:  # for example, `ppermute` mixes devices along `over`
         result = result.with_axes(over & names)
     return [result] * results
 
 
 def _apply_annotation(gradient: Value) -> Value:
-    """Return the value of the squares of an annotation, given that of the square."""
+    """Return the abstract value of an annotation's result, given its operand's value."""
     if gradient in (CHANGED, PARTS):
-        return AGAIN  # the cotangent was squares already
+        return AGAIN  # the cotangent was already squared
     if gradient.kind == Kind.GRADIENT:
         return EARLY if gradient.axes else Value(Kind.SQUARES)
     return INNER if gradient == FORWARD else gradient
 
 
 def _follow_cond(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the joins of the values of the branches."""
+    """Return the abstract values of a `cond`'s results: joins over all branches."""
     branches = map(_unwrap, eqn.params["branches"])
     results = [_follow(branch, operands[1:], names) for branch in branches]
     joined = [functools.reduce(_join, each) for each in zip(*results, strict=True)]
-    # Each group may take a different branch.
+    # Squares are invalid here, because each group may take a different branch.
     return [BRANCH if value.is_squares else value for value in joined]
 
 
 def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the values of a scan: follow its body until those of the carry are stable."""
+    """Return the values of a scan's results, from a fixed point of the carry's values."""
     body = _unwrap(eqn.params["jaxpr"])
 
-    # Some versions of JAX do not give the number of carried values. Scanned arguments have
-    # one axis more outside of the body.
+    # Some versions of JAX do not store the number of carried values. So count the scanned
+    # arrays: they have one more axis outside of the body than inside.
     def count_scanned(outside: Any, inside: Any) -> int:
         return sum(o.aval.ndim != i.aval.ndim for o, i in zip(outside, inside, strict=True))
 
@@ -272,7 +274,7 @@ def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _join(a: Value, b: Value) -> Value:
-    """Return the join of two abstract values, for an array with entries of either."""
+    """Return the join of two abstract values: any entry of an array may have either."""
     if a == b or b == ZERO:
         return a
     if a == ZERO:
@@ -280,7 +282,7 @@ def _join(a: Value, b: Value) -> Value:
     if Kind.INVALID in (a.kind, b.kind):
         return a if a.kind == Kind.INVALID else b
     if a.is_squares and b.is_squares:
-        return PARTS  # summed over devices in one use and not in the other
+        return PARTS  # the squares are summed over different mapped axes
     if a.is_squares or b.is_squares:
         return SOME_USES
     return Value(Kind.GRADIENT, a.axes | b.axes)
@@ -292,7 +294,7 @@ def _sum(a: Value, b: Value) -> Value:
 
 
 def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
-    """Return the value of a sum over axes. Along `names` each device has its own groups."""
+    """Return the value of a sum over axes. Along `names`, devices have different groups."""
     if value.is_squares:
         # Along other axes, devices hold parts of one group's gradient.
         return value.with_axes(over) if over <= names else PARTS
@@ -313,7 +315,7 @@ def _has_annotation(eqns: Iterable[Any]) -> bool:
 
 
 def all_operations(eqns: Iterable[Any]) -> Iterator[Any]:
-    """Yield the operations, and those of the jaxprs inside them."""
+    """Yield the operations and, recursively, the operations of the jaxprs inside them."""
     for eqn in eqns:
         yield eqn
         for inner in map(_unwrap, jax.tree.leaves(eqn.params)):
@@ -321,5 +323,5 @@ def all_operations(eqns: Iterable[Any]) -> Iterator[Any]:
 
 
 def _unwrap(jaxpr: Any) -> Any:
-    """Return the jaxpr of a closed jaxpr."""
+    """Return the jaxpr inside a closed jaxpr. Return other arguments unchanged."""
     return getattr(jaxpr, "jaxpr", jaxpr)

@@ -1,10 +1,10 @@
-"""The annotation at which each group's gradient is squared.
+"""The annotation that squares each group's gradient in the backward pass.
 
-If a weight is sharded, the backward pass of its gather sums its gradient over devices. An
-estimate must square each group's own gradient before that sum. In an estimate, the backward
+If a weight is sharded, the backward pass of its gather sums the gradient over devices. An
+estimate must square each group's own gradient before this sum. In an estimate, the backward
 pass of `each_group` squares the gradient of the gathered weight and sums the squares over
-the parallel groups. The rest of the backward pass, to the shards of the weight, treats
-squares like gradients. So the estimate is sharded like a gradient.
+the parallel groups. The rest of the backward pass, to the shards of the weight, treats the
+squares like a gradient. So the estimate is sharded like a gradient.
 """
 
 from typing import Any
@@ -16,35 +16,38 @@ from jax.ad_checkpoint import checkpoint_name
 from sophia_optax.arrays import accumulator_dtype, cast_to_float32, varying_axes
 from sophia_optax.curvature.meshes import run_on_auto_axes
 
-# Mapped axes that are bound while an estimate is traced. Unlike a global variable, they are
-# part of the key by which `jit` caches traces, of training steps and of estimates.
-GROUPS = "sophia_optax.groups"  # the parallel groups, under `jit`
-DEVICE = "sophia_optax.device"  # of size 1, under `pmap` and `shard_map`
+# These mapped axes are bound while an estimate is traced. Unlike global variables, they are
+# part of the cache key of `jit`, so that estimates never reuse traces of training steps.
+GROUPS = "sophia_optax.groups"  # an axis over the parallel groups, under `jit`
+DEVICE = "sophia_optax.device"  # an axis of size 1, under `pmap` and `shard_map`
 
 SQUARES = "sophia_optax.squares"  # the name of the squares in a jaxpr
 
 
 def each_group(tree: Any) -> Any:
-    """Annotate gathered weights, so that an estimate is as sharded as a gradient.
+    """Annotate gathered weights, so that an estimate is sharded like a gradient.
 
-    This is the identity, except in an estimate of `gnb` or `empirical_fisher` with several
-    groups or devices. There, the backward pass squares each group's gradient. Without the
-    annotation each device holds the gathered parameters, one group's gradient and the
-    estimate. `hutchinson` ignores it: under `jit` use `groups=1` and several `num_probes`.
+    This function is the identity, except in estimates by `gnb` or `empirical_fisher` with
+    several groups or devices. There, its backward pass squares each group's gradient.
+    Without annotations, each device holds the gathered parameters, one group's gradient and
+    the estimate, all unsharded. `hutchinson` ignores annotations: under `jit`, use
+    `groups=1` and several `num_probes`.
 
     Annotate each weight once, after it is gathered by `jax.reshard` or `jax.lax.all_gather`
-    and before its uses and any cast. In a scan over layers, annotate the weights of one
-    layer in the body. If a weight is used twice, such as a tied embedding, annotate it once
-    and use the result twice. On Auto axes the annotation may also come before the gather,
-    with a cast between them, so that devices exchange 16 bits.
+    and before it is cast or used. In a scan over layers, annotate the weights of one layer
+    in the body. If a weight is used twice, such as a tied embedding, annotate it once and
+    use the result twice. On Auto axes, the annotation may also come before the gather, with
+    a cast to 16 bits between the annotation and the gather to reduce communication.
 
     Args:
-      tree: weights, a tree of arrays of float32 or float64. Other leaves are ignored.
+      tree: weights, a tree of float32 or float64 arrays. Leaves that are not floats are
+        ignored.
 
     Raises:
-      TypeError, ValueError: in an estimate, for weights in 16 bits, and for a wrong or
-        missing annotation. The page "Many devices" has a table of the errors and remedies.
-      NotImplementedError: without `axis_name` in a `shard_map` with `check_vma=True`.
+      TypeError, ValueError: in an estimate, for 16-bit weights and for a wrong or missing
+        annotation. The page "Multiple devices" has a table of the errors and remedies.
+      NotImplementedError: in an estimate without `axis_name`, inside a `shard_map` with
+        `check_vma=True`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -59,7 +62,7 @@ def each_group(tree: Any) -> Any:
         return tree
     manual_axes = jax.sharding.get_abstract_mesh().manual_axes
     if _is_bound(GROUPS) and varying_axes([jax.lax.axis_index(a) for a in manual_axes]):
-        # The indices of devices vary, and only a `shard_map` with `check_vma` records it.
+        # Device indices are typed as varying only in a `shard_map` with `check_vma=True`.
         raise NotImplementedError(
             "In a `shard_map` with `check_vma=True`, `each_group` needs `axis_name` in the "
             "estimator. If devices do not have their own groups, use `check_vma=False`."
@@ -68,7 +71,7 @@ def each_group(tree: Any) -> Any:
 
 
 def square(gradient: jax.Array) -> jax.Array:
-    """Return the square in float32, or in float64 if the gradient is float64."""
+    """Return the squared gradient in float32, or in float64 for a float64 gradient."""
     return cast_to_float32(gradient) ** 2
 
 
@@ -77,8 +80,8 @@ def _annotate_leaf(path: Any, w: Any) -> Any:
         return w
     if accumulator_dtype(w) != w.dtype:
         raise TypeError(
-            f"`each_group` got `tree{jax.tree_util.keystr(path)}` of dtype {w.dtype}, in "
-            "which squares would be summed. Annotate it in float32 and cast it after that."
+            f"`each_group` got `tree{jax.tree_util.keystr(path)}` of dtype {w.dtype}, "
+            "which is too imprecise for sums of squares. Annotate in float32, then cast."
         )
     return _annotate(w)
 

@@ -1,11 +1,11 @@
-"""Split a batch into groups, and sum a function over the groups.
+"""Splitting of a batch into groups, and sums of a function over the groups.
 
-Groups are blocks of consecutive examples. Sequential groups (a scan) need the memory of one
-gradient. Parallel groups (a vmap) make better use of a large device. Step s computes in
-parallel the groups number `p * steps + s`, for p < parallel. So if the leading axis of the
-batch is sharded, each device computes its own groups, and the results are summed over
-devices once, after the last step. Squares of weights that `each_group` annotates are summed
-over devices at each step and stay sharded.
+Groups are blocks of consecutive examples. Sequential groups (scanned) need memory for only
+one gradient. Parallel groups (vmapped) make better use of a large device. Step s computes
+groups `p * steps + s` in parallel, for p < parallel. So if the leading axis of the batch is
+sharded, each device computes its own groups, and the results are summed over devices once,
+after the last step. Squares for weights annotated by `each_group` are summed over devices
+at each step and stay sharded.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ _NO_MESH = Mesh((), ())
 
 @dataclasses.dataclass(frozen=True)
 class GroupedBatch:
-    """A batch in groups: `steps` sequential steps of `parallel` groups each."""
+    """A batch split into groups: `steps` sequential steps of `parallel` groups each."""
 
-    first: tuple[Any, jax.Array]  # the batch of one group, and its number
-    # The same for all groups, with leading axes (steps, parallel). None for a single group.
+    first: tuple[Any, jax.Array]  # the arrays of the first group, and its number
+    # Arrays and numbers of all groups, axes (steps, parallel, ...), or None for one group.
     groups: tuple[Any, jax.Array] | None = None
     steps: int = 1
     parallel: int = 1
@@ -39,7 +39,7 @@ class GroupedBatch:
     axes: Axes = ()  # the Explicit axes of the mesh that the batch is sharded over
 
     def gather(self, params: Any, is_summed: Any = None) -> Any:
-        """Return the parameters, gathered along `axes` except where `is_summed`."""
+        """Return the parameters, gathered over `axes` except where `is_summed` is True."""
         if not self.axes:
             return params
         gather = functools.partial(meshes.gather, mesh=self.mesh, axes=self.axes)
@@ -52,7 +52,7 @@ def split_into_groups(
     batch: dict[str, Any], groups: int, parallel_groups: int | None = None,
     first_group: ArrayLike = 0,
 ) -> GroupedBatch:  # fmt: skip
-    """Split the arrays of a batch, named trees, into blocks along their leading axis."""
+    """Split the arrays of a batch, a dict of trees, into blocks along the leading axis."""
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
@@ -68,7 +68,7 @@ def split_into_groups(
     numbers = split(jnp.int32(first_group) + jnp.arange(groups, dtype=jnp.int32))[..., 0]
     split_batch = jax.tree.map(split, batch), numbers
     step = jax.tree.map(lambda x: x[0], split_batch)
-    if axes:  # devices hold different groups: gather them before one of them is taken
+    if axes:  # devices hold different groups: gather them before indexing one
         step = jax.tree.map(lambda x: meshes.reshard_leading(x, mesh, ()), step)
     first = jax.tree.map(lambda x: x[0], step)
     return GroupedBatch(first, split_batch, steps, parallel, mesh, axes)
@@ -79,35 +79,35 @@ def sum_over_groups(
 ) -> Any:
     """Return Σ_g fn(params, batch of group g, number of group g), sharded like `params`.
 
-    `is_summed`, a tree like `params` of bool, is True for the results that `fn` has already
+    `is_summed` is a tree of bools like `params`, True for results that `fn` has already
     summed over the mapped axis `GROUPS`. It is None if `fn` does not use this axis.
     """
     if grouped.groups is None:
         return fn(params, *grouped.first)
     gathered = grouped.gather(params, is_summed)
-    # The parameters are not an argument of the mapped function: annotated parameters may be
-    # sharded over the same axes of the mesh as the groups.
-    of_group = functools.partial(fn, gathered)
+    # Close over the parameters instead of passing them to the vmapped function: annotated
+    # parameters may be sharded over the same mesh axes as the groups.
+    apply_to_group = functools.partial(fn, gathered)
     axis_name = GROUPS
     if is_summed is None:
         axis_name, is_summed = None, jax.tree.map(lambda _: False, params)
-    # On a mesh the groups of a step may be on different devices, and a sum over them would
-    # be an all-reduce at each step. So their results are summed after the last step.
-    kept = 1 if grouped.mesh.empty else grouped.parallel
+    # On a mesh, the groups of a step may be on different devices, and a sum over them would
+    # be an all-reduce at each step. So the results are separate until the last step.
+    num_sums = 1 if grouped.mesh.empty else grouped.parallel
 
     def compute_step(groups: Any) -> Any:
         if grouped.parallel == 1 and axis_name is None:
-            results = of_group(*jax.tree.map(lambda x: x[0], groups))
+            results = apply_to_group(*jax.tree.map(lambda x: x[0], groups))
             return jax.tree.map(lambda r: r[None], results)
-        results = _map_over_groups(of_group, groups, is_summed, axis_name)
+        results = _map_over_groups(apply_to_group, groups, is_summed, axis_name)
         return jax.tree.map(sum_parallel, results, is_summed)
 
     def sum_parallel(result: jax.Array, summed: bool) -> jax.Array:
-        return result if summed else result.reshape(kept, -1, *result.shape[1:]).sum(1)
+        return result if summed else result.reshape(num_sums, -1, *result.shape[1:]).sum(1)
 
     def zeros(p: jax.Array, summed: bool) -> jax.Array:
         if not summed:
-            p = jnp.broadcast_to(p, (kept, *p.shape))
+            p = jnp.broadcast_to(p, (num_sums, *p.shape))
             if grouped.axes:
                 p = meshes.reshard_leading(p, grouped.mesh, grouped.axes)
         return jnp.zeros_like(p, accumulator_dtype(p))
@@ -126,14 +126,14 @@ def sum_over_groups(
 
 
 def _map_over_groups(
-    of_group: Callable[..., Any], groups: Any, is_summed: Any, axis_name: str | None
+    apply_to_group: Callable[..., Any], groups: Any, is_summed: Any, axis_name: str | None
 ) -> Any:
-    """Return the results of one step, with an axis of groups where they are not summed."""
+    """Return the results of one step, with an axis over groups unless already summed."""
     out_axes = jax.tree.map(lambda summed: None if summed else 0, is_summed)
     try:
-        return jax.vmap(of_group, out_axes=out_axes, axis_name=axis_name)(*groups)
+        return jax.vmap(apply_to_group, out_axes=out_axes, axis_name=axis_name)(*groups)
     except ValueError as error:
-        # JAX's message, if the place of a sum in the parameter depends on the group.
+        # JAX raises this if the annotated slice of a parameter depends on the group.
         if f"(axis_name={GROUPS})" not in str(error):
             raise
         raise ValueError(
@@ -164,7 +164,7 @@ def _choose_parallel_groups(
                 f"`{name}={count}` is not a multiple of the {shards} devices that the "
                 f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
-    # Types do not record shardings along Auto axes. Assume that all are used.
+    # Types do not record shardings over Auto axes. Assume that the batch uses all axes.
     auto_shards = math.prod(mesh.shape[name] for name in meshes.auto_axes(mesh))
     return parallel_groups or shards * math.gcd(groups // shards, auto_shards)
 
@@ -181,7 +181,7 @@ def _check_batch(batch: dict[str, Any], groups: int) -> None:
         if sizes[name] % groups or not sizes[name]:
             raise ValueError(
                 f"`{name}` has shape {jnp.shape(x)}, and `groups={groups}` does not divide "
-                "its leading axis. Cut the batch to a multiple, or close over a scalar."
+                "its leading axis. Truncate the batch, or close over a scalar."
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Distributions of a label given a model's outputs. The loss is -log p.
 
-A likelihood is any object with the methods of `Likelihood`. Losses are in nats, at least
-float32. A distribution `D(outputs)` of distrax or TensorFlow Probability becomes one by
+A likelihood is any object with the methods of `Likelihood`. Losses are in nats, and their
+dtype has at least 32 bits. To adapt a distribution `D(outputs)` of distrax or TensorFlow
+Probability, write
 
     types.SimpleNamespace(sample=lambda key, f: D(f).sample(seed=key),
                           neg_log_prob=lambda f, y: -D(f).log_prob(y))
@@ -20,7 +21,7 @@ from sophia_optax.curvature.meshes import run_on_auto_axes
 
 
 class Likelihood(Protocol):
-    """The distribution of labels given outputs, independent for each prediction."""
+    """A distribution of labels given model outputs, independent for each prediction."""
 
     def sample(self, key: jax.Array, outputs: Any, /) -> Any:
         """Return one sampled label for each prediction."""
@@ -33,9 +34,9 @@ class Likelihood(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """A label in {0, …, classes - 1}. The outputs are logits, the loss is cross entropy.
+    """Likelihood of a label in {0, …, classes - 1}. The loss is the cross entropy.
 
-    Outputs: logits, shape (..., classes), -inf for an impossible class. Labels: shape
+    Outputs: logits, shape (..., classes), -inf for impossible classes. Labels: shape
     (...), int32. Losses: shape (...).
 
     Example:
@@ -55,7 +56,7 @@ class Categorical:
             raise TypeError(
                 f"`targets` of `Categorical` must be integers, got dtype {targets.dtype}."
             )
-        # XLA fuses this sum with the others. An index would need a scatter in the gradient,
+        # XLA fuses this sum with the others. Indexing would need a scatter in the gradient,
         # and a gather if the classes are sharded over devices.
         shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
@@ -66,9 +67,9 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """A label in {0, 1}. The outputs are logits, and the loss is binary cross entropy.
+    """Likelihood of a label in {0, 1}. The loss is the binary cross entropy.
 
-    Outputs, labels and losses have the same shape.
+    The outputs are logits. Outputs, labels and losses have the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,10 +90,11 @@ class Bernoulli:
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """A real label. The outputs are its mean, and the loss is half the squared error.
+    """Likelihood of a real label. The loss is half the squared error.
 
-    The loss is `((targets - outputs) / scale)² / 2` plus a constant. Outputs, labels and
-    losses have the same shape, and each entry is one prediction.
+    The outputs are the means of the labels, and the loss is
+    `((targets - outputs) / scale)² / 2` plus a constant. Outputs, labels and losses have
+    the same shape, and each entry is one prediction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,7 +103,7 @@ class Normal:
       [0.9189385 1.4189385]
     """
 
-    scale: float = 1.0  # the standard deviation, in the unit of the labels
+    scale: float = 1.0  # the standard deviation, in the units of the labels
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         mean = _float(outputs)
@@ -115,10 +117,11 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class Poisson:
-    """A count. The outputs are log rates, at most 21: counts in JAX are below 2**31.
+    """Likelihood of a count, for example of events.
 
-    The loss is `exp(outputs) - targets * outputs + log targets!`. Outputs, labels and
-    losses have the same shape.
+    The outputs are log rates, at most 21 because sampled counts must be below 2**31. The
+    loss is `exp(outputs) - targets * outputs + log targets!`. Outputs, labels and losses
+    have the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,7 +144,7 @@ class Poisson:
 
 
 def _float(outputs: Any) -> jax.Array:
-    """Return the outputs of a model in float32 or float64."""
+    """Return the outputs in float32, or in float64 if they are float64."""
     if not hasattr(outputs, "dtype"):
         raise ValueError(
             f"`logits_fn` must return one array, the outputs, got {type(outputs).__name__}."

@@ -1,4 +1,4 @@
-"""Meshes during tracing. Types record shardings along Explicit axes, not Auto axes."""
+"""Helpers for meshes during tracing. Types record shardings over Explicit axes only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,13 +30,13 @@ def auto_axes(mesh: Mesh) -> Axes:
 
 
 def reshard_leading(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
-    """Return `x` with its leading dimension sharded over Explicit axes."""
+    """Return `x` with its leading dimension sharded over the Explicit axes `axes`."""
     spec = axes or None, *jax.typeof(x).sharding.spec[1:]
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def gather(x: jax.Array, mesh: Mesh, axes: Axes) -> jax.Array:
-    """Return `x` with no dimension sharded over the Explicit axes."""
+    """Return `x` with no dimension sharded over the Explicit axes `axes`."""
     old = jax.typeof(x).sharding.spec
     spec = [tuple(name for name in _names(entry) if name not in axes) for entry in old]
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -51,7 +51,7 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def run_on_auto_axes(fn: Callable[..., Any], spec: Sequence[Any]) -> Callable[..., Any]:
-    """Return `fn` with Explicit axes as Auto axes, and its result sharded by `spec`."""
+    """Wrap `fn` to run on Auto axes instead of Explicit axes. `spec` shards its result."""
 
     def call(*args: Any) -> Any:
         mesh = find_mesh(args)

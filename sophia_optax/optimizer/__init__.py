@@ -1,1 +1,1 @@
-"""State and updates: the chain of transformations that turns gradients into updates."""
+"""The optimizer: a chain of Optax transformations that turns gradients into updates."""

@@ -12,21 +12,21 @@ from sophia_optax import arrays
 from sophia_optax.arrays import AxisName
 from sophia_optax.optimizer import estimate_checks
 from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unclipped
-from sophia_optax.optimizer.momentum import evaluate
+from sophia_optax.optimizer.momentum import compute_look_ahead
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
-# The smallest divisor. `eps` may be 0, or rounded to 0 by `inject_hyperparams`.
+# The smallest divisor, because `eps` may be 0, or rounded to 0 by `inject_hyperparams`.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_NEVER = -(2**30)  # the update of the last estimate, before the first estimate
+_NEVER = -(2**30)  # the value of `last_estimate` before the first estimate
 
 
 class ScaleByDiagHessianState(NamedTuple):
-    """State of `scale_by_diag_hessian`, without keys and functions."""
+    """State of `scale_by_diag_hessian`. It contains no keys or functions."""
 
     num_updates: jax.Array  # shape=(), dtype=int32
-    last_estimate: jax.Array  # shape=(), dtype=int32, the number of its update
-    num_refreshes: jax.Array  # shape=(), dtype=int32, estimates that were accepted
-    num_refused: jax.Array  # shape=(), dtype=int32, estimates that were rejected
+    last_estimate: jax.Array  # shape=(), dtype=int32, update with the last estimate
+    num_refreshes: jax.Array  # shape=(), dtype=int32, number of accepted estimates
+    num_refused: jax.Array  # shape=(), dtype=int32, number of rejected estimates
     # The last division was by max(divisor_gamma * hessian, divisor_eps).
     divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
     divisor_eps: jax.Array  # shape=(), dtype=float32
@@ -38,38 +38,39 @@ def scale_by_diag_hessian(
     update_interval: ArrayLike = 10, debias: bool = False, rms: bool = False,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Divide by a moving average of estimates of the Hessian diagonal.
+    r"""Divide updates by a moving average of estimates of the Hessian diagonal.
 
     .. math::
       h_t = b_2 h_{t-1} + (1 - b_2) \hat h_t \text{ on a refresh, else } h_{t-1},
       \qquad u_t = g_t / \max(\gamma h_t, \epsilon)
 
-    An estimate is a tree like the parameters, of the diagonal for the mean loss. Pass it to
-    `update` by one of two keyword arguments. Without them the average does not change:
+    An estimate is a tree like the parameters, with the Hessian diagonal of the mean loss.
+    Without an estimate, `update` does not change the average. Pass an estimate to `update`
+    by one of two keyword arguments:
 
     - `hessian_fn`: a function of a key that returns an estimate. It is called, under
       `jax.lax.cond`, on the first update and whenever `update_interval` updates have passed
-      since the last estimate, accepted or not. The key on update number n (from 0) is
-      `jax.random.fold_in(jax.random.key(seed), n)`.
-    - `hessian`: a computed estimate, accepted on any update. `optax.MultiSteps` passes on
-      only that of the last micro-step: inside it, use `hessian_fn` with `accumulate`.
+      since the last estimate, whether it was accepted or rejected. The key on update
+      number n, counted from 0, is `jax.random.fold_in(jax.random.key(seed), n)`.
+    - `hessian`: an estimate, used on the update that receives it. `optax.MultiSteps` keeps
+      only the last micro-step's estimate: inside it, use `hessian_fn` with `accumulate`.
 
     A refresh takes effect in the same update. An estimate with any non-finite entry is
     rejected: the average does not change.
 
-    The arguments are those of `sophia`, and `rms`: average the squares of the estimates and
-    take the root, as AdaHessian does, h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
+    The arguments are those of `sophia`, and `rms`: if True, h_t is the root mean square of
+    the estimates, as in AdaHessian, with h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
 
     Returns:
       A transformation whose updates have the dtype of the parameters, or of the incoming
       updates if `update` is called without parameters.
 
     Raises:
-      ValueError: for an `update_interval` below 1. From `update`, for both `hessian` and
-        `hessian_fn`, or an estimate without the structure and shapes of the updates (a node
-        such as Flax's `nnx.Param` may wrap each array).
-      TypeError: for an unsupported `hessian_dtype`, for parameters or estimates that are
-        not real, and for a `hessian_fn` that does not take one key.
+      ValueError: if `update_interval` is below 1. From `update`, if both `hessian` and
+        `hessian_fn` are given, or if an estimate does not have the structure and shapes of
+        the updates (a node such as Flax's `nnx.Param` may wrap each array).
+      TypeError: if `hessian_dtype` is unsupported, if parameters or estimates are not real,
+        or if `hessian_fn` does not take a single key.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,14 +112,14 @@ def scale_by_diag_hessian(
         hessian: Any = None, hessian_fn: Any = None, **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByDiagHessianState]:  # fmt: skip
         estimate_checks.check_exclusive(hessian, hessian_fn, extra_args.get("obj_fn"))
-        incoming, updates = updates, evaluate(updates)
+        incoming, updates = updates, compute_look_ahead(updates)
         names = arrays.axis_names(axis_name)
-        # Along other mapped axes devices are independent.
+        # Along mapped axes that are not in `axis_name`, devices are independent.
         own_axes = estimate_checks.check_sharding((updates, state.hessian), axis_name)
 
         def refresh(average, estimate, is_due):
             """Return the next average, and whether the estimate was accepted."""
-            # Under `vmap`, members that are not due reach this as well.
+            # Under `vmap`, this code also runs for members that are not due.
             estimate = estimate_checks.match_structure(updates, estimate)
             is_accepted = is_due & _is_finite(estimate, average, names)
             is_accepted = arrays.cast_to_varying(is_accepted, own_axes)
@@ -146,10 +147,10 @@ def scale_by_diag_hessian(
             divisor_gamma = gamma.find_gamma(incoming, average, *counts, names)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
-            # A copy: the state must not share a buffer with a hyperparameter.
+            # Copy it: the state must not share a buffer with a hyperparameter.
             divisor_gamma = jnp.array(divisor_gamma, jnp.float32)
             if debias:
-                # The sum of the weights, 1 - b2^refreshes, which is 0 before a refresh.
+                # The average's weights sum to 1 - b2^refreshes, 0 before the first refresh.
                 count = jnp.maximum(num_refreshes, 1).astype(jnp.float32)
                 weight = -jnp.expm1(count * jnp.log1p(b2 - 1.0))
                 weight = jnp.where((num_refreshes > 0) & (weight > 0), weight, 1)
@@ -162,7 +163,7 @@ def scale_by_diag_hessian(
             dtype = jnp.result_type(like)
             u, h, scale, smallest = arrays.promote(u, h, divisor_gamma, divisor_eps)
             quotient = u / jnp.maximum(scale * h, smallest)
-            # In float16 most quotients overflow. Return the largest number, not infinity.
+            # In float16 most quotients overflow. Clip them to the largest finite number.
             bound = float(jnp.finfo(dtype).max)
             return jnp.clip(quotient, -bound, bound).astype(dtype)
 
@@ -184,8 +185,8 @@ def scale_by_diag_hessian(
 
 @jax.custom_batching.custom_vmap
 def _any_member(condition: jax.Array) -> jax.Array:
-    """Return the condition, or under `vmap`, whether it holds for any member."""
-    return condition  # without a batch axis, with which `cond` would run both branches
+    """Return the condition. Under `vmap`, return whether it holds for any member."""
+    return condition  # no batch axis, otherwise `cond` would run both branches
 
 
 @_any_member.def_vmap
@@ -197,7 +198,7 @@ def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array
     """Return whether all entries are finite in the dtype of the average, on all devices."""
 
     def is_finite(e, h):
-        # In float32 even if `e` has 16 bits, in which the bound could overflow.
+        # Compare in float32: the bound could overflow in the dtype of a 16-bit `e`.
         e = arrays.cast_to_float32(e)
         in_range = jnp.abs(e) <= float(jnp.finfo(h.dtype).max)
         return jnp.all(jnp.isfinite(e) & in_range)
@@ -208,7 +209,7 @@ def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array
 
 
 def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> Any:
-    """Return b2 h + (1 - b2) ĥ, or the root of the same average of squares."""
+    """Return b2 h + (1 - b2) ĥ, or with `rms` √(b2 h² + (1 - b2) ĥ²)."""
 
     def blend(h, e):
         bound = float(jnp.finfo(h.dtype).max)
@@ -218,7 +219,7 @@ def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> An
             mean = jnp.hypot(jnp.sqrt(b2) * h, jnp.sqrt(1 - b2) * e)
         else:
             mean = b2 * h + (1 - b2) * e
-        # Rounding may carry a mean of numbers in range out of range.
+        # By rounding, the mean of two numbers in range may be out of range.
         return jnp.clip(mean, -bound, bound)
 
     return jax.tree.map(blend, average, estimate)

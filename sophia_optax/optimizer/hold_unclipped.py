@@ -1,8 +1,8 @@
-"""A rule for gamma: keep a target fraction of the entries unclipped.
+"""A rule that chooses gamma so that a target fraction of the entries is unclipped.
 
 An entry is unclipped if |u| < gamma h. So the gamma that leaves a fraction f of the entries
-unclipped is the f-quantile of the ratios |u| / h. It is computed at every step, from a
-sample: to sort or count all ratios takes longer than the rest of an update.
+unclipped is the f-quantile of the ratios |u| / h. This quantile is computed at every step
+from a sample: sorting or counting all ratios would take longer than the rest of an update.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sophia_optax.arrays import cast_to_varying, sum_over_devices, varying_axes
-from sophia_optax.optimizer.momentum import LookAhead, evaluate
+from sophia_optax.optimizer.momentum import LookAhead, compute_look_ahead
 
-Update = jax.Array | LookAhead  # of one parameter
+Update = jax.Array | LookAhead  # the update of one parameter
 Indices = tuple[np.ndarray, ...]
 Weighted = tuple[jax.Array, Any]  # ratios and their weights
 
-SAMPLE_SIZE = 4096  # number of entries in the sample, of all parameters together
-# If fewer entries of the sample are counted, all entries are used instead. The standard
-# deviation of the fraction of unclipped entries is at most sqrt(f (1 - f) / MIN_COUNTED).
+SAMPLE_SIZE = 4096  # total number of sampled entries, over all parameters
+# If fewer sampled entries are counted, gamma is computed from all entries. So the fraction
+# of unclipped entries has a standard deviation of at most sqrt(f (1 - f) / MIN_COUNTED).
 MIN_COUNTED = 1024
 
-_BITS = 31  # of a float32 without its sign
-_ROUNDS = 1 + _BITS  # of the bisection
-_INFINITY = 0x7F800000  # its bit pattern
-_LARGEST_FRACTION = 1 - 1e-6  # at 1 no ratio is large enough
+_BITS = 31  # number of bits in a float32 without its sign
+_ROUNDS = 1 + _BITS  # of the bisection: the total weight, then each bit
+_INFINITY = 0x7F800000  # the bit pattern of float32 infinity
+_LARGEST_FRACTION = 1 - 1e-6  # for a fraction of 1, no ratio would be large enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class HoldUnclipped:
         self, updates: Any, hessian: Any, num_updates: jax.Array,
         num_refreshes: jax.Array, names: tuple[str, ...] = (),
     ) -> jax.Array:  # fmt: skip
-        """Return the gamma for these updates, arrays or `LookAhead`s, shape=(), float32.
+        """Return gamma, shape=(), float32, for updates that are arrays or `LookAhead`s.
 
         Along the mapped axes `names`, devices hold shards of the same parameters.
         """
@@ -66,22 +66,22 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
     .. math:: \#\{i : 0 < |u_i| < \gamma h_i\} = f \, \#\{i : u_i \ne 0, \; h_i > 0\}
 
     Here u is the momentum, or with `nesterov` the look-ahead. All parameters have the same
-    gamma, as in the paper (use `optax.partition` for a gamma per group of parameters). The
-    scale of the estimates does not change the updates. Entries with u = 0 or h ≤ 0 are not
+    gamma, as in the paper (use `optax.partition` for a gamma per group of parameters).
+    Rescaling the estimates does not change the updates. Entries with u = 0 or h ≤ 0 are not
     counted, because gamma does not change their updates. If no entry is counted, as before
     the first refresh, the update is the sign of the momentum.
 
     With more than 4,096 entries, gamma is computed from a fixed sample of 4,096 entries,
     evenly distributed over all parameters in proportion to their size. If fewer than 1,024
-    of them are counted, as for a sparse embedding, it is computed from all entries, in 32
-    passes over the parameters. The derivative of gamma is exact.
+    sampled entries are counted, as for a sparse embedding, gamma is computed from all
+    entries, in 32 passes over the parameters. The derivative of gamma is exact.
 
     Args:
-      fraction: the target fraction f, in [0, 1], or a schedule of it by the number of
-        updates.
+      fraction: the target fraction f in [0, 1], or a schedule, a function from the number
+        of updates to f.
 
     Returns:
-      A rule to pass as `gamma`. With `optax.inject_hyperparams` inject the fraction:
+      A rule to pass as `gamma`. With `optax.inject_hyperparams`, inject the fraction:
       `inject_hyperparams(lambda f: sophia_g(1e-3, gamma=hold_unclipped(f)))(f=0.2)`.
 
     Raises:
@@ -108,17 +108,17 @@ def _find_quantile(
     names: tuple[str, ...], us: list[Update], hs: list[jax.Array],
     fraction: jax.Array, has_curvature: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Return the quantile of the ratios |u| / h, shape=(), 0 if no ratio is counted."""
+    """Return the quantile of the ratios |u| / h, shape=(), or 0 if no ratio is counted."""
     weights = [_compute_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
 
     def all_ratios(loop_state):
-        # Without the barrier, which makes the ratios depend on the state of the loop, XLA
-        # computes them before the loop, even for a loop of 0 rounds.
+        # The barrier makes the ratios depend on the state of the loop. Otherwise XLA would
+        # compute them before the loop, even for a loop of 0 rounds.
         for u, h, weight in zip(us, hs, weights, strict=True):
             u, h, _ = jax.lax.optimization_barrier((u, h, loop_state))
             yield _compute_ratios(u, h), weight
 
-    # Along other mapped axes than `names`, each device has its own gamma.
+    # Along mapped axes that are not in `names`, each device has its own gamma.
     own_axes = varying_axes((us, hs)) - set(names)
     bisect = functools.partial(_bisect, fraction=fraction, names=names, own_axes=own_axes)
     if sum(h.size for h in hs) <= SAMPLE_SIZE:
@@ -126,21 +126,21 @@ def _find_quantile(
     sample = _sample(us, hs, weights)
     quantile, counted = bisect(lambda _: [sample])
     is_small = has_curvature & (counted < MIN_COUNTED)
-    # A loop of 0 rounds instead of a `cond`: under `vmap` a `cond` runs both branches.
+    # Use a loop of 0 rounds, not a `cond`: under `vmap` a `cond` runs both branches.
     exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _ROUNDS, 0))
     return jnp.where(is_small, exact, quantile)
 
 
 @_find_quantile.defjvp
 def _find_quantile_jvp(names, primals, tangents):
-    """Return the quantile, and the mean derivative of the ratios that equal it."""
+    """Return the quantile, and the mean derivative of the ratios equal to the quantile."""
     us, hs, *_ = primals
     quantile = _find_quantile(names, *primals)
     count = rate = jnp.float32(0)
     for u, h, du, dh in zip(us, hs, *tangents[:2], strict=True):
         weight = _compute_weight(names, (u, h))
         is_quantile = (_compute_ratios(u, h) == quantile) & (quantile > 0)
-        u, du = jax.jvp(evaluate, (u,), (du,))
+        u, du = jax.jvp(compute_look_ahead, (u,), (du,))
         u, h = (jnp.where(is_quantile, x, 1) for x in (u, h))
         relative = jnp.where(is_quantile, du / u - dh / h, 0)
         count += weight * jnp.sum(is_quantile, dtype=jnp.float32)
@@ -150,20 +150,20 @@ def _find_quantile_jvp(names, primals, tangents):
 
 
 def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
-    """Return |u| / h in float32. Ratios that are 0 or infinite are not counted."""
-    u, h = jnp.asarray(evaluate(u), jnp.float32), h.astype(jnp.float32)
+    """Return |u| / h in float32, or inf where h <= 0. Only ratios in (0, inf) count."""
+    u, h = jnp.asarray(compute_look_ahead(u), jnp.float32), h.astype(jnp.float32)
     return jnp.where(h > 0, jnp.abs(u) / jnp.where(h > 0, h, 1), jnp.inf)
 
 
 def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
-    """Return 1 for a sharded parameter, and less for a parameter that devices replicate."""
+    """Return 1 / n for a parameter that is replicated over n devices along `names`."""
     sharded = varying_axes(tree)
     return 1 / math.prod(jax.lax.axis_size(n) for n in names if n not in sharded)
 
 
 def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weighted:
-    """Return the ratios of `SAMPLE_SIZE` entries, and the weights of these entries."""
-    # Each parameter's number of entries in the sample is proportional to its size.
+    """Return the ratios and the weights of a sample of `SAMPLE_SIZE` entries."""
+    # Each parameter's number of sampled entries is proportional to its size.
     ends = np.cumsum([h.size for h in hs]) * (SAMPLE_SIZE / sum(h.size for h in hs))
     ends = np.round(ends).astype(int).tolist()
     ratios, sample_weights = [], []
@@ -174,7 +174,7 @@ def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weig
                 u = LookAhead(_take(u.average, at), _take(u.grads, at), u.b1)
             else:
                 u = _take(u, at)
-            # A parameter of shape () has a ratio of shape ().
+            # Flatten them, because a parameter of shape () has a ratio of shape ().
             ratios.append(jnp.ravel(_compute_ratios(u, _take(h, at))))
             sample_weights.append(np.full(end - start, weight, np.float32))
     return jnp.concatenate(ratios), np.concatenate(sample_weights)
@@ -189,11 +189,11 @@ def _take(x: jax.Array, indices: Indices) -> jax.Array:
 
 @functools.cache
 def _distribute_indices(shape: tuple[int, ...], start: int, end: int) -> Indices:
-    """Return indices of evenly distributed entries, an array for each axis.
+    """Return the indices of evenly distributed entries, one array for each axis.
 
-    They are the points `start` to `end` of Roberts' sequence, which generalizes the golden
-    ratio to several dimensions and covers each axis evenly. They are int32, because JAX
-    caches constants: one of 64 bits would keep the dtype of the first `jax_enable_x64`.
+    The entries are the points `start` to `end` of Roberts' sequence, which generalizes the
+    golden ratio to several dimensions and covers each axis evenly. The indices are int32:
+    JAX caches constants, so int64 indices would ignore later changes of `jax_enable_x64`.
     """
     ratio = 2.0
     for _ in range(64):  # converges to the root of x^(axes + 1) = x + 1
@@ -207,11 +207,11 @@ def _bisect(
     ratios_of: Callable[[jax.Array], Iterable[Weighted]], *, fraction: jax.Array,
     names: tuple[str, ...], own_axes: frozenset[str], rounds: int | jax.Array = _ROUNDS,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Return the smallest ratio r with more than `fraction` of the weight at most r.
+    """Return the smallest r such that ratios <= r have more than `fraction` of the weight.
 
-    Also return the total weight of the counted ratios, which the first round finds. If it
-    is 0, r is 0. Each other round finds one bit of r, from the highest: positive floats
-    have the order of their bit patterns. The ratios differ along the axes `own_axes`.
+    Also return the total weight of the counted ratios, which the first round computes. If
+    this weight is 0, r is 0. Each later round finds one bit of r, from the highest bit:
+    positive floats are ordered like their bit patterns. The ratios vary over `own_axes`.
     """
 
     def find_bit(i, state):

@@ -17,8 +17,8 @@ def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Arr
     """Return the fraction of entries with abs(m) < ρ max(γ h, ε), shape (), float32.
 
     The last update did not clip these entries. The paper recommends a gamma for which the
-    fraction is between 0.1 and 0.5. With `nesterov`, it is that of m, and often larger than
-    that of the look-ahead. Arguments and errors are those of `sophia_metrics`.
+    fraction is between 0.1 and 0.5. With `nesterov`, the update clips the look-ahead, whose
+    unclipped fraction is often smaller. Arguments and errors are those of `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -33,22 +33,22 @@ def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Arr
 
 
 def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, jax.Array]:
-    """Return metrics of Sophia's state for a logger.
+    """Return metrics for a logger, computed from Sophia's state.
 
     Args:
       opt_state: the state of any chain or wrapper with exactly one `scale_by_diag_hessian`
-        and one `optax.ema` with `debias=False`, otherwise ValueError.
+        and one `optax.ema` with `debias=False`. Other states raise ValueError.
       axis_name: inside `shard_map` and `pmap`, as for `sophia`.
 
     Returns:
-      Scalars, shape (), by name:
+      A dict of scalars, shape (), with these names:
 
-      - `unclipped_fraction`, and `unclipped_fraction/` with the path of each parameter;
-      - `gamma` of the last division, with bias correction and `clip_threshold` as factors;
-      - `momentum_norm`: the Euclidean norm of m, in the unit of the gradients;
-      - `hessian_norm`: the norm of h without bias correction, in the unit of the Hessian;
-      - `nonpositive_fraction`: fraction of the entries of h that are 0 or less;
-      - `refreshes`, `refused`: numbers of accepted and of rejected estimates.
+      - `unclipped_fraction`, and for each parameter `unclipped_fraction/` and its path;
+      - `gamma` of the last division, including bias correction and `clip_threshold`;
+      - `momentum_norm`: the Euclidean norm of m, in the units of the gradients;
+      - `hessian_norm`: the norm of h without bias correction, in the units of the Hessian;
+      - `nonpositive_fraction`: the fraction of the entries of h that are 0 or less;
+      - `refreshes`, `refused`: the numbers of accepted and rejected estimates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,12 +94,12 @@ def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
     if len(states) != 1 or jnp.ndim(states[0].num_updates):
         raise ValueError(
-            f"`opt_state` must have the state of one Sophia, got {len(states)}. Of several "
-            "pass one, such as `opt_state.inner_states[label]`; `vmap` over a population."
+            f"`opt_state` must contain exactly one Sophia state, got {len(states)}. If "
+            "there are several, pass one of them, such as `opt_state.inner_states[label]`. "
+            "For a population, apply `jax.vmap` to this function."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
-    shapes = _shapes(states[0].hessian)
-    momenta = [ema for ema in emas if _shapes(ema) == shapes]
+    momenta = [ema for ema in emas if _shapes(ema) == _shapes(states[0].hessian)]
     if len(momenta) != 1:
         raise ValueError(
             "`opt_state` must have one `optax.EmaState` for all parameters, got "
@@ -113,12 +113,12 @@ def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
-    """Return the leaves by name: the prefix and the path, without wrappers of arrays."""
+    """Return the leaves, keyed by the prefix and the path without wrappers of arrays."""
     leaves = jax.tree.leaves_with_path(tree)
     siblings = collections.Counter(path[:-1] for path, _ in leaves)
     named = {}
     for path, leaf in leaves:
-        # An attribute `value` without siblings is a wrapper, such as Flax's `nnx.Param`.
+        # An attribute `value` without siblings means a wrapper, such as Flax's `nnx.Param`.
         is_wrapped = path[-1:] == (GetAttrKey("value"),) and siblings[path[:-1]] == 1
         keys = path[:-1] if is_wrapped else path
         named["/".join([prefix, *(keystr((k,), simple=True) for k in keys)])] = leaf
@@ -126,8 +126,8 @@ def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
 
 
 def _sum(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Return the sum of the entries of `x`, of all shards, shape=()."""
-    # Rows first: an int32 sum overflows at 2**31, and a float32 sum of ones stops at 2**24.
+    """Return the sum of the entries of `x` over all of its shards, shape=()."""
+    # Sum rows first: an int32 sum overflows at 2**31, and a float32 count stops at 2**24.
     rows = jnp.sum(jnp.atleast_1d(x), -1, dtype=jnp.int32 if x.dtype == bool else None)
     return arrays.sum_over_devices(cast_to_float32(rows).sum(), arrays.shard_axes(x, names))
 

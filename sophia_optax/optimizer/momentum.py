@@ -1,4 +1,4 @@
-"""The moving average of gradients: `optax.ema`, in 16 bits and with Nesterov look-ahead."""
+"""The moving average of gradients: `optax.ema`, 16-bit dtypes and Nesterov look-ahead."""
 
 from typing import Any, NamedTuple
 
@@ -12,18 +12,18 @@ from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
 
 class LookAhead(NamedTuple):
-    """The update b1 m_t + (1 - b1) g_t of one parameter, not yet computed."""
+    """The unevaluated Nesterov look-ahead b1 m_t + (1 - b1) g_t of one parameter."""
 
-    # `hold_unclipped` reads some entries, and then the division reads all. If the update
-    # were computed once for both, XLA would write it to memory.
+    # `hold_unclipped` reads some entries, and then the division reads all entries. If both
+    # shared one computed look-ahead, XLA would write it to memory.
 
     average: jax.Array
     grads: jax.Array
     b1: ArrayLike
 
 
-def evaluate(tree: Any) -> Any:
-    """Return the tree with each `LookAhead` computed."""
+def compute_look_ahead(tree: Any) -> Any:
+    """Return the tree with each `LookAhead` evaluated to an array."""
 
     def compute(u: Any) -> Any:
         if isinstance(u, LookAhead):
@@ -37,10 +37,10 @@ def evaluate(tree: Any) -> Any:
 def momentum(
     b1: ArrayLike, *, nesterov: bool, dtype: Any, seed: ArrayLike
 ) -> optax.GradientTransformation:
-    """Return a transformation to m_t, or with `nesterov` to a `LookAhead`.
+    """Return a transformation of g_t to m_t, or with `nesterov` to a `LookAhead`.
 
-    In 32 bits or more this equals `optax.ema(b1, debias=False)` bit for bit. In 16 bits the
-    average is computed in float32 and rounded stochastically.
+    If m_t has at least 32 bits, it equals the result of `optax.ema(b1, debias=False)` bit
+    for bit. If m_t has 16 bits, it is computed in float32 and rounded stochastically.
     """
     if dtype is not None:
         check_dtype("mu_dtype", dtype)

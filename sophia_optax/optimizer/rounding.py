@@ -1,8 +1,8 @@
 """Stochastic rounding for moving averages in 16 bits.
 
 If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
-is less than half the spacing of its dtype: in bfloat16 with b = 0.99, by as much as a
-quarter below x. Rounding up with probability equal to the part cut off is unbiased.
+is less than half the spacing of its dtype. In bfloat16 with b = 0.99, it may stall at up to
+a quarter below x. Rounding up with probability equal to the discarded part is unbiased.
 """
 
 import math
@@ -16,7 +16,7 @@ Stream = Literal["mu", "hessian"]
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Raise TypeError for a dtype that is unsupported for moving averages."""
+    """Raise TypeError if moving averages do not support the dtype."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise TypeError(
@@ -28,10 +28,10 @@ def check_dtype(name: str, dtype: Any) -> None:
 def round_stochastically(
     tree: Any, like: Any, seed: ArrayLike, stream: Stream, count: jax.Array
 ) -> Any:
-    """Return the leaves of `tree` in the dtypes of the leaves of `like`.
+    """Round the leaves of `tree` to the dtypes of the leaves of `like`.
 
     For dtypes of 32 bits or more this is a cast. The random bits depend on `seed`, `stream`
-    and `count`, the number of the update, and not on shardings under `jit`.
+    and `count`, the number of the update, but not on shardings under `jit`.
     """
     leaves, structure = jax.tree.flatten(tree)
     words = jax.random.key_data(jax.random.key(seed)).ravel()
@@ -50,11 +50,11 @@ def round_stochastically(
 
 
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Return `x` in `dtype`, rounded away from 0 if the part cut off and `bits` carry."""
+    """Return `x` in `dtype`, rounded away from 0 if discarded bits plus `bits` carry."""
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
-    # The bit pattern of a float increases with its magnitude, so a carry out of the bits
-    # that are cut off is a step to the next value of `dtype`.
+    # The bit pattern of a float increases with its magnitude, so a carry out of the
+    # discarded bits is a step to the next value of `dtype`.
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> (32 - cut))
     rounded = jax.lax.bitcast_convert_type(pattern >> cut << cut, jnp.float32)
     bound = float(jnp.finfo(dtype).max)  # one large gradient must not make the average inf
@@ -73,8 +73,8 @@ def _number_entries(shape: tuple[int, ...]) -> jax.Array:
 
 def _hash(x: jax.Array) -> jax.Array:
     """Return a bijective hash of each uint32. Each bit depends on all bits of the input."""
-    # `lowbias32` of https://github.com/skeeto/hash-prospector. `jax.random.bits` takes
-    # longer than the rest of the update.
+    # `lowbias32` from https://github.com/skeeto/hash-prospector. `jax.random.bits` would
+    # take longer than the rest of the update.
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

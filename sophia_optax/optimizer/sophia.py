@@ -1,4 +1,4 @@
-"""The optimizer as a chain of transformations.
+"""The Sophia optimizer as a chain of Optax transformations, applied left to right.
 
 sophia          = scale_by_sophia . add_decayed_weights . scale_by_learning_rate
 scale_by_sophia = ema(b1) . scale_by_diag_hessian(b2, gamma, eps) . clip(1)
@@ -27,7 +27,7 @@ def sophia(
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Algorithm 3 of `Sophia <https://arxiv.org/abs/2305.14342>`_, with gamma for `gnb`.
+    r"""The Sophia optimizer, algorithm 3 of `Sophia <https://arxiv.org/abs/2305.14342>`_.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta\,(\mathrm{clip}(
@@ -35,38 +35,39 @@ def sophia(
 
     This is a chain of `scale_by_sophia`, `optax.add_decayed_weights`,
     `optax.scale_by_learning_rate` and a cast. Pass `hessian_fn` or `hessian` to `update`,
-    as described in `scale_by_diag_hessian`. Without any estimate this reduces to sign
-    momentum (Signum). Compile the step with `jax.jit`: outside it, JAX compiles
-    `hessian_fn` at every step. `sophia_g` is another name of this function.
+    as described in `scale_by_diag_hessian`. Without any estimate, this reduces to sign
+    momentum (Signum). Compile the step with `jax.jit`: otherwise JAX compiles `hessian_fn`
+    at every step. `sophia_g` is an alias of this function.
 
     Args:
       learning_rate: η, or a schedule of it.
-      b1: decay of the moving average of gradients.
-      b2: decay of the moving average of the Hessian, per refresh.
-      gamma: the scale of the Hessian: a number, a schedule, or `hold_unclipped(fraction)`.
-        `unclipped_fraction` increases with gamma, and should be between 0.1 and 0.5.
-      eps: the smallest divisor.
-      weight_decay: λ, decoupled, multiplied by the learning rate as in AdamW.
-      mask: where weight decay applies: a tree of booleans, a prefix of the tree of
+      b1: decay of m, the moving average of gradients.
+      b2: decay of h, the moving average of the Hessian diagonal, per refresh.
+      gamma: γ, the scale of the Hessian: a number, schedule or `hold_unclipped(fraction)`.
+        The default is for `gnb`. `unclipped_fraction` increases with gamma, and should be
+        between 0.1 and 0.5.
+      eps: ε, the smallest divisor.
+      weight_decay: λ, the decoupled decay, multiplied by the learning rate as in AdamW.
+      mask: where weight decay applies: a tree of booleans that is a prefix of the tree of
         parameters, or a function from the parameters to such a tree.
       clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
       update_interval: number of updates from one call of `hessian_fn` to the next.
       debias: divide the average of the Hessian by `1 - b2 ** refreshes`, as Adam does.
-        Otherwise it is too small in the first `update_interval / (1 - b2)` updates. This
-        has no effect with `hold_unclipped`.
+        Otherwise the average is too small in the first `update_interval / (1 - b2)`
+        updates. This has no effect with `hold_unclipped`.
       nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
-      mu_dtype: dtype of the average of gradients, by default that of the parameters.
+      mu_dtype: dtype of the average of gradients, by default the dtype of the parameters.
         Averages in 16 bits are rounded stochastically.
       hessian_dtype: dtype of the average of the Hessian, by default float32. Under
-        `optax.inject_hyperparams` write the name of a dtype, such as "bfloat16".
+        `optax.inject_hyperparams`, pass the name of a dtype, such as "bfloat16".
       seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
       axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
         parameters are sharded. All devices then accept or reject an estimate together, and
-        have the same gamma of `hold_unclipped`. With None, devices are independent. Under
-        `jit` with sharded arrays use None.
+        `hold_unclipped` chooses one gamma for all devices. With None, devices are
+        independent. Under `jit` with sharded arrays, use None.
 
     Returns:
-      A transformation whose updates have the dtypes of `params`, which `update` requires.
+      A transformation. Its `update` requires `params` and returns updates in their dtypes.
       Errors are those of `scale_by_diag_hessian`.
 
     Example:
@@ -116,7 +117,7 @@ def sophia_h(
     """Sophia-H: `sophia` with the paper's gamma for estimates of `hutchinson`.
 
     As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from all
-    parameters to the loss, which stands for
+    parameters to the loss. It is short for
     `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
 
     Example:
@@ -148,7 +149,7 @@ def sophia_h(
 
 
 def _check_obj_fn(params: optax.Params | None, extra_args: dict[str, Any]) -> None:
-    """Raise ValueError if `update` got `obj_fn` and `obj_fn` cannot be used."""
+    """Raise ValueError if `obj_fn` conflicts with other arguments or lacks parameters."""
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
             raise ValueError(f"`update` got both `obj_fn` and `{name}`: pass one of them.")
@@ -168,7 +169,7 @@ def scale_by_sophia(
     mu_dtype: Any = None, hessian_dtype: Any = None, seed: ArrayLike = 0,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Sophia without learning rate, sign and weight decay.
+    r"""Sophia without weight decay and without the factor -learning_rate.
 
     .. math::
       m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
@@ -210,7 +211,7 @@ def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> An
 
 
 def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
-    """Return factor · gamma, or the rule itself, because the rule finds its own scale."""
+    """Return factor · gamma, or `gamma` itself if it is a `hold_unclipped` rule."""
     if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
         return gamma
     if callable(gamma):
@@ -219,7 +220,7 @@ def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
 
 
 def _scale(factor: ArrayLike) -> optax.GradientTransformation:
-    """Return `optax.scale(factor)` that keeps the dtype of the updates for any factor."""
+    """Return a variant of `optax.scale(factor)` that keeps the dtype of the updates."""
 
     def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)

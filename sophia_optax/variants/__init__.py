@@ -1,7 +1,7 @@
-"""Compositions of public stages: the paper's baselines and ablations, and other bounds.
+"""Variants of Sophia: the paper's baselines and ablations, and alternatives to clipping.
 
-Arguments, and how `update` receives an estimate, are those of `sophia`. Updates have the
-dtype of JAX's type promotion.
+They are composed of public transformations. Arguments are those of `sophia`, and `update`
+takes estimates as `sophia` does. JAX's type promotion determines the dtype of the updates.
 """
 
 from sophia_optax.variants.bounds import gradient_noise, noise_bounded, smooth_clip

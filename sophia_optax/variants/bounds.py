@@ -1,4 +1,4 @@
-"""Other bounds of the momentum: a smooth bound, and the noise of the gradient."""
+"""Alternatives to clipping: a smooth bound, and a bound by the gradient's noise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from sophia_optax import Estimator, scale_by_diag_hessian
 
 
 def smooth_clip() -> optax.GradientTransformation:
-    """Bound updates by x / √(1 + x²), a smooth form of `optax.clip(1.0)`.
+    """Replace each update x by x / √(1 + x²), a smooth form of `optax.clip(1.0)`.
 
-    Small updates do not change, and large updates approach ±1. After
+    Small updates hardly change, and large updates approach ±1. After
     `scale_by_diag_hessian` the result is m / √(m² + (γ h)²). `unclipped_fraction` is still
     the fraction of entries with abs(x) < 1.
 
@@ -27,7 +27,7 @@ def smooth_clip() -> optax.GradientTransformation:
     """
 
     def bound(x):
-        # Larger x round to ±1, and their squares could overflow.
+        # Larger x would also give ±1, but their squares could overflow.
         largest = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2 - 1)
         x = jnp.clip(x, -largest, largest)
         return x * jax.lax.rsqrt(1 + x * x)
@@ -40,23 +40,24 @@ def gradient_noise(
 ) -> Callable[..., Any]:
     r"""Estimate the standard deviation of the mean gradient of a batch, √(ĥ / B).
 
-    The mean gradient averages B predictions, so its variance is that of the gradient of one
-    prediction, divided by B. That is estimated by ĥ:
+    The gradient is a mean over B predictions, so its variance is the variance of a single
+    prediction's gradient divided by B. ĥ estimates the single prediction's variance:
 
-    - by `gnb`: the gradients for sampled labels have mean zero, and their variance is the
-      Gauss-Newton diagonal. This is the noise of the labels, if the model is right;
-    - by `empirical_fisher` with a group for each example: this is the noise of the data.
-      With G groups of equal size it includes a G-th of the squared mean gradient, and with
-      one group the squared gradient of the batch, as in Adam.
+    - `gnb`: gradients for sampled labels have mean zero, and their variance is the
+      Gauss-Newton diagonal. This is the label noise, if the model is correct;
+    - `empirical_fisher` with a group for each example: this is the noise of the data. With
+      G groups of equal size, ĥ / B includes a G-th of the squared mean gradient. With one
+      group, ĥ / B is the squared gradient of the batch, as in Adam.
 
     Args:
       estimate: the result of `gnb` or `empirical_fisher`.
       batch_weight: B, the number of predictions in the batch that the gradient is averaged
-        over, or the sum of their weights. By default it is that of the estimate's batch.
-        Pass it if a refresh uses only a part of the batch.
+        over, or the sum of their weights. By default, B is computed from the batch of the
+        estimate. Pass `batch_weight` if a refresh uses only a part of the batch.
 
     Returns:
-      A function with the arguments of `estimate`. Its results are for `noise_bounded`.
+      A function with the arguments of `estimate`. Its results are the estimates that
+      `noise_bounded` requires.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,18 +84,18 @@ def noise_bounded(
     weight_decay: optax.ScalarOrSchedule = 0.1, mask: Any = None, *,
     nesterov: bool = True, **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    r"""Bound the momentum by the noise of the gradient: m / √(m² + h / B).
+    r"""Bound the momentum m by the noise of the gradient: m / √(m² + h / B).
 
-    Use estimates of `gradient_noise`. The divisor is that of Adam, with an estimate of the
-    variance instead of averaged squares of gradients. An entry of the momentum far above
-    the noise moves by ±1, and an entry far below it by its signal-to-noise ratio. No gamma
-    is needed.
+    Use estimates from `gradient_noise`. The divisor is Adam's, with an estimate of the
+    variance instead of averaged squared gradients. If an entry of the momentum is far above
+    the noise, its update is ±1. If the entry is far below the noise, its update is its
+    signal-to-noise ratio. No gamma is needed.
 
     The momentum averages the noise of about 1 / (1 - b1) steps. If a gradient is noise
     only, the variance of its momentum is (1 - b1) / (1 + b1) h / B. So without Nesterov's
     look-ahead, the updates of such entries have a root mean square of about
-    √((1 - b1) / (1 + b1)), which is 0.23 for b1 = 0.9. The look-ahead has a larger weight
-    for the last gradient, and 0.27. The bound does not correct this, like Adam's.
+    √((1 - b1) / (1 + b1)), which is 0.23 for b1 = 0.9. With the look-ahead it is 0.27,
+    because the last gradient has a larger weight. As in Adam, this is not corrected.
 
     The `settings` are keyword arguments of `scale_by_diag_hessian`.
 

@@ -22,7 +22,7 @@ def adahessian(
     """AdaHessian: Adam with v_t = b2 v_{t-1} + (1 - b2) ĥ_t² as its second moment.
 
     The divisor is at least eps, and the paper's Hessian power is fixed at one. Use
-    estimates of `hutchinson`, with or without `spatial_average`.
+    estimates from `hutchinson`, with or without `spatial_average`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,7 +45,8 @@ def adahessian(
 def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
     """AdaHessian's spatial averaging: replace each block of entries by its mean.
 
-    A block is `block_size` entries of the last axis. Arrays of one axis do not change.
+    A block is `block_size` consecutive entries along the last axis. Arrays with fewer than
+    two axes do not change.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,7 +74,7 @@ def adahessian_clip(
     gamma: optax.ScalarOrSchedule = 0.01, eps: ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None, **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """AH+clip: Sophia with the root mean square of estimates of `hutchinson`.
+    """AH+clip: Sophia with the root mean square of `hutchinson` estimates.
 
     The `settings` are keyword arguments of `scale_by_diag_hessian`.
 
@@ -102,7 +103,7 @@ def clip_only(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, gamma: ArrayLike = 0.05,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """The clip without a Hessian: Sophia with a Hessian of one.
+    """Clipping without a Hessian: Sophia with a Hessian of one in all entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,7 +125,7 @@ def normalize_only(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """The average of gradients, scaled to Euclidean norm one over all parameters.
+    """Momentum normalized to a Euclidean norm of one over all parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,7 +146,7 @@ def signum(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """SignGD with momentum: Sophia with a Hessian of zero or less.
+    """SignGD with momentum: Sophia with a Hessian of zero or less in all entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,7 +174,7 @@ def full_matrix_sophia(
 
     The parameters are one vector, shape (n,), and `update` requires `hessian`, the full
     matrix, shape (n, n). If an eigenvalue is not positive, the step along its eigenvector
-    is ±ρ. The number of steps does not depend on the condition number.
+    is ±ρ. The number of steps to convergence does not depend on the condition number.
 
     Example:
       >>> import jax.numpy as jnp

@@ -21,10 +21,10 @@ ESTIMATORS = {
 
 
 def two_classes(slope):
-    """A parameter for each token, that moves one of two classes of equal probability.
+    """Return a model for which every draw of every estimator equals the exact diagonal.
 
-    No parameter is in two predictions, and (p - y)² is 1/4 for both labels y: every draw
-    of every estimator is the diagonal itself.
+    Each prediction has its own parameter, which moves the logit of one of two equally
+    likely classes. (p - y)² is 1/4 for both labels y.
     """
 
     def logits_fn(params, inputs):
@@ -39,7 +39,7 @@ def at_inputs(value):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_is_of_the_mean_loss(name):
+def test_every_estimator_returns_the_diagonal_of_the_mean_loss(name):
     estimator = ESTIMATORS[name](Estimators(two_classes(1.0)))
     diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
     expected = at_inputs(0.25 / (SEQUENCES * CONTEXT))
@@ -49,5 +49,5 @@ def test_every_estimator_is_of_the_mean_loss(name):
 def test_released_code_clips_the_mean_gradient():
     estimator = Estimators(two_classes(100.0)).released_code(SEQUENCES)
     diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
-    # Entries of equal size and norm 1, squared, times as many predictions.
+    # The clipped gradient has norm 1 and n entries ±g, so n g² = 1 for n predictions.
     np.testing.assert_allclose(diagonal, at_inputs(1.0), rtol=1e-6)

@@ -9,7 +9,7 @@ from benchmarks import measure
 from benchmarks.flops import flops
 
 
-def test_in_turn_alternates_and_omits_the_first_round():
+def test_in_turn_shuffles_programs_in_each_round_and_omits_the_first_round():
     ran = []
     seconds = measure.in_turn({name: lambda n=name: ran.append(n) for name in "abc"}, 4)
     assert [sorted(ran[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
@@ -17,14 +17,14 @@ def test_in_turn_alternates_and_omits_the_first_round():
     assert {name: len(runs) for name, runs in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_ratios_are_taken_round_by_round():
-    # A machine twice as slow in every other round changes no ratio.
+def test_ratios_compare_times_round_by_round():
+    # A machine that is twice as slow in every other round does not change the ratio.
     ratio = measure.ratios([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0])
     assert ratio == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert measure.quartiles([1, 2, 3, 4, 5]) == {"median": 3, "low": 2, "high": 4}
 
 
-def test_program_keeps_its_carry():
+def test_program_passes_its_carry_to_the_next_call():
     program = measure.Program(lambda carry, x: carry + x, jnp.zeros(4), jnp.ones(4))
     for _ in range(3):
         program()
@@ -43,7 +43,7 @@ def test_markdown_has_a_column_for_each_heading():
     ]
 
 
-def test_run_prints_and_stores_the_machine_and_the_table(tmp_path, monkeypatch, capsys):
+def test_run_prints_machine_and_table_and_stores_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
 
     def run(*argv):
@@ -83,12 +83,12 @@ A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
         (jax.vmap(lambda a, b: a @ b, in_axes=(0, None)), 2 * 3 * 5 * 7),
     ],
 )
-def test_flops_counts_operations(fn, expected):
+def test_flops_counts_products_in_jitted_scanned_and_conditional_code(fn, expected):
     counted = flops(fn, A, B)
     assert expected <= counted < expected + 10
 
 
-def test_flops_counts_a_checkpoint_twice_and_a_while_once():
+def test_flops_counts_a_checkpointed_forward_pass_twice_and_a_while_body_once():
     def loss(w, x):
         return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
 

@@ -1,4 +1,4 @@
-"""Each benchmark at a small size, and the pages that show the stored results."""
+"""Each benchmark at a small size, and the docs pages that show the stored results."""
 
 import json
 import re
@@ -14,7 +14,7 @@ SHAPE = Shape(layers=1, heads=2, width=16, context=8, vocabulary=384)
 
 
 def read_back(results):
-    """Return results as the tables read them, from JSON."""
+    """Return results after a round trip through JSON, as the tables read them."""
     return json.loads(json.dumps(results))
 
 
@@ -35,11 +35,11 @@ def test_update_without_refresh_moves_fewer_bytes_than_adamw():
 
 
 @pytest.mark.slow
-def test_refresh_costs_its_fraction_of_the_batch():
+def test_refresh_on_a_thirtieth_of_the_batch_costs_about_a_thirtieth_of_a_step():
     run = refresh.run_of(SHAPE, batch=60, accumulate=1)
     sizes = refresh.Sizes(run, repeats=2, counted=run, pass_shape=SHAPE)
     results = read_back(refresh.measure_refresh(sizes))
-    # A model of this size draws labels for a tenth of a gradient.
+    # In a model this small, sampling labels costs about a tenth of a gradient.
     assert 1 < 30 * results["flops_over_step"] < 1.2
     assert results["peak_bytes"]["with"] < 1.2 * results["peak_bytes"]["without"]
     times = [value for key, value in results.items() if "_over_gradient" in key]
@@ -49,7 +49,7 @@ def test_refresh_costs_its_fraction_of_the_batch():
 
 
 @pytest.mark.slow
-def test_error_falls_with_the_groups():
+def test_gnb_error_falls_with_the_number_of_groups():
     sizes = estimate.Sizes(
         sequences=16,
         groups=(1, 16),
@@ -80,46 +80,46 @@ def test_error_falls_with_the_groups():
         assert rows["released code"][error] > 2 * ours[error]
     for row in rows.values():
         products = 3 if row["truth"] == HESSIAN else 1
-        cost = products * row["sequences"] / 32  # of a training batch's gradient
+        cost = products * row["sequences"] / 32  # relative to a gradient
         assert row["flops_over_gradient"] == pytest.approx(cost, rel=0.5)
     assert "| gnb, 16 groups | 16 | 16 |" in estimate.table(results)
 
 
 @pytest.mark.slow
-def test_devices_share_the_work_and_a_refresh_exchanges_one_gradient():
+def test_devices_divide_refresh_flops_and_data_parallel_exchanges_one_gradient():
     results = read_back(devices.measure_devices(presets=()))
     size = results["parameter_bytes"]
     rows = {row["layout"]: row for row in results["rows"]}
     assert set(rows) == set(devices.LAYOUTS)
     assert all(row["refresh_flops_ratio"] < 1.1 for row in rows.values())
     assert rows["data parallel"]["refresh_bytes"] == {"all-reduce": size}
-    # Norms are on every device, and not gathered.
+    # Norms are replicated, so they are not gathered.
     found = rows["fully sharded"]["refresh_bytes"]
     assert found.pop("all-gather") == pytest.approx(size, rel=0.01)
-    # Two groups for each device: the squares of each are exchanged, however XLA does that.
+    # The squares of each of the two groups per device are exchanged, by any collective.
     assert sum(found.values()) == pytest.approx(2 * size, rel=0.01)
     assert "| fully sharded |" in devices.table(results)
 
 
 @pytest.mark.slow
-def test_temporary_memory_of_a_refresh_is_that_of_a_step():
+def test_refresh_needs_little_more_temporary_memory_than_a_step():
     model = ModelConfig(layers=2, heads=8, width=512, context=64, vocabulary=512)
     memory = devices.temporary_memory(Config(model=model), "fsdp=8")
     assert memory["refresh"] < 1.1 * memory["step"]
 
 
-def test_pages_show_the_stored_results():
+def test_docs_tables_show_the_stored_results():
     texts = [page.read_text() for page in report.PAGES]
     shown = re.findall(r"<!-- benchmarks: (\w+) -->", "".join(texts))
     assert sorted(shown) == sorted([*report.TABLES, *report.OTHER_TABLES])
     assert [report.written(text) for text in texts] == texts
 
 
-def test_plots_show_the_stored_results(tmp_path):
+def test_docs_plots_show_the_stored_results(tmp_path):
     report.draw(tmp_path)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == len(report.PLOTS)
-    for picture in drawn:  # positions depend on Matplotlib's version, words do not
+    for picture in drawn:  # positions depend on Matplotlib's version, labels do not
         kept = (report.DOCS / "images" / picture.name).read_text()
         words = re.compile(r"<text [^>]*>([^<]*)</text>")
         assert len(words.findall(kept)) > 10

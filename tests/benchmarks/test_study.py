@@ -1,4 +1,4 @@
-"""The study of optimizers, at sizes of seconds."""
+"""The optimizer study, at sizes that run in seconds."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ FEW = 400  # steps of the shortest run: 16 validations, 25 steps apart
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-def test_every_optimizer_has_a_search_of_the_same_size(optimizer):
+def test_hyperparameter_search_has_equal_size_for_every_optimizer(optimizer):
     low, high = search.learning_rates(optimizer)
     assert high == 16 * low
     trials = search.wide_trials("prose", optimizer)
@@ -39,15 +39,15 @@ def test_every_optimizer_has_a_search_of_the_same_size(optimizer):
         assert 0.66 < ratio < 1.51
 
 
-def test_each_step_of_the_path_changes_one_field():
+def test_each_step_of_the_study_path_changes_one_field_of_sophia():
     variants = list(path.steps().values())[2:]
     for before, after in itertools.pairwise(variants):
         before, after = dataclasses.asdict(before), dataclasses.asdict(after)
         assert sum(before[name] != after[name] for name in before) == 1
-    assert variants[-1] == Sophia(groups=1)  # the paper's
+    assert variants[-1] == Sophia(groups=1)  # the paper's Sophia-G
 
 
-def test_settings_change_the_updates_of_the_optimizers_that_have_them():
+def test_hyperparameters_change_updates_only_of_optimizers_that_use_them():
     params = {"kernel": jnp.array([[0.3, -2.0]]), "scale": jnp.ones(2)}
     grads = {"kernel": jnp.array([[1e-3, 0.5]]), "scale": jnp.array([0.2, -1e-4])}
     hessian = {"kernel": jnp.array([[2.0, 0.5]]), "scale": jnp.array([0.1, 3.0])}
@@ -84,7 +84,7 @@ def test_settings_change_the_updates_of_the_optimizers_that_have_them():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bound", ["clip", "smooth"])
 @pytest.mark.parametrize("divisor", ["h", "rms"])
-def test_sophia_of_the_study_follows_its_formula(divisor, bound, nesterov):
+def test_study_sophia_update_equals_its_formula(divisor, bound, nesterov):
     lr, b1, b2, gamma, decay = 0.1, 0.8, 0.9, 0.3, 0.2
     settings = Settings(lr, b1, b2, gamma, weight_decay=decay)
     values = dataclasses.asdict(settings) | {"seed": 0}
@@ -106,7 +106,7 @@ def test_sophia_of_the_study_follows_its_formula(divisor, bound, nesterov):
         np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
-def test_refresh_of_the_study_has_the_root_of_an_estimate_of_a_part():
+def test_study_refresh_returns_the_square_root_of_an_estimate_on_part_of_the_batch():
     task, params = TASKS["prose"], TASKS["prose"].init(0)
     tokens = jnp.asarray(next(task.batches(0)))
     variant = Sophia("true labels", part=0.25, divisor="√h", gamma="fraction")
@@ -117,7 +117,7 @@ def test_refresh_of_the_study_has_the_root_of_an_estimate_of_a_part():
 
 
 def test_noise_bound_with_one_group_divides_by_adams_divisor():
-    """The estimate is the absolute gradient of the batch."""
+    """With one group, the estimate is the absolute value of the batch gradient."""
     task, params = TASKS["prose"], TASKS["prose"].init(0)
     tokens = jnp.asarray(next(task.batches(0)))
     found = make_refresh(task, path.NOISE_BOUND)(params, tokens, jax.random.key(0))
@@ -125,7 +125,7 @@ def test_noise_bound_with_one_group_divides_by_adams_divisor():
     assert_trees_all_close(found, jax.tree.map(jnp.abs, grads), rtol=1e-3, atol=1e-7)
 
 
-def test_sophia_on_some_parameters_leaves_the_others_to_nadamw():
+def test_study_sophia_on_matrices_trains_other_parameters_with_nadamw():
     params = {"embedding": jnp.ones(3), "first": {"kernel": jnp.ones((2, 2))}}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     values = dataclasses.asdict(Settings(0.1, gamma=1e-9, weight_decay=0.0)) | {"seed": 0}
@@ -138,7 +138,7 @@ def test_sophia_on_some_parameters_leaves_the_others_to_nadamw():
     np.testing.assert_allclose(updates["embedding"], expected["embedding"], rtol=1e-6)
 
 
-def test_values_follow_the_schedule_and_the_ends():
+def test_values_at_follows_the_learning_rate_schedule_and_end_values():
     start = dataclasses.asdict(Settings(1.0, b1=0.9)) | {"seed": 0, "steps": 100}
     values = {
         step: runs.values_at((start, start | {"b1": 0.5}), step)
@@ -154,7 +154,7 @@ def test_values_follow_the_schedule_and_the_ends():
 
 
 @pytest.mark.slow
-def test_a_run_learns_repeats_and_is_stored(tmp_path, monkeypatch, capsys):
+def test_study_run_learns_is_reproducible_and_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "small", mlp(context=4, width=8))
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
     ends = (("fraction", 0.9),)
@@ -164,12 +164,12 @@ def test_a_run_learns_repeats_and_is_stored(tmp_path, monkeypatch, capsys):
         outcome = runs.train_all([run])[run]
         assert "to go" not in capsys.readouterr().out
         assert len(outcome.losses) == len(outcome.averaged) == 16
-        assert outcome.losses[-1] < 3.5  # ln 128 = 4.9 at the start
+        assert outcome.losses[-1] < 3.5  # the initial loss is about ln 128 = 4.9
         assert outcome.loss == outcome.averaged[-1]
         assert runs.train(run) == outcome
         assert runs.train(dataclasses.replace(run, seed=1)) != outcome
 
 
-def test_a_diverged_run_has_an_infinite_loss():
+def test_outcome_of_a_diverged_run_has_an_infinite_loss():
     assert Outcome([2.0] * 15, []).loss == float("inf")
     assert Outcome([2.0] * 15 + [1.5], []).loss == 1.5

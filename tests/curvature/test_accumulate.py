@@ -1,4 +1,4 @@
-"""Micro-batches in `accumulate`, compared with an estimate of the complete batch."""
+"""Tests of `accumulate` over micro-batches against one estimate from the full batch."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def loss(params, x):
 
 
 def add_all(micro, batches):
-    """Add micro-batches, pairs of inputs and keyword arguments, and return the state."""
+    """Return the state after adding micro-batches, given as (inputs, keyword arguments)."""
     state, add = micro.init(PARAMS), jax.jit(micro.add)
     for x, kwargs in batches:
         state = add(state, PARAMS, x, **kwargs)
@@ -30,7 +30,7 @@ def add_all(micro, batches):
 
 
 def split(sizes, **arrays):
-    """Split X and named arrays into micro-batches of these sizes."""
+    """Split X and the named arrays into micro-batches of the given sizes."""
     ends = np.cumsum(sizes)
     slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     return [(X[s], {name: a[s] for name, a in arrays.items()}) for s in slices]
@@ -44,8 +44,8 @@ def split(sizes, **arrays):
         (hutchinson, loss, {}, {"key": KEY}),
     ],
 )
-def test_accumulate_of_equal_micro_batches_equals_one_estimate(make, fn, arrays, kwargs):
-    """The groups have the same sampled labels and probes, because the key is the same."""
+def test_accumulate_over_equal_micro_batches_equals_one_estimate(make, fn, arrays, kwargs):
+    """With the same key, both estimates use the same sampled labels and probes."""
     micro = accumulate(make(fn, groups=2))
     batches = [(x, named | kwargs) for x, named in split((4, 4, 4), **arrays)]
     state = add_all(micro, batches)
@@ -64,8 +64,8 @@ def gradient_of_sum(params, x, y, w):
 @pytest.mark.parametrize(
     ("sizes", "weights"), [((1, 11), None), ((5, 3, 4), WEIGHTS), ((2, 2, 8), WEIGHTS)]
 )
-def test_accumulate_of_unequal_micro_batches_has_the_correct_scale(sizes, weights):
-    """With given labels, ĥ is (1 / W) Σ_i S_i² of the sums S_i over micro-batches."""
+def test_accumulate_over_unequal_micro_batches_has_the_correct_scale(sizes, weights):
+    """With given labels, ĥ = Σ_i S_i² / Σ w, for the gradient sum S_i of micro-batch i."""
     w = jnp.ones(12) if weights is None else weights
     sums = [
         gradient_of_sum(PARAMS, x, named["y"], named["w"])
@@ -78,13 +78,13 @@ def test_accumulate_of_unequal_micro_batches_has_the_correct_scale(sizes, weight
     assert_trees_all_close(micro.mean(state), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_accumulate_weighs_sequences_by_their_number_of_predictions():
+def test_accumulate_weights_micro_batches_by_their_number_of_predictions():
     micro = accumulate(gnb(network))
     long, short = X[:8].reshape(2, 4, 2), X[8:10].reshape(2, 1, 2)
     assert add_all(micro, [(long, {"key": KEY}), (short, {"key": KEY})]).weight == 8 + 2
 
 
-def test_accumulate_ignores_a_micro_batch_of_weight_zero():
+def test_accumulate_ignores_a_micro_batch_with_zero_weight():
     micro = accumulate(gnb(network))
     batch = (X, {"key": KEY, "weights": WEIGHTS})
     masked = (X, {"key": KEY, "weights": jnp.zeros(12)})
@@ -95,8 +95,8 @@ def test_accumulate_ignores_a_micro_batch_of_weight_zero():
         assert all(jnp.isnan(h).all() for h in jax.tree.leaves(mean))
 
 
-def test_accumulate_weighs_hutchinson_by_the_given_weight():
-    """The loss is a masked mean, for which `hutchinson` in several groups is wrong."""
+def test_accumulate_weights_hutchinson_estimates_by_the_given_weight():
+    """The loss is a masked mean, so an unweighted mean of micro-batches would be wrong."""
     mask = jnp.array([1.0] * 5 + [0] * 7)
 
     def loss_of_bias(bias, x, m):

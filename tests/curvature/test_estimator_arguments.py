@@ -1,4 +1,4 @@
-"""Arguments shared by `gnb`, `empirical_fisher` and `hutchinson`."""
+"""Tests of the arguments shared by `gnb`, `empirical_fisher` and `hutchinson`."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_estimator_rejects_params_of_an_unsupported_dtype(make, fn, kwargs, leaf
 
 @EVERY_ESTIMATOR
 @pytest.mark.parametrize("groups", [1, 2])
-def test_estimator_accepts_none_empty_arrays_and_numbers_as_params(
+def test_estimator_accepts_none_empty_arrays_and_numbers_in_params(
     make, fn, kwargs, groups
 ):
     params = PARAMS | {"none": None, "empty": jnp.ones((0, 3)), "number": 1.5}
@@ -63,9 +63,7 @@ def test_estimator_does_not_depend_on_the_structure_of_params(make, fn, kwargs, 
 
 
 @EVERY_ESTIMATOR
-def test_estimator_in_one_group_accepts_a_batch_with_scalars_or_without_arrays(
-    make, fn, kwargs
-):
+def test_estimator_with_one_group_accepts_scalar_or_missing_batch_arrays(make, fn, kwargs):
     expected = make(fn)(PARAMS, 2 * X, **kwargs)
     without_arrays = make(lambda p: fn(p, 2 * X))(PARAMS, **kwargs)
     with_a_scalar = make(lambda p, x, scale: fn(p, scale * x))(PARAMS, X, 2.0, **kwargs)
@@ -96,7 +94,7 @@ def test_estimator_rejects_invalid_groups_batches_and_axes(
 
 
 @EVERY_ESTIMATOR
-def test_estimator_accepts_legacy_keys_and_numpy_targets_by_keyword(make, fn, kwargs):
+def test_estimator_takes_legacy_keys_and_numpy_targets_only_by_keyword(make, fn, kwargs):
     [(name, value)] = kwargs.items()
     other = jax.random.key_data(value) if name == "key" else np.uint8(value)
     assert_trees_all_close(*(make(fn)(PARAMS, X, **{name: v}) for v in (value, other)))

@@ -1,4 +1,4 @@
-"""`gnb` and `empirical_fisher`, compared with dense matrices and squared gradients."""
+"""Tests of `gnb` and `empirical_fisher` against dense matrices and squared gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def bernoulli_case(f):
 
 
 def normal_case(f):
-    # Three nodes are exact: the estimate is quadratic in the labels.
+    # Three quadrature nodes are exact, because the estimate is quadratic in the labels.
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(3)
     log_probs = np.log(node_weights / node_weights.sum())
     offsets, probabilities = all_labels(1.5 * nodes, np.broadcast_to(log_probs, (4, 3)))
@@ -61,7 +61,7 @@ def poisson_case(f):
 def test_gnb_mean_over_all_labels_is_the_gauss_newton_diagonal(
     x64, outputs_fn, case, predictions, groups, parallel_groups, weighted
 ):
-    """The mean is exact: a sum over all assignments of labels, times their probability."""
+    """The mean is an exact sum over all assignments of labels and their probabilities."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x, b = inputs(*predictions), jnp.arange(np.prod(predictions)).reshape(predictions)
     weights = jnp.where(b == 2, 0, 0.3 + b**2.0) if weighted else None
@@ -89,7 +89,7 @@ def test_gnb_mean_over_all_labels_is_the_gauss_newton_diagonal(
     ("groups", "parallel_groups"), [(1, None), (4, None), (4, 2), (4, 4)]
 )
 def test_gnb_is_the_empirical_fisher_of_its_sampled_labels(groups, parallel_groups):
-    """Each group samples labels with its own key, in parallel or sequentially."""
+    """Each group samples labels with its own key, also if groups run in parallel."""
     params, x, weights = network_params(), inputs(8, 5), jnp.arange(40.0).reshape(8, 5)
     labels = [
         Categorical().sample(jax.random.fold_in(KEY, g), network(params, part))
@@ -105,7 +105,7 @@ def test_gnb_is_the_empirical_fisher_of_its_sampled_labels(groups, parallel_grou
 
 
 def test_empirical_fisher_ignores_masked_predictions():
-    """Masked predictions affect neither the sum nor the scale, also with invalid labels."""
+    """Masked predictions affect neither the sum nor the scale, even with invalid labels."""
     params, x, estimate = network_params(), inputs(6), jax.jit(empirical_fisher(network))
     y = jnp.array([0, 2, 1, 1, -100, 7])
     weights = jnp.array([1.0, 1, 1, 1, 0, 0])
@@ -140,7 +140,7 @@ def test_empirical_fisher_sums_and_squares_in_float32(dtype, predictions, size):
 
 
 def test_gnb_does_not_differentiate_sampled_labels():
-    """A normal label is f + noise. If it were differentiated, the gradient would be 0."""
+    """A `Normal` label is f + noise. Differentiating it would make the gradient 0."""
     estimate = gnb(lambda p, x: p * x, likelihood=Normal())
     x = jnp.arange(1.0, 5.0)
     noise = jax.random.normal(jax.random.fold_in(KEY, 0), (4,))
@@ -156,7 +156,7 @@ def test_gnb_is_nan_if_the_sum_of_the_weights_overflows():
 
 @pytest.mark.parametrize("axis_name", [None, "d"])
 @pytest.mark.parametrize("parallel_groups", [1, 4])
-def test_gnb_traces_a_model_without_each_group_once(parallel_groups, axis_name):
+def test_gnb_traces_the_model_only_once_without_each_group(parallel_groups, axis_name):
     calls = []
 
     def logits_fn(params, x):

@@ -1,4 +1,4 @@
-"""`hutchinson`, compared with dense Hessians and Hessian-vector products."""
+"""Tests of `hutchinson` against dense Hessians and Hessian-vector products."""
 
 import itertools
 
@@ -22,8 +22,8 @@ def small_loss(params, x):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_hutchinson_mean_over_all_probes_is_the_diagonal(x64, monkeypatch, groups):
-    """All groups have the same probe, because the mean of each group is exact."""
+def test_hutchinson_mean_over_all_probes_is_the_hessian_diagonal(x64, monkeypatch, groups):
+    """The groups may share probes, because each group's mean over all probes is exact."""
     params = {"a": jnp.array([0.3, -1.2, 0.7]), "b": jnp.array([[1.1], [0.2]])}
     x = jax.random.normal(jax.random.key(0), (6, 3))
 
@@ -62,7 +62,7 @@ def test_hutchinson_probes_are_signs_in_the_dtypes_of_params(monkeypatch):
     ("groups", "num_probes", "parallel_groups"),
     [(1, 1, None), (1, 3, None), (2, 1, 1), (4, 2, 2)],
 )
-def test_hutchinson_is_the_mean_of_products_with_probes(
+def test_hutchinson_is_the_mean_of_hessian_vector_products_with_probes(
     groups, num_probes, parallel_groups
 ):
     params, key = network_params(), jax.random.key(3)

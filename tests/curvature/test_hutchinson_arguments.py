@@ -1,4 +1,4 @@
-"""Losses and settings of `hutchinson`, and kernels without a JVP."""
+"""Tests of `hutchinson` with invalid losses or arguments and kernels without a JVP."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 
 
 def hutchinson_of(edit, x=X, *, fn=network, groups=1):
-    """Estimate the Hessian of `edit(losses)`, given one loss for each example."""
+    """Estimate the Hessian diagonal of `edit(losses)`, with one loss per example."""
     estimate = hutchinson(lambda p, x: edit(jnp.mean(fn(p, x) ** 2, 1)), groups=groups)
     return estimate(PARAMS, x, key=KEY)
 
@@ -46,11 +46,11 @@ def test_hutchinson_rejects_an_invalid_loss(edit, error, message):
     [
         (lambda v: v.mean() * jnp.nan, False),
         (lambda v: v.mean() * jnp.inf, False),
-        (lambda v: v.mean() + jnp.nan, True),  # the value is ignored
+        (lambda v: v.mean() + jnp.nan, True),  # the value of the loss is ignored
         (lambda v: v.mean().astype(jnp.float16), True),
     ],
 )
-def test_hutchinson_is_finite_if_the_second_derivatives_are(edit, finite):
+def test_hutchinson_is_finite_exactly_if_second_derivatives_are_finite(edit, finite):
     assert np.isfinite(optax.tree.sum(hutchinson_of(edit))) == finite
 
 
@@ -71,7 +71,7 @@ def host_tanh(x):
 
 
 def network_with(kernel):
-    """Return a network with a `custom_vjp` of the kernel, like cuDNN's attention."""
+    """Return a network that wraps the kernel in a `custom_vjp`, as cuDNN attention does."""
     tanh = jax.custom_vjp(kernel)
     tanh.defvjp(lambda x: (kernel(x), x), lambda x, g: (g * (1 - kernel(x) ** 2),))
     return lambda p, x: tanh(x @ p["in"]) @ p["out"] + p["bias"]
@@ -98,7 +98,7 @@ def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
 
 
 def test_hutchinson_scans_layers_as_often_as_a_gradient():
-    """A forward-over-reverse product needs half of the scans of reverse-over-reverse."""
+    """A forward-over-reverse product needs half as many scans as reverse-over-reverse."""
 
     def loss_fn(layers):
         h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jnp.ones(3), layers)

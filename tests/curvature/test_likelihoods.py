@@ -1,4 +1,4 @@
-"""Likelihoods, compared with formulas in NumPy."""
+"""Tests of the likelihoods against formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_likelihood_neg_log_prob_equals_its_formula(likelihood, targets, expecte
     np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_categorical_neg_log_prob_allows_infinite_and_huge_logits():
+def test_categorical_neg_log_prob_is_accurate_for_infinite_and_huge_logits():
     logits = np.array([[1.0, 2.0, -np.inf], [1e4, -1e4, 0.0]])
     losses = Categorical().neg_log_prob(jnp.asarray(logits), jnp.array([0, 1]))
     np.testing.assert_allclose(losses, [np.log(1 + np.e), 2e4], rtol=1e-6)

@@ -15,7 +15,7 @@ from examples.gpt.operations.run import save_tokenizer
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """Return a function that makes the config of a run of 4 steps."""
+    """Return a function that makes the config of a tiny run with 4 steps."""
     (tmp_path / "corpus.txt").write_text(TEXT)
     values = {"data": tmp_path / "corpus.txt", "out": tmp_path / "out", "steps": 4}
     values |= {"warmup": 1, "layers": 1, "heads": 2, "width": 16, "context": 16}
@@ -25,7 +25,7 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Return a text file."""
+    """Return the path of a text file."""
     file = tmp_path_factory.mktemp("data") / "corpus.txt"
     file.write_text(TEXT)
     return file
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device_losses(corpus, tmp_path_factory):
-    """Return a function from an optimizer to the losses of its run on one device."""
+    """Return a function that returns the losses of an optimizer's single-device run."""
 
     @functools.cache
     def train(optimizer):
@@ -48,13 +48,13 @@ def one_device_losses(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted_losses(one_device_losses):
-    """Return the losses of a run that is not interrupted."""
+    """Return the losses of an uninterrupted run."""
     return one_device_losses("sophia_g")
 
 
 @pytest.fixture
 def save_run(tmp_path):
-    """Return a function that writes the folder of a run with given parameters."""
+    """Return a function that writes a run's folder with a checkpoint of `params`."""
 
     def save(model, params, tokenizer, data=None):
         folder = tmp_path / "out"
@@ -70,7 +70,7 @@ def save_run(tmp_path):
 
 
 class MemoryS3(MemoryFileSystem):
-    """S3 in memory."""
+    """An in-memory file system for s3:// paths."""
 
     protocol = "s3"
 
@@ -81,7 +81,7 @@ class MemoryS3(MemoryFileSystem):
 
 @pytest.fixture
 def bucket():
-    """Return an empty file system for s3:// paths."""
+    """Return an empty in-memory file system for s3:// paths."""
     fsspec.register_implementation("s3", MemoryS3, clobber=True)
     MemoryS3.store, MemoryS3.pseudo_dirs = {}, [""]
     return MemoryS3()

@@ -1,4 +1,4 @@
-"""Attention kernels, interpreted and compared with XLA, or lowered without a device."""
+"""Attention kernels: equality with XLA in interpret mode, and lowering for accelerators."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def test_attention_within_documents_ignores_other_documents(name):
     document = np.asarray(jax.random.randint(jax.random.key(2), (50,), 1, 128))
 
     def logits(before):
-        """Return the logits of the document and its end, after these tokens."""
+        """Return logits for the document and its end token, preceded by `before`."""
         tokens = np.concatenate([before, document, [0], np.full(128, 5)])[:128]
         tokens = tokens.astype(np.int32)
         return logits_of(tokens[None])[0, len(before) : len(before) + 51]
@@ -65,8 +65,8 @@ def run_step(mesh, **values):
 
 
 @pytest.mark.slow
-def test_step_with_splash_on_8_devices_equals_xla_on_one():
-    """The groups of a refresh are mapped over an axis that is not an axis of the mesh."""
+def test_step_with_splash_on_8_devices_matches_xla_on_a_single_device():
+    """The groups of a refresh are vmapped over an axis that is not a mesh axis."""
     values = dict(gamma=0.05, remat="full", within_documents=True, end_of_document=0)
     make_config(**values).check()
     mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
@@ -92,7 +92,7 @@ def test_step_with_splash_on_8_devices_equals_xla_on_one():
 def test_step_is_lowered_with_the_kernel_of_the_platform(monkeypatch, platform, mesh, call):
     """The loss, its backward pass and the refresh use the kernel."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    monkeypatch.setattr(cudnn, lambda: 91_000)  # the library is not installed
+    monkeypatch.setattr(cudnn, lambda: 91_000)  # cuDNN is not installed
     monkeypatch.setattr(attention, "platform", lambda: platform.replace("cuda", "gpu"))
     mesh = ONE_DEVICE if mesh is None else sharding.make_mesh(mesh)
     traced, *_ = trace_step(mesh, **SMALL, dtype="bfloat16", remat="dots")
@@ -120,7 +120,7 @@ def test_step_is_lowered_with_the_kernel_of_the_platform(monkeypatch, platform, 
     ],
 )
 def test_choose_kernel_depends_on_the_devices_of_the_mesh(platform, values, expected):
-    """None means that the requested kernel does not support the platform or the model."""
+    """`expected` is None if the requested kernel does not support the platform or model."""
     config = make_config(**(SMALL | values)).with_resolved_defaults(128).model
     mesh = ONE_DEVICE.abstract_mesh
     device = dataclasses.replace(mesh.abstract_device, platform=platform)

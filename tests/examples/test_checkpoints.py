@@ -1,4 +1,4 @@
-"""Resuming from checkpoints with changed values and after failures, in this process."""
+"""Resuming from checkpoints with changed flags and after failures, in a single process."""
 
 import chex
 import jax
@@ -14,23 +14,23 @@ from examples.gpt.operations.checkpoints import load_params, ocp, saved_values
 from examples.gpt.operations.processes import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")
-FULL = OSError(28, "No space left on device")
+DISK_FULL = OSError(28, "No space left on device")
 
 
 def train(config):
-    """Run the command, and return the rows of metrics."""
+    """Run the training command, and return its rows of metrics."""
     return main(config)[config.optimizer]
 
 
 @pytest.mark.slow
 def test_resume_rejects_a_different_model_or_data(tiny_config, tmp_path):
-    """Both in the folder of the run, and with `resume_from` in a new folder."""
+    """Check a run resumed in its own folder, and `resume_from` in a new folder."""
     train(tiny_config())
     before = (tiny_config().folder / "metrics.jsonl").read_text()
     new = {"out": tmp_path / "new", "resume_from": tiny_config().folder, "steps": 6}
     for values in ({}, new):
         for name, value in (("width", 32), ("seed", 1), ("optimizer", "adamw")):
-            with pytest.raises(ConfigError, match=rf"is of a different run, .*:\n  {name}"):
+            with pytest.raises(ConfigError, match=rf"different values\. .*:\n  {name}"):
                 main(tiny_config(**values, **{name: value}))
     (tmp_path / "corpus.txt").write_text(TEXT.upper())
     for values in ({}, new):
@@ -46,23 +46,23 @@ def test_run_resumes_with_more_steps_and_a_different_schedule(tiny_config, capsy
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "  steps: 4 before, 6 now" in capsys.readouterr().out
     assert [row["lr"] for row in rows[4:]] == pytest.approx([5e-3, 2.5e-3])
-    with pytest.raises(ConfigError, match=r"`steps` must be at least 6, .*, got 5"):
+    with pytest.raises(ConfigError, match=r"must be at least 6 to resume from .*, got 5"):
         main(tiny_config(steps=5, schedule="wsd", decay=2))
 
 
 @pytest.mark.slow
-def test_resume_from_equals_the_original_run_bit_for_bit(tiny_config, tmp_path):
+def test_run_with_resume_from_equals_the_original_run_bit_for_bit(tiny_config, tmp_path):
     values = {"steps": 6, "schedule": "constant", "checkpoint_every": 3}
     expected = [row["loss"] for row in train(tiny_config(**values))[3:]]
     values |= {"resume_from": tiny_config().folder / "checkpoints" / "3"}
-    values |= {"groups": None, "refresh_batch": None}  # the defaults are the saved values
+    values |= {"groups": None, "refresh_batch": None}  # None restores the saved values
     rows = train(tiny_config(**values, out=tmp_path / "b"))
     assert [row["loss"] for row in rows] == expected
     assert saved_values(tmp_path / "b")["groups"] == 4
     values |= {"schedule": "wsd", "decay": 3}
     rows = train(tiny_config(**values, out=tmp_path / "c"))
     assert [row["lr"] for row in rows] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
-    with pytest.raises(ConfigError, match=r"`steps` must be at least 4, .*, got 3"):
+    with pytest.raises(ConfigError, match=r"must be at least 4 to resume from .*, got 3"):
         train(tiny_config(**values | {"steps": 3, "decay": 1}, out=tmp_path / "d"))
 
 
@@ -80,7 +80,7 @@ def test_init_from_a_run_starts_from_its_parameters(tiny_config):
 
 
 @pytest.mark.slow
-def test_run_with_a_nonfinite_loss_fails_with_a_finite_checkpoint(tiny_config):
+def test_run_with_a_nonfinite_loss_fails_and_keeps_a_finite_checkpoint(tiny_config):
     values = {"optimizer": "adamw", "learning_rate": 1e38, "warmup": 15, "steps": 30}
     with pytest.raises(ConfigError, match=r"of step \d+ is (nan|inf)"):
         main(tiny_config(**values, checkpoint_every=2))
@@ -95,7 +95,7 @@ def test_run_resumes_after_a_full_disk(tiny_config, monkeypatch):
 
     def save(self, step, *rest, **kwargs):
         if step == 8:
-            raise FULL
+            raise DISK_FULL
         return original(self, step, *rest, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -112,7 +112,7 @@ def test_run_does_not_report_a_failed_write_as_saved(tiny_config, monkeypatch, c
         latest = self.latest
         close(self)
         if latest is not None:
-            raise FULL
+            raise DISK_FULL
 
     monkeypatch.setattr(ocp.training.Checkpointer, "close", fail)
     monkeypatch.setattr(StopSignal, "should_stop", lambda *_: True)
@@ -137,7 +137,7 @@ def test_write_bytes_is_atomic(tmp_path, monkeypatch):
     def fail(path, content):
         with path.open("wb") as file:
             file.write(content[:1])
-        raise FULL
+        raise DISK_FULL
 
     folders.write_bytes(tmp_path / "file", b"old")
     monkeypatch.setattr(type(tmp_path), "write_bytes", fail)

@@ -1,4 +1,4 @@
-"""The choice of a layout, and programs compiled for devices that are not attached."""
+"""Layout selection, and ahead-of-time compilation for devices that are not attached."""
 
 import dataclasses
 import importlib.util
@@ -96,8 +96,8 @@ def test_memory_bytes_count_slices_in_loops_once_per_iteration():
     assert 8 * 3 <= arrays < 8 * 5  # each iteration: x and y are read, y is written
 
 
-def test_collectives_read_the_iterations_of_a_loop_from_its_condition():
-    """The program is a `scan` in the format of the compiler for TPUs."""
+def test_collectives_read_the_trip_count_of_a_loop_from_its_condition():
+    """The HLO is a `scan` in the format of the TPU compiler."""
     text = """
 %condition (c: (s32[], f32[4])) -> pred[] {
   %c = (s32[], f32[4]) parameter(0)
@@ -153,22 +153,22 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("slices", [1, 2])
-def test_make_mesh_with_slices_splits_an_axis_of_the_torus(slices):
+def test_make_mesh_splits_an_axis_of_the_tpu_torus(slices):
     _, devices = open_topology("v5p:4x4x8", slices)
     assert make_mesh("fsdp=2", devices).shape["data"] == 64 * slices
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_compile_run_with_slices_exchanges_only_gradients_between_them():
-    """A step exchanges one gradient, and a step with a refresh two."""
+def test_compile_run_exchanges_only_gradients_and_estimates_between_slices():
+    """A step exchanges a gradient, and a refresh adds an estimate of the same size."""
     config = parse(SMALL)
     results = tool.compile_run(config, *open_topology("v5e:2x2", slices=2))
     plain, refresh = (
         results["programs"][f"{name} a refresh"]["exchanged"][hlo.BETWEEN_SLICES]
         for name in ("without", "with")
     )
-    gradient = results["memory"]["parameters"] * 2**30 / 4  # of the devices of a slice
+    gradient = results["memory"]["parameters"] * 2**30 / 4  # bytes per device of a slice
     assert gradient <= plain < 2 * gradient  # gradients of small parameters are replicated
     assert 1.5 * plain < refresh < 2.1 * plain
 

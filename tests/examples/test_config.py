@@ -19,19 +19,19 @@ from examples.gpt.presets import PRESETS, parse, preset_config
         ({"loss_chunk": -1}, "`loss_chunk` must be positive, got -1"),
         ({"weight_decay": "nan"}, "`weight_decay` must be at least 0, got nan"),
         ({"share": 1.5}, "`share` must be less than 1, got 1.5"),
-        ({"share": 0.1, "gamma": 0.1}, "`gamma` and `share`.* 0.1 and 0.1 for sophia_g"),
-        ({"optimizer": "lion", "gamma": 0.1}, "other .* none, got 0.1 and None for lion"),
+        ({"share": 0.1, "gamma": 0.1}, "`gamma` or `share`.* 0.1 and 0.1 for sophia_g"),
+        ({"optimizer": "lion", "gamma": 0.1}, "neither, got 0.1 and None for lion"),
         ({"optimizer": "lion", "nesterov": True}, "`nesterov` must not be True for lion"),
         (
             {"optimizer": "nadamw", "nesterov": False},
             "`nesterov` must not be False for nad",
         ),
-        ({"warmup": 500}, "`warmup` and `decay` must fit `steps`, got 500, 0 and 500"),
-        ({"schedule": "wsd", "decay": 451}, "must fit `steps`, got 50, 451 and 500"),
+        ({"warmup": 500}, r"`warmup` must be less than `steps`.* 500 \+ 0 and 500"),
+        ({"schedule": "wsd", "decay": 451}, r"at most `steps`, got 50 \+ 451 and 500"),
         ({"architecture": "neox", "heads": 16}, "`width` / `heads` .* got 64 / 16"),
-        ({"compare": ("adamw", "sophia_g")}, "`compare` must name other"),
-        ({"compare": ("adamw", "adamw")}, "`compare` must name other"),
-        ({"init_from": "a", "resume_from": "b"}, "exclude each other"),
+        ({"compare": ("adamw", "sophia_g")}, "`compare` must list distinct"),
+        ({"compare": ("adamw", "adamw")}, "`compare` must list distinct"),
+        ({"init_from": "a", "resume_from": "b"}, "mutually exclusive"),
         ({"coordinator": "here:1"}, "`num_processes` and `process_id` must be given tog"),
     ],
 )
@@ -52,7 +52,7 @@ def test_flags_override_the_preset():
 
 @pytest.mark.parametrize("preset", ["bytes", "gpt2-125m"])
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
-def test_share_and_gamma_replace_each_other(preset, optimizer):
+def test_share_or_gamma_replaces_the_preset_value_of_the_other(preset, optimizer):
     for given in ({"share": 0.3, "gamma": None}, {"share": None, "gamma": 0.3}):
         flag = {name: value for name, value in given.items() if value is not None}
         config = make_config(preset=preset, optimizer=optimizer, **flag)
@@ -85,7 +85,7 @@ def test_preset_configs_are_valid_for_every_optimizer(preset):
         (8, {"batch": 8}, (8, 8)),
     ],
 )
-def test_default_groups_are_divisible_by_the_devices(devices, values, expected):
+def test_default_groups_are_a_multiple_of_the_device_count(devices, values, expected):
     config = make_config(**({"batch": 480} | values)).with_resolved_defaults(100, devices)
     assert (config.refresh.refresh_batch, config.refresh.groups) == expected
 

@@ -1,4 +1,4 @@
-"""Batches, and the corpora that they are read from."""
+"""Training batches, and the corpora from which they are read."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ CONTEXT = 8
 
 
 def write_prepared(folder, train, validation, shard_tokens):
-    """Write the folder of a prepared corpus of these bytes."""
+    """Write the bytes of both splits as a prepared corpus. Return its folder."""
     folder.mkdir()
     manifest = {"format": 1, "tokenizer": "bytes", "dtype": "uint16", "finished": True}
     for name, tokens in (("train", train), ("validation", validation)):
@@ -36,17 +36,17 @@ def prepared(tmp_path):
 
 
 def make_tokens(*sizes):
-    """Return shards of these sizes. All tokens differ."""
+    """Return distinct tokens in shards of these sizes."""
     return data.Tokens(tuple(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
 
 
 def take(n, *args, **kwargs):
-    """Return the next n batches."""
+    """Return the first n batches of a new iterator."""
     with contextlib.closing(data.batches(*args, **kwargs)) as batches:
         return np.stack([next(batches) for _ in range(n)])
 
 
-def test_batches_have_each_target_once_in_an_epoch_and_do_not_cross_shards():
+def test_batches_contain_each_target_once_per_epoch_and_do_not_cross_shards():
     split = make_tokens(6 * CONTEXT + 1, 3, 9 * CONTEXT + 5, CONTEXT + 1, CONTEXT, 0)
     epoch = take(4, split, batch=4, context=CONTEXT, seed=0).reshape(-1, CONTEXT + 1)
     assert epoch.dtype == np.int32
@@ -72,13 +72,13 @@ def test_batches_have_a_different_order_in_each_epoch_and_for_each_seed():
             assert np.mean(order == other) < 0.2
 
 
-def test_batches_resume_after_a_number_of_steps():
+def test_batches_resume_from_a_start_step():
     split, sizes = make_tokens(50 * CONTEXT + 1), {"batch": 8, "context": CONTEXT}
     expected = take(21, split, seed=3, **sizes)
     np.testing.assert_array_equal(take(12, split, seed=3, start=9, **sizes), expected[9:])
 
 
-def test_corpus_checksum_depends_on_the_content_only(tmp_path):
+def test_corpus_checksum_depends_only_on_the_content(tmp_path):
     one, same = (write_prepared(tmp_path / name, b"a" * 99, b"b" * 99, 50) for name in "ab")
     other = write_prepared(tmp_path / "c", b"a" * 99, b"c" * 99, 50)
     checksums = [corpora.load(folder).checksum for folder in (one, same, other)]
@@ -106,18 +106,18 @@ def test_load_rejects_a_damaged_corpus(prepared, file, damage, message):
         corpora.load(prepared)
 
 
-def test_corpus_check_requires_a_sequence_in_each_split(tmp_path):
+def test_corpus_check_requires_a_full_sequence_in_each_split(tmp_path):
     corpus = corpora.load(write_prepared(tmp_path / "p", b"a" * 500, b"b" * 20, 1000))
     corpus.check(ModelConfig(context=19))
     with pytest.raises(ConfigError, match=r"`context` must be less than 20, .*, got 20"):
         corpus.check(ModelConfig(context=20))
 
 
-def test_load_splits_text_by_file(tmp_path):
+def test_load_assigns_each_text_file_to_one_split(tmp_path):
     (tmp_path / "binary").write_bytes(b"\0" * 10_000)
     for name in (".hidden", "for_prepare.jsonl"):
         (tmp_path / name).write_text("no" * 10_000)
-    with pytest.raises(ConfigError, match="no text files in it"):
+    with pytest.raises(ConfigError, match="`data` must contain text files"):
         corpora.load(tmp_path)
     for i in range(40):
         (tmp_path / f"{i}.py").write_text(f"<{i}>" * 50)
@@ -133,7 +133,7 @@ def test_load_splits_text_by_file(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
-def test_load_splits_few_files_within_a_file(tmp_path, sizes):
+def test_load_splits_inside_a_file_if_there_are_few_files(tmp_path, sizes):
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text("x" * size)
     corpus = corpora.load(tmp_path)
@@ -155,7 +155,7 @@ def test_visible_files_follows_links_and_lists_each_folder_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_does_not_require_the_extra_data(prepared):
+def test_training_does_not_require_the_data_extra(prepared):
     code = """
 import sys
 for name in ("datasets", "pyarrow", "tokenizers", "zstandard"):

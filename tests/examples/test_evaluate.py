@@ -41,7 +41,7 @@ def corpus_of(tokenizer, tokens, *cuts):
     ("size", "cuts"), [(254, ()), (254, (7, 7, 100)), (241, ()), (20, ()), (2, (1,))]
 )
 def test_evaluate_scores_every_token_except_the_first(params, size, cuts):
-    """The split has several shards, or is shorter than the context of 24 tokens."""
+    """Some splits have several shards or are shorter than the context of 24 tokens."""
     tokens = np.random.default_rng(0).integers(1, 256, size)
     each = [log_probs(CONFIG, params, tokens[i : i + 25]) for i in range(0, size - 1, 24)]
     corpus = corpus_of(Bytes(), tokens, *cuts)
@@ -58,7 +58,7 @@ def test_evaluate_counts_bytes_equally_for_two_tokenizers(params):
         first, second = tokenizer.encode_batch(["é", TEXT])
         end = [tokenizer.end_of_document]
         corpus = corpus_of(tokenizer, np.concatenate([first, end, second, end]))
-        for batch in (1, 7):  # the text is cut within characters
+        for batch in (1, 7):  # sequences end inside multi-byte characters
             found.append(evaluate.evaluate(CONFIG, params, corpus, batch))
     np.testing.assert_allclose(found, found[:1] * 4, rtol=1e-6)
     assert found[0][1:] == (len(TEXT.encode()) + 3, len(TEXT.encode()) + 2)
@@ -83,16 +83,16 @@ def test_evaluate_main_prints_the_loss_of_a_run_and_of_exported_weights(
         assert capsys.readouterr().out == printed
 
 
-def test_evaluate_on_a_mesh_equals_one_device(params, corpus, save_run):
-    """The batch is not a multiple of the devices. The checkpoint is read sharded."""
+def test_evaluate_on_a_mesh_matches_single_device(params, corpus, save_run):
+    """The device count does not divide the batch size. The checkpoint loads sharded."""
     out = save_run(CONFIG, params, Bytes(), corpus)
     split = corpora.load(corpus)
     expected = evaluate.evaluate(CONFIG, params, split, batch=5)
-    for text in ("", "data=2,fsdp=2,tensor=2"):
-        mesh = sharding.make_mesh(text)
+    for spec in ("", "data=2,fsdp=2,tensor=2"):
+        mesh = sharding.make_mesh(spec)
         config, sharded = load_params(out, mesh)
         sizes = {p.addressable_shards[0].data.size for p in jax.tree.leaves(sharded)}
-        assert (max(sizes) < 384 * 16) == bool(text)
+        assert (max(sizes) < 384 * 16) == bool(spec)
         with jax.set_mesh(mesh):
             loss = evaluate.evaluate(config, sharded, split, batch=5)
         assert loss[1:] == expected[1:]

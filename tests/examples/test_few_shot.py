@@ -1,4 +1,4 @@
-"""Evaluation in few-shot tasks of lm-eval."""
+"""Evaluation on few-shot tasks of lm-eval."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def lm(params):
 
 
 def request(lm, *pairs):
-    """Return the scores of continuations after their contexts."""
+    """Return the model's scores for (context, continuation) pairs."""
     return lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
 
 
@@ -53,7 +53,7 @@ def score(params, context, continuation):
 
 
 def test_few_shot_model_scores_continuations_of_all_lengths(lm, params):
-    """The 23 requests, in batches of 4, are padded or cut."""
+    """Requests are padded or truncated, and 23 requests do not fill batches of 4."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple("".join(map(chr, rng.integers(97, 123, size))) for size in sizes)
@@ -67,7 +67,7 @@ def test_few_shot_model_scores_continuations_of_all_lengths(lm, params):
 
 
 def test_few_shot_model_rejects_a_continuation_longer_than_the_context(lm):
-    with pytest.raises(ConfigError, match="`context` is 96, and a text has 97 tokens"):
+    with pytest.raises(ConfigError, match=r"`context` must be at least 97, .*, got 96"):
         request(lm, ("x", "y" * 97))
 
 
@@ -91,7 +91,7 @@ def questions(name, size, seed):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Return a folder with data of all four tasks."""
+    """Return a folder with data for all four tasks."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name in COLUMNS:
         (tmp_path / name).mkdir()

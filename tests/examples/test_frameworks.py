@@ -1,4 +1,4 @@
-"""Examples with each framework."""
+"""Example scripts for Equinox, Linen, NNX and plain pytrees."""
 
 import importlib
 

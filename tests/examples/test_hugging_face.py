@@ -1,4 +1,4 @@
-"""Weights of GPT-2 in Hugging Face's format."""
+"""GPT-2 weights in the format of Hugging Face."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CONFIG = ModelConfig(layers=2, heads=3, width=12, context=10, vocabulary=31, bia
 
 
 def random_params(config):
-    """Return random parameters, also of norms and biases, with small embeddings."""
+    """Return random parameters, including norms and biases, with small embeddings."""
     rng = np.random.default_rng(0)
 
     def draw(path, p):
@@ -46,7 +46,7 @@ def write(folder, tensors):
 
 
 def assert_loads(folder, expected):
-    """Check the model and the parameters in a folder."""
+    """Check that `load` returns `CONFIG` and the expected float32 parameters."""
     config, params = hugging_face.load(folder)
     assert config == CONFIG
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
@@ -65,7 +65,7 @@ def test_load_returns_the_saved_params(tmp_path, bias):
 
 
 def test_load_reads_variants_of_the_format(folder):
-    """No prefix, buffers of old versions, a saved head, several files, and an alias."""
+    """Check names without a prefix, old buffers, a saved head, two files and an alias."""
     tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(folder).items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
     tensors["lm_head.weight"] = tensors["wte.weight"]
@@ -100,7 +100,7 @@ def change_config(folder, **fields):
         ({"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` must be 1e-05"),
     ],
 )
-def test_load_rejects_different_models(folder, field, message):
+def test_load_rejects_unsupported_models(folder, field, message):
     change_config(folder, **field)
     with pytest.raises(ConfigError, match=message):
         hugging_face.load(folder)

@@ -1,4 +1,4 @@
-"""Connection of processes, and the files that launch them."""
+"""Detection of launchers, and the launch files for TPUs, Slurm and Kubernetes."""
 
 import shlex
 import subprocess
@@ -73,7 +73,7 @@ def test_kubernetes_objects_are_consistent():
 
 
 def check_on_32_devices(arguments):
-    """Check the flags of a run on 32 TPU chips or GPUs, which are rows in the docs."""
+    """Check that a run's flags are valid on the 32 TPU chips and 32 GPUs in the docs."""
     config = parse(arguments)
     config.check()
     assert config.training.mesh == "auto"

@@ -21,7 +21,7 @@ def compile_step(mesh, **values):
 
 @pytest.mark.slow
 def test_step_with_data_parallelism_exchanges_a_gradient_and_an_estimate():
-    """Micro-batches and chunks of the loss do not change this."""
+    """Micro-batches and loss chunks do not increase the exchanged bytes."""
     mesh, sizes = sharding.make_mesh(""), []
     values = {"accumulate": 2, "loss_chunk": 8}
     for optimizer in ("adamw", "sophia_g"):
@@ -35,11 +35,11 @@ def test_step_with_data_parallelism_exchanges_a_gradient_and_an_estimate():
 
 @pytest.mark.slow
 def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
-    """Each of two micro-batches exchanges a gradient, and a refresh an estimate."""
+    """Each of two micro-batches exchanges a gradient. A refresh exchanges an estimate."""
     values = {"accumulate": 2, "loss_chunk": 8, "remat": "full", "layers": 8}
     mesh, exchanged, temporary = sharding.make_mesh("fsdp=8"), [], []
     for optimizer in ("adamw", "sophia_g"):
-        # A constant gamma does not communicate a sample of entries.
+        # With a constant gamma, Sophia does not communicate a sample of entries.
         gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}
         compiled, state = compile_step(mesh, optimizer=optimizer, **values, **gamma)
         found = bytes_of(collectives(compiled))
@@ -53,10 +53,10 @@ def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
-@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
-def test_step_keeps_parameters_and_averages_sharded(text, architecture):
-    """All except norms, which are vectors, are sharded over all axes."""
-    mesh = sharding.make_mesh(text)
+@pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
+def test_step_keeps_parameters_and_moving_averages_sharded(spec, architecture):
+    """All parameters except norms, which are vectors, are sharded."""
+    mesh = sharding.make_mesh(spec)
     compiled, state = compile_step(mesh, architecture=architecture)
     all_shards, shard_bytes = mesh.shape["fsdp"] * mesh.shape["tensor"], []
 
@@ -78,7 +78,7 @@ def test_step_keeps_parameters_and_averages_sharded(text, architecture):
 
 
 def test_partition_specs_match_complete_names():
-    """The names of a layer as a state of NNX end with /value."""
+    """Parameter names in an NNX state end with /value."""
     kernel = np.zeros((4, 4))
     specs = sharding.partition_specs({"up": {"kernel": nnx.Param(kernel)}})
     assert specs["up"]["kernel"].get_value() == jax.P("fsdp", "tensor")
@@ -89,14 +89,14 @@ def test_partition_specs_match_complete_names():
 @pytest.mark.parametrize(
     ("mesh", "values", "message"),
     [
-        ("data=3", {}, r"`mesh` must have .*, got data=3,fsdp=1,tensor=1 for 8"),
+        ("data=3", {}, "sizes of `mesh` must .*, got data=3,fsdp=1,tensor=1 for 8"),
         ("model=8", {}, r"`mesh` must be like data=8,fsdp=4,tensor=2, got 'model=8'"),
         ("data=x", {}, r"`mesh` must be like"),
         ("tensor=8", {}, r"`mesh`: tensor=8 must divide .* for params/blocks/project/"),
         ("", {"batch": 36, "refresh_batch": 12, "groups": 12}, "`batch` must be a mult"),
-        ("", {"accumulate": 8}, r"`batch` must be a multiple .* 8 devices .* 32 and 8"),
+        ("", {"accumulate": 8}, r"`batch` must be a multiple .* 8 .* 32 and 8"),
     ],
 )
-def test_step_rejects_a_mesh_that_does_not_divide_the_sizes(mesh, values, message):
+def test_step_rejects_an_invalid_mesh_or_indivisible_sizes(mesh, values, message):
     with pytest.raises(ConfigError, match=message):
         compile_step(sharding.make_mesh(mesh), **values)

@@ -1,4 +1,4 @@
-"""The model: logits, the loss and its gradient."""
+"""The GPT model: logits, the loss and its gradient."""
 
 import dataclasses
 
@@ -74,8 +74,8 @@ def test_loss_chunk_and_remat_do_not_change_loss_and_gradient(dtype, remat, loss
     assert_close_to_max(ours, theirs, 1e-5 if dtype == "float32" else 0.03)
 
 
-def test_loss_chunk_gradient_of_the_head_is_one_matrix_product():
-    """Otherwise XLA for GPUs stores a gradient of the head for each position."""
+def test_loss_chunk_computes_the_head_gradient_in_one_matrix_product():
+    """Otherwise XLA on GPUs would store a gradient of the head for each position."""
     config = ModelConfig(context=64, vocabulary=160, dtype="bfloat16", loss_chunk=16)
     params = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((3, 65), jnp.int32)
@@ -103,12 +103,12 @@ def test_loss_chunk_reduces_temporary_memory():
     without_chunks = memory(loss_chunk=T)
     assert without_chunks > 1.5 * logits
     assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
-    # The stored gradients are in 16 bits, which XLA on CPU may widen.
+    # Gradients are stored in bfloat16, but XLA on CPU may widen them.
     assert memory(loss_chunk=T // 16) < 0.8 * without_chunks
 
 
 def equations(jaxpr):
-    """Yield all equations, also those inside loops and functions."""
+    """Yield all equations of a jaxpr, including those inside loops and functions."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
@@ -147,7 +147,7 @@ def test_bfloat16_gradient_of_a_frequent_token_is_summed_in_float32(mesh):
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
 def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
-    """The test reads dtypes from the jaxpr: XLA on CPU has no 16-bit collectives."""
+    """Dtypes are read from the jaxpr, because XLA on CPU has no 16-bit collectives."""
     config = dataclasses.replace(config, dtype="bfloat16", context=25, vocabulary=256)
     with jax.set_mesh(sharding.make_mesh("fsdp=8")):
         params = jax.eval_shape(lambda: model.init(config))
@@ -161,10 +161,10 @@ def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
             and eqn.outvars[0].aval.shape == shape
             and "fsdp" not in str(eqn.params["sharding"].spec)
         ]
-        assert gathered == ["bfloat16", "float32"]  # forward, and backward
+        assert gathered == ["bfloat16", "float32"]  # forward and backward pass
 
 
-def test_rotate_makes_products_depend_on_the_distance_only():
+def test_rotate_makes_query_key_products_depend_only_on_the_distance():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
     rotated_q, rotated_k = (

@@ -1,4 +1,4 @@
-"""Runs in Google Cloud Storage, emulated by a server on this machine."""
+"""Runs that write to Google Cloud Storage, emulated by a local server."""
 
 import signal
 import socket
@@ -29,7 +29,7 @@ def store(monkeypatch):
 
 
 def read_run(store, tmp_path):
-    """Return the losses in the bucket, and the steps of its checkpoints."""
+    """Return the losses of the run in the bucket, and the steps of its checkpoints."""
     store.get(f"{OUT}/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
     paths = store.ls(f"{OUT}/{CHECKPOINTS}")
     return read_losses(tmp_path), sorted(int(path.rpartition("/")[2]) for path in paths)
@@ -49,7 +49,7 @@ def test_run_in_a_bucket_resumes_bit_for_bit_after_sigkill(
     assert read_run(store, tmp_path) == (uninterrupted_losses, [15, 20])
     assert store.cat(f"{OUT}/loss.png")[1:4] == b"PNG"
 
-    # A checkpoint that is being written is visible, but unfinished.
+    # Without this file, the checkpoint looks like one that is still being written.
     store.rm(f"{OUT}/{CHECKPOINTS}/20/commit_success.txt")
     args = run_flags(corpus, tmp_path / "new", steps=25, resume_from=OUT)
     code, output = run_command(args)
@@ -71,7 +71,7 @@ def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     assert code == 0, output
 
 
-def test_two_processes_in_a_bucket_equal_one_device(
+def test_two_processes_with_a_bucket_match_single_device(
     store, corpus, tmp_path, uninterrupted_losses
 ):
     args = run_flags(corpus, OUT, mesh="fsdp=2")

@@ -49,14 +49,14 @@ def mixed_files(folder):
 
 
 def pile_files(folder):
-    """Write files in the format of the Pile, which the hub's own loader reads."""
+    """Write files in the format of the Pile, which `datasets.load_dataset` reads."""
     write_jsonl(folder / "00.jsonl.zst", DOCUMENTS[:90])
     write_jsonl(folder / "01.jsonl.zst", DOCUMENTS[90:])
 
 
 @pytest.fixture(params=[text_files, mixed_files, pile_files])
 def source(request, tmp_path, monkeypatch):
-    """Return the name of a source with all documents."""
+    """Return the name of a source that contains all documents."""
     path = tmp_path / "source"
     path.mkdir()
     request.param(path)
@@ -83,7 +83,7 @@ def test_prepare_reads_sources_in_order_and_resumes_after_a_kill(
     assert writes > 40
     for write in {*range(1, writes, 7), writes - 1, writes}:
         out = tmp_path / str(write)
-        for countdown in (write, 5, 0):  # killed twice, then finished
+        for countdown in (write, 5, 0):  # two attempts are killed, the third finishes
             kill.countdown = countdown
             with contextlib.suppress(Killed):
                 main(make_options(out, source, more))
@@ -126,7 +126,7 @@ def test_prepare_splits_a_long_text_at_ends_of_lines(tmp_path):
 
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])
-def test_prepare_chooses_the_dtype_by_the_vocabulary(largest, jsonl, tmp_path, monkeypatch):
+def test_prepare_chooses_dtype_by_vocabulary_size(largest, jsonl, tmp_path, monkeypatch):
     tokenizer = Bytes()
     tokenizer.vocabulary = largest + 1
     tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)
@@ -154,7 +154,7 @@ def test_prepare_does_not_change_finished_data(jsonl, tmp_path):
     main(make_options(tmp_path / "out", jsonl))
     path = tmp_path / "out" / corpora.MANIFEST
     manifest = json.loads(path.read_text())
-    del manifest["finished"]  # as version 0.1.0 wrote it
+    del manifest["finished"]  # version 0.1.0 did not write this field
     path.write_text(json.dumps(manifest))
     before = checksums(tmp_path / "out")
     jsonl.unlink()

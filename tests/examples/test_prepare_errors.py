@@ -24,11 +24,11 @@ def test_prepare_rejects_a_file_as_output_folder(tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl: JSONDecodeError"),
         ("a.jsonl", b'{"txt": "a"}', "a.jsonl: KeyError: 'text'"),
-        ("a.jsonl", b'{"text": 7}', "a.jsonl: `field` text must be text, got 7"),
-        ("a.jsonl", b'{"text": "a"}', "0.2 leaves no text for validation"),
+        ("a.jsonl", b'{"text": 7}', "a.jsonl: field `text` must be a string, got 7"),
+        ("a.jsonl", b'{"text": "a"}', "`validation=0.2` assigns no documents"),
         ("a.jsonl.gz", gzip.compress(bytes(99), mtime=0)[:-9], "a.jsonl.gz: .*Truncated"),
         ("a.parquet", b"PNG" * 99, "a.parquet: .*magic bytes"),
-        ("a.png", b"PNG", "source has no files of .txt, "),
+        ("a.png", b"PNG", "source contains no .txt, "),
     ],
 )
 def test_prepare_names_the_invalid_file(file, content, message, tmp_path):

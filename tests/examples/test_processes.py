@@ -1,4 +1,4 @@
-"""Runs on several devices and in several processes, compared with one device."""
+"""Runs on several devices and in several processes, compared with single-device runs."""
 
 import signal
 
@@ -13,19 +13,19 @@ pytestmark = pytest.mark.slow
 
 def assert_equal_losses(found, expected):
     assert len(found) == len(expected)
-    assert found[-1] < found[0] - 1  # it learns
+    assert found[-1] < found[0] - 1  # the loss falls
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw"])
-def test_8_devices_equal_one_device(corpus, tmp_path, one_device_losses, optimizer):
+def test_8_device_run_matches_single_device(corpus, tmp_path, one_device_losses, optimizer):
     args = run_flags(corpus, tmp_path, optimizer=optimizer, mesh="data=2,fsdp=2,tensor=2")
     code, output = run_command(args, devices=8)
     assert code == 0, output
     assert_equal_losses(read_losses(tmp_path), one_device_losses(optimizer))
 
 
-def test_2_processes_equal_one_device(corpus, tmp_path, one_device_losses):
+def test_2_process_run_matches_single_device(corpus, tmp_path, one_device_losses):
     args = run_flags(corpus, tmp_path, optimizer="sophia_g", mesh="fsdp=2")
     codes, outputs = run_processes(args, 2)
     assert codes == [0, 0], outputs
@@ -50,7 +50,7 @@ corpora.load = fail
 """
 
 
-def test_error_of_one_process_ends_all(corpus, tmp_path):
+def test_error_in_one_process_ends_all_processes(corpus, tmp_path):
     args = run_flags(corpus, tmp_path / "out")
     codes, outputs = run_processes(args, 2, patch=FAIL_IN_PROCESS_1)
     assert codes == [1, 1]
@@ -58,20 +58,20 @@ def test_error_of_one_process_ends_all(corpus, tmp_path):
     assert "error: unreadable shard" in outputs[1]
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_sigkill_of_one_process_ends_the_other(corpus, tmp_path, which):
+@pytest.mark.parametrize("index", [0, 1])
+def test_sigkill_of_one_process_ends_the_other_process(corpus, tmp_path, index):
     args = run_flags(corpus, tmp_path / "out", mesh="fsdp=2")
     kill = (13, signal.SIGKILL)
-    codes, outputs = run_processes(args, 2, which=which, signal_after=kill)
-    assert codes[which] == -signal.SIGKILL
-    assert codes[1 - which] not in (0, 128 + signal.SIGTERM), outputs
+    codes, outputs = run_processes(args, 2, to_process=index, signal_after=kill)
+    assert codes[index] == -signal.SIGKILL
+    assert codes[1 - index] not in (0, 128 + signal.SIGTERM), outputs
 
 
 def test_run_of_two_processes_resumes_in_one_process(corpus, tmp_path, one_device_losses):
-    """After SIGTERM to one process, both are saved. The run resumes on a different mesh."""
+    """SIGTERM to one process saves a checkpoint, which is loaded on a different mesh."""
     args = run_flags(corpus, tmp_path, mesh="fsdp=4,tensor=2", checkpoint_every=20)
     stop = (7, signal.SIGTERM)
-    codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, which=1)
+    codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, to_process=1)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert 7 <= next(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir()) < 20
     code, output = run_command(run_flags(corpus, tmp_path, accumulate=2))
@@ -90,8 +90,8 @@ def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, one_device_losse
     assert_equal_losses(read_losses(tmp_path), one_device_losses("sophia_g"))
 
 
-def test_sigint_to_one_process_saves_and_ends_all(corpus, tmp_path):
+def test_sigint_to_one_process_saves_a_checkpoint_and_ends_all_processes(corpus, tmp_path):
     args = run_flags(corpus, tmp_path, checkpoint_every=20)
-    codes, outputs = run_processes(args, 2, signal_after=(7, signal.SIGINT), which=1)
+    codes, outputs = run_processes(args, 2, signal_after=(7, signal.SIGINT), to_process=1)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert "is saved in" in outputs[0]

@@ -1,4 +1,4 @@
-"""Interrupted runs resume bit for bit."""
+"""Bit-for-bit resumption of interrupted runs."""
 
 import shutil
 import signal
@@ -12,14 +12,14 @@ pytestmark = pytest.mark.slow
 
 
 def interrupt(corpus, out, step, number):
-    """Run the command until a signal, after a step, ends it."""
+    """Run the command, and end it with a signal after a step."""
     code, output = run_command(run_flags(corpus, out), signal_after=(step, number))
     assert "Traceback" not in output, output
     return code, output
 
 
 def resume(corpus, out):
-    """Run the same command again."""
+    """Run the same command again. Return its losses and output."""
     code, output = run_command(run_flags(corpus, out))
     assert code == 0, output
     return read_losses(out), output
@@ -30,10 +30,10 @@ def checkpoint_steps(out):
 
 
 def test_run_resumes_after_sigkill(corpus, tmp_path, uninterrupted_losses):
-    """The kill is between checkpoints, and the next checkpoint is unfinished."""
+    """The run is killed between checkpoints, and leaves an unfinished checkpoint."""
     code, _ = interrupt(corpus, tmp_path, 13, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert checkpoint_steps(tmp_path) in ([5], [5, 10])  # 10 may be unfinished
+    assert checkpoint_steps(tmp_path) in ([5], [5, 10])  # checkpoint 10 may be unfinished
     unfinished = tmp_path / CHECKPOINTS / "15.orbax-checkpoint-tmp-0"
     shutil.copytree(tmp_path / CHECKPOINTS / "5", unfinished)
     assert resume(corpus, tmp_path)[0] == uninterrupted_losses

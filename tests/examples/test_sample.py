@@ -1,4 +1,4 @@
-"""Sampling of text from a model."""
+"""Text generation from a model."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Return parameters that are large enough for text without repetition."""
+    """Return parameters large enough that the text is not one repeated token."""
     return jax.tree.map(lambda p: 3 * p, model.init(CONFIG))
 
 
@@ -31,7 +31,7 @@ def out(params, save_run):
 
 
 def argmax_tokens(params, prompt, length):
-    """Return the argmax tokens, computed from inputs without padding."""
+    """Return greedily generated tokens, computed from inputs without padding."""
     tokens, logits_of = list(prompt), jax.jit(model.bind(CONFIG, params).__call__)
     for _ in range(length):
         logits = logits_of(np.array([tokens[-CONFIG.context :]]))
@@ -52,7 +52,7 @@ def test_generate_at_temperature_0_takes_the_argmax(params, prompt, length):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_sample_main_on_a_mesh_equals_one_device(out, capsys):
+def test_sample_main_on_a_mesh_matches_single_device(out, capsys):
     texts = []
     for mesh in ("", "tensor=2", "data=2,fsdp=4"):
         sample.main(Options("The quick", out=out, length=90, mesh=mesh))
@@ -61,8 +61,8 @@ def test_sample_main_on_a_mesh_equals_one_device(out, capsys):
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
-def test_generate_samples_tokens_by_their_probabilities(params, top_k):
-    """The counts of 2,000 first tokens are within five standard deviations."""
+def test_generate_samples_tokens_in_proportion_to_their_probabilities(params, top_k):
+    """The counts over 2,000 draws are within five standard deviations of their means."""
     temperature, draws = 5.0, 2_000
     logits = np.asarray(model.bind(CONFIG, params)(np.array([[7]]))[0, -1], np.float64)
     allowed = np.argsort(logits)[::-1][:top_k]
@@ -90,7 +90,7 @@ def test_generate_samples_only_tokens_of_the_vocabulary(params):
 @pytest.mark.parametrize("prompt", ["The quick", ""])
 @pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
 def test_sample_main_prints_prompt_and_text(save_run, params, capsys, tokenizer, prompt):
-    """An empty prompt is the start of a document, after an end-of-document token."""
+    """An empty prompt starts a new document, after an end-of-document token."""
     [start] = tokenizer.encode_batch([prompt])
     start, size = [*start] or [tokenizer.end_of_document], tokenizer.vocabulary
     tokens = generate(CONFIG, params, start, 6, key=KEY, temperature=0, vocabulary=size)

@@ -1,4 +1,4 @@
-"""The training command: learning, comparison, metrics, errors and the plot."""
+"""The training command: learning, comparison of optimizers, metrics and errors."""
 
 import json
 import sys
@@ -52,21 +52,21 @@ def test_main_trains_and_writes_the_folder_of_the_run(tiny_config, optimizer, ca
 
 @pytest.mark.slow
 def test_main_compares_optimizers_from_the_same_parameters_and_batches(tiny_config):
-    """The first learning rate is 0, so the parameters of the first two steps are equal."""
+    """The first learning rate is 0, so the first two steps use equal parameters."""
     config = tiny_config(compare=("adamw", "nadamw"), learning_rate=1e-4, steps=10)
     curves = main(config)
     assert [*curves] == ["sophia_g", "adamw", "nadamw"]
     losses = [[row["loss"] for row in rows] for rows in curves.values()]
     assert losses[0][:2] == losses[1][:2] == losses[2][:2]
     assert losses[0][2:] != losses[1][2:] != losses[2][2:]
-    for name in config.compare:  # each has its own recipe
+    for name in config.compare:  # each optimizer has its own recipe
         saved = json.loads((config.folder / f"compare_{name}" / "config.json").read_text())
         recipe = vars(preset_config("bytes", name).recipe)
         assert {key: saved[key] for key in recipe} == recipe
 
 
 @pytest.mark.slow
-def test_prepare_train_sample_and_evaluate(tiny_config, tmp_path, capsys):
+def test_prepared_corpus_works_in_train_sample_and_evaluate(tiny_config, tmp_path, capsys):
     source = tmp_path / "corpus.jsonl"
     source.write_text("\n".join(f'{{"text": "{i} {TEXT[:50]}"}}' for i in range(200)))
     shards, out = tmp_path / "shards", tmp_path / "out"
@@ -91,7 +91,7 @@ def test_prepare_train_sample_and_evaluate(tiny_config, tmp_path, capsys):
         ({"resume_from": "nowhere"}, "`resume_from`: no checkpoint in nowhere"),
         ({"resume_from": "a/checkpoints/latest"}, "no checkpoint in a/checkpoints/latest"),
         ({"vocabulary": 100}, "`vocabulary` must be at least the data's 256, got 100"),
-        ({"mesh": "data=3"}, "`mesh` must have as many places"),
+        ({"mesh": "data=3"}, "sizes of `mesh` must multiply to the number"),
         ({"refresh_batch": None, "groups": 5}, "`groups` must divide .* got 5 and 8"),
         ({"out": "s3://bucket/run"}, "`out` must be a folder or gs://NAME"),
     ],
@@ -109,7 +109,7 @@ def test_main_rejects_a_locked_folder(tiny_config):
         assert list(tiny_config().folder.iterdir()) == []
 
 
-def test_train_measures_the_speed_of_steps_only(tiny_config, tmp_path, monkeypatch):
+def test_train_measures_the_throughput_of_steps_only(tiny_config, tmp_path, monkeypatch):
     """Compilation, validation and checkpoints are excluded."""
     now, rows = [0.0], []
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
@@ -126,7 +126,7 @@ def test_train_measures_the_speed_of_steps_only(tiny_config, tmp_path, monkeypat
             corpus,
             log=lambda row: wait(50.0, rows.append(row)),
             save=lambda *_: wait(100.0),
-            should_stop=lambda _: wait(2.0, result=False),  # the time of a step
+            should_stop=lambda _: wait(2.0, result=False),  # simulates the time of a step
         )
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert [row.get("tokens_per_second") for row in rows] == [None, 64, 64]

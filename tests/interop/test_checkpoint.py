@@ -1,4 +1,4 @@
-"""Checkpoints of Orbax and Flax."""
+"""Resuming training from Orbax and Flax checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def loss_fn(params, x):
     "estimate", [gnb(network, groups=4), hutchinson(loss_fn)], ids=["gnb", "hutchinson"]
 )
 def test_sophia_g_restored_by_orbax_or_flax_resumes_bit_for_bit(estimate, tmp_path):
-    """Sampled labels and probes are equal, because keys depend on seed and step only."""
+    """Sampled labels and probes repeat, because keys depend only on the seed and step."""
     tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2, nesterov=True)
 
     @jax.jit

@@ -1,7 +1,7 @@
 """Estimators on models written with Flax Linen, Flax NNX and Equinox.
 
-Every test compares a model with the same network in JAX. The keys are equal, so the
-estimates must be equal.
+Every test compares estimates for a model and for an equivalent network in plain JAX. Both
+estimates use the same key, so they must be equal.
 """
 
 import equinox as eqx
@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 
 
 def loss_of(logits):
-    """Return the mean cross entropy if the label of every example is 0."""
+    """Return the mean cross entropy, with label 0 for every example."""
     labels = jnp.zeros(logits.shape[:-1], int)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -41,7 +41,7 @@ def normal(seed, *shape):
 
 
 def assert_equal_estimates(estimator, logits_fn, expected_fn, params, *batch, **settings):
-    """Compare estimates for two networks, relative to the largest entry."""
+    """Check that estimates for two networks are equal, relative to the largest entry."""
     estimate, expected = (
         jax.jit(estimator(fn, **settings))(params, *batch, key=KEY)
         for fn in (logits_fn, expected_fn)
@@ -69,7 +69,7 @@ def equinox_dropout(h, key):
 @both_estimators
 @pytest.mark.parametrize("dropout", [nnx_dropout, linen_dropout, equinox_dropout])
 def test_estimator_splits_dropout_keys_into_groups(estimator, dropout):
-    """Typed keys, one per example, are split like other arrays of the batch."""
+    """Typed keys, one per example, are split like the other arrays of the batch."""
     params = {"in": normal(1, 2, 2), "out": normal(2, 2, 2)}
     keys = jax.random.split(KEY, 8)
     masks = jax.vmap(lambda key: dropout(jnp.ones(2), key))(keys)
@@ -108,9 +108,9 @@ class NnxNorm(nnx.Module):
 
 
 def linen_norm(x):
-    """Return `(params, x, train) -> logits`, parameters, statistics, and `weights_of`.
+    """Return `(params, x, train) -> logits`, parameters, batch statistics and `weights_of`.
 
-    `weights_of(params)` returns the weights in the same order for each framework.
+    `weights_of(params)` returns the weights in an order common to Linen and NNX.
     """
     model = LinenNorm()
     variables = model.init(KEY, x, train=False)
@@ -121,7 +121,7 @@ def linen_norm(x):
         variables = {"params": params, "batch_stats": stats}
         if not train:
             return model.apply(variables, x, train=False)
-        # `apply` also returns the new statistics. `[0]` discards them.
+        # `apply` also returns the new batch statistics. `[0]` discards them.
         return model.apply(variables, x, train=True, mutable=["batch_stats"])[0]
 
     def weights_of(params):
@@ -132,7 +132,7 @@ def linen_norm(x):
 
 
 def nnx_norm(x):
-    """Return the same as `linen_norm`."""
+    """Return the values that `linen_norm` returns, for an NNX model."""
     model = NnxNorm(nnx.Rngs(0))
     model(x)
     stats = {"mean": model.norm.mean[...], "var": model.norm.var[...]}
@@ -141,8 +141,8 @@ def nnx_norm(x):
     def logits_fn(params, x, train):
         mode = nnx.view(model, use_running_average=not train)
         graph, _, rest = nnx.split(mode, nnx.Param, ...)
-        # The copy has its own statistics. Those of `model` belong to the outer trace,
-        # where NNX does not allow the estimator's trace to change them.
+        # The copy has its own batch statistics. The estimator's trace must not change
+        # the statistics of `model`, which belong to the outer trace.
         return nnx.merge(graph, params, rest, copy=True)(x)
 
     def weights_of(params):
@@ -156,11 +156,11 @@ def nnx_norm(x):
 @both_estimators
 @pytest.mark.parametrize("make_model", [linen_norm, nnx_norm])
 @pytest.mark.parametrize(("train", "groups"), [(False, 4), (True, 1), (True, 2)])
-def test_estimator_of_batch_norm_equals_its_formula(estimator, make_model, train, groups):
-    """With `train`, each group is normalized with its own statistics."""
+def test_estimators_match_explicit_batch_norm_formula(estimator, make_model, train, groups):
+    """With `train`, each group is normalized with its own batch statistics."""
     x = 1 + 2 * normal(3, 8, 2)
     model, params, stats, weights_of = make_model(x)
-    assert (jnp.abs(stats["mean"]) > 0.01).all()  # not the initial statistics
+    assert (jnp.abs(stats["mean"]) > 0.01).all()  # the mean has changed from 0
 
     def logits_fn(params, x):
         return model(params, x, train)
@@ -174,7 +174,7 @@ def test_estimator_of_batch_norm_equals_its_formula(estimator, make_model, train
     assert_equal_estimates(estimator, logits_fn, expected_fn, params, x, groups=groups)
 
 
-# Layers in a scan, and rematerialized layers
+# Scanned and rematerialized layers
 
 LAYERS, WIDTH = 3, 4
 
@@ -287,7 +287,7 @@ def equinox_layers(params, h):
         equinox_layers,
     ],
 )
-def test_estimator_of_scanned_or_remat_layers_equals_unrolled_layers(estimator, logits_fn):
+def test_estimators_on_scanned_or_remat_layers_equal_unrolled_layers(estimator, logits_fn):
     params = {
         "layers": {
             "kernel": normal(1, LAYERS, WIDTH, WIDTH),

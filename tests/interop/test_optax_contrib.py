@@ -1,4 +1,4 @@
-"""The common tests of `optax.contrib`, applied to Sophia's transformations."""
+"""The shared optimizer tests of `optax.contrib`, applied to Sophia's transformations."""
 
 import functools
 import inspect
@@ -35,7 +35,7 @@ every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
 
 def make_optimizer(name, **settings):
-    """Return an optimizer: add a clip and a learning rate to `scale_by_...`."""
+    """Return an optimizer. The `scale_by_...` transforms get a clip and a learning rate."""
     make, defaults = TRANSFORMATIONS[name]
     tx = make(**defaults | settings)
     if "learning_rate" in defaults:
@@ -44,7 +44,7 @@ def make_optimizer(name, **settings):
 
 
 def curvature_args(name, params, loss_fn):
-    """Return the argument of `update` for an estimate."""
+    """Return the keyword argument that passes curvature to `update`."""
     if name == "sophia_h":
         return {"obj_fn": loss_fn}
     return {"hessian_fn": lambda key: hutchinson(loss_fn)(params, key=key)}
@@ -71,7 +71,7 @@ def rosenbrock(dtype=jnp.float32):
 
 
 def all_targets():
-    """Return several targets in one tree. The loss is the sum of their losses."""
+    """Return parameters, their minimum and a loss that sums several test problems."""
     goals = [
         jnp.array([[3.0, -2.0], [1.0, 4.0]]),
         (jnp.array([1.0, -1.0, 2.0]), jnp.eye(2)),
@@ -86,7 +86,7 @@ def all_targets():
 
 
 def train(update, params, state, loss_fn, steps):
-    """Return the parameters and the state after this number of steps."""
+    """Return the parameters and the optimizer state after training."""
 
     def step(carry, _):
         params, state = carry
@@ -126,7 +126,7 @@ def test_sophia_update_ignores_unknown_extra_args(name):
 
 
 @every_transformation
-def test_sophia_with_injected_or_scheduled_constants_equals_constants(name):
+def test_sophia_with_constant_schedules_or_inject_hyperparams_equals_constants(name):
     make, defaults = TRANSFORMATIONS[name]
     constants = {"learning_rate": 0.03, "gamma": 1e3, "weight_decay": 0.01}
     accepted = inspect.signature(make).parameters
@@ -149,7 +149,7 @@ def test_sophia_with_injected_or_scheduled_constants_equals_constants(name):
 @pytest.mark.parametrize("x64", [False, True])
 @every_transformation
 def test_sophia_update_preserves_shapes_and_dtypes(name, x64):
-    """A `lax.cond` requires equal types of its branches, an update and no update."""
+    """`lax.cond` requires that an update and a skipped update return equal types."""
     dtypes = ["float32", "float64"] if x64 else ["float16", "bfloat16", "float32"]
     with jax.enable_x64(x64):
         params, _, losses = zip(*(parabola(jnp.dtype(d)) for d in dtypes), strict=True)
@@ -182,7 +182,7 @@ def test_sophia_update_preserves_shapes_and_dtypes(name, x64):
 
 @every_transformation
 def test_sophia_init_and_update_return_equal_types_with_and_without_jit(name):
-    """The types include shardings along Explicit axes."""
+    """The types include shardings over Explicit mesh axes."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     tx = make_optimizer(name)
     with jax.set_mesh(mesh):
@@ -204,8 +204,8 @@ def test_sophia_h_differs_from_optax_contrib_sophia_only_in_known_arguments():
     )
     assert theirs.keys() - ours.keys() == {
         "weight_decay_mask",  # `mask` in `sophia_h`
-        "hessian_diagonal_fn",  # `hessian_fn`, an argument of `update`
-        "verbose",  # `unclipped_fraction(opt_state)`
+        "hessian_diagonal_fn",  # replaced by `hessian_fn`, an argument of `update`
+        "verbose",  # replaced by `unclipped_fraction(opt_state)`
         "print_win_rate_every_n_steps",
     }
     shared = theirs.keys() & ours.keys()

@@ -1,4 +1,4 @@
-"""Communication and work of a refresh on several devices, read from compiled programs."""
+"""Communication and FLOPs of a refresh on several devices, read from compiled programs."""
 
 import functools
 import math
@@ -39,7 +39,7 @@ def loss(params, x):
 
 
 def compile_data_parallel(fn, kind, *, params_spec=None, devices=8):
-    """Compile fn(params, x) for a sharded batch and results with the params' sharding."""
+    """Compile fn(params, x) for a sharded batch, with results sharded like the params."""
     mesh = make_mesh(kind, (devices, 1))
     spec = params_spec or P()
     params = jax.tree.map(lambda p: abstract_array(mesh, p.shape, spec), PARAMS)
@@ -58,13 +58,13 @@ def estimate_fn(name, **counts):
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (32, 1), (8, 8)])
 def test_gnb_and_hutchinson_all_reduce_only_one_gradient(kind, name, groups, stride):
-    """A batch of every 8th example is not communicated. No loop communicates."""
+    """A strided part of the batch is not communicated. No collective runs in a loop."""
     estimate = estimate_fn(name, groups=groups)
     found = collectives(compile_data_parallel(lambda p, x: estimate(p, x[::stride]), kind))
     expected = GRADIENT_BYTES
     if name == "hutchinson" and groups == 1:
-        # The product with "out" has two terms. XLA's CPU compiler sums each over devices
-        # before it adds them. With several groups it adds them first.
+        # The Hessian-vector product for "out" has two terms. With one group, XLA's CPU
+        # compiler sums each over devices before it adds the two terms.
         expected += 4 * PARAMS["out"].size
     assert bytes_of(found) == {"all-reduce": expected}
     assert {c.times for c in found} == {1}
@@ -73,10 +73,10 @@ def test_gnb_and_hutchinson_all_reduce_only_one_gradient(kind, name, groups, str
 @KINDS
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
-    """The CPU compiler sums squares with an all-reduce, as it sums gradients."""
+    """XLA's CPU compiler sums the squares with an all-reduce, as it does gradients."""
 
     def estimate(params, x):
-        if kind == AxisType.Auto:  # otherwise XLA chooses what to gather
+        if kind == AxisType.Auto:  # otherwise XLA may gather other arrays
             params = jax.lax.with_sharding_constraint(params, P())
         return estimate_fn("gnb", groups=groups)(params, x)
 
@@ -89,7 +89,7 @@ def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
     def flops(devices):
-        # All groups are in one step: the analysis counts the body of a loop once.
+        # All groups are parallel, because XLA counts the FLOPs of a loop's body only once.
         estimate = estimate_fn(name, groups=8, parallel_groups=8)
         compiled = compile_data_parallel(estimate, kind, devices=devices)
         return compiled.cost_analysis()["flops"]
@@ -99,7 +99,7 @@ def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
 
 @KINDS
 def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
-    """The sampler and the gradient of the loss use sharded logits."""
+    """Sampling and the loss gradient keep the logits sharded over the classes."""
     mesh = make_mesh(kind, (2, 4))
     logits = abstract_array(mesh, (BATCH, 1024), P("data", "tensor"))
 
@@ -110,7 +110,7 @@ def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
     with jax.set_mesh(mesh):
         jitted = jax.jit(gradient, out_shardings=logits.sharding)
         found = collectives(jitted.lower(logits).compile())
-    blocks = 4 * 128 * BATCH // 2  # bytes: 128 weights for each prediction of a device
+    blocks = 4 * 128 * BATCH // 2  # bytes: 128 block weights per prediction on a device
     assert max(c.bytes for c in found) == blocks
 
 
@@ -134,7 +134,7 @@ def test_sophia_g_step_without_refresh_communicates_like_adamw(kind, params_spec
     ("shape", "spec", "groups"), [((4, 2), P(None, "tensor"), 4), ((8, 1), P(), 32)]
 )
 def test_empirical_fisher_on_explicit_axes_does_not_gather_params(shape, spec, groups):
-    """Along "tensor" parameters stay sharded. Several groups of a device are sequential."""
+    """Parameters stay sharded over "tensor". Groups on the same device run sequentially."""
     mesh = make_mesh(AxisType.Explicit, shape)
     params = abstract_array(mesh, (16, 256), spec)
     x = abstract_array(mesh, (64, 16), P("data"))

@@ -1,4 +1,4 @@
-"""Estimates with `each_group` equal those of one device, and stay sharded."""
+"""Tests that estimates with `each_group` match a single device and stay sharded."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ SPECS = {
 }
 X = jax.random.randint(KEYS[4], (B, T), 0, V)
 Y = jax.random.randint(KEYS[5], (B, T), 0, V)
-WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # uneven over devices, some masked
+WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # differ between devices, some are 0
 
 
 def is_explicit():
@@ -48,7 +48,7 @@ def is_explicit():
 def make_network(gather, reduce=lambda x: x):
     """Return a network that calls `gather(weights, specs)` in a checkpointed scan.
 
-    `reduce` sums a product over the axis "tensor", inside `shard_map`.
+    Inside `shard_map`, `reduce` sums a matrix product over the mesh axis "tensor".
     """
 
     def network(params, x):
@@ -87,7 +87,7 @@ def gather_and_annotate(tree, specs):
 
 
 def all_gather_and_annotate(tree, specs):
-    """Gather inside `shard_map`."""
+    """Gather over "fsdp" inside `shard_map`, then call `each_group`."""
 
     def gather(w, spec):
         if "fsdp" not in spec:
@@ -105,15 +105,15 @@ def make_mesh(shape, kind=AxisType.Auto):
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
 
 
-def accumulated_fisher(network, groups, number, **settings):
-    """Return `estimate(params, x, y, w)`, accumulated over `number` micro-batches."""
+def accumulated_fisher(network, groups, num_micro_batches, **settings):
+    """Return `estimate(params, x, y, w)`, which averages over micro-batches."""
     micro = accumulate(empirical_fisher(network, groups=groups, **settings))
 
     @jax.jit
     def estimate(params, *batch):
         state = micro.init(params)
-        for i in range(number):
-            x, y, w = (a[i::number] for a in batch)
+        for i in range(num_micro_batches):
+            x, y, w = (a[i::num_micro_batches] for a in batch)
             state = micro.add(state, params, x, targets=y, weights=w)
         return micro.mean(state)
 
@@ -127,7 +127,7 @@ def expected_fisher(groups):
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups", "number"),
+    ("shape", "groups", "num_micro_batches"),
     [((2, 2, 2), 8, 1), ((2, 4, 1), 16, 1), ((2, 4, 1), 8, 2)],
 )
 @pytest.mark.parametrize(
@@ -138,27 +138,31 @@ def expected_fisher(groups):
         (AxisType.Explicit, gather_and_annotate),
     ],
 )
-def test_each_group_under_jit_equals_one_device(kind, gather, shape, groups, number):
+def test_each_group_under_jit_matches_single_device(
+    kind, gather, shape, groups, num_micro_batches
+):
     mesh, settings = make_mesh(shape, kind), {"parallel_groups": shape[0] * shape[1]}
     params = shard(mesh, PARAMS, SPECS)
     batch = shard(mesh, (X, Y, WEIGHTS), (P(BATCH),) * 3)
     with jax.set_mesh(mesh):
-        estimate = accumulated_fisher(make_network(gather), groups, number, **settings)
+        estimate = accumulated_fisher(
+            make_network(gather), groups, num_micro_batches, **settings
+        )
         got = estimate(params, *batch)
-    assert_close_to_max(got, expected_fisher(groups * number), 3e-6)
+    assert_close_to_max(got, expected_fisher(groups * num_micro_batches), 3e-6)
     if kind == AxisType.Explicit:
         for e, p in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
             assert e.sharding.is_equivalent_to(p.sharding, e.ndim)
 
 
 def in_shard_map(fn, mesh, check_vma):
-    """Return `fn` in a `shard_map`, with sharded parameters and results."""
+    """Return `fn` wrapped in `shard_map`, with sharded parameters and results."""
     settings = {"in_specs": (SPECS, *(P(BATCH),) * 3), "out_specs": SPECS}
     return jax.jit(jax.shard_map(fn, mesh=mesh, check_vma=check_vma, **settings))
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups", "parallel_groups", "number", "check_vma"),
+    ("shape", "groups", "parallel_groups", "num_micro_batches", "check_vma"),
     [
         ((2, 4, 1), 2, 1, 1, True),
         ((2, 4, 1), 2, 2, 1, False),
@@ -166,16 +170,16 @@ def in_shard_map(fn, mesh, check_vma):
         ((2, 4, 1), 1, None, 2, False),
     ],
 )
-def test_each_group_in_shard_map_equals_one_device(
-    shape, groups, parallel_groups, number, check_vma
+def test_each_group_in_shard_map_matches_single_device(
+    shape, groups, parallel_groups, num_micro_batches, check_vma
 ):
     network = make_network(
         all_gather_and_annotate, reduce=lambda x: jax.lax.psum(x, "tensor")
     )
     settings = {"parallel_groups": parallel_groups, "axis_name": BATCH}
-    estimate = accumulated_fisher(network, groups, number, **settings)
+    estimate = accumulated_fisher(network, groups, num_micro_batches, **settings)
     got = in_shard_map(estimate, make_mesh(shape), check_vma)(PARAMS, X, Y, WEIGHTS)
-    expected = expected_fisher(groups * number * shape[0] * shape[1])
+    expected = expected_fisher(groups * num_micro_batches * shape[0] * shape[1])
     assert_close_to_max(got, expected, 3e-6)
 
 
@@ -205,7 +209,7 @@ def loss_fn(network, params, x, y, w):
     return (w * Categorical().neg_log_prob(network(params, x), y)).mean()
 
 
-def test_hutchinson_in_one_group_does_not_gather_all_layers():
+def test_hutchinson_with_one_group_does_not_gather_all_layers_at_once():
     loss = functools.partial(loss_fn, make_network(annotate_and_gather))
     estimate = functools.partial(hutchinson(loss, num_probes=2), key=KEYS[0])
     compiled = compile_for_large_layers(estimate, make_mesh((1, 8, 1)))
@@ -221,7 +225,7 @@ def test_hutchinson_in_one_group_does_not_gather_all_layers():
         (None, all_gather_and_annotate),  # inside `shard_map`
     ],
 )
-def test_each_group_needs_the_memory_and_communication_of_a_gradient(kind, gather, shape):
+def test_each_group_needs_no_more_memory_and_traffic_than_a_gradient(kind, gather, shape):
     mesh, network = make_mesh(shape, kind or AxisType.Auto), make_network(gather)
 
     def sum_over_replicas(g, spec):

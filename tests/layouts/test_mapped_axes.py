@@ -16,7 +16,7 @@ KEY = jax.random.key(5)
 PARAMS = network_params()
 X = jax.random.normal(jax.random.key(2), (16, 2))
 Y = jnp.arange(16) % 3
-WEIGHTS = jnp.arange(16.0)  # uneven over the devices
+WEIGHTS = jnp.arange(16.0)  # total weight differs between devices
 DEVICES = {
     "pmap": 8,
     "shard_map": 8,
@@ -35,7 +35,7 @@ def loss(params, x):
 
 
 def run_on_devices(fn, *arrays, layout):
-    """Return the result of `fn` on the first device. The arrays are sharded."""
+    """Run `fn` on arrays sharded over the axis "d". Return the first device's result."""
     devices = DEVICES[layout]
     if layout == "pmap":
         split = [a.reshape(devices, -1, *a.shape[1:]) for a in arrays]
@@ -54,8 +54,8 @@ def run_on_devices(fn, *arrays, layout):
 
 
 @LAYOUTS
-def test_empirical_fisher_with_axis_name_equals_one_device(layout):
-    """The number of groups is that of all devices."""
+def test_empirical_fisher_with_axis_name_matches_single_device(layout):
+    """The single-device estimate uses the total number of groups over all devices."""
 
     def fisher(x, y, w, groups=2, axis_name="d"):
         estimate = empirical_fisher(network, groups=groups, axis_name=axis_name)
@@ -68,7 +68,7 @@ def test_empirical_fisher_with_axis_name_equals_one_device(layout):
 
 @LAYOUTS
 def test_gnb_and_hutchinson_with_axis_name_are_weighted_means_over_devices(layout):
-    """The key is the same on all devices, and devices sample independently."""
+    """All devices receive the same key but sample independently."""
 
     def estimates(x, w, key=KEY, axis_name=None):
         settings = {"groups": 2, "axis_name": axis_name}
@@ -88,7 +88,7 @@ def test_gnb_and_hutchinson_with_axis_name_are_weighted_means_over_devices(layou
 
 
 @pytest.mark.parametrize("layout", ["pmap", "shard_map, check_vma"])
-def test_sophia_g_step_with_gnb_and_axis_name_equals_one_device(layout):
+def test_sophia_g_step_with_gnb_and_axis_name_matches_single_device(layout):
     estimate = gnb(network, axis_name="d")
     tx = sophia_g(0.1, nesterov=True)
 
@@ -102,7 +102,7 @@ def test_sophia_g_step_with_gnb_and_axis_name_equals_one_device(layout):
         return jax.lax.pmean((updates, optax.tree.get(state, "hessian")), "d")
 
     updates, average = run_on_devices(step, X, layout=layout)
-    key = jax.random.fold_in(jax.random.key(0), 0)  # of the first update
+    key = jax.random.fold_in(jax.random.key(0), 0)  # the key of the first update
     hessian = run_on_devices(lambda x: estimate(PARAMS, x, key=key), X, layout=layout)
     grads = jax.grad(loss)(PARAMS, X)
     expected, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, hessian=hessian)
@@ -126,15 +126,15 @@ def test_accumulate_sums_weights_over_devices():
 
 
 @pytest.mark.parametrize("estimate", [gnb(network), hutchinson(loss)])
-def test_gnb_and_hutchinson_require_axis_name_for_a_batch_that_varies(estimate):
+def test_gnb_and_hutchinson_require_axis_name_if_the_batch_varies_over_an_axis(estimate):
     layout = "shard_map, check_vma"
     with pytest.raises(ValueError, match=r"`axis_name=None`.*'d'"):
         run_on_devices(functools.partial(estimate, PARAMS, key=KEY), X, layout=layout)
 
 
 @pytest.mark.parametrize("estimate", [gnb(network, groups=2), hutchinson(loss, groups=2)])
-def test_gnb_and_hutchinson_without_axis_name_accept_params_that_vary(estimate):
-    """Each device estimates for its own member of an ensemble, from its own examples."""
+def test_gnb_and_hutchinson_without_axis_name_accept_params_varying_over_an_axis(estimate):
+    """Each device estimates the diagonal for its own ensemble member and examples."""
 
     def estimate_for_member(i, x):
         params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)

@@ -1,4 +1,4 @@
-"""A run on several processes, connected by `jax.distributed` and gloo."""
+"""Training on several processes, connected by `jax.distributed` and Gloo."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ def train(out, port, num_processes, process_id, exit_step):
     jax.set_mesh(mesh)
 
     def shard(x):
-        """Return the global array, of which each process passes its own part."""
+        """Return the global array. Each process provides only its own part."""
         part = np.split(np.asarray(x), num_processes)[process_id]
         sharding = NamedSharding(mesh, PartitionSpec("data"))
         return jax.make_array_from_process_local_data(sharding, part)
@@ -78,7 +78,7 @@ def run_processes(out, num_processes, exit_step=-1):
     for i in range(num_processes):
         last = exit_step if i == num_processes - 1 else -1
         args = [sys.executable, __file__, *map(str, (out, port, num_processes, i, last))]
-        # Without the flag that simulates eight devices.
+        # Remove the flag that simulates eight devices.
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(args, env=env, **pipes))
@@ -92,7 +92,7 @@ def run_processes(out, num_processes, exit_step=-1):
 
 @pytest.mark.slow
 def test_sophia_g_on_two_processes_equals_one_process(tmp_path):
-    """The first and the fifth step of the run have a refresh."""
+    """Two of the five steps, the first and the fifth, have a refresh."""
     results = []
     for num_processes in (1, 2):
         out = tmp_path / f"{num_processes}.npz"

@@ -1,4 +1,4 @@
-"""Estimates under `jit` do not depend on the shardings of batch and parameters."""
+"""Tests that estimates under `jit` do not depend on batch and parameter shardings."""
 
 import functools
 
@@ -19,7 +19,7 @@ PARAMS = {
 }
 X = jax.random.normal(KEYS[3], (BATCH, 8))
 Y = jnp.arange(BATCH) % 512
-WEIGHTS = jnp.arange(float(BATCH))  # uneven over devices. The first is masked
+WEIGHTS = jnp.arange(float(BATCH))  # differ between devices, and mask the first example
 SPECS = {name: P("data", "tensor") for name in PARAMS} | {"down": P("tensor", "data")}
 
 
@@ -32,11 +32,11 @@ def shard(mesh, spec, *arrays):
 
 
 def network(params, x):
-    """Return logits. On an Explicit mesh the model itself gathers and sums."""
+    """Return logits. On Explicit axes the network itself specifies gathers and sums."""
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return jnp.tanh(x @ params["up"]) @ params["down"] @ params["out"]
 
-    def gathered(p):  # along "data"
+    def gathered(p):  # over "data"
         spec = [None if axis == "data" else axis for axis in jax.typeof(p).sharding.spec]
         return jax.reshard(p, P(*spec))
 
@@ -63,13 +63,13 @@ def estimates(params, x, y, w, groups, parallel_groups=None):
 
 @functools.cache
 def expected_estimates(groups):
-    """Return the estimates on one device."""
+    """Return the single-device estimates."""
     return estimates(PARAMS, X, Y, WEIGHTS, groups)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("groups", [1, 16])
-def test_estimators_under_jit_equal_one_device(kind, groups):
+def test_estimators_under_jit_match_single_device(kind, groups):
     """On Explicit axes the estimate is sharded like the parameters."""
     mesh = make_mesh(kind)
     params = {name: shard(mesh, SPECS[name], p)[0] for name, p in PARAMS.items()}
@@ -99,8 +99,8 @@ def test_estimators_on_auto_axes_do_not_require_set_mesh():
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("likelihood", [Categorical(), Poisson()])
-def test_gnb_with_rbg_keys_on_a_mesh_equals_one_device(impl, likelihood):
-    """The groups are parallel on a mesh, and `rbg` keys sample differently under `vmap`."""
+def test_gnb_with_rbg_keys_on_a_mesh_matches_single_device(impl, likelihood):
+    """On a mesh, groups are vmapped, which must not change the samples of `rbg` keys."""
     mesh, key = make_mesh(AxisType.Auto, (8, 1)), jax.random.key(1, impl=impl)
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
     [w], [x] = shard(mesh, P(), PARAMS["out"]), shard(mesh, P("data"), X)
@@ -108,7 +108,7 @@ def test_gnb_with_rbg_keys_on_a_mesh_equals_one_device(impl, likelihood):
     assert_close_to_max(estimate(w, x, key=key), expected, 2e-6)
 
 
-def test_gnb_on_explicit_axes_accepts_a_sampler_that_does_not_support_them():
+def test_gnb_on_explicit_axes_accepts_a_sampler_without_support_for_them():
     mesh, w = make_mesh(AxisType.Explicit), PARAMS["out"]
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=Poisson(), groups=8))
     with jax.set_mesh(mesh):
@@ -125,7 +125,7 @@ def test_gnb_on_explicit_axes_accepts_a_sampler_that_does_not_support_them():
         (16, None, "tensor", r"`jax\.reshard`"),
     ],
 )
-def test_estimators_reject_groups_that_devices_do_not_divide(
+def test_estimators_reject_indivisible_groups_and_mismatched_batch_shardings(
     groups, parallel_groups, axis, message
 ):
     mesh = make_mesh(AxisType.Explicit, (8, 1))

@@ -1,4 +1,4 @@
-"""Shardings and types of the optimizer's state, and decisions across devices."""
+"""Shardings and types of the optimizer state, and agreement between devices."""
 
 import math
 import re
@@ -28,7 +28,7 @@ def shard(mesh, values=VALUES, specs=SPECS):
 
 
 def state_specs(tx, state, specs):
-    """Return a tree like the state, with the specs of parameters and P() for scalars."""
+    """Return a tree like the state: parameter specs for moments, P() for scalars."""
     return optax.tree.map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
     )
@@ -70,7 +70,7 @@ def loss_fn(params):
 def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
     kind, jit, make, settings, curvature
 ):
-    """The state has the shardings of the parameters, and scalars are replicated."""
+    """Moments are sharded like their parameters, and scalars are replicated."""
     mesh = make_mesh(kind)
     params = shard(mesh)
     tx = make(
@@ -88,7 +88,7 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
         return optax.apply_updates(params, updates), state
 
     wrap = jax.jit if jit else lambda fn, **_: fn
-    # On Auto axes a jitted `init` needs shardings: its zeros do not depend on parameters.
+    # On Auto axes, XLA would not shard the zeros of a jitted `init` like the parameters.
     init = wrap(tx.init, out_shardings=None if kind == AxisType.Explicit else expected)
     step = wrap(step, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
@@ -105,8 +105,8 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
     assert sophia_metrics(carry[1])["refreshes"] >= 2  # computed outside `set_mesh`
 
 
-def test_sophia_g_state_is_restored_by_orbax_on_a_different_layout(tmp_path):
-    """It is saved on an 8 x 1 mesh and restored on a 4 x 2 mesh."""
+def test_sophia_g_state_is_restored_by_orbax_on_a_different_mesh(tmp_path):
+    """The state is saved on an 8 x 1 mesh and restored on a 4 x 2 mesh."""
     tx = sophia_g(0.1, gamma=hold_unclipped())
     params = shard(make_mesh(AxisType.Auto, (8, 1)))
     _, state = jax.jit(tx.update)(params, tx.init(params), params, hessian=params)
@@ -127,7 +127,7 @@ def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
     with jax.set_mesh(mesh):
         params = shard(mesh)
         state = tx.init(params)
-        for i in range(8):  # one entry of "w" on each device
+        for i in range(8):  # a nonfinite entry of "w" on device i
             w = VALUES["w"].at[i, 4 * (i % 2)].set((jnp.nan, jnp.inf, -jnp.inf)[i % 3])
             state = update(params, state, shard(mesh, VALUES | {"w": w}))
     assert optax.tree.get(state, "num_refused") == 8
@@ -135,8 +135,8 @@ def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
 
 
 @KINDS
-def test_hold_unclipped_under_jit_equals_one_device(kind):
-    """The sample is that of the gathered parameter, and only the sample is communicated."""
+def test_hold_unclipped_under_jit_matches_single_device(kind):
+    """The sample of entries does not depend on shardings. Only it is communicated."""
     mesh, tx = make_mesh(kind), sophia_g(0.1, b2=0.0, gamma=hold_unclipped())
     specs = {"w": P("data", "tensor"), "v": P(None, ("data", "tensor")), "b": P("data")}
     shapes = {"w": (4, 512, 40), "v": (16, 4096), "b": (16,)}
@@ -157,12 +157,12 @@ def test_hold_unclipped_under_jit_equals_one_device(kind):
     assert_trees_all_equal(jax.device_get(got), jax.device_get(expected))
     collectives = re.findall(r"f32\[([\d,]+)\]\S* all-", compiled.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in collectives]
-    assert max(sizes) <= 4096  # the number of entries of the sample
+    assert max(sizes) <= 4096  # the number of entries in the sample
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_hold_unclipped_in_shard_map_uses_all_shards(large):
-    """Small parameters equal one device. For large ones the fraction is over all shards."""
+    """Small parameters match one device. Large ones meet the global target fraction."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 3)
     grads = {
@@ -171,7 +171,7 @@ def test_hold_unclipped_in_shard_map_uses_all_shards(large):
     }
     if large:
         grads["large"] = jax.random.normal(keys[2], (64, 1000))
-        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # the scale differs by shard
+        grads["large"] *= 2.0 ** jnp.arange(64)[:, None]  # the scale differs between shards
     settings = {"gamma": hold_unclipped(0.3), "nesterov": True, "weight_decay": 0.0}
     tx = sophia_g(1.0, b2=0.0, axis_name="data", **settings)
     one_device_tx = sophia_g(1.0, b2=0.0, **settings)

@@ -24,7 +24,7 @@ def constant_hessian_fn(value):
 
 
 def extra_args(argument, estimate):
-    """Return the keyword argument of `update` that passes an estimate."""
+    """Return the keyword argument that passes an estimate to `update`."""
     return {argument: estimate if argument == "hessian" else lambda key: estimate}
 
 
@@ -45,7 +45,7 @@ def test_scale_by_diag_hessian_divides_by_the_moving_average(argument):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_scale_by_diag_hessian_calls_hessian_fn_when_due_with_a_key_per_update(jit):
+def test_scale_by_diag_hessian_calls_a_due_hessian_fn_with_the_key_of_the_update(jit):
     seen = []
 
     def hessian_fn(key):
@@ -82,7 +82,7 @@ def test_scale_by_diag_hessian_without_a_refresh_keeps_the_average_bit_for_bit(e
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @ARGUMENTS
-def test_scale_by_diag_hessian_rejects_a_nonfinite_estimate_completely(argument, bad):
+def test_scale_by_diag_hessian_rejects_an_estimate_with_any_nonfinite_entry(argument, bad):
     tx = scale_by_diag_hessian(b2=0.5, update_interval=1)
 
     @jax.jit
@@ -107,11 +107,11 @@ def test_scale_by_diag_hessian_rejects_a_nonfinite_estimate_completely(argument,
     [
         ("float64", "float16", 1e7),
         ("float64", "float32", 1e300),
-        ("float32", "float64", np.inf),  # the largest float64 is infinite in float32
+        ("float32", "float64", np.inf),  # float64's largest number is infinite in float32
         ("bfloat16", "float16", 1e7),
     ],
 )
-def test_scale_by_diag_hessian_rejects_an_estimate_out_of_range_of_the_average(
+def test_scale_by_diag_hessian_rejects_an_estimate_outside_the_range_of_the_average(
     estimate_dtype, hessian_dtype, value, x64
 ):
     tx = scale_by_diag_hessian(hessian_dtype=hessian_dtype)
@@ -125,7 +125,7 @@ def test_scale_by_diag_hessian_rejects_an_estimate_out_of_range_of_the_average(
 @pytest.mark.parametrize(
     ("offered", "called"),
     [
-        ([9, 19, 29], [9, 19, 29]),  # the loop of the paper's code
+        ([9, 19, 29], [9, 19, 29]),  # the training loop of the paper's code
         ([7, 8, 9, 17, 18, 30], [7, 17, 30]),
         (range(0, 40, 3), [0, 12, 24, 36]),
     ],
@@ -155,7 +155,7 @@ def test_scale_by_diag_hessian_follows_a_changed_update_interval():
 
 
 @pytest.mark.parametrize("b2", [0.0, 0.5, 1 - 1e-8])
-def test_scale_by_diag_hessian_debias_makes_the_first_estimate_the_average(b2):
+def test_scale_by_diag_hessian_with_debias_divides_by_the_first_estimate(b2):
     tx = scale_by_diag_hessian(b2, gamma=1.0, debias=True)
     hessian = full_like(PARAMS, 4.0)
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=hessian)
@@ -163,12 +163,12 @@ def test_scale_by_diag_hessian_debias_makes_the_first_estimate_the_average(b2):
 
 
 def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
-    """Members that are not due, here by their number of updates, do not change."""
+    """Refreshes are staggered, and members that are not due keep their averages."""
     tx, calls = scale_by_diag_hessian(update_interval=4), []
 
     def step(params, state):
         def hessian_fn(key):
-            jax.debug.callback(lambda _: calls.append(1), params)  # for each member
+            jax.debug.callback(lambda _: calls.append(1), params)  # called per member
             return jnp.exp(params)
 
         return tx.update(params, state, params, hessian_fn=hessian_fn)[1]
@@ -193,7 +193,7 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
     assert len(calls) <= 2 * params[..., 0].size
 
 
-def test_scale_by_diag_hessian_calls_hessian_fn_after_a_rejection_when_next_due():
+def test_scale_by_diag_hessian_calls_hessian_fn_only_when_next_due_after_a_rejection():
     tx = scale_by_diag_hessian(update_interval=3)
     state, num_refused = tx.init(PARAMS), []
     update = jax.jit(functools.partial(tx.update, hessian_fn=constant_hessian_fn(jnp.nan)))
@@ -220,7 +220,7 @@ def test_scale_by_diag_hessian_is_finite_if_b2_rounds_to_1(debias):
 
 
 @pytest.mark.parametrize("debias", [False, True])
-def test_scale_by_diag_hessian_rms_is_the_root_of_the_average_square(debias):
+def test_scale_by_diag_hessian_rms_divides_by_the_root_mean_square_of_estimates(debias):
     tx = scale_by_diag_hessian(b2=0.9, gamma=0.5, eps=1e-3, rms=True, debias=debias)
     state, square = tx.init(PARAMS), full_like(PARAMS, 0.0)
     for t, scale in enumerate((1.0, -3.0, 0.5), start=1):
@@ -235,7 +235,7 @@ def test_scale_by_diag_hessian_rms_is_the_root_of_the_average_square(debias):
 
 
 @pytest.mark.parametrize("value", [1e-25, 1e25, 3e38])
-def test_scale_by_diag_hessian_rms_accepts_estimates_whose_squares_overflow(value):
+def test_scale_by_diag_hessian_rms_accepts_estimates_whose_squares_over_or_underflow(value):
     tx = scale_by_diag_hessian(b2=0.5, rms=True)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for _ in range(40):
@@ -244,7 +244,7 @@ def test_scale_by_diag_hessian_rms_accepts_estimates_whose_squares_overflow(valu
     assert_trees_all_close(state.hessian, full_like(PARAMS, value), rtol=1e-5)
 
 
-def test_scale_by_diag_hessian_gamma_is_a_schedule_of_the_number_of_updates():
+def test_scale_by_diag_hessian_evaluates_a_gamma_schedule_at_the_number_of_updates():
     tx = scale_by_diag_hessian(b2=0.0, gamma=lambda n: 1.0 / (1 + n))
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for n in range(3):
@@ -260,7 +260,7 @@ def test_scale_by_diag_hessian_gamma_is_a_schedule_of_the_number_of_updates():
     ],
 )
 def test_scale_by_diag_hessian_and_sophia_g_states_share_no_buffer(tx):
-    """Leaves of the state and hyperparameters have their own buffers, so donation works."""
+    """Donation requires a separate buffer for each leaf of the state."""
     state = tx.init(PARAMS)
     for _ in range(2):
         pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
@@ -297,14 +297,14 @@ def test_scale_by_diag_hessian_updates_have_dtypes_of_params(
     assert (updates["w"].dtype, updates["b"].dtype) == (w_dtype, b_dtype)
     assert all(h.dtype == jnp.float32 for h in jax.tree.leaves(state.hessian))
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True):
-        assert jnp.isfinite(u).all()  # the largest float16 instead of infinity
+        assert jnp.isfinite(u).all()  # the result is clipped to the largest float16
         np.testing.assert_array_equal(jnp.sign(u).astype(jnp.float32), jnp.sign(g))
 
 
 @pytest.mark.parametrize("frozen", [jnp.ones(3), jax.nn.relu, None])
 @pytest.mark.parametrize("tx", [scale_by_diag_hessian(0.0, 1.0), sophia_g(0.1)])
 def test_scale_by_diag_hessian_and_sophia_g_accept_none_in_the_updates(tx, frozen):
-    """With Equinox only the gradients are filtered, not `params` and the estimate."""
+    """With Equinox, frozen leaves may be None only in the gradients."""
     params = PARAMS | {"frozen": frozen}
     grads, state = GRADS | {"frozen": None}, tx.init(PARAMS | {"frozen": None})
     for hessian in (HESSIAN | {"frozen": None}, HESSIAN | {"frozen": jnp.ones(3)}):
@@ -313,7 +313,7 @@ def test_scale_by_diag_hessian_and_sophia_g_accept_none_in_the_updates(tx, froze
         assert_trees_all_equal(updates, expected | {"frozen": None})
 
 
-def test_scale_by_diag_hessian_of_zero_gradients_is_zero_if_eps_rounds_to_0():
+def test_scale_by_diag_hessian_updates_are_zero_for_zero_gradients_if_eps_rounds_to_0():
     """`inject_hyperparams` casts eps to float16, in which 1e-12 is 0."""
     params = jnp.zeros(3, jnp.float16)
     tx = optax.inject_hyperparams(scale_by_diag_hessian)()
@@ -330,7 +330,7 @@ def test_scale_by_diag_hessian_divides_float64_gradients_in_float64(x64):
 
 def test_scale_by_diag_hessian_averages_16_bit_estimates_in_float32():
     params = jnp.ones(2, jnp.float16)
-    estimate = jnp.full(2, 1e-5, jnp.float16)  # (1 - b2) times this is 0 in float16
+    estimate = jnp.full(2, 1e-5, jnp.float16)  # (1 - b2) * 1e-5 is 0 in float16
     tx = scale_by_diag_hessian(b2=0.999)
     _, state = tx.update(params, tx.init(params), params, hessian=estimate)
     np.testing.assert_allclose(state.hessian, 1e-8, rtol=1e-2)
@@ -339,7 +339,7 @@ def test_scale_by_diag_hessian_averages_16_bit_estimates_in_float32():
 @pytest.mark.parametrize("mask_compatible_extra_args", [False, True])
 @pytest.mark.parametrize("is_masked", [False, True])
 @ARGUMENTS
-def test_scale_by_diag_hessian_under_masked_accepts_full_and_masked_estimates(
+def test_scale_by_diag_hessian_under_optax_masked_accepts_full_and_masked_estimates(
     argument, is_masked, mask_compatible_extra_args
 ):
     tx = optax.masked(

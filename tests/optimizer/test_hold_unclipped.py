@@ -12,12 +12,12 @@ from sophia_optax.optimizer.hold_unclipped import SAMPLE_SIZE
 
 
 def random_array(seed, *shape):
-    """Return entries of both signs over several orders of magnitude."""
+    """Return random numbers of both signs and several orders of magnitude."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=shape) * 10 ** rng.normal(size=shape)).astype(np.float32)
 
 
-# Some entries have no momentum, and half of them have negative curvature.
+# Some entries have zero momentum, and about half have negative curvature.
 GRADS = {
     "w": random_array(3, 6, 7),
     "b": random_array(4, 30) * (np.arange(30) > 9),
@@ -48,19 +48,19 @@ def is_counted(grads, hessian):
 
 
 def quantile(grads, hessian, fraction):
-    """Return the floor(f n)-th smallest |g| / h, from 0, of the n counted entries."""
+    """Return the ratio |g| / h of 0-based rank floor(f n) among the n counted entries."""
     grads, hessian = (concatenate(t)[is_counted(grads, hessian)] for t in (grads, hessian))
     ratios = np.sort(np.abs(grads) / hessian)
     return ratios[min(int(fraction * len(ratios)), len(ratios) - 1)]
 
 
 def unclipped_fraction(updates, grads, hessian):
-    """Return the fraction with |u| < 1. At the quantile |u| is 1 up to rounding."""
+    """Return the fraction of counted entries with |u| < 1, with a margin for rounding."""
     return np.mean(np.abs(concatenate(updates)[is_counted(grads, hessian)]) < 1 - 1e-6)
 
 
 def sparse_embedding(seed, num_rows, shape=(5000, 16)):
-    """Return gradients and estimates that are nonzero in `num_rows` rows only."""
+    """Return a gradient and an estimate that are nonzero only in `num_rows` random rows."""
     rng = np.random.default_rng(seed)
     rows = rng.permutation(shape[0])[:num_rows]
     grads, hessian = np.zeros((2, *shape), np.float32)
@@ -71,7 +71,7 @@ def sparse_embedding(seed, num_rows, shape=(5000, 16)):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.93, 1.0])
 @pytest.mark.parametrize("size", [73, SAMPLE_SIZE])
-def test_hold_unclipped_gamma_is_the_exact_quantile_of_all_entries(size, fraction):
+def test_hold_unclipped_gamma_is_the_exact_quantile_for_few_entries(size, fraction):
     grads = GRADS | {"w": random_array(7, size - 31)}
     hessian = HESSIAN | {"w": random_array(8, size - 31)}
     updates, gamma = first_update(fraction, grads, hessian)
@@ -86,7 +86,7 @@ def test_hold_unclipped_gamma_is_the_exact_quantile_of_all_entries(size, fractio
     assert unclipped_fraction(updates, grads, hessian) == pytest.approx(expected, abs=1e-9)
 
 
-def test_hold_unclipped_does_not_count_entries_without_momentum_or_curvature():
+def test_hold_unclipped_ignores_entries_without_momentum_or_positive_curvature():
     grads, hessian = np.float32([0, 0, 0, 1, 2, 3, 4]), np.ones(7, np.float32)
     assert gamma_of(0.5, grads, hessian) == 3
     assert gamma_of(0.5, grads, hessian * [1, 1, 1, -1, 1, 1, 0]) == 3
@@ -94,7 +94,7 @@ def test_hold_unclipped_does_not_count_entries_without_momentum_or_curvature():
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_hold_unclipped_samples_large_parameters_within_four_standard_deviations(fraction):
+def test_hold_unclipped_sampled_fraction_is_within_four_standard_deviations(fraction):
     scales = np.exp(random_array(1, 300, 1) / 20) * np.exp(random_array(2, 256) / 20)
     grads = {
         "w": (random_array(0, 300, 256) * scales).astype(np.float32),
@@ -131,8 +131,8 @@ def test_hold_unclipped_samples_scalar_parameters():
     assert gamma_of(1.0, grads) == 1
 
 
-def test_hold_unclipped_samples_equal_shapes_at_different_entries():
-    """Half of the entries of each of 48 vectors are small."""
+def test_hold_unclipped_samples_different_entries_for_leaves_of_equal_shape():
+    """Every second entry is small, at the same indices in each of the 48 vectors."""
     vector = np.where(np.arange(96) % 2, 1, 1e-3).astype(np.float32)
     grads = [vector] * 48
     assert gamma_of(0.47, grads) == np.float32(1e-3)
@@ -141,7 +141,7 @@ def test_hold_unclipped_samples_equal_shapes_at_different_entries():
 
 @pytest.mark.parametrize("shape", [(9999,), (2048, 128), (16, 4, 256), (256, 256)])
 def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
-    """Half of the rows, of the columns, or of the entries below the diagonal are small."""
+    """The small entries fill half of an axis, or the triangle on one side of a diagonal."""
     indices = np.indices(shape)
     halves = [index < size // 2 for index, size in zip(indices, shape, strict=True)]
     if shape == (256, 256):
@@ -153,8 +153,8 @@ def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
 
 
 @pytest.mark.parametrize(("num_rows", "is_exact"), [(1, True), (900, True), (1500, False)])
-def test_hold_unclipped_uses_all_entries_if_the_sample_has_few_counted(num_rows, is_exact):
-    """About 1, 737 and 1,229 entries of the sample are counted. 1,024 are required."""
+def test_hold_unclipped_uses_all_entries_if_few_sampled_are_counted(num_rows, is_exact):
+    """About 1, 737 or 1,229 sampled entries count. Below 1,024, all entries are used."""
     for seed in range(3):
         grads, hessian = sparse_embedding(seed, num_rows)
         updates, gamma = first_update(0.2, grads, hessian)
@@ -164,8 +164,8 @@ def test_hold_unclipped_uses_all_entries_if_the_sample_has_few_counted(num_rows,
         assert got == pytest.approx(0.2, abs=bound)
 
 
-def test_hold_unclipped_under_vmap_equals_each_member():
-    """Some members use all entries, and others the sample."""
+def test_hold_unclipped_under_vmap_equals_a_separate_call_per_member():
+    """Some members use all entries, and others use the sample."""
     num_rows = (5000, 100, 0, 2000)
     members = [sparse_embedding(seed, rows) for seed, rows in enumerate(num_rows)]
     grads, hessian = map(np.stack, zip(*members, strict=True))
@@ -185,8 +185,8 @@ def test_hold_unclipped_gamma_is_exact_for_16_bit_updates_and_averages(dtype):
     np.testing.assert_array_equal(updates.astype(jnp.float32), [0.25, 0.5, 1, 2])
 
 
-def test_hold_unclipped_is_equal_with_and_without_x64():
-    """The same optimizer is used for both, with and without a sample."""
+def test_hold_unclipped_does_not_depend_on_enable_x64():
+    """Both modes share one optimizer. Only the second tree is large enough for a sample."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5))
     update = jax.jit(lambda g, h: tx.update(g, tx.init(g), hessian=h))
     for tree in ((GRADS, HESSIAN), sparse_embedding(0, 4000)):
@@ -197,7 +197,7 @@ def test_hold_unclipped_is_equal_with_and_without_x64():
         assert_trees_all_equal(*results)
 
 
-def test_hold_unclipped_is_finite_without_momentum_entries_or_positive_curvature():
+def test_hold_unclipped_is_finite_without_entries_momentum_or_positive_curvature():
     grads = {
         "normal": random_array(0, 9),
         "zero": np.zeros(5, np.float32),
@@ -225,7 +225,7 @@ def test_hold_unclipped_is_finite_without_momentum_entries_or_positive_curvature
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def three_updates(settings, b2, scale):
-    """Return clipped updates for estimates that are multiplied by `scale`."""
+    """Return the clipped updates of three steps, with estimates multiplied by `scale`."""
     rule = hold_unclipped(0.4)
     tx = scale_by_sophia(b1=0.8, b2=b2, gamma=rule, update_interval=2, **dict(settings))
     state, results = tx.init(GRADS), []
@@ -240,7 +240,7 @@ def three_updates(settings, b2, scale):
 
 @pytest.mark.parametrize("setting", ["nesterov", "mu_dtype", "hessian_dtype"])
 def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
-    """Scales that are powers of two change no bit of the updates."""
+    """With powers of two as scales, the updates are equal bit for bit."""
     settings = ((setting, True if setting == "nesterov" else "bfloat16"),)
     expected = three_updates(settings, 0.9, 1.0)
     for scale in (2.0**-20, 2.0**13):
@@ -250,10 +250,10 @@ def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
         assert_trees_all_close(results, expected, rtol=1e-5)
 
 
-def test_hold_unclipped_does_not_depend_on_debias_or_on_the_first_weight():
+def test_hold_unclipped_does_not_depend_on_debias_or_initially_on_b2():
     expected = three_updates((), 0.9, 1.0)
     assert_trees_all_equal(three_updates((("debias", True),), 0.9, 1.0), expected)
-    # The first average is (1 - b2) ĥ, so b2 is a factor of it.
+    # The first average is (1 - b2) ĥ, so b2 affects only its scale.
     assert_trees_all_close(three_updates((), 0.5, 1.0)[0], expected[0], rtol=1e-5)
 
 
@@ -282,7 +282,7 @@ def test_hold_unclipped_fraction_can_be_injected_or_scheduled():
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, np.float32(2), float("nan")])
-def test_hold_unclipped_rejects_a_fraction_outside_0_and_1(fraction):
+def test_hold_unclipped_rejects_a_fraction_outside_0_to_1(fraction):
     with pytest.raises(
         ValueError, match=rf"`fraction` .* got {fraction}: .*between 0 and 1"
     ):
@@ -305,11 +305,11 @@ def test_hold_unclipped_with_nesterov_uses_the_look_ahead():
 
 @pytest.mark.parametrize("copies", [1, 1000], ids=["all entries", "sample"])
 def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
-    """Through two steps, the derivatives in reverse and in forward mode are equal to it."""
+    """Differentiate through two steps, in reverse mode and in forward mode."""
     curvature = jnp.array([1.0, 2.0, 3.0, 5.0, 8.0, 13.0])
     rule = hold_unclipped(0.4)
     tx = sophia(0.05, 0.5, 0.5, rule, weight_decay=0.0, hessian_dtype="float64")
-    # Copies of an entry have equal ratios, so their sample has the same quantile.
+    # Copies of an entry have equal ratios, so a sample of them has the same quantile.
     assert copies == 1 or copies * curvature.size > SAMPLE_SIZE
 
     @jax.jit
@@ -343,7 +343,7 @@ def test_hold_unclipped_derivative_is_finite_if_no_entry_is_counted():
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_hold_unclipped_derivative_in_shard_map_equals_one_device(check_vma):
+def test_hold_unclipped_derivative_in_shard_map_equals_single_device_derivative(check_vma):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def update(grads, axis_name=None):

@@ -21,7 +21,7 @@ from sophia_optax import (
 PARAMS = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
 GRADS = {"w": jnp.array([[1.0, -4.0], [2.0, 0.5]]), "b": jnp.array([3.0, -1.0])}
 HESSIAN = {"w": jnp.array([[2.0, 2.0], [-1.0, 8.0]]), "b": jnp.array([4.0, 0.0])}
-SETTINGS = {"b1": 0.5, "b2": 0.0, "gamma": 0.5}  # m = g / 2 and h = ĥ
+SETTINGS = {"b1": 0.5, "b2": 0.0, "gamma": 0.5}  # after one step, m = g / 2 and h = ĥ
 EMA = optax.ema(0.5, debias=False)
 SOPHIA_G = sophia_g(0.1, **SETTINGS)
 SOPHIA_G_POPULATION = optax.GradientTransformation(
@@ -39,8 +39,8 @@ def first_state(tx):
     return tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)[1]
 
 
-# An entry is unclipped if |g| / 2 < h / 2. For b these are 1.5 < 2 and 0.5 > 0, and for w
-# 0.5 < 1, 2 > 1, 1 > 0 and 0.25 < 4.
+# An entry is unclipped if |g| / 2 < h / 2. The comparisons are 1.5 < 2 and 0.5 > 0 for b,
+# and 0.5 < 1, 2 > 1, 1 > 0 and 0.25 < 4 for w, so half of the entries are unclipped.
 @pytest.mark.parametrize(
     "tx",
     [
@@ -53,7 +53,7 @@ def first_state(tx):
         optax.named_chain(("m", EMA), ("h", scale_by_diag_hessian(0.0, 0.5))),
     ],
 )
-def test_unclipped_fraction_finds_sophia_in_wrappers(tx):
+def test_unclipped_fraction_finds_the_state_of_sophia_in_wrappers(tx):
     state = first_state(tx)
     assert unclipped_fraction(state) == jax.jit(unclipped_fraction)(state) == 0.5
 
@@ -62,7 +62,7 @@ def test_unclipped_fraction_finds_sophia_in_wrappers(tx):
     ("clip_threshold", "debias", "gamma"),
     [(1.0, False, 0.5), (0.25, True, 0.5), (4.0, False, hold_unclipped(0.5))],
 )
-def test_unclipped_fraction_equals_that_of_the_updates(clip_threshold, debias, gamma):
+def test_unclipped_fraction_agrees_with_the_updates(clip_threshold, debias, gamma):
     tx = scale_by_sophia(0.5, 0.9, gamma, clip_threshold=clip_threshold, debias=debias)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for scale in (1.0, 0.3, -2.0):
@@ -75,7 +75,7 @@ def test_unclipped_fraction_equals_that_of_the_updates(clip_threshold, debias, g
 @pytest.mark.parametrize(
     ("gradient", "gamma", "eps", "expected"),
     [
-        (1.0, 1.0, 1e-12, 0.0),  # |m| equals gamma h, and |u| = 1
+        (1.0, 1.0, 1e-12, 0.0),  # |m| equals gamma h, so |u| = 1 counts as clipped
         (0.999, 1.0, 1e-12, 1.0),
         (1.0, 0.5, 1e3, 1.0),  # |m| is less than eps
         (-1e3, 0.5, 1e3, 0.0),
@@ -90,7 +90,7 @@ def test_unclipped_fraction_counts_entries_below_gamma_h_or_eps(
     assert unclipped_fraction(state) == expected
 
 
-def test_sophia_metrics_values():
+def test_sophia_metrics_returns_the_expected_values():
     metrics = jax.jit(sophia_metrics)(first_state(SOPHIA_G))
     expected = {
         "unclipped_fraction": 0.5,
@@ -103,7 +103,7 @@ def test_sophia_metrics_values():
         "refreshes": 1,
         "refused": 0,
     }
-    assert sorted(metrics) == sorted(expected)  # jit sorts a dictionary
+    assert sorted(metrics) == sorted(expected)  # `jit` sorts the keys
     for name, value in metrics.items():
         assert value.shape == (), name
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
@@ -116,7 +116,7 @@ def test_sophia_metrics_gamma_includes_clip_threshold_and_bias_correction():
     tx = scale_by_sophia(0.0, 0.0, hold_unclipped(0.0), clip_threshold=0.5)
     metrics = sophia_metrics(first_state(tx))
     assert metrics["gamma"].shape == ()
-    assert metrics["gamma"] == 0.5 / 8  # the smallest |g| / h, whatever the threshold
+    assert metrics["gamma"] == 0.5 / 8  # the smallest |g| / h, for any threshold
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_sophia_metrics_gamma_includes_clip_threshold_and_bias_correction():
         ([{"w": jnp.ones(1)}, {"w": jnp.zeros((0, 3))}], {"0/w", "1/w"}),
         # Flax NNX wraps each array in a node with an attribute `value`.
         (nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param), {"kernel", "bias"}),
-        # Here `value` is a parameter.
+        # Here `value` is the name of a parameter.
         (
             {"attention": Attention(jnp.ones(1), jnp.ones(2)), "value": jnp.ones(3)},
             {"attention/query", "attention/value", "value"},
@@ -139,7 +139,7 @@ def test_sophia_metrics_name_parameters_by_path(params, paths):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_sophia_metrics_in_shard_map_equal_one_device(check_vma):
+def test_sophia_metrics_in_shard_map_equal_single_device_metrics(check_vma):
     """With `check_vma=True` some parameters may be replicated and others sharded."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     params, spec = {"w": jnp.linspace(-1.0, 3.0, 24).reshape(8, 3)}, {"w": jax.P("d")}
@@ -186,7 +186,7 @@ def test_unclipped_fraction_accepts_a_pytree_class_without_equality():
 
 
 def test_unclipped_fraction_counts_entries_in_integers():
-    """A float32 sum of ones stops at 2**24."""
+    """A float32 sum of ones would stop increasing at 2**24."""
     state = scale_by_sophia().init(jnp.ones(8))
     jaxpr = str(jax.make_jaxpr(unclipped_fraction)(state))
     assert ":i32[] = reduce_sum" in jaxpr
@@ -196,13 +196,15 @@ def test_unclipped_fraction_counts_entries_in_integers():
 @pytest.mark.parametrize(
     ("tx", "message"),
     [
-        (optax.adam(0.1), "state of one Sophia, got 0"),
-        (optax.chain(SOPHIA_G, SOPHIA_G), "state of one Sophia, got 2"),
-        (SOPHIA_G_POPULATION, "`vmap` over a population"),
+        (optax.adam(0.1), "exactly one Sophia state, got 0"),
+        (optax.chain(SOPHIA_G, SOPHIA_G), "exactly one Sophia state, got 2"),
+        (SOPHIA_G_POPULATION, "For a population, apply `jax.vmap`"),
         (scale_by_diag_hessian(), r"one `optax\.EmaState`.* got 0.*`optax\.ema\("),
         (optax.chain(EMA, SOPHIA_G), r"one `optax\.EmaState`.* got 2.*`optax\.ema\("),
     ],
 )
-def test_unclipped_fraction_and_sophia_metrics_require_one_sophia(metric, tx, message):
+def test_unclipped_fraction_and_sophia_metrics_require_one_sophia_state(
+    metric, tx, message
+):
     with pytest.raises(ValueError, match=message):
         metric(tx.init(PARAMS))

@@ -15,7 +15,7 @@ NARROW = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
 
 
 def round_with_all_bits(x, dtype):
-    """Return `x` rounded with each value of the bits that are used, the highest bits."""
+    """Return `x` rounded with every value of the random bits that rounding uses."""
     cut = 23 - jnp.finfo(dtype).nmant
     bits = jnp.arange(2**cut, dtype=jnp.uint32) << (32 - cut)
     return round_with_bits(x, dtype, bits[:, None])
@@ -23,7 +23,7 @@ def round_with_all_bits(x, dtype):
 
 @NARROW
 def test_round_with_bits_is_unbiased(dtype):
-    """The mean over all random bits is exact."""
+    """The mean over all values of the random bits equals `x` exactly."""
     x = X[np.abs(X) >= float(jnp.finfo(dtype).tiny)]
     rounded = round_with_all_bits(x, dtype)
     assert rounded.dtype == dtype
@@ -48,7 +48,7 @@ def test_round_with_bits_returns_one_of_the_two_nearest_numbers(dtype):
 def test_round_with_bits_keeps_representable_and_nonfinite_numbers(dtype):
     finfo = jnp.finfo(dtype)
     values = np.float32([0, -0.0, 1, -1.5, finfo.max, finfo.tiny, np.inf, -np.inf, 0, 0])
-    values.view(np.uint32)[-2:] = 0x7FFFFFFF, 0x7F800001  # NaNs that a carry would change
+    values.view(np.uint32)[-2:] = 0x7FFFFFFF, 0x7F800001  # a carry would change these NaNs
     rounded = np.asarray(round_with_all_bits(values, dtype), np.float32)
     np.testing.assert_array_equal(rounded, np.broadcast_to(values, rounded.shape))
 
@@ -63,7 +63,7 @@ def test_round_stochastically_to_32_bits_or_more_is_a_cast(x64):
 
 
 def is_rounded_up(seed=0, stream="mu", count=0, shape=(2, 64, 128), leaf=0):
-    """Return whether each of many equal numbers is rounded up, half of them on average."""
+    """Return which of many equal numbers are rounded up. The expected fraction is 1/2."""
     tree = [jnp.full(shape, 1 + 2**-8)] * 2
     like = [jnp.zeros(shape, jnp.bfloat16)] * 2
     rounded = round_stochastically(tree, like, seed, stream, jnp.int32(count))
@@ -71,7 +71,7 @@ def is_rounded_up(seed=0, stream="mu", count=0, shape=(2, 64, 128), leaf=0):
 
 
 def assert_mean_is_one_half(sample):
-    """Allow five standard errors."""
+    """Check that the mean is 1/2, within five standard errors."""
     assert abs(2 * np.mean(sample) - 1) < 5 * sample.size**-0.5
 
 
@@ -104,7 +104,7 @@ def test_round_stochastically_is_uncorrelated_over_time():
 
 
 def averages_of_constants(dtype, steps=3000):
-    """Return averages m and h, shape (2, 512), of the constants 0.3 and 0.7."""
+    """Return 512 averages m of the constant 0.3 and 512 averages h of the constant 0.7."""
     tx = scale_by_sophia(
         b1=0.965, b2=0.99, update_interval=1, mu_dtype=dtype, hessian_dtype=dtype
     )
@@ -119,13 +119,13 @@ def averages_of_constants(dtype, steps=3000):
     return np.stack([np.asarray(x, np.float64) for x in (ema.ema, diag.hessian)])
 
 
-def test_scale_by_sophia_averages_in_16_bits_converge_to_a_constant():
-    """An average that is rounded to nearest stalls."""
+def test_scale_by_sophia_averages_in_16_bits_converge_to_a_constant_input():
+    """An average that is rounded to nearest would stall."""
     constants = np.array([0.3, 0.7])
     in_32_bits = averages_of_constants(jnp.float32)
     np.testing.assert_allclose(in_32_bits.mean(1), constants, rtol=1e-4)
     in_16_bits = averages_of_constants(jnp.bfloat16)
-    # The error of each average is a few steps of 2**-8. The mean of 512 is more accurate.
+    # Each average has an error of a few times 2**-8, and the mean of 512 a smaller error.
     np.testing.assert_allclose(in_16_bits, constants[:, None] * np.ones(512), rtol=0.08)
     np.testing.assert_allclose(in_16_bits.mean(1), constants, rtol=2e-3)
 
@@ -176,7 +176,7 @@ def test_scale_by_sophia_rounding_depends_on_seed(name):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", jnp.complex64, bool], ids=str)
 @pytest.mark.parametrize("name", ["mu_dtype", "hessian_dtype"])
-def test_scale_by_sophia_rejects_a_dtype_of_8_bits_or_not_floating_point(name, dtype):
+def test_scale_by_sophia_rejects_8_bit_and_non_floating_point_dtypes(name, dtype):
     with pytest.raises(TypeError, match=f"`{name}` must be a floating point dtype"):
         scale_by_sophia(**{name: dtype})
 
@@ -198,4 +198,4 @@ def test_scale_by_diag_hessian_rounds_float16_stochastically():
     _, state = tx.update(third, tx.init(third), third, hessian=third)
     assert len(np.unique(state.hessian)) == 2
     mean = np.asarray(state.hessian, np.float64).mean()
-    np.testing.assert_allclose(mean, 1 / 3, rtol=5e-5)  # rounding to nearest is 2e-4 off
+    np.testing.assert_allclose(mean, 1 / 3, rtol=5e-5)  # nearest rounding errs by 2e-4

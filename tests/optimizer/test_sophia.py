@@ -29,7 +29,7 @@ LR, B1, B2, GAMMA, EPS, WEIGHT_DECAY = 1e-2, 0.965, 0.99, 0.05, 1e-12, 0.2
 
 @pytest.fixture(scope="module")
 def trajectory():
-    """Return gradients and estimates for all steps. Some h are negative."""
+    """Return gradients and estimates for all steps. Some averages h become negative."""
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(STEPS, 40)) * np.exp(rng.normal(size=40))
     estimates = 20 * np.exp(2 * rng.normal(size=40)) * rng.normal(0.5, 1, (STEPS, 40)) ** 3
@@ -49,7 +49,7 @@ def run(tx, grads, estimates):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sophia_g_follows_algorithm_3(trajectory, nesterov):
+def test_sophia_g_follows_algorithm_3_of_the_paper(trajectory, nesterov):
     grads, estimates = trajectory
     x, m, h, expected, is_clipped = START.astype(np.float64), 0, 0, [], []
     for t in range(1, STEPS + 1):
@@ -70,8 +70,8 @@ def test_sophia_g_follows_algorithm_3(trajectory, nesterov):
 def test_sophia_g_follows_the_official_pytorch_code(trajectory):
     """The official update is sign(m) · min(|m| / (rho · bs · h + 1e-15), 1).
 
-    Its h lacks the factor bs, the number of predictions in the batch. Its h is refreshed
-    after the step: an estimate after step t is first used in step t + 1.
+    This h lacks the factor bs, the number of predictions in the batch. It is refreshed
+    after the step, so an estimate after step t is first used in step t + 1.
     """
     grads, estimates = trajectory
     estimates = np.abs(estimates)
@@ -100,7 +100,7 @@ def make_gamma(kind, factor=1.0):
 
 
 def assert_equal_updates(a, b, trajectory, metrics=True):
-    """Compare five steps, with a refresh in every second step."""
+    """Check that updates are equal in five steps, with a refresh in every second step."""
     state_a, state_b = a.init(START), b.init(START)
     update_a, update_b = jax.jit(a.update), jax.jit(b.update)
     grads, estimates = trajectory
@@ -116,7 +116,7 @@ def assert_equal_updates(a, b, trajectory, metrics=True):
 @pytest.mark.parametrize("kind", ["number", "schedule", "hold_unclipped"])
 @pytest.mark.parametrize("rho", [1.0, 0.25, 4.0, 0.3])
 def test_scale_by_sophia_equals_a_chain_of_its_stages(trajectory, kind, rho):
-    """The clip_threshold rho is a factor of gamma, eps and the updates."""
+    """The `clip_threshold` rho multiplies gamma, eps and the updates."""
     chain = optax.chain(
         optax.ema(0.9, debias=False),
         scale_by_diag_hessian(0.95, make_gamma(kind, rho), rho * 1e-2),
@@ -129,10 +129,10 @@ def test_scale_by_sophia_equals_a_chain_of_its_stages(trajectory, kind, rho):
 
 @pytest.mark.parametrize("kind", ["number", "schedule"])
 @pytest.mark.parametrize("rho", [0.25, 4.0])
-def test_scale_by_sophia_clip_threshold_equals_a_clip_at_the_threshold(
+def test_scale_by_sophia_clip_threshold_equals_optax_clip_at_the_threshold(
     trajectory, kind, rho
 ):
-    """Thresholds that are powers of two do not change the rounding."""
+    """The results are equal bit for bit, because the thresholds are powers of two."""
     gamma = make_gamma(kind)
     chain = optax.chain(
         optax.ema(0.9, debias=False),
@@ -208,7 +208,7 @@ def test_sophia_and_variants_have_the_documented_defaults(make, expected):
 
 @pytest.mark.parametrize("make", [sophia_g, sophia_h])
 def test_sophia_g_and_sophia_h_use_every_argument(trajectory, make):
-    """Each argument changes the updates. All numbers may be traced."""
+    """Each argument changes the updates. All numeric arguments may be traced."""
     grads, hessian = trajectory[0], 100 * trajectory[1][0]
     traced = {"b1": 0.5, "b2": 0.5, "gamma": 0.5, "eps": 1e3, "weight_decay": 0.0}
     traced |= {"clip_threshold": 0.5, "update_interval": 2, "seed": 1}
@@ -242,7 +242,7 @@ def test_sophia_g_and_sophia_h_use_every_argument(trajectory, make):
 @pytest.mark.parametrize(
     "name", ["learning_rate", "weight_decay", "clip_threshold", "gamma"]
 )
-def test_sophia_updates_have_the_dtype_of_params_for_any_hyperparameter(dtype, name):
+def test_sophia_updates_have_the_dtype_of_params_for_any_hyperparameter_dtype(dtype, name):
     params = {"w": jnp.ones((2, 3), dtype)}
     values = (jnp.float32(0.5), np.float64(0.5), jnp.asarray(0.5, "bfloat16"))
     schedules = () if name == "clip_threshold" else (lambda _: jnp.float32(0.5),)
@@ -252,7 +252,7 @@ def test_sophia_updates_have_the_dtype_of_params_for_any_hyperparameter(dtype, n
         assert updates["w"].dtype == dtype
 
 
-def test_sophia_h_obj_fn_is_hutchinson():
+def test_sophia_h_obj_fn_equals_a_hessian_fn_with_hutchinson():
     def loss_fn(params):
         return jnp.sum(params["a"] ** 4) + params["b"] ** 2 * jnp.sum(params["a"])
 
@@ -296,7 +296,9 @@ def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
-def test_scale_by_sophia_in_shard_map_equals_separate_members(argument, check_vma):
+def test_scale_by_sophia_in_shard_map_equals_updates_of_separate_members(
+    argument, check_vma
+):
     """Without `axis_name` each device has its own gamma and rejects its own estimates."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -329,7 +331,7 @@ def test_scale_by_sophia_in_shard_map_equals_separate_members(argument, check_vm
 @pytest.mark.parametrize("gamma", [0.5, hold_unclipped(0.2)])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
 def test_sophia_trains_members_in_a_scan_in_a_checked_shard_map(argument, gamma):
-    """The scan requires constant types: scalars of the state vary between members."""
+    """A scan requires a constant carry type, so initial scalars must vary over members."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     tx = sophia(0.1, gamma=gamma, mu_dtype="bfloat16")
 
@@ -369,7 +371,7 @@ def test_scale_by_sophia_requires_axis_name_if_only_some_parameters_are_sharded(
 
 
 @pytest.mark.parametrize("make", [sophia_g, sophia_h])
-def test_sophia_g_and_sophia_h_reject_an_axis_name_that_is_not_mapped(make):
+def test_sophia_g_and_sophia_h_reject_an_unmapped_axis_name(make):
     tx = make(0.1, axis_name="data")
     with pytest.raises(ValueError, match=r"`axis_name='data'` is not a mapped axis"):
         tx.update(START, tx.init(START), START)

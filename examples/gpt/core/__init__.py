@@ -1,1 +1,1 @@
-"""The model, its optimizer and its training loop: the part to copy and change."""
+"""The model, optimizer and training loop: the code to copy and modify."""

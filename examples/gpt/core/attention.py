@@ -1,7 +1,7 @@
-"""Causal attention by XLA, by the cuDNN kernel on GPUs, or by the splash kernel on TPUs.
+"""Causal attention with XLA, the cuDNN kernel on GPUs, or the splash kernel on TPUs.
 
-XLA's attention stores the (T, T) weights of each head and has derivatives of any order. The
-kernels do not store them, and have a first derivative only, in reverse mode.
+XLA's attention stores the (T, T) attention weights of each head, and has derivatives of any
+order. The kernels do not store them, and support only first-order reverse-mode autodiff.
 """
 
 import math
@@ -23,9 +23,10 @@ def causal_attention(
     v: jax.Array,
     documents_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the attended values. Arrays have shape (B, T, H, K).
+    """Return the attention output. `q`, `k`, `v` and the output have shape (B, T, H, K).
 
-    Given the number of each token's document, a token attends to its own document only.
+    If `documents_BxT`, the document index of each token, is given, tokens attend only
+    within their document.
     """
     kernel: Any = choose_kernel(config, q.shape[1])
     if kernel == "splash":
@@ -40,9 +41,9 @@ def causal_attention(
 
 
 def platform() -> str:
-    """Return the platform of the mesh that is set, or of JAX's default devices.
+    """Return the platform of the current mesh, or of JAX's default devices without a mesh.
 
-    The devices of a mesh need not be attached: a program may be compiled for others.
+    The mesh may have devices that are not attached, for which a program is only compiled.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -50,28 +51,28 @@ def platform() -> str:
 
 
 def choose_kernel(config: ModelConfig, length: int) -> str:
-    """Return what computes attention over this length: "xla", "cudnn" or "splash"."""
-    devices, requested = platform(), config.attention
+    """Choose the attention for a sequence length: "xla", "cudnn" or "splash"."""
+    devices, choice = platform(), config.attention
     head_width = config.width // config.heads
-    # For cuDNN a mask of documents is an array as large as the weights of XLA's attention.
+    # cuDNN would need a document mask as large as the attention weights that XLA stores.
     cudnn = devices == "gpu" and config.dtype == "bfloat16" and not config.within_documents
-    # On CPUs, splash attention is interpreted: slow, for tests.
-    is_tiled = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
-    if not {"cudnn": cudnn, "splash": is_tiled}.get(requested, True):
+    # On CPUs, Pallas interprets the splash kernel, which is slow: for tests only.
+    can_use_splash = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
+    if not {"cudnn": cudnn, "splash": can_use_splash}.get(choice, True):
         raise ConfigError(
-            "`attention`: cudnn needs a GPU and bfloat16, without `within_documents`; "
-            "splash a TPU, a `context` that is a multiple of 128, and heads whose width is "
-            "a multiple of 64. Got "
-            f"{requested} on {devices}, {config.dtype}, {config.context}, {head_width}."
+            "`attention` cudnn requires a GPU and bfloat16, without `within_documents`. "
+            "`attention` splash requires a TPU, a `context` divisible by 128, and a head "
+            f"width divisible by 64. Got {choice} on {devices}, {config.dtype}, context "
+            f"{config.context}, head width {head_width}."
         )
-    if is_tiled and (requested == "splash" or (requested == "auto" and devices == "tpu")):
-        return "splash" if length % 128 == 0 else "xla"  # a sample may be shorter
-    return "cudnn" if cudnn and requested != "xla" else "xla"
+    if can_use_splash and (choice == "splash" or (choice == "auto" and devices == "tpu")):
+        return "splash" if length % 128 == 0 else "xla"  # sampled sequences vary in length
+    return "cudnn" if cudnn and choice != "xla" else "xla"
 
 
 def _kernel(q, k, v, documents=None):
     _, T, H, _ = q.shape
-    blocks: Any = [math.gcd(T, 512)] * 8  # of the forward and the backward pass
+    blocks: Any = [math.gcd(T, 512)] * 8  # for the forward and backward passes
     kernel: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
         block_sizes=splash.BlockSizes(*blocks),
@@ -82,10 +83,10 @@ def _kernel(q, k, v, documents=None):
     return jax.vmap(kernel)(*qkv, segments).swapaxes(1, 2)
 
 
-def _on_each_device(fn):
-    """Apply `fn` on each device to its sequences and heads: XLA can't partition kernels.
+def _shard_mapped(fn):
+    """Wrap `fn` in a `shard_map` over sequences and heads, as XLA can't partition kernels.
 
-    Under `vmap` the mapped axis is merged into the batch, with its sharding.
+    Under `vmap`, the mapped axis is merged into the batch axis and sharded like it.
     """
 
     @jax.custom_batching.custom_vmap
@@ -95,10 +96,9 @@ def _on_each_device(fn):
             return fn(*arrays)
         is_even = len(arrays[0]) % num_batch_shards(mesh) == 0
         spec = P(BATCH if is_even else None, None, "tensor")
-        # Documents have no axis of heads.
+        # Document indices have no head axis.
         specs = tuple(spec if x.ndim > 2 else P(spec[0]) for x in arrays)
-        each = jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)
-        return each(*arrays)
+        return jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
     @apply.def_vmap
     def rule(size, is_mapped, *arrays):
@@ -114,22 +114,22 @@ def _on_each_device(fn):
 
 
 def _forward(q, k, v, *documents):
-    """Return the attended values, and the logarithm of each softmax's sum: (B, T, H)."""
+    """Return the attention output, and the log-sum-exp of each softmax, shape (B, T, H)."""
     attended, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     *_, log_sums = _floating(jax.tree.leaves(backward))
     return attended, log_sums.swapaxes(1, 2)
 
 
 def _backward(gradient, attended, log_sums, q, k, v, *documents):
-    """Return gradients from the results of `_forward`.
+    """Return the gradients of q, k and v, given the results of `_forward`.
 
-    The result of a `jax.vjp` inside `shard_map` is invalid outside. So `jax.vjp` traces the
-    kernel again for the structure of its backward pass, and its results are replaced by
-    the stored ones. XLA then drops the second forward pass.
+    The backward function that `jax.vjp` returns inside a `shard_map` is invalid outside it.
+    So this function calls `jax.vjp` again, and replaces the new residuals by the results of
+    `_forward`. XLA then removes the second forward pass.
     """
     _, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     leaves, structure = jax.tree.flatten(backward)
-    *_, traced, traced_sums = _floating(leaves)  # after q, k and v
+    *_, traced, traced_sums = _floating(leaves)  # the residuals after q, k and v
     saved = {id(traced): attended.swapaxes(1, 2), id(traced_sums): log_sums.swapaxes(1, 2)}
     leaves = [saved.get(id(leaf), leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, leaves)(gradient)
@@ -141,11 +141,11 @@ def _floating(leaves):
 
 @jax.custom_gradient
 def _splash(*arrays):
-    """Return the attended values of q, k, v, (B, T, H, K), and maybe documents, (B, T)."""
-    results = _on_each_device(_forward)(*arrays)
+    """Return attention outputs for q, k, v (B, T, H, K) and optional documents (B, T)."""
+    results = _shard_mapped(_forward)(*arrays)
 
     def backward(gradient):
-        gradients = _on_each_device(_backward)(gradient, *results, *arrays)
+        gradients = _shard_mapped(_backward)(gradient, *results, *arrays)
         return (*gradients, *[None] * (len(arrays) - 3))
 
     return results[0], backward

@@ -1,4 +1,4 @@
-"""The configuration of a run. The comment on each field is its text in `--help`."""
+"""The configuration of a run. `--help` shows the comment on each field."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ Optimizer = Literal["sophia_g", "sophia_h", "adamw", "nadamw", "lion"]
 _Gpt2 = Literal["gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m", "gpt2-1.5b"]
 Preset = Literal["bytes", _Gpt2, "neox-1.5b", "neox-6.6b"]
 
-_MAY_BE_ZERO = {"seed", "warmup", "decay", "final_fraction", "b1", "b2"}
-_MAY_BE_ZERO |= {"weight_decay", "process_id", "end_of_document"}
+_NONNEGATIVE = {"seed", "warmup", "decay", "final_fraction", "b1", "b2"}
+_NONNEGATIVE |= {"weight_decay", "process_id", "end_of_document"}
 _FRACTIONS = {"b1", "b2", "share"}
 _DIVISORS = {"heads": "width", "accumulate": "batch", "refresh_batch": "batch"}
 _DIVISORS |= {"groups": "refresh_batch"}
@@ -23,51 +23,51 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network and its arithmetic."""
+    """Architecture, size and computation of the model."""
 
-    # GPT-2, or GPT-NeoX with rotary positions, attention parallel to the MLP, and an
-    # untied head.
+    # GPT-2, or GPT-NeoX with rotary position embeddings, attention and MLP in parallel, and
+    # an untied output head.
     architecture: Literal["gpt2", "neox"] = "gpt2"
     layers: int = 2  # Number of transformer blocks.
     heads: int = 4  # Number of attention heads. Must divide the width.
     width: int = 64  # Width of the residual stream.
-    context: int = 64  # Length of a sequence in tokens.
-    # Number of tokens. The default is that of the data, rounded up to a multiple of 128.
+    context: int = 64  # Sequence length in tokens.
+    # Vocabulary size. The default is the data's, rounded up to a multiple of 128.
     vocabulary: int | None = None
     bias: bool = False  # Use biases in linear layers and norms, as GPT-2 does.
     # Standard deviation of the initial weights. The default is 1/sqrt(fan-in).
     init_std: float | None = None
-    # Dtype of the computation. Parameters and optimizer state are float32.
+    # Dtype of the computation. Parameters and optimizer state are always float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Values that the backward pass recomputes to save memory: none, all except matrix
+    # Activations that the backward pass recomputes to save memory: none, all except matrix
     # products, or all except the input of each block.
     remat: Literal["none", "dots", "full"] = "none"
-    # Positions of a sequence whose float32 logits are in memory at a time.
+    # Number of positions per sequence whose float32 logits are in memory at the same time.
     loss_chunk: int = 256
-    within_documents: bool = False  # Attend only within documents, of prepared data.
-    # Token that ends a document. The default is the data's.
+    within_documents: bool = False  # Attend only within a document. Requires prepared data.
+    # ID of the end-of-document token. The default is the data's.
     end_of_document: int | None = None
-    # Attention by XLA, by the cuDNN kernel on a GPU, or by the Pallas splash kernel on a
-    # TPU. The kernels do not store the (T, T) weights. `auto` takes a kernel if possible.
+    # Attention with XLA, the cuDNN kernel on GPUs, or the Pallas splash kernel on TPUs. The
+    # kernels do not store the (T, T) attention weights. `auto` uses a kernel if possible.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Length, batches and learning rate schedule."""
+    """Number of steps, batches, device mesh and learning rate schedule."""
 
     steps: int = 500  # Number of training steps.
     batch: int = 64  # Number of sequences in a batch.
     accumulate: int = 1  # Number of sequential micro-batches in a batch.
-    # Layout of the devices, such as `data=8,fsdp=4,tensor=2`. The default is all `data`.
-    # With `auto`, the memory of the devices determines mesh, accumulate and remat.
+    # Device mesh, such as `data=8,fsdp=4,tensor=2`. By default all devices are on `data`.
+    # With `auto`, mesh, accumulate and remat are chosen to fit the memory of the devices.
     mesh: str = ""
     # Learning rate after the warm-up: a cosine decay, constant, or constant with a linear
     # decay at the end.
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    # Steps of linear warm-up. The default is a tenth of all steps.
+    # Number of linear warm-up steps. The default is a tenth of all steps.
     warmup: int | None = None
-    # Steps of the linear decay of `wsd`. The default is a tenth of all steps.
+    # Number of linear decay steps of `wsd`. The default is a tenth of all steps.
     decay: int | None = None
     final_fraction: float = 0.0  # Final learning rate as a fraction of the peak.
     clip_norm: float = 1.0  # Maximum global norm of the gradient.
@@ -82,29 +82,29 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Settings of the optimizer. Each preset has a recipe for each optimizer."""
+    """Hyperparameters of the optimizer. Each preset has a recipe for each optimizer."""
 
-    learning_rate: float  # Peak of the learning rate.
+    learning_rate: float  # Peak learning rate.
     b1: float  # Decay of the moving average of gradients.
     b2: float  # Decay of the moving average of the Hessian, or of the squared gradients.
-    weight_decay: float  # Decoupled weight decay of matrices and embeddings.
-    # Scale of Sophia's Hessian. A larger value clips less. Excludes `share`.
+    weight_decay: float  # Decoupled weight decay, for matrices and embeddings only.
+    # Scale factor for Sophia's Hessian. Larger values clip less. Not allowed with `share`.
     gamma: float | None = None
-    # Target fraction of unclipped entries, from which Sophia finds gamma at every step.
+    # Target fraction of unclipped entries. Sophia computes gamma from it at every step.
     share: float | None = None
-    nesterov: bool | None = None  # Nesterov's momentum. Lion does not support it.
+    nesterov: bool | None = None  # Use Nesterov momentum. Lion does not support it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """Refreshes: new estimates of the diagonal of Sophia's Hessian."""
+    """Refreshes, the new estimates of the Hessian diagonal that Sophia uses."""
 
-    # Sequences of the batch that a refresh uses. The default is the smallest number of at
-    # least 16 that the devices and groups divide evenly.
+    # Number of sequences per refresh. The default is the smallest divisor of the batch that
+    # is at least 16 and a multiple of `groups` and of `data` x `fsdp`.
     refresh_batch: int | None = None
-    groups: int | None = None  # Groups of a refresh. The default is one for each sequence.
-    update_interval: int = 10  # Steps between refreshes. The paper has 10.
-    debias: bool = True  # Correct the bias of the average of the Hessian.
+    groups: int | None = None  # Number of groups per refresh. By default one per sequence.
+    update_interval: int = 10  # Steps between refreshes. The paper uses 10.
+    debias: bool = True  # Correct the zero-initialization bias of the Hessian's average.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +113,23 @@ class Output:
 
     log_every: int = 10  # Steps between rows of metrics.jsonl.
     validate_every: int = 50  # Steps between validations.
-    validation_batches: int = 8  # Batches of a validation. They are always the same.
-    checkpoint_every: int = 100  # Steps between checkpoints. The last step has one too.
+    validation_batches: int = 8  # Size of the fixed validation set, in batches.
+    checkpoint_every: int = 100  # Steps between checkpoints. The last step is saved too.
     keep: int = 2  # Number of newest checkpoints to keep.
-    keep_every: int | None = None  # Also keep the checkpoints of every N-th step.
+    keep_every: int | None = None  # Also keep the checkpoint of every N-th step.
     wandb: str | None = None  # Also log to this Weights & Biases project (needs wandb).
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Connection of processes that are started by hand.
+    """Connection between processes that are started by hand.
 
-    Cloud TPU, Slurm and Kubernetes need none of these.
+    Cloud TPU, Slurm and Kubernetes do not need these flags.
     """
 
     coordinator: str | None = None  # HOST:PORT of process 0.
-    num_processes: int | None = None  # Number of processes, with `coordinator`.
-    process_id: int | None = None  # Index of this process, with `coordinator`.
+    num_processes: int | None = None  # Number of processes. Requires `coordinator`.
+    process_id: int | None = None  # Index of this process. Requires `coordinator`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,29 +137,29 @@ class Config:
     """Train a GPT with Sophia, AdamW, NAdamW or Lion.
 
     Without arguments, train a small GPT-2 on the source code of Python's standard library,
-    for a few minutes on two CPU cores. The folder `runs/sophia_g` receives the
-    configuration, metrics, checkpoints and a plot of the loss. The same command again
-    resumes from the last checkpoint.
+    for a few minutes on two CPU cores. The configuration, metrics, checkpoints and a plot
+    of the loss are written to `runs/sophia_g`. If the same command is run again, it resumes
+    from the last checkpoint.
     """
 
-    preset: Preset = "bytes"  # A model of the paper and its run. Other flags override it.
-    # Sophia with Gauss-Newton-Bartlett or with Hutchinson's estimates, or a baseline.
+    preset: Preset = "bytes"  # Model and hyperparameters. Other flags override them.
+    # Sophia with Gauss-Newton-Bartlett (g) or Hutchinson (h) estimates, or a baseline.
     optimizer: Optimizer = "sophia_g"
-    # Train again with each of these optimizers and their own recipes: same initial
-    # parameters, same batches.
+    # Also train with each of these optimizers and its own recipe, from the same initial
+    # parameters on the same batches.
     compare: tuple[Optimizer, ...] = ()
     # A folder that `python -m examples.gpt.prepare` wrote, a text file, or a folder of text
-    # files. The default is the source code of the standard library.
+    # files. The default is the source code of Python's standard library.
     data: Path | None = None
-    # Start from the weights of a run's folder, of one of its checkpoints, or of a folder
-    # of GPT-2 in Hugging Face's format. The latter requires --bias and --vocabulary 50257.
+    # Start from weights: a run's folder, one of its checkpoints, or a folder of GPT-2 in
+    # Hugging Face's format. GPT-2 requires --bias and --vocabulary 50257.
     init_from: Path | None = None
-    # Resume from another run in a new folder, possibly with another schedule: a run's
+    # Resume a previous run in a new folder, possibly with a different schedule: a run's
     # folder, or one of its checkpoints, such as runs/gpt/checkpoints/40000.
     resume_from: Path | None = None
     # Output folder, local or gs://BUCKET/NAME. The default is runs/OPTIMIZER.
     out: Path | None = None
-    seed: int = 0  # Seed of the parameters, the batches and the sampled labels.
+    seed: int = 0  # Random seed for parameters, batches and sampled labels.
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()
@@ -173,7 +173,7 @@ class Config:
         return self.out or Path("runs") / "_".join((self.optimizer, *self.compare))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all values by the names of their flags."""
+        """Return all values in a flat dict, keyed by flag name."""
         flat = {}
         for name, value in vars(self).items():
             flat |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
@@ -186,9 +186,9 @@ class Config:
         saved: Mapping[str, Any] = {},
         end_of_document: int | None = None,
     ) -> "Config":
-        """Return the config with the values that depend on the data and the devices.
+        """Return the config with defaults resolved from the data and the devices.
 
-        A run that is resumed keeps the groups of its `saved` values.
+        A resumed run keeps the groups and the refresh batch of its `saved` config.
         """
         model, training, refresh = self.model, self.training, self.refresh
         unit = math.lcm(refresh.groups or 1, batch_shards)
@@ -200,7 +200,7 @@ class Config:
         vocabulary = model.vocabulary or -(-vocabulary // 128) * 128
         if model.within_documents and model.end_of_document is None:
             model = dataclasses.replace(model, end_of_document=end_of_document)
-        # No attention kernel has the second derivative that Hutchinson's estimates need.
+        # Hutchinson's estimates need second derivatives, which the kernels do not support.
         attention = "xla" if self.optimizer == "sophia_h" else model.attention
         return dataclasses.replace(
             self,
@@ -214,8 +214,8 @@ class Config:
         values, model, recipe = self.as_json(), self.model, self.recipe
         for name, value in values.items():
             is_number = type(value) in (int, float)
-            if is_number and not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):
-                bound = "at least 0" if name in _MAY_BE_ZERO else "positive"
+            if is_number and not (value > 0 or (value == 0 and name in _NONNEGATIVE)):
+                bound = "at least 0" if name in _NONNEGATIVE else "positive"
                 raise ConfigError(f"`{name}` must be {bound}, got {value}.")
             if name in _FRACTIONS and (value or 0) >= 1:
                 raise ConfigError(f"`{name}` must be less than 1, got {value}.")
@@ -232,14 +232,14 @@ class Config:
         decay = self.training.decay_steps()
         if warmup >= steps or warmup + decay > steps:
             raise ConfigError(
-                f"`warmup` and `decay` must fit `steps`, got {warmup}, {decay} and {steps}."
-                " Set --warmup."
+                "`warmup` must be less than `steps`, and `warmup` + `decay` at most `steps`"
+                f", got {warmup} + {decay} and {steps}. Set --warmup."
             )
         given = [name for name in ("gamma", "share") if values[name] is not None]
         if len(given) != ("sophia" in self.optimizer):
             raise ConfigError(
-                "Sophia needs one of `gamma` and `share`, and other optimizers none, got "
-                f"{recipe.gamma} and {recipe.share} for {self.optimizer}."
+                "Sophia requires either `gamma` or `share`, and other optimizers accept "
+                f"neither, got {recipe.gamma} and {recipe.share} for {self.optimizer}."
             )
         if (self.optimizer, recipe.nesterov) in (("lion", True), ("nadamw", False)):
             raise ConfigError(
@@ -247,11 +247,11 @@ class Config:
             )
         if len({self.optimizer, *self.compare}) <= len(self.compare):
             raise ConfigError(
-                "`compare` must name other optimizers, each of them once, got "
+                "`compare` must list distinct optimizers other than `optimizer`, got "
                 f"{self.optimizer} and {', '.join(self.compare)}."
             )
         if self.init_from is not None and self.resume_from is not None:
-            raise ConfigError("`init_from` and `resume_from` exclude each other.")
+            raise ConfigError("`init_from` and `resume_from` are mutually exclusive.")
         if len({value is None for value in vars(self.processes).values()}) == 2:
             raise ConfigError(
                 "`coordinator`, `num_processes` and `process_id` must be given together."

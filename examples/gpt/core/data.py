@@ -16,7 +16,7 @@ from .config import ConfigError, ModelConfig
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back."""
+    """Conversion between text and tokens."""
 
     vocabulary: int
     end_of_document: int  # the token after each document
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """UTF-8, a token for each byte. Byte 0 ends a document and is removed from the text."""
+    """UTF-8 bytes as tokens. Token 0 ends a document, and byte 0 is removed from text."""
 
     vocabulary, end_of_document = 256, 0
 
@@ -39,7 +39,7 @@ class Bytes:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text. Ends of documents count 0 bytes."""
+        """Return the number of bytes of text, without end-of-document tokens."""
         return int(np.count_nonzero(tokens != self.end_of_document))
 
     def save(self) -> tuple[str, bytes]:
@@ -49,7 +49,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a split: an array for each shard, in memory or mapped from a file."""
+    """The tokens of a split: one array per shard, in memory or mapped from a file."""
 
     arrays: tuple[np.ndarray, ...]
 
@@ -59,13 +59,13 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokens for training and, from other documents, for validation."""
+    """Training tokens, and validation tokens from different documents."""
 
-    name: str  # for messages
+    name: str  # shown in messages
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
-    checksum: str  # of the tokens; it must not change when a run is resumed
+    checksum: str  # of the tokens; a run resumes only with the same checksum
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if the data does not fit the model."""
@@ -73,20 +73,20 @@ class Corpus:
         ends = (np.any(array == config.end_of_document) for array in self.validation.arrays)
         if config.within_documents and not any(ends):
             raise ConfigError(
-                f"`within_documents`: {self.name} has no token {config.end_of_document} to "
-                "end a document: prepare the documents."
+                f"`within_documents`: {self.name} contains no end-of-document token "
+                f"{config.end_of_document}. Run `python -m examples.gpt.prepare` first."
             )
         for name in ("train", "validation"):
             longest = max(map(len, getattr(self, name).arrays), default=0)
             if longest <= config.context:
                 raise ConfigError(
-                    f"`context` must be less than {longest}, the tokens in the largest "
-                    f"{name} shard of {self.name}, got {config.context}."
+                    f"`context` must be less than {longest}, the number of tokens in the "
+                    f"largest {name} shard of {self.name}, got {config.context}."
                 )
 
 
 def check_vocabulary(config: ModelConfig, size: int) -> None:
-    """Raise ConfigError if the model has fewer tokens than the data."""
+    """Raise ConfigError if the model's vocabulary is smaller than the data's."""
     if config.vocabulary is not None and config.vocabulary < size:
         raise ConfigError(
             f"`vocabulary` must be at least the data's {size}, got {config.vocabulary}."
@@ -96,25 +96,25 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
 def batches(
     tokens: Tokens, batch: int, context: int, seed: int, start: int = 0
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Return an endless iterator of shuffled batches, in a different order in each epoch.
+    """Return an endless iterator over batches, reshuffled in each epoch.
 
-    Each batch is int32 of shape (batch, context + 1). Sequences do not cross shards.
-    Neighbors share a token, the last target and the first input. A run that resumes after
-    `start` steps skips their batches. The iterator reads ahead in 8 threads until it is
-    closed.
+    Each batch is an int32 array of shape (batch, context + 1). Sequences do not cross
+    shards. The last target of a sequence is the first input of the next sequence in the
+    shard. The first `start` batches are skipped, so that a run resumes after `start` steps.
+    The iterator prefetches in 8 threads until it is closed.
     """
     arrays = [array for array in tokens.arrays if len(array) > context]
-    cut: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
-    sequences = grain.MapDataset.concatenate([grain.MapDataset.source(x) for x in cut])
+    windows: Any = [sliding_window_view(array, context + 1)[::context] for array in arrays]
+    sequences = grain.MapDataset.concatenate([grain.MapDataset.source(x) for x in windows])
     shuffled = sequences.map(lambda row: row.astype(np.int32)).seed(seed).shuffle()
     batched = shuffled.repeat().batch(batch, drop_remainder=True)[start:]
     return iter(batched.to_iter_dataset(grain.ReadOptions(8, 16)))
 
 
 def read_standard_library() -> Corpus:
-    """Return the source code of Python's standard library as bytes."""
+    """Return the source code of Python's standard library as a corpus of bytes."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    # Only files that every installation has: some leave out the tests.
+    # Keep only files that every installation has. Some installations omit the tests.
     excluded = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
     files = sorted(root.rglob("*.py"))
     files = [f for f in files if not excluded & {*f.relative_to(root).parts}]
@@ -122,21 +122,21 @@ def read_standard_library() -> Corpus:
 
 
 def read_text(name: str, root: Path, files: list[Path]) -> Corpus:
-    """Return text files as bytes. A tenth is for validation.
+    """Return text files as a corpus of bytes, with about a tenth for validation.
 
-    A hash of the names chooses the files of validation. If there are few or large files, it
-    is the last tenth of the text.
+    A hash of the file names selects the validation files. If there are few or large files,
+    the last tenth of the joined text is used for validation instead.
     """
     files.sort(key=lambda file: zlib.crc32(file.relative_to(root).as_posix().encode()))
     texts = [text for text in (file.read_bytes() for file in files) if b"\0" not in text]
     if not texts:
-        raise ConfigError(f"`data` must be text, got {name}: no text files in it.")
+        raise ConfigError(f"`data` must contain text files, found none in {name}.")
     ends = np.cumsum([len(text) for text in texts])
     count = int(np.searchsorted(ends, ends[-1] / 10)) + 1
     if ends[count - 1] >= ends[-1] / 5:  # few or large files
         text = b"\n".join(texts)
-        middle = round(len(text) * 0.9)
-        texts, count = [text[middle:], text[:middle]], 1
+        boundary = round(len(text) * 0.9)
+        texts, count = [text[boundary:], text[:boundary]], 1
     splits = b"\n".join(texts[count:]), b"\n".join(texts[:count])
     train, validation = (Tokens((np.frombuffer(split, np.uint8),)) for split in splits)
     checksum = hashlib.sha256(b"\0".join(splits)).hexdigest()

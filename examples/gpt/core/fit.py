@@ -1,7 +1,7 @@
-"""A layout that fits the memory of the devices: `--mesh auto`.
+"""Choice of a mesh, micro-batches and remat that fit the devices' memory: `--mesh auto`.
 
-The memory of a run is estimated from what XLA's compiler for TPUs allocated for the
-presets. `python -m examples.gpt.compile` shows what it allocates for a run.
+The memory estimate is calibrated on the allocations of XLA's TPU compiler for the presets.
+`python -m examples.gpt.compile` shows the compiler's allocations for a run.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from . import model
 from .config import Config, ConfigError, ModelConfig
 
 GIB = 2**30
-# Memory that a program may use, in GiB, by the kind of the device.
+# Memory available to a program, in GiB, keyed by a prefix of the device kind.
 MEMORY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
 MEMORY |= {"NVIDIA H100": 74.5, "NVIDIA H200": 131.3}
-# Bytes that the backward pass keeps for each entry of the residual stream in each layer.
-KEPT = {"none": 100, "dots": 32, "full": 4}
+# Bytes stored for the backward pass per layer and residual stream entry, keyed by remat.
+ACTIVATION_BYTES = {"none": 100, "dots": 32, "full": 4}
 
 
 def fit_to_devices(config: Config, devices: list[Any]) -> Config:
-    """Return the run with the mesh, micro-batches and remat that fit, for `--mesh auto`.
+    """Resolve `--mesh auto` to a mesh, micro-batches and remat that fit into device memory.
 
-    Without an entry in `MEMORY`, as for a CPU, the batch is sharded over all devices.
+    If the device is not in `MEMORY`, such as a CPU, the batch is sharded over all devices.
     """
     if config.training.mesh != "auto":
         return config
@@ -47,10 +47,10 @@ def fit_to_devices(config: Config, devices: list[Any]) -> Config:
 
 
 def layouts(config: Config, devices: int) -> Iterator[Config]:
-    """Yield the run, then layouts that need less memory, the fastest first.
+    """Yield the config, then variants with layouts that save memory, the fastest first.
 
-    More micro-batches do not repeat operations. Remat does. With `fsdp`, each micro-batch
-    gathers the parameters.
+    More micro-batches come first, as they add no FLOPs. Then comes remat, which recomputes
+    activations, and then `fsdp`, which gathers the parameters in each micro-batch.
     """
     yield config
     training, replace = config.training, dataclasses.replace
@@ -67,31 +67,32 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
     for mesh, remat, count in itertools.product([training.mesh, *meshes], remats, counts):
         if batch % (count * shards) == 0:
             training = replace(training, mesh=mesh, accumulate=count)
-            shape = replace(config.model, remat=remat)
-            run = replace(config, training=training, model=shape)
+            model_config = replace(config.model, remat=remat)
+            run = replace(config, training=training, model=model_config)
             if run != config:
                 yield run
 
 
 def estimate_memory(config: Config, devices: int) -> float:
-    """Return the estimated memory of a training step on each device, in bytes.
+    """Return an estimate of a training step's memory per device, in bytes.
 
-    This assumes bfloat16 and an attention kernel.
+    The estimate assumes bfloat16 and an attention kernel.
     """
-    # Before the data is read, the vocabulary may be unknown: assume that of GPT-2.
+    # Before the data is read, the vocabulary size may be unknown: assume that of GPT-2.
     vocabulary = config.model.vocabulary or 50304
-    shape = dataclasses.replace(config.model, vocabulary=vocabulary)
+    model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
     training, axes = config.training, _axes(config.training.mesh)
-    params = jax.eval_shape(lambda: model.init(shape))
+    params = jax.eval_shape(lambda: model.init(model_config))
     size = sum(x.size for x in jax.tree.leaves(params))
     shards = axes.get("fsdp", 1) * axes.get("tensor", 1)
-    # Parameters, two averages, the gradient of a micro-batch and that of the batch.
+    # Parameters, two moving averages, and the gradients of a micro-batch and of the batch.
     state = 5 * 4 * size / shards
     sequences = training.batch * axes.get("tensor", 1) / training.accumulate / devices
-    kept = shape.context * shape.layers * shape.width * KEPT[shape.remat]
-    kept += 0 if shape.remat == "full" else 2 * shape.context * vocabulary
-    chunk = 12 * shape.loss_chunk * vocabulary
-    return state + sequences * (kept + chunk)
+    entries = model_config.context * model_config.layers * model_config.width
+    stored = entries * ACTIVATION_BYTES[model_config.remat]
+    stored += 0 if model_config.remat == "full" else 2 * model_config.context * vocabulary
+    chunk = 12 * model_config.loss_chunk * vocabulary
+    return state + sequences * (stored + chunk)
 
 
 def _axes(mesh: str) -> dict[str, int]:

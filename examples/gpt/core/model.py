@@ -1,12 +1,12 @@
 """GPT-2 and GPT-NeoX in Flax NNX, with stacked (scanned) layers.
 
-Both are pre-norm, with GELU. GPT-2 has learned positions and a head tied to the embedding.
-GPT-NeoX rotates a quarter of each head by its position, computes attention and MLP in
-parallel, and has its own head.
+Both models are pre-norm and use GELU. GPT-2 has learned position embeddings, and an output
+head tied to the token embedding. GPT-NeoX applies rotary position embeddings to a quarter
+of each attention head, computes attention and MLP in parallel, and has an untied head.
 
 Unless `init_std` is given, initial weights have a standard deviation of 1/sqrt(fan-in).
-With GPT-2's 0.02 the outputs of a model as narrow as the default start near zero. Sophia
-and Lion, whose updates are close to signs, then do not get below the loss of bigrams.
+With GPT-2's 0.02, the outputs of a model as narrow as the default start near zero. Sophia
+and Lion, whose updates are close to signs, then do not improve on a bigram model's loss.
 """
 
 import functools
@@ -29,8 +29,8 @@ class Block(nnx.Module):
         D, H, K = config.width, config.heads, config.width // config.heads
         shared = {"use_bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         first = {"kernel_init": _initializer(config.init_std)}
-        # Two layers of each block add to the residual stream, so its size is the same at
-        # any depth.
+        # Two layers per block add to the residual stream. This scale keeps the variance
+        # of the stream independent of the depth.
         last = {"kernel_init": _initializer(config.init_std, 1 / (2 * config.layers))}
         self.norm_1 = nnx.LayerNorm(D, epsilon=1e-5, **shared)
         self.qkv = nnx.LinearGeneral(D, (3, H, K), **first, **shared)
@@ -52,7 +52,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """The model of a config. The weights of `blocks` have a leading axis of layers."""
+    """A GPT model. The weights of `blocks` have a leading layer axis."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.vocabulary is not None
@@ -71,19 +71,19 @@ class GPT(nnx.Module):
         self.config = config
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Return the logits of the next token, shape (B, T, vocabulary), float32."""
+        """Return the next-token logits, float32, shape (B, T, vocabulary)."""
         return self.head_logits(self.hidden(tokens_BxT))
 
     def loss(self, tokens_BxS: jax.Array) -> jax.Array:
-        """Return the mean loss of the next token, from T inputs and S = T + 1 tokens."""
+        """Return the mean next-token loss over T predictions, given S = T + 1 tokens."""
         return self.score_tokens(tokens_BxS)[0].mean()
 
     def score_tokens(self, tokens_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the loss of each token except the first, and whether it is the argmax.
+        """Return the loss of each token after the first, and whether it is the argmax.
 
-        Both have shape (B, T). Logits of `loss_chunk` positions are in memory at a time.
-        The backward pass computes them again. For 16-bit models, unless `remat` is "full",
-        it uses gradients with respect to the logits, which are stored in bfloat16.
+        Both results have shape (B, T). To save memory, logits are computed in chunks of at
+        most `loss_chunk` positions, and the backward pass recomputes them. 16-bit models,
+        unless `remat` is "full", store bfloat16 gradients with respect to logits instead.
         """
         in_float32 = self.config.dtype == "float32"
         neg_log_prob: Any = Categorical().neg_log_prob if in_float32 else _neg_log_prob
@@ -100,8 +100,8 @@ class GPT(nnx.Module):
         saved = [] if self.config.remat == "full" else [_LOGIT_GRADIENTS]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         score = jax.checkpoint(score, policy=policy)
-        # Chunks of equal size, (chunks, B, chunk, ...). Not a `vmap` over positions, for
-        # which XLA would keep a gradient of the head for each position on GPUs.
+        # Split into equal chunks, (chunks, B, chunk, ...). With a `vmap` over positions,
+        # XLA would store a gradient of the head for each position on GPUs.
         chunk = max(n for n in range(1, self.config.loss_chunk + 1) if T % n == 0)
         split = jax.tree.map(
             lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1), inputs
@@ -111,7 +111,7 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the inputs of the head, shape (B, T, D)."""
-        # In float32: in 16 bits small terms of a frequent token's gradient would be lost.
+        # Embed in float32: 16 bits would lose small terms of a frequent token's gradient.
         x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
             x_BxTxD += self.positions.embedding[...][: tokens_BxT.shape[1]]
@@ -130,7 +130,7 @@ class GPT(nnx.Module):
         return self.norm(x_BxTxD)
 
     def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
-        """Return the index of each token's document, which ends with `end_of_document`."""
+        """Return the index of each token's document. `end_of_document` ends a document."""
         if not self.config.within_documents:
             return None
         assert self.config.end_of_document is not None
@@ -138,7 +138,7 @@ class GPT(nnx.Module):
         return jnp.cumsum(ends_BxT, axis=1) - ends_BxT
 
     def head_logits(self, x: jax.Array) -> jax.Array:
-        """Return the logits, shape (..., vocabulary), float32, of the head's inputs."""
+        """Return float32 logits, shape (..., vocabulary), for inputs `x` of the head."""
         is_neox = self.config.architecture == "neox"
         w_DxV = self.head.kernel[...] if is_neox else self.tokens.embedding[...].T
         product: Any = jnp.matmul if x.dtype == jnp.float32 else _product
@@ -146,7 +146,7 @@ class GPT(nnx.Module):
 
 
 def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
-    """Apply rotary positions to the first quarter of each head (Su et al., RoFormer)."""
+    """Apply rotary embeddings to the first quarter of each head (Su et al., RoFormer)."""
     half = round(x_BxTxHxK.shape[-1] / 4) // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x_BxTxHxK.shape[1])[:, None, None] * frequencies  # (T, 1, half)
@@ -157,7 +157,7 @@ def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
 
 
 def init(config: ModelConfig, seed: int = 0) -> Any:
-    """Return the initial parameters, nested dicts of float32 arrays."""
+    """Return the initial parameters as nested dicts of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed))))
 
 
@@ -174,7 +174,7 @@ def _initializer(std: float | None, scale: float = 1.0, **axes: int) -> Any:
     return nnx.initializers.normal(std * scale**0.5)
 
 
-# The head of a model in 16 bits. Its logits are float32; their gradients are stored in 16.
+# The output head of 16-bit models: float32 logits, whose gradients are stored in bfloat16.
 
 _LOGIT_GRADIENTS = "logit_gradients"
 _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -182,14 +182,14 @@ _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 @jax.custom_gradient
 def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
-    """Return a product in 16 bits with a float32 result. `w` and its gradient are float32.
+    """Multiply in 16 bits, and return a float32 product. `w` and its gradient are float32.
 
-    No logit is rounded, and the gradients of all positions are added up in float32.
+    The logits are not rounded to 16 bits. The gradient of `w` is summed in float32.
     """
 
     def backward(gradient):
         g = gradient.astype(x.dtype)
-        # As matrices: XLA on CPU has no other 16-bit product with a float32 result.
+        # Flatten: on CPUs, XLA has 16-bit products with float32 results only for matrices.
         flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return g @ w_DxV.astype(x.dtype).T, _matmul(flat_x.T, flat_g)
 
@@ -198,7 +198,7 @@ def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
 
 @jax.custom_gradient
 def _neg_log_prob(logits: jax.Array, targets: jax.Array) -> Any:
-    """Return Categorical's loss. Store its gradient in bfloat16 instead of the logits."""
+    """Return Categorical's loss. Its backward pass keeps bfloat16 gradients, not logits."""
     losses, vjp = jax.vjp(lambda x: Categorical().neg_log_prob(x, targets), logits)
     [gradients] = vjp(jnp.ones_like(losses))
     gradients = checkpoint_name(gradients.astype(jnp.bfloat16), _LOGIT_GRADIENTS)

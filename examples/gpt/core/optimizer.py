@@ -1,4 +1,4 @@
-"""The optimizer of a run and its learning rate."""
+"""The optimizer and the learning rate schedule of a run."""
 
 import jax
 import optax
@@ -9,7 +9,7 @@ from .config import Config
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate: a linear warm-up, then the schedule of the config."""
+    """Return the learning rate schedule: a linear warm-up, then the config's `schedule`."""
     training, peak = config.training, config.recipe.learning_rate
     steps, warmup = training.steps, training.warmup_steps()
     final = peak * training.final_fraction
@@ -26,11 +26,11 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(
     config: Config, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer, after a clip of the gradient's global norm."""
+    """Return the optimizer, preceded by clipping of the gradient's global norm."""
     settings = dict(vars(config.recipe))
     del settings["learning_rate"]
     gamma, share, nesterov = (settings.pop(k) for k in ("gamma", "share", "nesterov"))
-    # Weight decay applies to matrices and embeddings, not to scales of norms and biases.
+    # Weight decay applies to matrices and embeddings, not to norm scales or biases.
     settings["mask"] = lambda params: jax.tree.map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )

@@ -1,8 +1,8 @@
 """Sharding of parameters and batches over devices.
 
-The mesh has three axes. The batch is sharded over `data` and `fsdp`, parameters over `fsdp`
-and `tensor`. Parameters are gathered over `fsdp` where they are used, a layer at a time.
-They stay sharded over `tensor`.
+The mesh has three axes. The batch is sharded over `data` and `fsdp`, and parameters over
+`fsdp` and `tensor`. The parameters of one layer at a time are gathered over `fsdp`, where
+they are used. They stay sharded over `tensor`.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from .config import ConfigError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 TENSOR = ("tensor",)
-BATCH_SHARDS = "batch_shards"  # the mapped axis of a training step: one shard for a device
+BATCH_SHARDS = "batch_shards"  # name of the axis over which a training step is vmapped
 
-# Part of a parameter's name, and the mesh axes of its last dimensions. Parameters without a
-# rule are replicated.
+# Mesh axes for the last dimensions of a parameter, keyed by a part of its name. Parameters
+# without a rule are replicated.
 RULES: dict[str, tuple[str | None, ...]] = {
     "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
     "positions/embedding": (None, "fsdp"),  # position, width
@@ -45,14 +45,15 @@ RULES: dict[str, tuple[str | None, ...]] = {
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Return the mesh of a text such as `data=8,fsdp=4`, of all devices by default.
+def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Return the mesh parsed from a specification such as `data=8,fsdp=4`.
 
-    Among several TPU slices, which a slower network connects, only `data` crosses slices.
+    By default, it contains all of JAX's devices. If there are several TPU slices, which a
+    slower network connects, only the `data` axis crosses slices.
     """
-    if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", text):
-        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {text!r}.")
-    given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
+    if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", spec):
+        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {spec!r}.")
+    given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", spec)}
     devices = jax.devices() if devices is None else devices
     remaining = max(len(devices) // math.prod(given.values()), 1)
     sizes = {"data": remaining, "fsdp": 1, "tensor": 1} | given
@@ -61,13 +62,13 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     )
     if math.prod(sizes.values()) != len(devices) or sizes["data"] % slices:
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
-        where = f" in {slices} slices, which must divide `data`" if slices > 1 else ""
+        rule = f" `data` must be a multiple of the number of slices, {slices}."
         raise ConfigError(
-            f"`mesh` must have as many places as devices, got {got} for {len(devices)} "
-            f"device(s){where}."
+            f"The axis sizes of `mesh` must multiply to the number of devices, got {got} "
+            f"for {len(devices)} device(s).{rule if slices > 1 else ''}"
         )
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    # An axis may be a part of an axis of the torus: fsdp=2 of a v5p slice of 4x4x8.
+    # A mesh axis may use a part of a torus axis, such as fsdp=2 on a 4x4x8 v5p slice.
     split: Any = {"allow_split_physical_axes": True}
     if slices == 1:
         array = mesh_utils.create_device_mesh(in_slice, devices, **split)
@@ -78,10 +79,10 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
 
 
 def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
-    """Return the PartitionSpec of each parameter, restricted to these mesh axes."""
+    """Return the PartitionSpec of each parameter, restricted to the mesh axes `axes`."""
 
     def spec(path, x):
-        name = f"/{_name(path)}/"  # in the states of nnx, it ends with /value
+        name = f"/{_name(path)}/"  # in NNX states, names end with /value
         rule = next((rule for part, rule in RULES.items() if f"/{part}/" in name), ())
         kept = [axis if axis in axes else None for axis in rule]
         return P(*[None] * (x.ndim - len(rule)), *kept)
@@ -90,7 +91,7 @@ def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Return the sharding of each parameter. Raise ConfigError for an uneven one."""
+    """Return the sharding of each parameter. Raise ConfigError if its shards are uneven."""
 
     def sharding(path, x, spec):
         for size, axis in zip(x.shape, spec, strict=True):
@@ -105,47 +106,47 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Return abstract arrays, such as `jax.eval_shape` gives, with their shardings."""
+    """Add shardings to abstract arrays, such as those from `jax.eval_shape`."""
     return jax.tree.map(lambda x, s: x.update(sharding=s), tree, shardings(tree, mesh))
 
 
 def constrain(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
-    """Constrain parameters to their specs on these axes. Without a mesh, do nothing."""
+    """Constrain parameters to their specs on the mesh axes `axes`, if a mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, partition_specs(tree, axes))
 
 
 def gather(params: Any, dtype: str) -> Any:
-    """Return parameters gathered over `fsdp`, float32, for a layer to use.
+    """Return a layer's parameters gathered over `fsdp`, in float32.
 
-    They are sent in `dtype`, and their gradients are float32. In the backward pass, a
-    training step averages the gradients over `data` and `fsdp` here, and a refresh sums
-    their squares. So only the gathered gradient of one layer is in memory at a time.
+    Devices exchange parameters in `dtype` and gradients in float32. In the backward pass
+    of a training step, this averages gradients over `data` and `fsdp`. In a refresh, it
+    sums squared gradients. So only one layer's gathered gradient is in memory at a time.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return constrain(params, TENSOR)
 
     @jax.custom_gradient
-    def send(params):
-        def average(gradients):
+    def gather_in_dtype(params):
+        def reduce_gradients(gradients):
             gradients = constrain(gradients, TENSOR)
-            with contextlib.suppress(NameError):  # only a training step has the axis
+            with contextlib.suppress(NameError):  # the axis exists only in a training step
                 gradients = jax.lax.pmean(gradients, BATCH_SHARDS)
             return (gradients,)
 
-        sent = constrain(optax.tree.cast(params, dtype), TENSOR)
-        return optax.tree.cast(sent, "float32"), average
+        gathered = constrain(optax.tree.cast(params, dtype), TENSOR)
+        return optax.tree.cast(gathered, "float32"), reduce_gradients
 
-    return send(each_group(constrain(params)))
+    return gather_in_dtype(each_group(constrain(params)))
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Return the number of shards of the batch."""
+    """Return the number of shards into which the mesh splits a batch."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch: np.ndarray) -> jax.Array:
-    """Return a sharded batch. Every process has all rows, for any order of devices."""
+    """Return a sharded batch. Every process passes all rows, so any device order works."""
     sharding = NamedSharding(mesh, P(BATCH))
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

@@ -1,4 +1,4 @@
-"""The state of training, and its compiled functions: a step and a validation."""
+"""The training state, the compiled training step and the compiled validation loss."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 def abstract_state(
     config: Config, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Return shapes, dtypes and shardings. Averages are sharded like their parameters."""
+    """Return the abstract, sharded state. Moving averages are sharded like parameters."""
     params = jax.eval_shape(lambda: model.init(config.model))
     state = TrainState(params, jax.eval_shape(tx.init, params))
     return sharding.with_shardings(state, mesh)
@@ -35,23 +35,23 @@ def abstract_state(
 def init_state(
     config: Config, tx: optax.GradientTransformation, mesh: Mesh, params: Any = None
 ) -> TrainState:
-    """Return the sharded state before the first step, with new parameters by default."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
+    """Return the sharded initial state, with newly initialized parameters by default."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
     if params is None:
-        init = jax.jit(model.init, static_argnums=(0, 1), out_shardings=where.params)
+        init = jax.jit(model.init, static_argnums=(0, 1), out_shardings=shardings.params)
         params = init(config.model, config.seed)
-    params = jax.device_put(params, where.params)
-    return TrainState(params, jax.jit(tx.init, out_shardings=where.opt_state)(params))
+    params = jax.device_put(params, shardings.params)
+    return TrainState(params, jax.jit(tx.init, out_shardings=shardings.opt_state)(params))
 
 
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """Return the jitted training step. It donates the state."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
+    """Return the jitted training step, which donates its input state."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
     estimate = functools.partial(estimate_diagonal, config)
     step = functools.partial(train_step, config, tx, estimate)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def train_step(
@@ -63,8 +63,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return the next state and the metrics of this step.
 
-    `tokens_BxS` holds the inputs and one token after them, S = T + 1. An optimizer that
-    uses the Hessian calls `estimate` for its diagonal when a refresh is due.
+    `tokens_BxS` holds T inputs and the token after them, so S = T + 1. Sophia calls
+    `estimate` for the Hessian diagonal when a refresh is due.
     """
     params, extra = state.params, {}
     if estimate is not None:
@@ -78,10 +78,10 @@ def train_step(
 def loss_and_grads(
     config: Config, params: Any, tokens_BxS: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Return the mean loss of a batch and its gradient, in sequential micro-batches.
+    """Return the mean loss of a batch and its gradient, computed in micro-batches.
 
-    Each device adds up the gradients of its shard of the batch, and they are exchanged
-    once. With `fsdp` they are exchanged in each micro-batch, where a layer was gathered.
+    Each device accumulates the gradients of its batch shard, and devices exchange the sums
+    once. With `fsdp`, they exchange each layer's gradients in every micro-batch instead.
     """
     mesh, accumulate = jax.sharding.get_abstract_mesh(), config.training.accumulate
     grad_fn = jax.value_and_grad(functools.partial(mean_loss, config))
@@ -90,54 +90,54 @@ def loss_and_grads(
     @functools.partial(
         jax.vmap, out_axes=None, axis_name=sharding.BATCH_SHARDS, spmd_axis_name=axes
     )
-    def of_shards(tokens_NxS):  # the sequences of one device
-        def add(total, tokens_MxS):  # those of one of its micro-batches
+    def loss_and_grads_of_shards(tokens_NxS):  # sequences of one batch shard
+        def add(total, tokens_MxS):  # sequences of one micro-batch
             loss, grads = grad_fn(params, tokens_MxS)
             return jax.tree.map(jnp.add, total, (loss, sharding.constrain(grads))), None
 
         zero = jnp.zeros(()), optax.tree.zeros_like(params)
         total, _ = jax.lax.scan(add, zero, micro_batches(config, tokens_NxS))
         mean = jax.tree.map(lambda x: x / accumulate, total)
-        # With `fsdp` the gradients are equal in all shards already, and so is their mean.
+        # With `fsdp`, `gather` has already averaged the gradients, so this changes nothing.
         return jax.lax.pmean(mean, sharding.BATCH_SHARDS)
 
     shape = (sharding.num_batch_shards(mesh), -1, tokens_BxS.shape[-1])
-    loss, grads = of_shards(tokens_BxS.reshape(shape))
+    loss, grads = loss_and_grads_of_shards(tokens_BxS.reshape(shape))
     return loss, sharding.constrain(grads)
 
 
 def estimate_diagonal(
     config: Config, params: Any, tokens_BxS: jax.Array, key: jax.Array
 ) -> Any:
-    """Return an estimate of the Hessian's diagonal from evenly spaced sequences."""
+    """Return an estimate of the Hessian diagonal from evenly spaced rows of the batch."""
     groups, size = config.refresh.groups, config.refresh.refresh_batch
     assert groups is not None
     assert size is not None
     tokens_BxS = tokens_BxS[:: len(tokens_BxS) // size]
-    devices = sharding.num_batch_shards(jax.sharding.get_abstract_mesh())
-    grouping: Any = {"groups": groups, "parallel_groups": math.gcd(groups, devices)}
+    batch_shards = sharding.num_batch_shards(jax.sharding.get_abstract_mesh())
+    grouping: Any = {"groups": groups, "parallel_groups": math.gcd(groups, batch_shards)}
     if config.optimizer == "sophia_h":
         estimator = hutchinson(functools.partial(mean_loss, config), **grouping)
     else:
-        tokens_BxS = tokens_BxS[:, :-1]  # labels are sampled
+        tokens_BxS = tokens_BxS[:, :-1]  # `gnb` samples the targets
         estimator = gnb(lambda params, x: model.bind(config.model, params)(x), **grouping)
     return sharding.constrain(estimator(params, tokens_BxS, key=key))
 
 
 def mean_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
-    """Return the mean loss of the next token."""
+    """Return the mean next-token loss."""
     return model.bind(config.model, params).loss(tokens_BxS)
 
 
 def micro_batches(config: Config, tokens_BxS: jax.Array) -> jax.Array:
-    """Split a batch into micro-batches, each sharded over all devices: a new first axis."""
+    """Split a batch along a new first axis into micro-batches sharded over all devices."""
     shape = (-1, config.training.accumulate, tokens_BxS.shape[-1])
     return jnp.moveaxis(tokens_BxS.reshape(shape), 1, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
-    """Return the mean loss of a batch, in sequential micro-batches."""
+    """Return the mean loss of a batch, computed in sequential micro-batches."""
     micro = micro_batches(config, tokens_BxS)
     return jax.lax.map(functools.partial(mean_loss, config, params), micro).mean()
 
@@ -145,9 +145,9 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError if the mesh does not divide the batch."""
     batch, accumulate = config.training.batch, config.training.accumulate
-    devices = sharding.num_batch_shards(mesh)
-    if batch % (accumulate * devices):
+    batch_shards = sharding.num_batch_shards(mesh)
+    if batch % (accumulate * batch_shards):
         raise ConfigError(
-            f"`batch` must be a multiple of `accumulate` x {devices} devices (data x fsdp)"
-            f", got {batch} and {accumulate}."
+            f"`batch` must be a multiple of `accumulate` x {batch_shards} (data x fsdp), "
+            f"got {batch} and {accumulate}."
         )

@@ -19,7 +19,7 @@ from .optimizer import make_optimizer, make_schedule
 from .sharding import shard_batch
 from .step import TrainState
 
-Row = dict[str, Any]  # of metrics.jsonl
+Row = dict[str, Any]  # a row of metrics.jsonl
 SOPHIA_METRICS = ("unclipped_fraction", "refreshes", "refused")
 
 
@@ -35,24 +35,24 @@ def train(
     save: Callable[[int, TrainState], None] = lambda number, state: None,
     should_stop: Callable[[int], bool] = lambda number: False,
 ) -> TrainState:
-    """Train on the mesh that is set, and return the last state.
+    """Train on the current mesh, and return the final state.
 
-    Training resumes from `start`, a number of steps and the state after them. By default
-    it starts with new parameters, prints its metrics, and saves nothing. `operations.run`
-    has the functions of a run with a folder.
+    Training resumes from `start`, the number of steps done and the state after them. By
+    default it starts with new parameters, prints its metrics, and saves nothing.
+    `operations.run` implements `log` and `save` for a run with a folder.
     """
     mesh, output, steps = jax.sharding.get_mesh(), config.output, config.training.steps
     config.check()
     corpus.check(config.model)
     step.check_mesh(config, mesh)
-    choose_kernel(config.model, config.model.context)  # raises here, not in the compiler
+    choose_kernel(config.model, config.model.context)  # raises errors before compilation
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = step.make_train_step(config, tx, mesh)
     with open_batches(config, corpus.validation, seed=0) as batches:
         validation = [next(batches) for _ in range(output.validation_batches)]
     done, state = start or (0, step.init_state(config, tx, mesh))
-    timed_from = None  # a step and the time of its end; the first steps compile
+    timed_from = None  # (step, its end time); None while the first steps compile
     with open_batches(config, corpus.train, config.seed, done) as batches:
         for number in range(done + 1, steps + 1):
             tokens = shard_batch(mesh, next(batches))
@@ -81,13 +81,13 @@ def train(
 
 
 def open_batches(config: Config, tokens: data.Tokens, seed: int, start: int = 0) -> Any:
-    """Open the batches of a split, without the first ones."""
+    """Return a context manager for the batches of a split, without the first `start`."""
     batch, context = config.training.batch, config.model.context
     return contextlib.closing(data.batches(tokens, batch, context, seed, start))
 
 
 def mean_validation_loss(config: Config, params: Any, batches: list[np.ndarray]) -> float:
-    """Return the mean loss of batches."""
+    """Return the mean loss over batches."""
     sharded = (shard_batch(jax.sharding.get_mesh(), batch) for batch in batches)
     losses = [step.validation_loss(config, params, tokens) for tokens in sharded]
     return float(np.mean(jax.device_get(losses)))
@@ -96,9 +96,9 @@ def mean_validation_loss(config: Config, params: Any, batches: list[np.ndarray])
 def make_row(
     config: Config, number: int, schedule: optax.Schedule, metrics: Row, opt_state: Any
 ) -> Row:
-    """Wait for a step and return its metrics.
+    """Wait for a training step to finish, and return its metrics.
 
-    Raise ConfigError if the loss or the gradient is not finite.
+    Raise ConfigError if the loss or the gradient norm is not finite.
     """
     values = metrics | {"lr": schedule(number - 1)}
     if "sophia" in config.optimizer:
@@ -115,6 +115,6 @@ def make_row(
 
 @jax.jit
 def sophia_row(opt_state: optax.OptState) -> Row:
-    """Return the metrics that Sophia's state has."""
+    """Return the metrics in `SOPHIA_METRICS` from Sophia's state."""
     metrics = sophia_metrics(opt_state)
     return {name: metrics[name] for name in SOPHIA_METRICS}

@@ -1,1 +1,1 @@
-"""Operations of a run: checkpoints, processes, metrics, folders."""
+"""Run management: checkpoints, processes, metrics and folders."""

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: parameters and optimizer state, in a folder for each step."""
+"""Checkpointing with Orbax: each step's parameters and optimizer state have a folder."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from examples.gpt.core import model, sharding
 from examples.gpt.core.config import Config, ConfigError, ModelConfig, Output
 from examples.gpt.operations import folders, processes
 
-CHECKPOINTS = "checkpoints"  # a folder in that of a run
-CHECKSUM = "data_checksum"  # in config.json
+CHECKPOINTS = "checkpoints"  # subfolder of a run's folder
+CHECKSUM = "data_checksum"  # key in config.json
 MODEL_SHAPE = ("architecture", "bias", "layers", "heads", "width", "context", "vocabulary")
-# Values that determine the shapes of the state, and the batches of each step.
+# A resumed run must keep these values, on which its state's shapes and batches depend.
 FIXED = (*MODEL_SHAPE, "optimizer", "batch", "seed", CHECKSUM)
 
 
 def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer:
-    """Return the checkpointer of a run, which writes in threads."""
+    """Return the checkpointer of a run, which writes in background threads."""
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(output.keep)]
     if output.keep_every is not None:
@@ -35,22 +35,22 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
 
 
 def find_to_resume(config: Config, folder: Path) -> Path | None:
-    """Return the checkpoint that a run resumes from: in its folder or in `resume_from`."""
+    """Return the checkpoint to resume from: in the run's folder, or in `resume_from`."""
     path, least, steps = find_checkpoint(folder), 0, config.training.steps
     if path is None and config.resume_from is not None:
-        path, least = find_checkpoint(config.resume_from), 1  # a new folder needs a step
+        path, least = find_checkpoint(config.resume_from), 1  # one step must remain
         if path is None:
             raise ConfigError(f"`resume_from`: no checkpoint in {config.resume_from}.")
     if path is not None and int(path.name) + least > steps:
         required = int(path.name) + least
         raise ConfigError(
-            f"`steps` must be at least {required}, after {path}, got {steps}."
+            f"`steps` must be at least {required} to resume from {path}, got {steps}."
         )
     return path
 
 
 def check_same_run(config: Config, checksum: str, path: Path) -> None:
-    """Raise ConfigError if a checkpoint is of a different run. Print changed values."""
+    """Raise ConfigError if a `FIXED` value has changed. Otherwise print all changes."""
     values, saved = config.as_json() | {CHECKSUM: checksum}, saved_values(path)
     changed = {
         name: f"\n  {name}: {saved.get(name)} before, {value} now"
@@ -60,25 +60,26 @@ def check_same_run(config: Config, checksum: str, path: Path) -> None:
     rejected = "".join(line for name, line in changed.items() if name in FIXED)
     if rejected:
         raise ConfigError(
-            f"{path} is of a different run, use another --out or --resume-from:{rejected}"
+            f"{path} belongs to a run with different values. Use a different --out or "
+            f"--resume-from. Changed values:{rejected}"
         )
     if changed and processes.is_first_process():
         print("Changed values:" + "".join(changed.values()))
 
 
 def absolute(path: Path) -> Path:
-    """Return the absolute path. Those of object stores always are."""
+    """Return the absolute path. Object store paths are always absolute."""
     return path.absolute() if isinstance(path, Path) else path
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of a run, given the folder or one of its checkpoints."""
+    """Return the folder of a run, given the folder itself or one of its checkpoints."""
     path = absolute(folders.as_path(path))
     return path.parents[1] if path.parent.name == CHECKPOINTS else path
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """Return the newest finished checkpoint of a run's folder, or the one that is named."""
+    """Return a run's newest finished checkpoint, or `path` itself if it is a checkpoint."""
     path, folder = absolute(folders.as_path(path)), run_folder(path)
     if path != folder:
         return path if path.name.isdecimal() else None
@@ -91,19 +92,19 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Return trees of a checkpoint, with the shapes and shardings of abstract arrays."""
+    """Load trees from a checkpoint, with the shapes and shardings given in `abstract`."""
     message = f"can't read {path} (to resume from an earlier checkpoint, move it)"
     with folders.reraise_as_config_error(message, Exception):
         return jax.block_until_ready(ocp.load_checkpointables(str(path), abstract))
 
 
 def saved_values(path: Path) -> dict[str, Any]:
-    """Return the values of a run, given its folder or one of its checkpoints."""
+    """Return the saved config of a run, given its folder or one of its checkpoints."""
     return json.loads((run_folder(path) / "config.json").read_text())
 
 
 def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
-    """Return the model of a run and its newest parameters, sharded on a mesh."""
+    """Return a run's model config and its newest parameters, sharded over a mesh."""
     path = find_checkpoint(out)
     if path is None:
         raise ConfigError(f"`out` must be the folder of a run, got {out}: no checkpoint.")
@@ -114,7 +115,7 @@ def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
 
 
 def check_same_shape(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
-    """Raise ConfigError unless the parameters have the shapes of the saved ones."""
+    """Raise ConfigError if the parameters' shapes differ from the saved parameters'."""
     for name in MODEL_SHAPE:
         value, required = getattr(config, name), getattr(saved, name)
         if value != required:

@@ -1,4 +1,4 @@
-"""Folders: local paths and those of object stores, atomic writes, and a lock."""
+"""Local folders and object stores: paths, atomic writes, and a lock."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from examples.gpt.core.config import ConfigError
 
 @contextlib.contextmanager
 def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Reraise errors of these kinds as a ConfigError."""
+    """Reraise exceptions of the given types as a ConfigError that begins with `message`."""
     try:
         yield
     except kinds as error:
@@ -26,13 +26,13 @@ def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[N
 
 
 def reraise_write_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Reraise errors of Orbax or an object store, such as a full disk, as a ConfigError."""
+    """Reraise Orbax or object store errors, such as a full disk, as a ConfigError."""
     return reraise_as_config_error(f"`out`: can't write to {folder}", Exception)
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-    """Return a local path, or a path of an object store (gs, s3, az), used as a `Path`."""
-    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # a `Path` has one slash
+    """Return a local `Path`, or an `epath.Path` for an object store URL (gs, s3, az)."""
+    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # `Path` merges slashes
     if "://" not in url:
         return Path(name)
     with reraise_as_config_error(f"{url} needs a package", ImportError):
@@ -41,14 +41,14 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder, except hidden ones. Follow links, each folder once."""
+    """Return all non-hidden files below a folder. Follow links; visit each folder once."""
 
     def fail(error: OSError) -> None:  # `os.walk` ignores errors by default
         raise error
 
     files, seen = [], set()
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(root) in seen:  # such as a cycle of links
+        if os.path.realpath(root) in seen:  # already visited, as in a cycle of links
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
@@ -58,14 +58,14 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON atomically."""
+    """Write indented JSON atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a failure leaves the old file unchanged."""
     if not isinstance(path, Path):  # object stores write objects atomically
-        with reraise_write_errors(path):  # and have their own errors
+        with reraise_write_errors(path):  # but raise their own exception types
             path.write_bytes(content)
         return
     unfinished = path.with_name(".unfinished")
@@ -75,9 +75,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, doing: str) -> Iterator[None]:
-    """Make the folder and lock it, so that no two processes write to it."""
+    """Create the folder and lock it, so that only one process writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(folder, Path):  # object stores have no locks
+    if not isinstance(folder, Path):  # object stores do not support locks
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -86,7 +86,7 @@ def lock_folder(folder: Path, doing: str) -> Iterator[None]:
     except BlockingIOError:
         raise ConfigError(f"`out`: another process is {doing} {folder}.") from None
     except OSError:
-        pass  # some shared file systems have no locks
+        pass  # some shared file systems do not support locks
     try:
         yield
     finally:

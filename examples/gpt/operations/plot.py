@@ -1,4 +1,4 @@
-"""The plot of a run: the loss, and below it the unclipped fraction of the updates."""
+"""Plot of a run: the loss, and below it the fraction of unclipped entries."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from examples.gpt.core.train import Row
 
 
 def points(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps with a metric, and its values."""
+    """Return the steps whose rows contain a metric, and the metric's values."""
     kept = [row for row in rows if name in row]
     return [row["step"] for row in kept], [row[name] for row in kept]
 
 
 def plot_losses(curves: dict[str, list[Row]], path: Path, data: str) -> None:
-    """Plot losses and unclipped fractions over the steps, from the rows by optimizer."""
+    """Plot each optimizer's losses and unclipped fractions against the step."""
     figure = Figure((8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, (name, rows) in enumerate(curves.items()):

@@ -1,4 +1,4 @@
-"""Several processes as one run, and signals to stop it."""
+"""Runs with several processes, and signals that stop a run."""
 
 import contextlib
 import glob
@@ -17,7 +17,7 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 def join_processes(config: Processes) -> None:
-    """Connect to the other processes, if there are any, before any computation."""
+    """Connect to the run's other processes, if any, before the first JAX computation."""
     given = tuple(vars(config).values())
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     has_others = (
@@ -29,7 +29,7 @@ def join_processes(config: Processes) -> None:
     if has_others:
         message = "Could not connect to the other processes"
         with reraise_as_config_error(message, RuntimeError, ValueError):
-            # If a process is lost, JAX ends the others after this time.
+            # If a process dies, JAX ends the other processes after this time.
             jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
 
 
@@ -40,7 +40,7 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise an error on all processes if one raises it. The others would wait for it."""
+    """Raise on all processes if the body raises on one. Otherwise the others would hang."""
     error = None
     try:
         yield
@@ -51,20 +51,20 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C stop the run after a step, with a checkpoint.
+    """A handler of SIGTERM and Ctrl-C that stops the run after a step, with a checkpoint.
 
-    A second signal ends it at once. With several processes, a signal to one stops all.
+    A second signal ends the process at once. A signal to one process stops all processes.
     """
 
     def __init__(self):
         self.number: int | None = None
         self._is_shared = jax.distributed.is_initialized()
         signal.signal(signal.SIGINT, self._handle)
-        if not self._is_shared:  # otherwise JAX handles SIGTERM, and forwards it to all
+        if not self._is_shared:  # otherwise JAX handles SIGTERM for all processes
             signal.signal(signal.SIGTERM, self._handle)
 
     def should_stop(self, step: int) -> bool:
-        """Return whether to stop after this step. It is the same on all processes."""
+        """Return whether to stop after this step. All processes return the same value."""
         if self._is_shared and multihost_utils.reached_preemption_sync_point(step):
             self.number = signal.SIGTERM
         return self.number is not None

@@ -1,4 +1,4 @@
-"""A run with a folder: checkpoints, metrics, and signals to stop it."""
+"""A training run in a folder: its checkpoints, metrics, and stop signals."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from examples.gpt.core.train import Row, print_row
 from examples.gpt.operations import checkpoints, folders, processes
 
 METRICS = "metrics.jsonl"
-TOKENIZER = "tokenizer"  # a folder in that of a run
+TOKENIZER = "tokenizer"  # subfolder of a run's folder
 
 
 @contextlib.contextmanager
@@ -29,12 +29,12 @@ def open_run(
 ) -> Iterator["Run"]:
     """Lock a folder and open the run in it, with the config's defaults resolved.
 
-    A new run starts from `initial_params(config)`, or from random parameters if it is None.
-    At the end all checkpoints are written. After a signal the process exits.
+    Start a new run from `initial_params(config)` or, if it is None, random parameters.
+    On exit, wait until all checkpoints are written. After a stop signal, end the process.
     """
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all_processes():
-            if processes.is_first_process():  # it holds the lock for all
+            if processes.is_first_process():  # holds the lock for all processes
                 stack.enter_context(folders.lock_folder(folder, "training in"))
             checkpoint = checkpoints.find_to_resume(config, folder)
             config = resolve(config, corpus, checkpoint)
@@ -46,7 +46,7 @@ def open_run(
     if run.signal.number is not None:
         if processes.is_first_process():
             print(f"The run is saved in {folder}. The same command resumes it.")
-        sys.exit(128 + run.signal.number)  # tells a launcher to start the run again
+        sys.exit(128 + run.signal.number)  # nonzero, so that a launcher restarts the run
 
 
 def resolve(config: Config, corpus: data.Corpus, checkpoint: Path | None) -> Config:
@@ -68,7 +68,7 @@ def resolve(config: Config, corpus: data.Corpus, checkpoint: Path | None) -> Con
 def load_start(
     config: Config, checkpoint: Path | None, initial_params: Callable[[Config], Any]
 ) -> tuple[int, step.TrainState]:
-    """Return the number of steps done, and the state after them."""
+    """Return the number of completed steps, and the training state after them."""
     mesh, tx = jax.sharding.get_mesh(), make_optimizer(config, make_schedule(config))
     if checkpoint is None:
         return 0, step.init_state(config, tx, mesh, initial_params(config))
@@ -78,7 +78,7 @@ def load_start(
 
 
 class Run:
-    """The folder of a run, with its metrics and checkpoints: see `open_run`."""
+    """A run opened by `open_run`. It writes its metrics and checkpoints to its folder."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Run:
         if config.output.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            # The same folder is the same run, also when it is resumed.
+            # The id depends only on the folder, so a resumed run continues its W&B run.
             name = f"{zlib.crc32(str(checkpoints.absolute(folder)).encode()):08x}"
             self._wandb = wandb.init(
                 project=config.output.wandb, id=name, config=values, resume="allow"
@@ -124,7 +124,7 @@ class Run:
             self._wandb.log(row, row["step"])
 
     def save(self, number: int, state: step.TrainState) -> None:
-        """Copy the state, and write it while training continues."""
+        """Copy the state, and write the copy to a checkpoint while training continues."""
         with folders.reraise_write_errors(self._folder):
             if processes.is_first_process() and not isinstance(self._folder, Path):
                 self._write_rows()
@@ -133,7 +133,7 @@ class Run:
             )
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until all checkpoints and metrics are written."""
         with folders.reraise_write_errors(self._folder):
             self._checkpointer.close()
         if self._wandb is not None:
@@ -145,7 +145,7 @@ class Run:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Return the rows of a run's metrics.jsonl, up to the first incomplete one."""
+    """Return the rows of a run's metrics.jsonl, up to the first incomplete row."""
     metrics, rows = folder / METRICS, []
     with contextlib.suppress(ValueError):
         for line in metrics.read_text().splitlines() if metrics.exists() else []:
@@ -154,7 +154,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def save_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Write the tokenizer to the folder of a run: one file, which `tools` read."""
+    """Write the tokenizer to a run's folder, as a file that `examples.gpt.tools` reads."""
     name, content = tokenizer.save()
     (folder / TOKENIZER).mkdir(exist_ok=True)
     folders.write_bytes(folder / TOKENIZER / name, content)

@@ -1,1 +1,1 @@
-"""Tools before and after training: data, samples, evaluation, export."""
+"""Tools used before and after training: data preparation, sampling, evaluation, export."""

@@ -1,4 +1,4 @@
-"""Command lines of the tools, and errors of all commands: one line without a trace."""
+"""Command-line entry points, which print errors as one line without a traceback."""
 
 import logging
 import os
@@ -13,14 +13,14 @@ from examples.gpt.core.config import ConfigError
 
 
 def run_tool(name: str, tool: Any) -> None:
-    """Run the `main` of a module of this folder, with its `Options`, as a command."""
+    """Run a tool module as a command: parse its `Options`, and pass them to its `main`."""
     prog = f"python -m examples.gpt.{name}"
     run_command(tool.main, lambda: tyro.cli(tool.Options, prog=prog))
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main` with the parsed options. Print an error without a trace."""
-    for name in ("absl", "asyncio", "gcsfs"):  # of Orbax and gcsfs
+    """Run `main` with the parsed options. Print user-facing errors without a traceback."""
+    for name in ("absl", "asyncio", "gcsfs"):  # loggers of Orbax and gcsfs
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(parse())

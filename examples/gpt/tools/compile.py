@@ -1,4 +1,4 @@
-"""The training step of a run, compiled for devices that are not attached."""
+"""Compilation of a run's training step for devices that are not attached."""
 
 import dataclasses
 import functools
@@ -29,32 +29,32 @@ from examples.gpt.tools.topologies import Chip, open_topology
 class Options:
     """Compile the training step of a run for devices that are not attached.
 
-    Print the memory of each device, whether the run fits, the bytes that devices exchange,
-    and an estimate of the time. The flags of the model, training, optimizer and refresh
-    apply. If the run does not fit, larger values of --accumulate and --remat, and then
-    --mesh fsdp=... are tried.
+    Print the memory use per device, whether the run fits, the bytes that devices exchange,
+    and an estimate of the step time. The flags of the model, training, optimizer and
+    refresh apply. If the run does not fit, the command tries larger values of --accumulate
+    and --remat, then --mesh fsdp=...
     """
 
-    # TPU chips such as v5e:4x4, v5p:2x2x4 or v6e:8x8 (needs jax[tpu]), or a number of GPUs,
-    # h100:8 or h200:16 (needs jax[cuda12]).
+    # A TPU slice such as v5e:4x4, v5p:2x2x4 or v6e:8x8 (needs jax[tpu]), or a number of
+    # GPUs such as h100:8 or h200:16 (needs jax[cuda12]).
     topology: str
-    # The flags of `python -m examples.gpt`. Those of output and processes have no effect.
+    # The flags of `python -m examples.gpt`. Output and process flags have no effect.
     config: Config
-    slices: int = 1  # Number of TPU slices of this topology. Only `data` crosses them.
+    slices: int = 1  # Number of TPU slices. Only the mesh axis `data` crosses slices.
     json: Path | None = None  # Also write the results to this file.
 
 
 class DoesNotFit(ConfigError):
-    """The compiler needs more memory than a device has."""
+    """An error raised if a program needs more memory than a device has."""
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Print the results, and return them as JSON."""
+    """Compile the first layout that fits, print the results, and return them as JSON."""
     options.config.check()
     chip, devices = open_topology(options.topology, options.slices)
     first = fit_to_devices(options.config, devices)
     for config in layouts(first, len(devices)):
-        layout = describe(config)
+        layout = layout_flags(config)
         try:
             results = compile_run(config, chip, devices)
         except DoesNotFit as error:
@@ -70,7 +70,7 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def compile_run(config: Config, chip: Chip, devices: list[Any]) -> dict[str, Any]:
-    """Return the results of compiling a run's training step, as JSON."""
+    """Compile a run's step, with and without a refresh, and return the results as JSON."""
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
         config.model.vocabulary or Bytes.vocabulary,
@@ -121,10 +121,10 @@ def compile_program(
     mesh: Mesh,
     chip: Chip,
 ) -> dict[str, Any]:
-    """Return memory, operations, exchanged bytes and times of one step on one device."""
+    """Compile a step. Return its memory, FLOPs, exchanged bytes and times per device."""
     shape = (config.training.batch, config.model.context + 1)
-    where = NamedSharding(mesh, P(sharding.BATCH))
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    batch_sharding = NamedSharding(mesh, P(sharding.BATCH))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
     train_step = functools.partial(step.train_step, config, tx, estimate)
     out_shardings = jax.tree.map(lambda x: x.sharding, state), None
     program = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
@@ -137,7 +137,7 @@ def compile_program(
         raise DoesNotFit(str(error).partition("\n")[0]) from error
     seconds = time.perf_counter() - start
     sizes: Any = compiled.memory_analysis()
-    # Operations are counted before compilation, where XLA's attention stands for a kernel.
+    # FLOPs are counted in the jaxpr, with XLA's attention in place of an opaque kernel.
     with_xla = dataclasses.replace(config.model, attention="xla")
     counted = functools.partial(
         step.train_step, dataclasses.replace(config, model=with_xla), tx, estimate
@@ -148,7 +148,7 @@ def compile_program(
     moved = hlo.memory_bytes(compiled)
     used = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
     if chip.kind.startswith("NVIDIA") and used > MEMORY[chip.kind] * GIB:
-        raise DoesNotFit(f"The step needs {used / GIB:.2f} GiB.")  # TPUs' compiler raises
+        raise DoesNotFit(f"The step needs {used / GIB:.2f} GiB.")  # the TPU compiler raises
     return {
         "temporaries": sizes.temp_size_in_bytes / GIB,
         "program": sizes.generated_code_size_in_bytes / GIB,
@@ -166,15 +166,15 @@ def compile_program(
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Return the bytes of abstract arrays on one device."""
+    """Return the bytes that sharded abstract arrays occupy on a single device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
 
 
-def describe(config: Config) -> str:
-    """Return the layout of a run as flags."""
+def layout_flags(config: Config) -> str:
+    """Return the layout of a run as command-line flags."""
     training = config.training
     mesh = f"--mesh {training.mesh} " if training.mesh else ""
     return f"{mesh}--accumulate {training.accumulate} --remat {config.model.remat}"

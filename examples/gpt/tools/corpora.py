@@ -1,4 +1,4 @@
-"""Corpora by name: the standard library, text files, or a folder that `prepare` wrote."""
+"""Loaders for corpora: the standard library, text files, or a folder from `prepare`."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from examples.gpt.operations.folders import as_path, reraise_as_config_error, vi
 from examples.gpt.tools import tokenizers
 
 SPLITS = ("train", "validation")
-FORMAT, MANIFEST = 1, "manifest.json"  # of a prepared folder
-PREPARED = (".jsonl", ".json", ".parquet")  # `prepare` reads them
+FORMAT, MANIFEST = 1, "manifest.json"  # format version and manifest of a prepared folder
+PREPARED = (".jsonl", ".json", ".parquet")  # only `prepare` reads these files
 
 
 def load(name: str | Path | None) -> Corpus:
-    """Return a corpus."""
+    """Return the corpus in a file or folder, by default the standard library's code."""
     if name is None:
         return read_standard_library()
     path = as_path(name)
@@ -32,12 +32,12 @@ def load(name: str | Path | None) -> Corpus:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the description of a prepared folder's shards."""
+    """Return the manifest of a prepared folder, which lists its shards."""
     with reraise_as_config_error(f"`data`: {path} is not a manifest", Exception):
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ConfigError(f"its format is {manifest['format']}, not {FORMAT}")
-    manifest.setdefault("finished", True)  # version 0.1.0 wrote it last
+    manifest.setdefault("finished", True)  # version 0.1.0 wrote the manifest at the end
     return manifest
 
 
@@ -57,7 +57,7 @@ def _read_prepared(folder: Path) -> Corpus:
 
 
 def _read_shard(folder: Path, shard: dict, dtype: str) -> np.ndarray:
-    """Return the tokens of a shard, after a check of their number."""
+    """Return a shard's tokens. Raise ConfigError if the manifest has a different count."""
     path = folder / shard["file"]
     with reraise_as_config_error(f"`data`: prepare or copy {path} again", Exception):
         if isinstance(path, Path):

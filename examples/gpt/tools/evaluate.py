@@ -1,4 +1,4 @@
-"""The loss of a model on a validation split, or its scores in lm-eval's tasks."""
+"""Evaluation of a model: its validation loss, or its scores on lm-eval's tasks."""
 
 import dataclasses
 import functools
@@ -23,24 +23,24 @@ from examples.gpt.tools.sample import open_model, open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Print the loss of a model on the whole validation split, or its scores in tasks."""
+    """Print a model's loss on the whole validation split, or its scores on `tasks`."""
 
     out: Path | None = None  # Folder of a run, or one of its checkpoints.
-    weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
-    # The data, or for tasks the data whose tokenizer to use. The default is the run's.
+    weights: Path | None = None  # Or a folder with GPT-2's weights in Hugging Face format.
+    # Data to evaluate on. `tasks` use only its tokenizer. The default is the run's data.
     data: Path | None = None
     batch: int = 16  # Number of sequences in a batch.
     tasks: str = ""  # Names of lm-eval's tasks, such as boolq,cb,copa,rte (needs lm-eval).
-    shots: int = 0  # Number of examples at the start of a prompt.
-    limit: int | None = None  # Number of questions of each task. The default is all.
-    # Folder with boolq/{train,validation}.jsonl and so on. The default is the hub.
+    shots: int = 0  # Number of few-shot examples in each prompt.
+    limit: int | None = None  # Number of questions per task. The default is all.
+    # Folder with boolq/{train,validation}.jsonl etc. The default is the Hugging Face Hub.
     task_data: Path | None = None
-    # Layout of the devices, such as data=8,tensor=4. The default is all data.
+    # Device mesh, such as data=8,tensor=4. The default is data parallelism.
     mesh: str = ""
 
 
 def main(options: Options) -> None:
-    """Print the loss, or the scores."""
+    """Print the validation loss, or the scores on `tasks`."""
     if options.batch < 1:
         raise ConfigError(f"`batch` must be positive, got {options.batch}.")
     with jax.set_mesh(make_mesh(options.mesh)):
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
         corpus = corpora.load(data)
         check_vocabulary(config, corpus.tokenizer.vocabulary)
         loss, tokens, size = evaluate(config, params, corpus, options.batch)
-    bits = loss * (tokens + 1) / size / math.log(2)  # the first token is not scored
+    bits = loss * (tokens + 1) / size / math.log(2)  # + 1: the unscored first token
     print(f"{corpus.name}: {tokens:,} scored tokens, {size:,} bytes of text")
     perplexity = f"perplexity {np.exp(loss):.3f}"
     print(f"loss {loss:.4f} nats per token, {perplexity}, {bits:.4f} bits per byte")
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
 def evaluate(
     config: ModelConfig, params: Any, corpus: Corpus, batch: int
 ) -> tuple[float, int, int]:
-    """Return the mean loss of the scored tokens, their number, and the bytes of the text.
+    """Return the mean loss, the number of scored tokens, and the number of bytes of text.
 
     Every token of the validation split except the first is scored once, in windows of
     `context` tokens.
@@ -89,9 +89,9 @@ def evaluate(
 def score_tokens(
     config: ModelConfig, params: Any, tokens_BxS: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `GPT.score_tokens` of sequences, sharded over the batch's devices."""
+    """Return `GPT.score_tokens(tokens_BxS)`, with the batch sharded over the mesh."""
     mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
     rows = jnp.pad(tokens_BxS, ((0, -size % num_batch_shards(mesh)), (0, 0)))
     rows = rows if mesh.empty else jax.lax.with_sharding_constraint(rows, P(BATCH))
     losses_BxT, is_argmax_BxT = bind(config, params).score_tokens(rows)
-    return constrain((losses_BxT[:size], is_argmax_BxT[:size]))  # replicated
+    return constrain((losses_BxT[:size], is_argmax_BxT[:size]))  # replicate

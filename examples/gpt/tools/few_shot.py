@@ -1,6 +1,6 @@
-"""Multiple-choice tasks of lm-eval, which determines prompts, examples and scores."""
+"""Multiple-choice tasks of lm-eval, which defines the prompts, examples and scores."""
 
-# lm-eval is in the extra `evaluate` only.
+# Only the extra `evaluate` installs lm-eval.
 # pyright: reportMissingImports=false
 
 import math
@@ -22,11 +22,11 @@ from examples.gpt.core.data import Tokenizer
 from examples.gpt.operations.folders import reraise_as_config_error
 from examples.gpt.tools.evaluate import Options, score_tokens
 
-ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's; lm-eval calls GLUE's rte
+ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's RTE; lm-eval's `rte` is GLUE's
 
 
 class Model(TemplateLM):
-    """A GPT with the interface of lm-eval."""
+    """A GPT with lm-eval's model interface."""
 
     def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int):
         super().__init__()
@@ -41,19 +41,21 @@ class Model(TemplateLM):
         return self._tokenizer.encode_batch([string])[0].tolist()
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation, and whether it is the argmax.
+        """Return each continuation's log-probability, and whether it is the greedy one.
 
-        A context that is too long loses its start. The longest come first: less padding.
+        Contexts that are too long lose their first tokens. Requests of similar length share
+        a batch, which reduces padding.
         """
         context, results = self._config.context, []
         longest = max(len(after) for _, _, after in requests)
         if longest > context:
-            raise ConfigError(f"`context` is {context}, and a text has {longest} tokens.")
+            limit = f"{longest}, the number of tokens in the longest continuation"
+            raise ConfigError(f"`context` must be at least {limit}, got {context}.")
         rows = [((b + after)[-(context + 1) :], len(after)) for _, b, after in requests]
         sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
         for batch in sorted_rows.get_batched(n=self._batch):
             size = len(batch[0][0]) - 1
-            size = min(math.ceil(size / 64) * 64, context) + 1  # few lengths to compile
+            size = min(math.ceil(size / 64) * 64, context) + 1  # few shapes to compile
             tokens = np.array([row + [0] * (size - len(row)) for row, _ in batch])
             scores = jax.device_get(score_tokens(self._config, self._params, tokens))
             for (row, after), losses, is_argmax in zip(batch, *scores, strict=True):
@@ -70,7 +72,7 @@ class Model(TemplateLM):
 
 def run(lm: Model, options: Options) -> Any:
     """Print the results of the tasks as a table, and return lm-eval's results."""
-    # Resampling of metrics would fork the process, without JAX's threads.
+    # Otherwise lm-eval would fork to bootstrap metrics, but a fork loses JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
     manager, tasks, folder = TaskManager(), [], options.task_data
     for name in options.tasks.split(","):
@@ -84,7 +86,7 @@ def run(lm: Model, options: Options) -> Any:
         tasks.append(task)
     message = f"`tasks`, `task_data`: can't read the data of {options.tasks}"
     with reraise_as_config_error(message, OSError, DatasetsError):
-        # As a group: its members may differ from lm-eval's tasks of the same name.
+        # Load a group: its members may override fields of lm-eval's tasks of the same name.
         loaded = manager.load({"group": "chosen", "task": tasks})["tasks"]
     for task in loaded.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)

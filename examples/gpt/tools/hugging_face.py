@@ -1,9 +1,9 @@
 """GPT-2's weights in Hugging Face's format: config.json and model.safetensors.
 
-`load` reads them, and `python -m examples.gpt.export` writes those of a run.
+`load` reads these files. `python -m examples.gpt.export` writes them for a run.
 
-Each parameter of `core.model` is a reshaped tensor of GPT2LMHeadModel, or the tensors of
-all layers, stacked.
+Each parameter of `core.model` is a reshaped tensor of GPT2LMHeadModel. A parameter of
+`blocks` stacks the tensors of all layers.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params, run_fo
 from examples.gpt.operations.folders import as_path, reraise_as_config_error, write_json
 from examples.gpt.operations.run import TOKENIZER
 
-PREFIX = "transformer."  # of the names that GPT2LMHeadModel saves
-# Names of modules here and there, with the index of the layer in braces.
+PREFIX = "transformer."  # of the tensor names that GPT2LMHeadModel saves
+# Module names in `core.model` and in GPT2LMHeadModel. {} stands for the layer index.
 MODULES = {
     "tokens": "wte",
     "positions": "wpe",
@@ -43,7 +43,7 @@ SIZES = {
     "context": "n_positions",
     "vocabulary": "vocab_size",
 }
-# Values of their config that the model here requires.
+# Values in Hugging Face's config.json that `core.model` requires.
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -52,7 +52,7 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # all are jax.nn.gelu
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names for jax.nn.gelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write the weights, and the tokenizer unless it is that of bytes."""
+    """Write the weights, and the tokenizer unless it is the byte tokenizer."""
     config, params = load_params(options.out, make_mesh("", jax.devices()[:1]))
     to = as_path(options.to)
     if (to / CHECKPOINTS).exists():
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
 
 
 def load(folder: Path) -> tuple[ModelConfig, Any]:
-    """Return a model and its parameters, float32, as a tree like that of `model.init`."""
+    """Return the config and float32 parameters, structured as `model.init` returns them."""
     folder, tensors = as_path(folder), {}
     message = f"`init_from`, `weights`: can't read GPT-2's weights in {folder}"
     with reraise_as_config_error(message, Exception):
@@ -95,7 +95,7 @@ def load(folder: Path) -> tuple[ModelConfig, Any]:
             found = tensors[key].shape if key in tensors else None
             if found != view.shape:
                 raise ConfigError(f"`{key}` must be {view.shape}, got {found}")
-            view[...] = tensors[key]  # also from bfloat16, which JAX adds to NumPy
+            view[...] = tensors[key]  # also casts bfloat16, which JAX adds to NumPy
     return config, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -118,7 +118,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
 
 
 def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return zeros with biases, by the names here, and views of them by the names there."""
+    """Allocate all parameters and biases, and views of them by GPT2LMHeadModel's names."""
     shapes = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
     params, views = dict[str, Any](traverse_util.flatten_dict(shapes, sep="/")), {}
     for name, p in params.items():

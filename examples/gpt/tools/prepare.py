@@ -1,7 +1,7 @@
 """Tokenization of text into the shards that a run reads.
 
-The output depends on the sources and the options only, not on how often the command was
-killed. The manifest lists the finished shards, and where in the sources they end.
+The output depends only on the sources and the options, not on interruptions. The manifest
+lists the finished shards, and the position in the sources where they end.
 """
 
 import dataclasses
@@ -25,31 +25,31 @@ from examples.gpt.tools.corpora import SPLITS
 class Options:
     """Turn text into shards of tokens that `python -m examples.gpt --data OUT` reads.
 
-    A token separates documents. A hash of its text assigns each document to training or
-    validation, so copies are in the same split. If the command is killed, run it again: it
-    resumes after the last finished shard.
+    An end-of-document token follows each document. The hash of its text assigns a document
+    to training or validation, so duplicates are in the same split. If the command is
+    killed, run it again: it resumes after the last finished shard.
     """
 
     # openwebtext, pile, or hub:NAME[:CONFIG][@REVISION] for any data set of the Hugging
-    # Face hub, whose split `train` is streamed; or files: .txt, .jsonl, .json (a document a
-    # line), also as .gz or .zst, and .parquet; or folders of such files.
+    # Face Hub, whose split `train` is streamed; or files: .txt, .jsonl, .json (one document
+    # per line), also as .gz or .zst, and .parquet; or folders of such files.
     sources: tyro.conf.Positional[tuple[str, ...]]
     out: Path  # Output folder, local or gs://BUCKET/NAME.
     tokenizer: str = "gpt2"  # gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`.
     field: str = "text"  # Field or column with the text of a document.
-    # Fraction of the documents for validation. Small corpora need more, such as 0.1.
+    # Fraction of documents for validation. Small corpora need a larger one, such as 0.1.
     validation: float = 0.0005
-    # Training tokens after which a shard ends. They are held in memory.
+    # Number of training tokens per shard. They are in memory until the shard is written.
     shard_tokens: int = 100_000_000
 
 
 def main(options: Options) -> None:
-    """Prepare the data, or the part that is missing."""
+    """Prepare the data, or only the shards that are still missing."""
     if not 0 < options.validation < 1 or not options.sources:
         raise ConfigError("`sources` must be given, and `validation` be in (0, 1).")
     out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
-    del choices["out"]  # all others determine the output
+    del choices["out"]  # all other options determine the output
     with folders.lock_folder(out, "preparing"):
         if (out / corpora.MANIFEST).exists():
             manifest = corpora.read_manifest(out / corpora.MANIFEST)
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
 
 
 def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
-    """Write the shards that the manifest does not list, and the manifest."""
+    """Write the shards that the manifest does not list yet, and update the manifest."""
     from examples.gpt.tools import sources  # needs the extra `data`
 
     versions = zip(options.sources, manifest["versions"], strict=True)
@@ -86,7 +86,7 @@ def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
     manifest |= inputs | {"dtype": dtype}
     if content:
         folders.write_bytes(out / file, content)
-    # Tokens that are in no shard yet are lost in a kill, and encoded again.
+    # Tokens not in a shard yet. If the command is killed, they must be encoded again.
     held = {name: bytearray() for name in SPLITS}
     full = options.shard_tokens * np.dtype(dtype).itemsize
     rows = [rows for rows, _ in opened]
@@ -99,8 +99,8 @@ def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
                 write_shard(out, manifest, name, np.frombuffer(held[name], dtype))
                 held[name] = bytearray()
                 if is_last and not manifest[name]["tokens"]:
-                    fraction = options.validation
-                    raise ConfigError(f"`validation` {fraction} leaves no text for {name}.")
+                    choice = f"`validation={options.validation}`"
+                    raise ConfigError(f"{choice} assigns no documents to the {name} split.")
             manifest |= {"position": position, "finished": is_last}
             folders.write_json(out / corpora.MANIFEST, manifest)
 
@@ -108,7 +108,7 @@ def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
 def encode_batch(
     texts: list[str], tokenizer: Tokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the split and the tokens of each document with text."""
+    """Yield the split and the tokens of each non-empty document."""
     # JSON may have lone surrogates, which are invalid in UTF-8.
     kept = [text.encode(errors="replace").decode() for text in texts if text]
     for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
@@ -117,7 +117,7 @@ def encode_batch(
 
 
 def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:
-    """Write documents as the next shard of a split, if there are any."""
+    """Write the tokens as the next shard of a split. Do nothing if there are none."""
     if len(tokens):
         split, content = manifest[name], tokens.tobytes()
         file, sha = f"{name}-{len(split['shards']):05}.bin", hashlib.sha256(content)

@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Text generation with a trained model."""
 
 import dataclasses
 import functools
@@ -22,22 +22,22 @@ from examples.gpt.tools import corpora, hugging_face, tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write text with a trained GPT."""
+    """Generate text with a trained GPT."""
 
     prompt: str = ""  # Start of the text. The default is the start of a document.
     out: Path | None = None  # Folder of a run, or one of its checkpoints.
-    weights: Path | None = None  # Or a folder of GPT-2's weights in Hugging Face's format.
-    # Data whose tokenizer to use. The default is the run's, or GPT-2's for weights.
+    weights: Path | None = None  # Or a folder with GPT-2's weights in Hugging Face format.
+    # Data whose tokenizer to use. The default is the run's tokenizer, or GPT-2's.
     data: Path | None = None
-    length: int = 400  # Number of tokens to write.
+    length: int = 400  # Number of tokens to generate.
     temperature: float = 0.8  # Divisor of the logits. 0 takes the argmax.
     top_k: int | None = None  # Sample among the K most likely tokens. The default is all.
     seed: int = 0  # Seed of the samples.
-    mesh: str = ""  # Layout of the parameters, such as tensor=4. The default is one device.
+    mesh: str = ""  # Device mesh, such as tensor=4. The default is a single device.
 
 
 def main(options: Options) -> None:
-    """Print the prompt and the text after it."""
+    """Print the prompt and its generated continuation."""
     if options.length < 1 or options.temperature < 0:
         raise ConfigError("`length` must be positive, and `temperature` at least 0.")
     with jax.set_mesh(make_mesh(options.mesh, None if options.mesh else jax.devices()[:1])):
@@ -69,10 +69,10 @@ def generate(
     top_k: int | None = None,
     vocabulary: int | None = None,
 ) -> np.ndarray:
-    """Return tokens after a prompt, int32, (length,), given the last `context` before each.
+    """Return the tokens that continue a prompt, int32, shape (length,).
 
-    Only tokens below `vocabulary` are sampled: the model may have more than the tokenizer.
-    A temperature of 0 takes the argmax.
+    Each token is sampled given the last `context` tokens. Only tokens below `vocabulary`,
+    the tokenizer's size, are sampled. A temperature of 0 takes the argmax.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
@@ -91,7 +91,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _next_token(config, top_k, vocabulary, params, window_T, size, key, temperature):
-    """Return a token after the first `size` tokens of the window."""
+    """Sample the token that follows the first `size` tokens of the window."""
     model = bind(config, params)
     x_TxD = model.hidden(window_T[None])[0]
     logits_K = model.head_logits(x_TxD[size - 1])[:vocabulary]
@@ -99,11 +99,11 @@ def _next_token(config, top_k, vocabulary, params, window_T, size, key, temperat
     if top_k:
         logits_K, tokens_K = jax.lax.top_k(logits_K, min(top_k, len(logits_K)))
     token = tokens_K[jax.random.categorical(key, logits_K / temperature)]
-    return constrain(token)  # replicated
+    return constrain(token)  # replicate
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any]:
-    """Return the model of a run, or of GPT-2's weights, sharded on the mesh that is set."""
+    """Return a run's or GPT-2's config and parameters, sharded over the current mesh."""
     mesh = jax.sharding.get_mesh()
     if out is not None and weights is None:
         return load_params(out, mesh)
@@ -114,7 +114,7 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any
 
 
 def open_tokenizer(config: ModelConfig, out: Path | None, data: Path | None) -> Tokenizer:
-    """Return the tokenizer of the data, of a run, or of GPT-2 if neither is given."""
+    """Return the tokenizer of the data, of the run, or of GPT-2 if neither is given."""
     if data is not None:
         tokenizer = corpora.load(data).tokenizer
     elif out is not None:

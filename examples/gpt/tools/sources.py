@@ -1,4 +1,4 @@
-"""Sources of text: local files and data sets of the hub, streamed by `datasets`."""
+"""Sources of text: local files and Hugging Face Hub data sets, streamed with `datasets`."""
 
 import io
 import json
@@ -18,15 +18,15 @@ NAMED = {
     "openwebtext": "hub:Skylion007/openwebtext",
     "pile": "hub:monology/pile-uncopyrighted",
 }
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all except the last also compressed
-TEXT_SIZE = 1 << 16  # of a document: a longer text file is several documents
-BATCH = 256  # documents
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all except .parquet also compressed
+TEXT_SIZE = 1 << 16  # characters per document: longer text files are split
+BATCH = 256  # number of documents
 
 
 def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
-    """Return a `datasets.IterableDataset` of documents, and JSON that changes with them.
+    """Return a `datasets.IterableDataset` of documents, and its version as JSON.
 
-    With the `version` of an earlier call, a data set of the hub is read as it was then.
+    Given the `version` from an earlier call, read that version of a Hub data set.
     """
     name = NAMED.get(name, name)
     features = datasets.Features({field: datasets.Value("string")})
@@ -34,19 +34,19 @@ def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
         path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
         with reraise_as_config_error(f"`sources`: can't read {name}", Exception):
-            # Without a network this fails at once; `load_dataset` retries for minutes.
+            # Without a network, this fails at once, but `load_dataset` retries for minutes.
             api, revision = huggingface_hub.HfApi(), version or revision or None
             commit = api.dataset_info(path, revision=revision, timeout=10).sha
             rows = datasets.load_dataset(
                 path, config or None, revision=commit, split="train", streaming=True
             )
             return rows.select_columns([field]).cast(features), commit
-    files = [Path(name)]  # with any suffix
+    files = [Path(name)]  # a single file may have any suffix
     if not files[0].is_file():
         files = [file for file in visible_files(files[0]) if _suffix(file) in SUFFIXES]
     if not files:
-        raise ConfigError(f"`sources`: {name} has no files of {', '.join(SUFFIXES)}.")
-    # Not the reader of `datasets`, which infers the types of all columns from a few lines.
+        raise ConfigError(f"`sources`: {name} contains no {', '.join(SUFFIXES)} files.")
+    # The file readers of `datasets` would infer the types of all columns from a few lines.
     rows = datasets.IterableDataset.from_generator(
         _documents, features, gen_kwargs={"files": list(map(str, files)), "field": field}
     )
@@ -58,7 +58,7 @@ def read_batches(
 ) -> Iterator[tuple[list[str], Any]]:
     """Yield batches of texts, each with the position after it, as JSON.
 
-    They start after `position`. After the last one come no texts, and the position None.
+    The batches start at `position`. At the end, yield no texts and the position None.
     """
     rows = datasets.concatenate_datasets(sources)
     if position is not None:
@@ -74,12 +74,12 @@ def _documents(files: list[str], field: str) -> Iterator[dict[str, str]]:
         with reraise_as_config_error(file, Exception):
             for text in _texts(Path(file), field):
                 if not isinstance(text, str):
-                    raise ConfigError(f"`field` {field} must be text, got {text!s:.200}")
+                    raise ConfigError(f"field `{field}` must be a string, got {text!s:.99}")
                 yield {field: text}
 
 
 def _texts(path: Path, field: str) -> Iterator[Any]:
-    """Yield the text in each row of Parquet, line of JSON, or piece of a text file."""
+    """Yield the text of each Parquet row, JSON line, or section of a text file."""
     if _suffix(path) == ".parquet":
         for batch in parquet.ParquetFile(path).iter_batches(1024, columns=[field]):
             yield from batch.column(field).to_pylist()
@@ -94,5 +94,5 @@ def _texts(path: Path, field: str) -> Iterator[Any]:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix without that of the compression: .jsonl for `a.jsonl.zst`."""
+    """Return a file's suffix, ignoring a compression suffix: .jsonl for `a.jsonl.zst`."""
     return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix

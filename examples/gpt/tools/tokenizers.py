@@ -17,17 +17,18 @@ class JsonTokenizer:
     """A tokenizer that Hugging Face's `tokenizers` saved as JSON."""
 
     def __init__(self, content: bytes):
-        import tokenizers  # bytes need no such package
+        import tokenizers  # not needed for the byte tokenizer
 
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # text can't contain END_TOKENS
+        self._tokenizer.encode_special_tokens = True  # END_TOKENS in text are plain text
         tokens = self._tokenizer.get_vocab()
         found = [tokens[text] for text in END_TOKENS if text in tokens]
         if not found:
-            raise ConfigError(f"it needs one of {', '.join(END_TOKENS)} to end documents")
+            message = "the tokenizer must define an end-of-document token, one of "
+            raise ConfigError(message + ", ".join(END_TOKENS))
         self.vocabulary, self.end_of_document = max(tokens.values()) + 1, found[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -36,11 +37,11 @@ class JsonTokenizer:
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text. Tokens outside of the tokenizer's vocabulary are skipped."""
+        """Return the text. Skip tokens outside the tokenizer's vocabulary."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text. Ends of documents count 0 bytes."""
+        """Return the number of bytes of text. End-of-document tokens count as 0 bytes."""
         return len(self.decode(tokens[tokens != self.end_of_document]).encode())
 
     def save(self) -> tuple[str, bytes]:
@@ -49,9 +50,9 @@ class JsonTokenizer:
 
 
 def load(name: str) -> Tokenizer:
-    """Return `bytes`, `gpt2`, or the tokenizer of a JSON file."""
+    """Return the byte tokenizer, GPT-2's tokenizer, or the tokenizer in a JSON file."""
     file = as_path(name)
-    if file.name == "bytes":  # also the file of a run
+    if file.name == "bytes":  # the name, or the tokenizer file of a run
         return Bytes()
     message = f"`tokenizer` must be bytes, {GPT2} or a file of `tokenizers`, got {name}"
     with reraise_as_config_error(message, Exception):

@@ -15,13 +15,13 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 class Chip(NamedTuple):
-    """Published numbers of a chip. Rates are per second, links are counted one way."""
+    """Published specifications of a chip, per second. Link bandwidths are one-way."""
 
     kind: str  # the start of JAX's `device_kind`
     peak_flops: float  # in bfloat16
     memory_bandwidth: float
     link_bandwidth: float  # between the chips of a slice, or the GPUs of a host
-    network_bandwidth: float = 0.0  # between TPU slices, for each chip
+    network_bandwidth: float = 0.0  # between TPU slices, per chip
 
 
 CHIPS = {
@@ -32,8 +32,8 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 989e12, 4800e9, 450e9),
 }
 GPUS_PER_HOST = 8
-# The description of a GPU that XLA compiles for. All values are the same for H100 and H200,
-# except those of the memory.
+# The description of a GPU that XLA compiles for. H100 and H200 differ only in their names
+# and memory.
 GPU_TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -48,16 +48,16 @@ gpu_device_info {{
 platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 7 }}
 runtime_version {{ major: 12 minor: 9 }}  device_description_str: "{name}"
 """
-# Without these the TPU's compiler queries the metadata server of a cloud machine.
-NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Without a GPU the compiler can't time kernels to choose among them.
+# Without these variables the TPU compiler queries a cloud machine's metadata server.
+TPU_ENV = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+TPU_ENV |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Without a GPU the compiler can't time kernels, so autotuning is turned off.
 GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 GPU_FLAGS += " --xla_gpu_enable_cublaslt=false"
 
 
 def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """Return the chip and the devices of a topology."""
+    """Return the chip and the devices of a topology such as `v5e:4x4`."""
     kind, _, shape = name.partition(":")
     is_gpu = kind.startswith("h")
     pattern = r"[1-9]\d*" if is_gpu else r"\d+x\d+(x\d+)?"
@@ -77,9 +77,9 @@ def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
         extra = "cuda12" if is_gpu else "tpu"
         raise ConfigError(f'`topology` {name} needs {package}: pip install "jax[{extra}]".')
     chip = CHIPS[kind]
-    jax.config.update("jax_platforms", "cpu")  # the devices of this machine are not used
+    jax.config.update("jax_platforms", "cpu")  # do not use this machine's devices
     if not is_gpu:
-        os.environ |= NO_TPU
+        os.environ |= TPU_ENV
         with reraise_as_config_error(f"`topology` {name}", jax.errors.JaxRuntimeError):
             found = topologies.get_topology_desc(
                 platform="tpu", topology_name=name, num_slices=slices
