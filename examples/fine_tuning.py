@@ -1,4 +1,4 @@
-"""A new head on a frozen trunk, by `optax.partition`: `python -m examples.fine_tuning`."""
+"""A new head on a frozen trunk with `optax.partition`: `python -m examples.fine_tuning`."""
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,20 @@ def step(carry, key):
     x = jax.random.uniform(key, (256, 2), minval=-1, maxval=1)
     y = jnp.int32(x[:, 1] > jnp.sin(4 * x[:, 0]))
 
-    # Functions of the head only, so no gradient of the trunk is computed.
+    # `logits_fn` and `loss_fn` take only the head, so no trunk gradient is computed.
     def logits_fn(head, x):
         return network(params | {"head": head}, x)
 
     def loss_fn(head):
         return optax.softmax_cross_entropy_with_integer_labels(logits_fn(head, x), y).mean()
 
-    # `tx` requires trees like `params`. It ignores the entries of the trunk.
+    # `tx` requires trees with the structure of `params`. It ignores the trunk's entries.
     def with_trunk(head):
         return optax.tree.zeros_like(params) | {"head": head}
 
     def hessian_fn(key):
-        return with_trunk(gnb(logits_fn, groups=16)(params["head"], x[:16], key=key))
+        head = gnb(logits_fn, groups=16)(params["head"], x[:16], key=key)
+        return {"trunk": None, "head": head}
 
     loss, grads = jax.value_and_grad(loss_fn)(params["head"])
     updates, state = tx.update(with_trunk(grads), state, params, hessian_fn=hessian_fn)
@@ -42,7 +43,7 @@ def step(carry, key):
 
 def main(steps=300):
     keys = jax.random.split(jax.random.key(0), steps + 2)
-    trunk = {  # random features stand for a pretrained network
+    trunk = {  # random features stand in for a pretrained trunk
         "frequency": 4 * jax.random.normal(keys[0], (2, 256)),
         "phase": jax.random.uniform(keys[1], (256,), maxval=2 * jnp.pi),
     }

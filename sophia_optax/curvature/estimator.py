@@ -1,4 +1,4 @@
-"""The estimator protocol, and checks of the arguments that all estimators take."""
+"""The estimator protocol, and checks of the arguments shared by all estimators."""
 
 import numbers
 from typing import Any, Protocol, runtime_checkable
@@ -12,10 +12,10 @@ from sophia_optax.arrays import cast_to_varying, check_params, varying_axes
 
 @runtime_checkable
 class Estimator(Protocol):
-    """An estimator of the diagonal of the Hessian of a mean loss.
+    """Protocol for estimators of the Hessian diagonal of a mean loss.
 
-    `gnb`, `hutchinson` and `empirical_fisher` return estimators, and `accumulate` takes any
-    object with these members.
+    `gnb`, `hutchinson` and `empirical_fisher` return estimators, and `accumulate` accepts
+    any object with the members of this protocol.
 
     Example:
       >>> from sophia_optax import Estimator
@@ -35,22 +35,26 @@ class Estimator(Protocol):
         ...
 
     def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
-        """Return the estimate, a tree like `params` of float32.
+        """Return the estimate, a tree like `params` with float32 leaves.
 
-        The batch is trees of arrays with the same leading axis. The keyword arguments are
-        those of the estimator, such as `key`, and `first_group`, the number of the first
-        group, shape (), int32, by default 0. A random estimator folds a group's number into
-        its key, so that the groups of micro-batches are independent.
+        Each argument in `batch` is a tree of arrays, all with the same leading axis. One
+        keyword argument is `first_group`, the number of the first group, shape (), int32,
+        0 by default. Others, such as `key`, depend on the estimator. A random estimator
+        folds a group's number into its key, so that different groups and micro-batches
+        draw independent samples.
         """
         ...
 
     def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
-        """Return the weight of a batch in a mean, shape (). Keywords as in `__call__`."""
+        """Return a batch's weight in a mean over batches, shape ().
+
+        The keyword arguments are those of `__call__`, without `first_group`.
+        """
         ...
 
 
 def check_counts(groups: int, parallel_groups: int | None, **counts: int) -> None:
-    """Raise ValueError unless each count is an int of at least 1."""
+    """Check that all counts are ints >= 1 and that `parallel_groups` divides `groups`."""
     counts["groups"] = groups
     if parallel_groups is not None:
         counts["parallel_groups"] = parallel_groups
@@ -64,25 +68,25 @@ def check_counts(groups: int, parallel_groups: int | None, **counts: int) -> Non
 
 
 def prepare_params(params: Any, batch: Any, names: tuple[str, ...]) -> Any:
-    """Return the parameters as arrays that vary along the mapped axes `names`."""
+    """Return the parameters as arrays typed as varying over the mapped axes `names`."""
     check_params(params)
     if missing := varying_axes(batch) - varying_axes(params) - set(names):
         raise ValueError(
-            f"`axis_name={names or None!r}` lacks the mapped axes {sorted(missing)}, along "
-            "which the batch differs: add them."
+            f"`axis_name={names or None!r}` lacks the mapped axes {sorted(missing)}, over "
+            "which the batch varies: add them."
         )
     return cast_to_varying(jax.tree.map(jnp.asarray, params), names)
 
 
 def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Return a threefry key for this device. Raise TypeError unless `key` is one key."""
+    """Return this device's threefry key. Raise TypeError unless `key` is a single key."""
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (is_typed or dtype == jnp.uint32) or jnp.ndim(key) != (0 if is_typed else 1):
         got = f"{dtype}{list(jnp.shape(key))}" if dtype is not None else repr(key)
         raise TypeError(
-            f"`key` must be one PRNG key, such as `jax.random.key(0)`, got {got}."
+            f"`key` must be a single PRNG key, such as `jax.random.key(0)`, got {got}."
         )
-    # With `rbg` keys, groups in parallel would draw other bits than sequential groups.
+    # With `rbg` keys, parallel and sequential groups would draw different bits.
     key = jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
     return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key

@@ -1,8 +1,9 @@
-"""The diagonal of the Gauss-Newton matrix, from squared gradients of summed losses.
+"""Estimators of the Gauss-Newton diagonal from squared gradients of summed losses.
 
-The loss is the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions. For sampled labels
-ŷ_b and ℓ = -log p, the gradients g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent, with mean
-zero and covariance J_bᵀ (∂²ℓ/∂f²) J_b, the Gauss-Newton matrix of b. So for any groups
+The loss is the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions b. For sampled
+labels ŷ_b and ℓ = -log p, the gradients g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent, with
+mean zero and covariance J_bᵀ (∂²ℓ/∂f²) J_b, the Gauss-Newton matrix of prediction b. So for
+any groups g of predictions
 
     E Σ_g (Σ_{b in g} √w_b g_b)²  =  Σ_b w_b E g_b²  =  W diag(Gauss-Newton of L)
 
@@ -17,7 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sophia_optax.arrays import AxisName, axis_names, cast_to_float32, sum_over_devices
+from sophia_optax.arrays import (
+    AxisName,
+    axis_names,
+    cast_to_float32,
+    mismatched_signature,
+    sum_over_devices,
+)
 from sophia_optax.curvature.check_annotations import GroupLoss, Value, trace_group_gradient
 from sophia_optax.curvature.each_group import square
 from sophia_optax.curvature.estimator import check_counts, prepare_key, prepare_params
@@ -31,49 +38,52 @@ def gnb(
     logits_fn: Callable[..., Any], *, likelihood: Likelihood = _CATEGORICAL,
     groups: int = 1, parallel_groups: int | None = None, axis_name: AxisName = None,
 ) -> "GaussNewtonBartlett":  # fmt: skip
-    r"""Gauss-Newton-Bartlett: squared gradients for labels sampled from the model.
+    r"""Gauss-Newton-Bartlett estimator: squared gradients for labels drawn from the model.
 
-    Algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, with several groups:
+    This is algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, extended to groups:
 
     .. math::
       \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
       S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
 
-    Its mean is the diagonal of the Gauss-Newton matrix of the mean loss, for any number of
-    groups. Its error falls as 1 / √groups. The paper's estimator has one group.
+    Here b is a prediction with weight w_b and sampled label ŷ_b, g is a group, and W is the
+    sum of all weights. For any number of groups, the mean of ĥ is the diagonal of the mean
+    loss's Gauss-Newton matrix. The error falls as 1 / √groups. The paper uses one group.
 
     Args:
-      logits_fn: `logits_fn(params, *batch)` returns the outputs that `likelihood` takes,
-        for `Categorical` logits of shape (..., classes). It is called for one group at a
-        time: if a model mixes examples, as batch normalization does, use its evaluation
-        mode or one group.
+      logits_fn: `logits_fn(params, *batch)` returns the model outputs that `likelihood`
+        takes: for `Categorical`, logits of shape (..., classes). It sees one group at a
+        time. If the model mixes examples, as batch normalization does, use its evaluation
+        mode or `groups=1`.
       likelihood: the distribution of a label given the outputs: `Categorical`, `Bernoulli`,
         `Normal`, `Poisson`, or any object with `sample` and `neg_log_prob`.
-      groups: number of groups, blocks of consecutive examples. Must divide the leading axis
-        of every array in the batch and of the weights.
+      groups: number of groups, which are blocks of consecutive examples. It must divide the
+        leading axis of every array in the batch and of the weights.
       parallel_groups: number of groups that are computed in parallel, each with its own
-        gradient in memory, except for weights that `each_group` annotates. Must divide
-        `groups`. Under `jit`, use multiples of the number of devices that the batch is
-        sharded over, which on Explicit axes is checked and is the default. On Auto axes the
-        default is all devices: pass the size of the data axes, so that none repeats groups.
+        gradient in memory, except for weights annotated by `each_group`. It must divide
+        `groups`. Under `jit`, use a multiple of the number of devices that the batch is
+        sharded over. On Explicit axes, this is checked, and that number is the default. On
+        Auto axes, the default is one group per device: pass the size of the data axes
+        instead, so that devices do not compute the same groups.
       axis_name: name or names of the mapped axes that the batch is sharded over under
-        `pmap` or `shard_map`. `groups` is then the number for each device. If `params` are
-        sharded, so is the estimate, and `logits_fn` must annotate the parameters that it
-        gathers with `each_group`. Under `jit` with sharded arrays use None: the estimate
-        equals the single-device estimate.
+        `pmap` or `shard_map`. `groups` is then the number of groups on each device. If
+        `params` are sharded, the estimate is sharded like them, and `logits_fn` must apply
+        `each_group` to the parameters that it gathers. Under `jit` with sharded arrays, use
+        None: the estimate then equals the single-device estimate.
 
     Returns:
       A function `estimate(params, *batch, key, weights=None)`, an `Estimator`.
 
       `key` is a PRNG key. `weights` are non-negative, one for each prediction, in the shape
       that `likelihood.neg_log_prob` returns. Predictions of weight 0 are ignored if their
-      outputs are finite. The result is a tree like `params`, non-negative, in float32
-      (float64 where `params` are). It is NaN, which the optimizer rejects, if all weights
-      are 0 or their signs differ.
+      outputs are finite. The result is a tree like `params`, non-negative, in float32, or
+      in float64 where `params` are float64. It is NaN, which the optimizer rejects, if all
+      weights are 0 or their signs differ.
 
     Raises:
-      ValueError: for counts below 1. From the estimate, if `groups` does not divide the
-        batch, for `weights` of another shape, and for errors with `each_group`.
+      ValueError: if `groups` or `parallel_groups` is invalid. From the estimate, if
+        `groups` does not divide the batch, if `weights` have the wrong shape, or if
+        `each_group` annotates parameters incorrectly.
       TypeError: from the estimate, if `key` is not a PRNG key.
 
     Example:
@@ -92,16 +102,17 @@ def empirical_fisher(
     logits_fn: Callable[..., Any], *, likelihood: Likelihood = _CATEGORICAL,
     groups: int = 1, parallel_groups: int | None = None, axis_name: AxisName = None,
 ) -> "EmpiricalFisher":  # fmt: skip
-    """Empirical Fisher: `gnb` with the labels of the data, and the same arguments.
+    """Empirical Fisher estimator: `gnb` with the data's labels instead of sampled labels.
 
-    Their gradients do not have mean zero, so this does not estimate the Gauss-Newton matrix
-    (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019), and depends on the
-    groups. It is a baseline, the paper's E-F+clip.
+    The arguments are those of `gnb`. Gradients for the data's labels do not have mean zero,
+    so the result depends on the groups and does not estimate the Gauss-Newton matrix
+    (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019). It is a baseline, the
+    paper's E-F+clip.
 
     Returns:
       A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`.
       `targets` are the labels, a tree of arrays with the leading axis of the batch. A label
-      that is not a class, such as -100, makes the estimate NaN unless its weight is 0.
+      that is not a class, such as -100, must have weight 0. Otherwise the estimate is NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,7 +127,7 @@ def empirical_fisher(
 
 @dataclasses.dataclass(frozen=True)
 class _SquaredGradients:
-    """The estimate (1 / W) Σ_g S_g ⊙ S_g. The fields are the arguments of `gnb`."""
+    """Estimator of the form (1 / W) Σ_g S_g ⊙ S_g. The fields are arguments of `gnb`."""
 
     logits_fn: Callable[..., Any]
     likelihood: Likelihood
@@ -137,7 +148,7 @@ class _SquaredGradients:
         self, params: Any, *batch: Any,
         weights: ArrayLike | None = None, key: jax.Array | None = None, targets: Any = None,
     ) -> ArrayLike:  # fmt: skip
-        """Return W, the number of predictions or the sum of their weights."""
+        """Return W: the sum of `weights`, or without them the number of predictions."""
         names = axis_names(self.axis_name)
         if weights is None:
             arrays = {"batch": batch, "targets": targets}
@@ -149,7 +160,8 @@ class _SquaredGradients:
     def _losses(
         self, params: Any, group: dict[str, Any], number: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """Return the losses of a group for labels sampled with `key`, or its targets."""
+        """Return a group's losses for labels sampled with `key`, or for its targets."""
+        _check_takes_inputs(self.logits_fn, params, group["batch"])
         outputs = self.logits_fn(params, *group["batch"])
         labels = group["targets"]
         if key is not None:
@@ -169,12 +181,12 @@ class _SquaredGradients:
             total_weight = self.weight(params, weights=weights)
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
-            """Return Σ_{b in g} √(w_b / W) ℓ_b, divided here to keep float16 in range."""
+            """Return Σ_{b in g} √(w_b / W) ℓ_b. Dividing here keeps float16 in range."""
             losses = self._losses(params, group, number, key)
             if total_weight is None:
                 w = 1 / (losses.size * self.groups * jax.lax.axis_size(names))
             elif group["weights"].shape == losses.shape:
-                # NaN if all predictions are masked.
+                # The quotient is NaN if all predictions are masked.
                 w = (group["weights"] / total_weight).astype(losses.dtype)
             else:
                 shape = losses.shape[0] * self.groups, *losses.shape[1:]
@@ -182,10 +194,10 @@ class _SquaredGradients:
                     f"`weights` must have one entry for each prediction, {shape}, got "
                     f"{arrays['weights'].shape}."
                 )
-            # The loss of a masked prediction may be NaN, as for the label -100.
+            # A masked prediction, such as one labeled -100, may have a non-finite loss.
             loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, losses, 0))
             if key is None:
-                # A label that is not a class has a loss of NaN, but a finite gradient.
+                # An invalid label has an infinite loss but a finite gradient: return NaN.
                 loss *= jnp.where(jnp.isfinite(loss), 1, jnp.nan)
             return loss
 
@@ -196,18 +208,18 @@ class _SquaredGradients:
 def _sum_of_squared_gradients(
     group_loss: GroupLoss, params: Any, grouped: GroupedBatch, names: tuple[str, ...]
 ) -> Any:
-    """Return Σ_g (∇ group_loss_g)², over the groups of all devices."""
+    """Return Σ_g (∇ group_loss_g)², summed over the groups of all devices."""
     if grouped.groups is None and not names:
         return jax.tree.map(square, jax.grad(group_loss)(params, *grouped.first))
     gradient, values, is_summed = trace_group_gradient(group_loss, params, grouped, names)
 
     def squared_gradient(params: Any, group: Any, number: jax.Array) -> Any:
         grads = gradient(params, group, number)
-        # `each_group` has squared the gradient of an annotated weight already.
+        # `each_group` has already squared the gradient of an annotated weight.
         return jax.tree.map(lambda g, v: g if v.is_squares else square(g), grads, values)
 
     def sum_over_other_axes(s: jax.Array, value: Value) -> jax.Array:
-        # The backward pass has summed an annotated weight over some axes already.
+        # The backward pass has already summed squares of annotated weights over some axes.
         return sum_over_devices(s, tuple(name for name in names if name not in value.axes))
 
     squares = sum_over_groups(squared_gradient, params, grouped, is_summed)
@@ -241,6 +253,15 @@ class EmpiricalFisher(_SquaredGradients):
         return self._estimate(params, arrays, None, weights, first_group)
 
 
+def _check_takes_inputs(logits_fn: Callable[..., Any], params: Any, batch: Any) -> None:
+    if signature := mismatched_signature(logits_fn, params, *batch):
+        raise TypeError(
+            f"`logits_fn` is called with `params` and {len(batch)} arguments of the batch, "
+            f"but it takes `{signature}`. Pass the model's inputs without labels: `gnb` "
+            "samples labels, and `empirical_fisher` takes them as `targets`."
+        )
+
+
 def _check_losses(losses: Any) -> jax.Array:
     dtype = getattr(losses, "dtype", type(losses).__name__)
     if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
@@ -250,7 +271,8 @@ def _check_losses(losses: Any) -> jax.Array:
     if not losses.ndim:
         raise ValueError(
             "`neg_log_prob` must return one loss for each prediction, got a scalar. "
-            "`logits_fn` must return logits; use `Bernoulli()` for one logit a prediction."
+            "`logits_fn` must return logits. For one logit per prediction, use "
+            "`Bernoulli()`."
         )
     if not losses.size:
         raise ValueError(f"`batch` has no predictions, got losses of shape {losses.shape}.")

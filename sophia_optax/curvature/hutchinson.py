@@ -1,10 +1,10 @@
-"""The diagonal of the Hessian, from Hessian-vector products with random signs.
+"""Hutchinson's estimator of the Hessian diagonal, from Hessian-vector products.
 
 For a probe z of independent random signs, E z_i z_j is 1 if i = j and 0 otherwise. So
 
     E [z ⊙ Hz]_i  =  Σ_j H_ij E z_i z_j  =  H_ii
 
-for any H, also indefinite. The error comes from the off-diagonal entries alone.
+for any H, even if it is indefinite. Only off-diagonal entries contribute to the error.
 """
 
 import dataclasses
@@ -29,33 +29,36 @@ def hutchinson(
 ) -> "Hutchinson":  # fmt: skip
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
-    Algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_:
+    This is algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_, extended to groups:
 
     .. math::
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
-    The products are forward-over-reverse, at two to three times the cost of the gradient,
-    or for a `custom_vjp` without a JVP reverse-over-reverse, which takes more memory.
+    Here L_g is the mean loss of group g, and each of the G groups has P random probes z.
+    The products are computed forward-over-reverse, at two to three times the cost of a
+    gradient. If `loss_fn` uses a `custom_vjp` without a JVP, they are computed
+    reverse-over-reverse, which takes more memory.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (), of one group.
-        Under `pmap` and `shard_map` it is the mean of this device, without a `pmean`. Use
-        one group if the loss of the batch is not the mean of the losses of its groups, as
-        with batch normalization or different numbers of unmasked predictions.
+        Under `pmap` and `shard_map`, return this device's mean loss, without a `pmean`. Use
+        `groups=1` if the batch loss is not the mean of the groups' losses, for example with
+        batch normalization or different numbers of unmasked predictions.
       groups: number of groups, as for `gnb`. Each group has its own probes.
-      num_probes: number of probes for each group, computed sequentially.
+      num_probes: number of probes for each group. They are computed sequentially.
       parallel_groups: number of groups that are computed in parallel, as for `gnb`.
       axis_name: as for `gnb`, but `params` must be replicated: gather sharded parameters
         before the estimate, not in `loss_fn`.
 
     Returns:
-      A function `estimate(params, *batch, key)`, an `Estimator`. Key and result are as for
-      `gnb`, but entries may be negative. `accumulate(estimate).add` also takes `weight`,
-      shape (), by default the number of examples.
+      A function `estimate(params, *batch, key)`, an `Estimator`. The key and the result are
+      as for `gnb`, but entries may be negative. `accumulate(estimate).add` also takes
+      `weight`, shape (), by default the number of examples.
 
     Raises:
-      ValueError, TypeError: as `gnb`; ValueError if `loss_fn` returns no float scalar.
+      ValueError, TypeError: as for `gnb`. ValueError if `loss_fn` does not return a float
+        scalar.
       NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
@@ -87,7 +90,7 @@ class Hutchinson:
         first_group: ArrayLike = 0,
     ) -> Any:  # fmt: skip
         """Return the estimate, as described in `hutchinson` and `Estimator`."""
-        del weight  # for `accumulate`
+        del weight  # only `accumulate` uses it
         if self.groups == 1 and any(0 in jnp.shape(x)[:1] for x in jax.tree.leaves(batch)):
             raise ValueError("`batch` has no examples, so their mean loss is undefined.")
         names = arrays.axis_names(self.axis_name)
@@ -95,10 +98,10 @@ class Hutchinson:
         grouped = split_into_groups(
             {"batch": batch}, self.groups, self.parallel_groups, first_group
         )
-        probes = split_into_groups({}, self.num_probes)  # summed like groups
+        probes = split_into_groups({}, self.num_probes)  # probes are summed like groups
 
         def loss(params: Any, group: Any) -> jax.Array:
-            return _check_loss(self.loss_fn(params, *group["batch"]))
+            return _check_loss(self.loss_fn(params, *group["batch"]), names)
 
         gradient = jax.grad(loss)
         if names:
@@ -130,8 +133,9 @@ class Hutchinson:
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(
-                "The leading axis of a micro-batch, its weight, is ambiguous, got "
-                f"{sorted(sizes)}: pass `weight`, such as `weight=mask.sum()`."
+                "The weight of a micro-batch is the size of the leading axis, which its "
+                f"arrays do not share, got {sorted(sizes)}: pass `weight`, such as "
+                "`weight=mask.sum()`."
             )
         return sizes.pop() * jax.lax.axis_size(names)
 
@@ -139,8 +143,8 @@ class Hutchinson:
 def _hessian_product(
     gradient: Callable[..., Any], params: Any, group: Any, probe: Any
 ) -> Any:
-    """Return probe ⊙ ∇²loss(params) probe."""
-    # The parameters of an ensemble differ between devices, and so must the probe.
+    """Return probe ⊙ (∇²loss(params) probe)."""
+    # If parameters vary over a mapped axis, as in an ensemble, so must the probe's type.
     probe = jax.tree.map(
         lambda z, p: arrays.cast_to_varying(z, arrays.varying_axes(p)), probe, params
     )
@@ -159,7 +163,7 @@ def _hessian_product(
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             cause = error
             continue
-        # The derivative of a `custom_vjp` without a JVP, which JAX rejects in compilation.
+        # JAX cannot compile `custom_lin`, which stands for the JVP of a `custom_vjp`.
         operations = check_annotations.all_operations(jaxpr.eqns)
         if all(eqn.primitive.name != "custom_lin" for eqn in operations):
             break
@@ -167,7 +171,7 @@ def _hessian_product(
         jax.eval_shape(gradient, params, group)  # if the gradient fails, raise its error
         raise NotImplementedError(
             "`loss_fn` uses an operation without a second derivative, such as cuDNN's "
-            "attention. Use `gnb`, which needs gradients alone, or "
+            "attention. Use `gnb`, which needs only gradients, or "
             "`jax.nn.dot_product_attention(..., implementation='xla')`."
         ) from cause
     probe, product = arrays.cast_to_float32((probe, product(params, probe)))
@@ -177,23 +181,30 @@ def _hessian_product(
 def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
 ) -> Callable[..., Any]:
-    """Return the gradient. Raise ValueError for parameters that `loss` gathers."""
+    """Return the gradient of `loss`. Raise ValueError if `loss` gathers parameters."""
     named_gradient = check_annotations.named_gradient(loss)
     gradient, jaxpr = check_annotations.trace(named_gradient, params, group)
     values = jax.tree.leaves(check_annotations.find_annotations(jaxpr, params, names))
     if any(value.axes for value in values):
         raise ValueError(
-            "`hutchinson` needs replicated `params`, but `loss_fn` gathers them over the "
-            f"mapped axes {list(names)}: gather them before the estimate."
+            f"`loss_fn` sums gradients over the mapped axes {list(names)}. Return the mean "
+            "loss of one device, without `pmean`, and gather sharded parameters before "
+            "the estimate."
         )
     return gradient
 
 
-def _check_loss(loss: jax.Array) -> jax.Array:
+def _check_loss(loss: jax.Array, names: tuple[str, ...]) -> jax.Array:
     is_array = hasattr(loss, "shape")
     if not is_array or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         got = f"{loss.dtype} of {loss.shape}" if is_array else type(loss).__name__
         raise ValueError(
             f"`loss_fn` (`obj_fn`) must return the mean loss, a float scalar, got {got}."
+        )
+    # The parameters vary over `names`. A loss that does not is reduced over devices.
+    if reduced := set(names) - set(arrays.shard_axes(loss, names)):
+        raise ValueError(
+            f"`loss_fn` returns a mean over the mapped axes {sorted(reduced)}. Return the "
+            "mean loss of one device, without `pmean`."
         )
     return loss

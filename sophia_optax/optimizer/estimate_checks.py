@@ -1,6 +1,5 @@
-"""Checks of the estimate that `update` receives, and its reduction to a mask."""
+"""Checks of the estimate that `update` receives, and removal of its masked leaves."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from sophia_optax.arrays import AxisName, split_names, varying_axes
+from sophia_optax.arrays import AxisName, mismatched_signature, split_names, varying_axes
 
 
 def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
-    """Raise an error if arguments of `update` are in conflict or swapped."""
+    """Raise an error if arguments of `update` conflict with each other or are swapped."""
     if hessian is not None and hessian_fn is not None:
         raise ValueError(
             "`update` got both `hessian` and `hessian_fn`: pass an estimate, or a function "
@@ -27,30 +26,24 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
         _check_takes_key(hessian_fn)
     elif obj_fn is not None and hessian is None:
         raise ValueError(
-            "`obj_fn` is an argument of `sophia_h` alone. Pass "
+            "`obj_fn` is an argument of `sophia_h` only. Pass "
             "`hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`."
         )
 
 
 def _is_function(x: Any) -> bool:
-    """Return whether `x` is a function, and not a pytree with a `__call__`."""
+    """Return whether `x` is a function, not a pytree with a `__call__` method."""
     leaves = jax.tree.leaves(x)
     is_tree = not leaves or not all(map(callable, leaves))
     return isinstance(x, jax.tree_util.Partial) or (callable(x) and not is_tree)
 
 
 def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
-    try:
-        signature = inspect.signature(hessian_fn)
-    except ValueError:
-        return  # some functions that are not written in Python have no signature
-    try:
-        signature.bind("key")
-    except TypeError as error:
+    if signature := mismatched_signature(hessian_fn, "key"):
         raise TypeError(
-            f"`hessian_fn` is called with one PRNG key, but it takes `{signature}`. "
+            f"`hessian_fn` is called with a single PRNG key, but it takes `{signature}`. "
             "Pass `hessian_fn=lambda key: estimate(params, batch, key=key)`."
-        ) from error
+        )
 
 
 def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
@@ -58,9 +51,10 @@ def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
     axes = {varying_axes(x) - set(split_names(axis_name)) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
         raise ValueError(
-            "Only some parameters differ between devices along the mapped axes "
-            f"{sorted(frozenset().union(*axes))}. If devices hold shards of parameters, "
-            f"pass these axes to the optimizer as `axis_name`, got `{axis_name}`."
+            "Some parameters vary over the mapped axes "
+            f"{sorted(frozenset().union(*axes))}, and others do not. If devices hold "
+            "shards of parameters, pass these axes to the optimizer as `axis_name`, got "
+            f"`{axis_name}`."
         )
     return next(iter(axes), frozenset())
 
@@ -68,7 +62,7 @@ def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
 def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
     """Return the estimate in the structure of `updates`, without masked leaves.
 
-    Each leaf may be wrapped in a node of its own, such as Flax's `nnx.Param`.
+    Each leaf of the estimate may be wrapped in a node, such as Flax's `nnx.Param`.
     """
     named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hidden)
     try:
@@ -82,7 +76,7 @@ def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Up
 
 
 def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
-    """Return the only array of `subtree`, which must have the shape of `u`."""
+    """Return the only array in `subtree`. Raise an error unless it has the shape of `u`."""
     leaves = jax.tree.leaves(subtree)
     shapes = [jnp.shape(leaf) for leaf in leaves]
     if shapes != [jnp.shape(u)]:
@@ -100,27 +94,33 @@ def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
 
 
 def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
-    got, expected = (
-        {keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
-        for tree in (estimate, updates)
+    expected, got = (
+        [keystr(path) for path, _ in jax.tree.leaves_with_path(tree, is_leaf=_is_hidden)]
+        for tree in (updates, estimate)
     )
-    paths = (("missing", expected - got), ("unexpected", got - expected))
-    details = [f"{what} `params{path}`" for what, which in paths for path in sorted(which)]
+    missing = [e for e in expected if not any(g.startswith(e) for g in got)]
+    unexpected = [g for g in got if not g.startswith(tuple(expected))]
+    details = [f"missing `params{path}`" for path in missing]
+    details += [f"unexpected `params{path}`" for path in unexpected]
     details = details or [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
     message = (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
         f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
         f"{', '.join(details[:3])}."
     )
-    advice = " Pass it for all parameters, or set `mask_compatible_extra_args=True`."
+    advice = " Pass `None` for parameters that the mask excludes."
     return message + advice if has_masked(updates) else message
 
 
-def _is_hidden(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)  # None is a frozen leaf
+def _is_hidden(tree: Any) -> bool:
+    """Return whether all leaves of the tree are masked or None, which is a frozen leaf."""
+    return not jax.tree.leaves(tree)
 
 
 def has_masked(tree: Any) -> bool:
     """Return whether `optax.masked` or `optax.partition` hides leaves of the tree."""
-    nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
-    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))

@@ -1,4 +1,4 @@
-"""Annotations with `each_group` do not change the estimate, or are rejected."""
+"""Tests that `each_group` annotations keep the estimate unchanged or are rejected."""
 
 import functools
 import re
@@ -12,21 +12,21 @@ from jax.sharding import PartitionSpec as P
 
 from sophia_optax import accumulate, each_group, empirical_fisher, gnb, hutchinson
 
-# A part of the error message for each cause.
+# A part of the error message, keyed by the cause of the error.
 CAUSES = {
     "repeated": "several uses",
     "loop": "in a loop",
     "cond": "`cond`",
     "while": "`while`",
     "inner gradient": "gradient that the model computes",
-    "again": "again",
+    "annotated twice": "again",
     "incomplete": "some of its uses",
-    "changed": "changed",
+    "already changed": "changed",
     "rounded": "16 bits",
-    "per batch": "depends on the batch",
+    "depends on batch": "depends on the batch",
     "summed": "summed",
     "before the gather": "before it is gathered",
-    "other axes": "separate parts",
+    "split over other axes": "separate parts",
 }
 
 KEY, V, D, L = jax.random.key(1), 5, 4, 3
@@ -52,7 +52,7 @@ def identity(w):
 
 
 def network(params, x, embedding=identity, layer=each_group, head=identity, bias=identity):
-    """Return logits. A function of each weight is called at each of its uses."""
+    """Return logits. Each use of a weight first applies its function, such as `head`."""
 
     def apply(h, w):
         return jnp.tanh(h @ layer(w)), None
@@ -79,7 +79,7 @@ def hidden_states(x):
 
 
 def with_backward_pass(fn, bwd):
-    """Return `fn` with the backward pass `bwd(args, g)`."""
+    """Return `fn` with the backward pass `bwd(args, g)`, where g is the cotangent."""
     fn = jax.custom_vjp(fn)
     fn.defvjp(lambda *args: (fn(*args), args), bwd)
     return fn
@@ -96,7 +96,7 @@ def expected_fisher(groups=4):
 
 
 @pytest.mark.parametrize(("groups", "parallel_groups"), [(1, None), (4, 2), (8, 1)])
-def test_each_group_does_not_change_gnb_and_accumulate(groups, parallel_groups):
+def test_each_group_does_not_change_gnb_or_accumulate(groups, parallel_groups):
     def estimate(network):
         micro = accumulate(gnb(network, groups=groups, parallel_groups=parallel_groups))
         state, add = micro.init(PARAMS), jax.jit(micro.add)
@@ -107,7 +107,7 @@ def test_each_group_does_not_change_gnb_and_accumulate(groups, parallel_groups):
     assert_trees_all_close(estimate(annotated), estimate(unannotated), rtol=2e-6)
 
 
-def test_each_group_does_not_change_gradients_and_hutchinson():
+def test_each_group_does_not_change_gradients_or_hutchinson():
     def jaxprs(network):
         def loss(params, x):
             return network(params, x).mean()
@@ -122,7 +122,7 @@ def test_each_group_does_not_change_gradients_and_hutchinson():
 
 
 def test_each_group_in_a_jitted_model_is_traced_separately_for_an_estimate():
-    """The cached trace of a training step does not compute squares."""
+    """The cached trace of a training step cannot be reused: it computes no squares."""
     jitted = jax.jit(annotated)
     before = jax.grad(lambda p: jitted(p, X).sum())(PARAMS)
     estimate = fisher(jitted)
@@ -145,7 +145,7 @@ def test_each_group_works_under_pmap():
     assert_trees_all_close(first, expected_fisher(), rtol=2e-6)
 
 
-def test_each_group_gives_nan_for_an_invalid_label_unless_it_is_masked():
+def test_each_group_gives_nan_for_an_invalid_label_unless_masked():
     y, weights = Y.at[0, 0].set(-100), jnp.ones(Y.shape).at[0, 0].set(0)
     masked = fisher(annotated, y=y, weights=weights)
     assert_trees_all_close(masked, fisher(unannotated, y=y, weights=weights), rtol=2e-6)
@@ -183,8 +183,8 @@ def test_each_group_accepts_a_cast_after_the_annotation():
     assert_trees_all_close(estimate, expected, rtol=2e-6)
 
 
-def test_each_group_of_an_unused_parameter_gives_zero():
-    """A custom backward pass receives zeros for an output that the loss does not use."""
+def test_each_group_gives_a_zero_estimate_for_an_unused_parameter():
+    """JAX passes zeros to a custom backward pass for an output that the loss ignores."""
 
     def bwd(args, g):
         h, w, v = args
@@ -223,12 +223,12 @@ kernel = with_backward_pass(copy_in_kernel, lambda args, g: (g,))
 
 @pytest.mark.parametrize("operation", [kernel, copy_through_reference])
 @pytest.mark.parametrize("network", [unannotated, annotated])
-def test_each_group_allows_kernels_and_references_of_other_arrays(network, operation):
+def test_each_group_allows_kernels_and_references_for_other_arrays(network, operation):
     estimate = fisher(lambda params, x: operation(jnp.ones(V)) * network(params, x))
     assert_trees_all_close(estimate, expected_fisher(), rtol=2e-6)
 
 
-def test_each_group_returns_leaves_that_are_not_weights():
+def test_each_group_returns_non_weight_leaves_unchanged():
     others = {"n": 3, "key": KEY, "act": "relu", "none": None, "cos": jnp.cos, "ids": X}
 
     def logits_fn(params, x):
@@ -244,7 +244,7 @@ def annotate_in_map_over_batch(params, x):
 
 
 def annotate_rows(params, x):
-    """Annotate rows of an embedding. A group may use the same row twice."""
+    """Annotate embedding rows. This is invalid, as a group may use the same row twice."""
     return each_group(params["embedding"][x]) @ jnp.cos(jnp.arange(D * V)).reshape(D, V)
 
 
@@ -303,10 +303,10 @@ def annotate_in_while_loop(params, x):
         (annotate_in_cond, "bias", "cond"),
         (annotate_in_while_loop, "embedding", "while"),
         (annotate_in_inner_gradient, "bias", "inner gradient"),
-        (annotate_bias_and_logits, "bias", "again"),
-        (network_with(bias=lambda b: each_group(each_group(b))), "bias", "again"),
+        (annotate_bias_and_logits, "bias", "annotated twice"),
+        (network_with(bias=lambda b: each_group(each_group(b))), "bias", "annotated twice"),
         (network_with(embedding=each_group), "embedding", "incomplete"),
-        (network_with(layer=lambda w: each_group(2 * w)), "layers", "changed"),
+        (network_with(layer=lambda w: each_group(2 * w)), "layers", "already changed"),
         (network_with(layer=annotate_rounded), "layers", "rounded"),
     ],
 )
@@ -319,11 +319,11 @@ def test_each_group_rejects_a_slice_that_depends_on_the_batch():
     def logits_fn(params, x):
         return hidden_states(x) @ each_group(params["layers"][x[0, 0] % L])
 
-    with pytest.raises(ValueError, match=CAUSES["per batch"]):
+    with pytest.raises(ValueError, match=CAUSES["depends on batch"]):
         fisher(logits_fn)
 
 
-def test_each_group_rejects_weights_in_16_bits():
+def test_each_group_rejects_16_bit_weights():
     with pytest.raises(TypeError, match=r"`each_group` .*`tree`.* bfloat16"):
         fisher(network_with(layer=lambda w: each_group(w.astype(jnp.bfloat16))))
 
@@ -333,7 +333,7 @@ SHARDED = REPLICATED | {"layers": P(None, None, "d")}
 
 
 def in_shard_map(estimate, check_vma, specs=SHARDED, axis_name="d"):
-    """Return `estimate(PARAMS, X, Y)` on 2 x 2 devices, X and Y sharded over an axis."""
+    """Return `estimate(PARAMS, X, Y)` on 2 x 2 devices, with X and Y sharded on an axis."""
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     in_specs = (specs, P(axis_name), P(axis_name))
     settings = {"in_specs": in_specs, "out_specs": specs, "check_vma": check_vma}
@@ -349,7 +349,7 @@ def fisher_in_shard_map(network, *args, axis_name="d", **kwargs):
     return in_shard_map(estimate, *args, axis_name=axis_name, **kwargs)
 
 
-def test_each_group_without_axis_name_in_shard_map_requires_unchecked_vma():
+def test_each_group_without_axis_name_in_shard_map_requires_check_vma_false():
     settings = {"specs": REPLICATED, "axis_name": None}
     with pytest.raises(NotImplementedError, match="`check_vma=True`"):
         fisher_in_shard_map(network, True, **settings)
@@ -362,13 +362,13 @@ def gather(w, **settings):
 
 
 def gather_product(params, x):
-    """Return logits of a model that gathers a product instead of its factors."""
+    """Return logits of a model that gathers a product of weights, not the weights."""
     first, second = params["layers"][0], params["layers"][1]
     return hidden_states(x) @ gather(first + second @ jnp.ones((D // 2, D // 2)))
 
 
 def permute_weights(params, x):
-    """Return logits of a model that passes shards from device to device."""
+    """Return logits of a model that sends weight shards from device to device."""
     h, w = hidden_states(x), params["layers"][0]
     other = jax.lax.ppermute(w, "d", [(0, 1), (1, 0)])
     return jnp.concatenate([h @ w, h @ other], -1)
@@ -385,7 +385,7 @@ def _permute_gradients_bwd(args, g):
 
 
 def permute_gradients(params, x):
-    """Pass gradients from device to device in a `while`, as in ring attention."""
+    """Return logits. As in ring attention, gradients are sent from device to device."""
     product = with_backward_pass(jnp.matmul, _permute_gradients_bwd)
     return product(hidden_states(x), params["layers"][0])
 
@@ -417,12 +417,12 @@ def test_each_group_rejects_a_gather_within_subsets_of_devices():
 
 
 def test_each_group_rejects_a_gather_over_an_axis_without_groups():
-    """Devices along "t" hold parts of one group's gradient, which must be summed first."""
+    """Devices along "t" hold parts of one group's gradient. Square only their sum."""
 
     def layer(w):
         return each_group(jax.lax.all_gather(w, "t", axis=1, tiled=True))
 
-    with rejects("other axes", "layers"):
+    with rejects("split over other axes", "layers"):
         specs = REPLICATED | {"layers": P(None, None, "t")}
         fisher_in_shard_map(network_with(layer=layer), False, specs)
 
@@ -445,11 +445,23 @@ def test_hutchinson_rejects_params_that_the_loss_gathers(check_vma):
     def estimate(params, x, y):
         return estimator(params, x, key=KEY)
 
-    with pytest.raises(ValueError, match=r"`hutchinson` .*`params`"):
+    with pytest.raises(ValueError, match=r"`loss_fn` sums gradients .*\['d'\].* gather"):
         in_shard_map(estimate, check_vma)
 
 
-def test_hutchinson_reports_a_loss_that_is_not_scalar_under_pmap():
+@CHECK_VMA
+def test_hutchinson_rejects_a_loss_that_is_averaged_over_devices(check_vma):
+    def loss(params, x):
+        return jax.lax.pmean(unannotated(params, x).mean(), "d")
+
+    def estimate(params, x, y):
+        return hutchinson(loss, axis_name="d")(params, x, key=KEY)
+
+    with pytest.raises(ValueError, match=r"`loss_fn` .*\['d'\].* without `pmean`"):
+        in_shard_map(estimate, check_vma, REPLICATED)
+
+
+def test_hutchinson_under_pmap_rejects_a_loss_that_is_not_scalar():
     estimator = hutchinson(network, axis_name="d")
     mapped = jax.pmap(lambda x: estimator(PARAMS, x, key=KEY), axis_name="d")
     with pytest.raises(ValueError, match=r"`loss_fn`.* scalar"):

@@ -1,4 +1,4 @@
-"""Weights, model outputs, likelihoods and targets of `gnb` and `empirical_fisher`."""
+"""Tests of weights, logits, likelihoods and targets in `gnb` and `empirical_fisher`."""
 
 import re
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ PARAMS = network_params()
 X, Y = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2), jnp.array([0, 1, 2, 0])
 MASK = jnp.array([1.0, 0, 1, 1])
 NAN, INF = jnp.nan, jnp.inf
-BOTH = pytest.mark.parametrize("make", [gnb, empirical_fisher])
+BOTH_ESTIMATORS = pytest.mark.parametrize("make", [gnb, empirical_fisher])
 TRACED_AND_EAGER = pytest.mark.parametrize(
     ("make", "transform"), [(gnb, jax.jit), (empirical_fisher, lambda fn: fn)]
 )
@@ -46,44 +46,44 @@ def is_finite(hessian):
     "weights",
     [[0, 0, 0, 0], [1, -0.5, 1, 1], [1, -1, 0, 0], [1, NAN, 1, 1], [1, INF, 1, 1]],
 )
-def test_gnb_is_not_finite_for_invalid_weights(make, transform, groups, weights):
+def test_gnb_and_fisher_are_nonfinite_for_invalid_weights(make, transform, groups, weights):
     estimate = transform(lambda w: hessian_of(make, weights=w, groups=groups))
     assert not is_finite(estimate(jnp.array(weights)))
 
 
-@BOTH
-def test_gnb_accepts_a_group_of_weight_zero_and_a_class_of_probability_zero(make):
+@BOTH_ESTIMATORS
+def test_gnb_and_fisher_accept_zero_weight_groups_and_zero_probability_classes(make):
     assert is_finite(hessian_of(make, weights=jnp.array([0.0, 0, 1, 1]), groups=2))
     assert is_finite(hessian_of(make, fn=network_without_class_2, targets=0 * Y))
 
 
-@BOTH
+@BOTH_ESTIMATORS
 @pytest.mark.parametrize("weights", [MASK > 0, np.uint8(MASK), [1, 0, 1, 1], -2 * MASK])
-def test_gnb_accepts_equivalent_weights(make, weights):
+def test_gnb_and_fisher_ignore_the_type_and_scale_of_weights(make, weights):
     hessian = hessian_of(make, weights=weights, groups=2)
     assert_trees_all_close(hessian, hessian_of(make, weights=MASK, groups=2), rtol=1e-5)
 
 
 @TRACED_AND_EAGER
 @pytest.mark.parametrize("shape", [(), (3,), (4, 1)])
-def test_gnb_rejects_weights_of_the_wrong_shape(make, transform, shape):
+def test_gnb_and_fisher_reject_weights_of_the_wrong_shape(make, transform, shape):
     with pytest.raises(ValueError, match=rf"`weights`.*\(4,\).* {re.escape(str(shape))}"):
         transform(lambda w: hessian_of(make, weights=w))(jnp.ones(shape))
 
 
-@BOTH
+@BOTH_ESTIMATORS
 @pytest.mark.parametrize("weights", [None, MASK])
 @pytest.mark.parametrize(
     ("factor", "term"), [([1, NAN, 1], 0), ([1, INF, 1], 0), (1, [0, INF, 0]), (1, -INF)]
 )
-def test_gnb_is_not_finite_for_nonfinite_logits(make, factor, term, weights):
+def test_gnb_and_fisher_are_nonfinite_for_nonfinite_logits(make, factor, term, weights):
     def logits_fn(p, x):
         return network(p, x).at[1].multiply(jnp.array(factor)).at[1].add(jnp.array(term))
 
     assert not is_finite(hessian_of(make, fn=logits_fn, weights=weights))
 
 
-@BOTH
+@BOTH_ESTIMATORS
 @pytest.mark.parametrize(
     ("edit", "targets", "error", "message"),
     [
@@ -97,14 +97,14 @@ def test_gnb_is_not_finite_for_nonfinite_logits(make, factor, term, weights):
         (lambda f: f + 0j, Y, TypeError, r"`logits_fn`.* complex64"),
     ],
 )
-def test_gnb_rejects_invalid_logits(make, edit, targets, error, message):
+def test_gnb_and_fisher_reject_invalid_logits(make, edit, targets, error, message):
     with pytest.raises(error, match=message):
         trace(make, fn=lambda p, x: edit(network(p, x)), targets=targets)
 
 
-@BOTH
+@BOTH_ESTIMATORS
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Normal(), Poisson()])
-def test_gnb_rejects_invalid_arguments_for_elementwise_likelihoods(make, likelihood):
+def test_gnb_and_fisher_reject_invalid_inputs_of_elementwise_likelihoods(make, likelihood):
     kwargs = {"likelihood": likelihood, "targets": jnp.ones((4, 3))}
     with pytest.raises(ValueError, match=r"`logits_fn`.* tuple"):
         trace(make, fn=lambda p, x: (network(p, x), 0), **kwargs)
@@ -119,11 +119,16 @@ def test_gnb_rejects_invalid_arguments_for_elementwise_likelihoods(make, likelih
         assert not is_finite(hessian_of(make, **kwargs))
 
 
+def test_gnb_rejects_labels():
+    with pytest.raises(TypeError, match=r"2 arguments .*`\(p, x\)`.* without labels"):
+        gnb(lambda p, x: network(p, x))(PARAMS, X, Y, key=jax.random.key(0))
+
+
 def likelihood_with(edit):
     return SimpleNamespace(sample=lambda *_: Y, neg_log_prob=lambda f, y: edit(f[:, 0]))
 
 
-@BOTH
+@BOTH_ESTIMATORS
 @pytest.mark.parametrize(
     ("likelihood", "error", "message"),
     [
@@ -134,7 +139,7 @@ def likelihood_with(edit):
         (likelihood_with(lambda f: (f, 0)), TypeError, r"`neg_log_prob`.* tuple"),
     ],
 )
-def test_gnb_rejects_an_invalid_likelihood(make, likelihood, error, message):
+def test_gnb_and_fisher_reject_an_invalid_likelihood(make, likelihood, error, message):
     with pytest.raises(error, match=message):
         trace(make, likelihood=likelihood)
 

@@ -1,4 +1,4 @@
-"""Sophia inside Optax's wrappers: an estimate arrives, or its loss is visible."""
+"""Sophia in Optax's wrappers, which forward the Hessian estimate or visibly drop it."""
 
 import functools
 import inspect
@@ -11,12 +11,7 @@ import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
 from jax.flatten_util import ravel_pytree
 
-from sophia_optax import (
-    hold_unclipped,
-    sophia_g,
-    sophia_metrics,
-    unclipped_fraction,
-)
+from sophia_optax import hold_unclipped, sophia_g, sophia_metrics, unclipped_fraction
 
 STEPS, INTERVAL, SEED = 7, 3, 11  # refreshes are due in steps 0, 3 and 6
 PARAMS = {
@@ -33,7 +28,7 @@ SETTINGS = {
     "seed": SEED,
 }
 SOPHIA = sophia_g(**SETTINGS)
-HOLD = sophia_g(**SETTINGS | {"gamma": hold_unclipped(0.4)})
+SOPHIA_HOLD_UNCLIPPED = sophia_g(**SETTINGS | {"gamma": hold_unclipped(0.4)})
 
 
 def initial_params():
@@ -47,7 +42,7 @@ def gradients(params, n):
 
 @jax.jit
 def estimate(params, key, batch=0):
-    """Return small, large and negative entries, drawn separately for each name."""
+    """Return a random estimate with small, large and negative entries."""
     return {
         name: (1 + batch)
         * jax.random.uniform(jax.random.fold_in(key, ord(name)), p.shape, minval=-1)
@@ -72,7 +67,7 @@ def reset_calls():
 
 @functools.partial(jax.jit, static_argnames=("tx", "argument"))
 def step(tx, params, state, grads, argument="hessian_fn", n=0, batch=0):
-    """Update the parameters. `n` is the number of the update, for `hessian`."""
+    """Update the parameters. With `argument="hessian"`, `n` determines the key."""
 
     def hessian_fn(key):
         jax.debug.callback(lambda: calls.append(None))
@@ -99,7 +94,7 @@ def train(tx, argument="hessian_fn", steps=STEPS):
         else:
             params, state = step(tx, params, state, gradients(params, n))
         history.append(params)
-    # Shapes, dtypes and weak types: otherwise `jit` would compile a second program.
+    # If a shape, dtype or weak type changed, `jit` would compile a second program.
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, first_state)
     return history, state
 
@@ -121,7 +116,7 @@ WRAPPED = {
     "inject_hyperparams": optax.inject_hyperparams(sophia_g)(**SETTINGS),
     "MultiSteps in a chain": optax.chain(
         optax.clip_by_global_norm(1e9),
-        # `MultiSteps` forwards extra arguments, but `chain` does not recognize that.
+        # `MultiSteps` forwards extra arguments, but `chain` drops them without this line.
         optax.GradientTransformationExtraArgs(ONE_STEP.init, ONE_STEP.update),
     ),
 }
@@ -131,7 +126,7 @@ WRAPPED = {
 def test_wrapper_forwards_hessian_fn(name):
     history, state = train(WRAPPED[name])
     assert sophia_metrics(state)["refreshes"] == num_calls() == 3
-    assert 0.1 < unclipped_fraction(state) < 0.9  # some updates depend on the estimate
+    assert 0.1 < unclipped_fraction(state) < 0.9  # unclipped updates depend on the estimate
     assert_trees_all_close(history, train(SOPHIA)[0], rtol=1e-6, atol=1e-7)
 
 
@@ -142,7 +137,7 @@ def test_wrapper_forwards_hessian(name):
 
 
 # Wrappers that change or skip updates
-ARRIVES = {
+FORWARDING = {
     "apply_if_finite": optax.apply_if_finite(SOPHIA, 3),
     "apply_every": optax.chain(SOPHIA, optax.apply_every(2)),
     "schedule_free": optax.contrib.schedule_free(SOPHIA, 0.1, b1=0.9),
@@ -151,16 +146,16 @@ ARRIVES = {
 }
 
 
-@pytest.mark.parametrize("name", ARRIVES)
-def test_hessian_fn_arrives_in_a_wrapper_that_changes_updates(name):
-    _, state = train(ARRIVES[name])
+@pytest.mark.parametrize("name", FORWARDING)
+def test_hessian_fn_reaches_sophia_in_a_wrapper_that_changes_updates(name):
+    _, state = train(FORWARDING[name])
     assert sophia_metrics(state)["refreshes"] == num_calls() == 3
 
 
 @pytest.mark.parametrize("wrap", [optax.conditionally_mask, optax.conditionally_transform])
-def test_conditional_wrapper_counts_only_sophias_updates(wrap):
+def test_update_interval_counts_only_updates_that_a_conditional_wrapper_applies(wrap):
     _, state = train(wrap(SOPHIA, lambda step: step % 2 == 0), steps=9)
-    assert sophia_metrics(state)["refreshes"] == num_calls() == 2  # of 5 updates
+    assert sophia_metrics(state)["refreshes"] == num_calls() == 2  # in 5 applied updates
 
 
 @pytest.mark.parametrize(
@@ -171,8 +166,8 @@ def test_conditional_wrapper_counts_only_sophias_updates(wrap):
     ],
     ids=["lookahead", "sam"],
 )
-def test_hessian_fn_arrives_if_it_is_bound_in_the_step(wrap):
-    """As in `docs/wrappers.md`, for wrappers that do not forward extra arguments."""
+def test_hessian_fn_bound_in_the_step_reaches_sophia(wrap):
+    """Wrappers that do not forward extra arguments need this: see `docs/wrappers.md`."""
     is_sam = "grad_fn" in str(inspect.signature(wrap(SOPHIA).update))
     params = initial_params()
     params = params if is_sam else optax.LookaheadParams.init_synced(params)
@@ -214,7 +209,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_wrapper_that_drops_hessian_in_a_chain_shows_no_refresh(name):
+def test_sophia_metrics_show_no_refresh_if_a_wrapper_in_a_chain_drops_hessian(name):
     tx, params = optax.chain(DROPPING[name]), initial_params()
     if name == "lookahead":
         params = optax.LookaheadParams(fast=params, slow=params)
@@ -233,10 +228,10 @@ def test_wrapper_that_drops_hessian_in_a_chain_shows_no_refresh(name):
 def test_partition_applies_each_optimizer_to_its_parameters(
     argument, mask_compatible_extra_args
 ):
-    """The estimate is for all parameters. Sophia uses only the entries of its own."""
+    """The estimate covers all parameters. Sophia uses only its parameters' entries."""
     adamw = optax.adamw(0.01)
     tx = optax.partition(
-        {"sophia": HOLD, "adamw": adamw},
+        {"sophia": SOPHIA_HOLD_UNCLIPPED, "adamw": adamw},
         lambda tree: jax.tree.map(lambda x: "sophia" if x.ndim > 1 else "adamw", tree),
         mask_compatible_extra_args=mask_compatible_extra_args,
     )
@@ -244,16 +239,30 @@ def test_partition_applies_each_optimizer_to_its_parameters(
     assert sophia_metrics(state)["refreshes"] == 3
 
     matrices, vectors = {"w": initial_params()["w"]}, {"b": initial_params()["b"]}
-    sophia_state, adamw_state = HOLD.init(matrices), adamw.init(vectors)
+    sophia_state, adamw_state = SOPHIA_HOLD_UNCLIPPED.init(matrices), adamw.init(vectors)
     for n, params in enumerate(history):
-        matrices, sophia_state = step(HOLD, matrices, sophia_state, gradients(matrices, n))
+        matrices, sophia_state = step(
+            SOPHIA_HOLD_UNCLIPPED, matrices, sophia_state, gradients(matrices, n)
+        )
         vectors, adamw_state = step(
             adamw, vectors, adamw_state, gradients(vectors, n), "none"
         )
         assert_trees_all_close(params, matrices | vectors, rtol=1e-6, atol=1e-7)
 
 
-def test_partition_of_two_sophias_calls_hessian_fn_for_each():
+def test_partition_accepts_none_as_the_estimate_of_a_frozen_subtree():
+    frozen, tx = {"trunk": initial_params()}, sophia_g(0.1, gamma=1.0)
+    tx = optax.partition(
+        {"sophia": tx, "frozen": optax.set_to_zero()}, {"w": "sophia", "trunk": "frozen"}
+    )
+    params = frozen | {"w": jnp.ones(2)}
+    estimate = {"w": jnp.ones(2), "trunk": None}
+    updates, state = tx.update(params, tx.init(params), params, hessian=estimate)
+    assert sophia_metrics(state)["refreshes"] == 1
+    assert_trees_all_close(updates["trunk"], optax.tree.zeros_like(initial_params()))
+
+
+def test_partition_with_two_sophias_calls_hessian_fn_for_each():
     labels = {"w": "a", "b": "b"}
     tx = optax.partition({"a": SOPHIA, "b": sophia_g(**SETTINGS | {"gamma": 1.0})}, labels)
     history, state = train(tx)
@@ -268,12 +277,14 @@ def test_partition_of_two_sophias_calls_hessian_fn_for_each():
 # Micro-steps
 
 K = 3
-MULTI_STEPS = optax.MultiSteps(HOLD, K, should_skip_update_fn=optax.skip_not_finite)
+MULTI_STEPS = optax.MultiSteps(
+    SOPHIA_HOLD_UNCLIPPED, K, should_skip_update_fn=optax.skip_not_finite
+)
 # Calls the inner update, and so `hessian_fn`, only in the last micro-step.
 LAST_MICRO_STEP = optax.chain(
     optax.apply_every(K),  # passes the sum of the gradients to the last micro-step
     optax.scale(1 / K),
-    optax.conditionally_mask(HOLD, lambda step: step % K == K - 1),
+    optax.conditionally_mask(SOPHIA_HOLD_UNCLIPPED, lambda step: step % K == K - 1),
 )
 
 
@@ -283,9 +294,9 @@ LAST_MICRO_STEP = optax.chain(
     ids=["MultiSteps", "conditionally_mask"],
 )
 def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh):
-    """The estimate is that of the last micro-batch."""
+    """Only the estimate on the last micro-batch is used."""
     params = expected = initial_params()
-    state, sophia_state = tx.init(params), HOLD.init(params)
+    state, sophia_state = tx.init(params), SOPHIA_HOLD_UNCLIPPED.init(params)
     for n in range(5):
         grads = [gradients(expected, K * n + i) for i in range(K)]
         if tx is MULTI_STEPS:  # an additional micro-step, which is skipped
@@ -298,7 +309,9 @@ def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh
         due = n % INTERVAL == 0
         assert num_calls() - calls_before == (calls_per_refresh if due else 0)
         mean = jax.tree.map(lambda *g: sum(g) / K, *grads)
-        expected, sophia_state = step(HOLD, expected, sophia_state, mean, batch=K - 1)
+        expected, sophia_state = step(
+            SOPHIA_HOLD_UNCLIPPED, expected, sophia_state, mean, batch=K - 1
+        )
         assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
         expected = params  # otherwise rounding errors would accumulate
         for field in ("hessian", "num_updates", "num_refreshes", "ema"):
@@ -307,7 +320,7 @@ def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh
 
 
 @pytest.mark.parametrize("tx", [MULTI_STEPS, LAST_MICRO_STEP], ids=["MultiSteps", "mask"])
-def test_hessian_of_a_micro_step_other_than_the_last_is_dropped(tx):
+def test_hessian_is_dropped_except_in_the_last_micro_step(tx):
     for given in range(K):
         params, state = initial_params(), tx.init(PARAMS)
         for i in range(K):
@@ -331,8 +344,8 @@ CHANGED = {
 }
 
 
-def test_inject_hyperparams_changed_between_steps():
-    """Each changed hyperparameter has an effect, and all equal a new `sophia_g`."""
+def test_inject_hyperparams_changes_between_steps_take_effect():
+    """Each change alone has an effect. All changes together equal a new `sophia_g`."""
     tx = WRAPPED["inject_hyperparams"]
 
     def resume(tx, params, state):
@@ -362,7 +375,7 @@ def test_inject_hyperparams_changed_between_steps():
 
 
 def test_inject_hyperparams_with_a_static_mask_function():
-    """Without `static_args`, `inject_hyperparams` treats the function as a schedule."""
+    """Without `static_args`, `inject_hyperparams` treats the mask as a schedule."""
     settings = SETTINGS | {
         "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     }
@@ -374,7 +387,7 @@ def test_inject_hyperparams_with_a_static_mask_function():
 # Wrappers that skip or change updates
 
 
-def test_apply_if_finite_leaves_a_nonfinite_estimate_to_sophia():
+def test_apply_if_finite_lets_sophia_reject_a_nonfinite_estimate():
     tx = optax.apply_if_finite(SOPHIA, 3)
     nan = jax.tree.map(lambda p: p * jnp.nan, PARAMS)
     updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian=nan)
@@ -401,7 +414,7 @@ USE_LOSS = {
 
 
 @pytest.mark.parametrize("name", USE_LOSS)
-def test_hessian_fn_arrives_before_a_stage_that_uses_the_loss(name):
+def test_hessian_fn_reaches_sophia_before_a_stage_that_uses_the_loss(name):
     tx = optax.chain(DESCENT, USE_LOSS[name])
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Arguments of `update`, and settings of Sophia."""
+"""Tests of the argument checks in `update` and in Sophia's constructors."""
 
 import functools
 
@@ -46,7 +46,7 @@ def first_update(params=PARAMS, *, tx=G, **kwargs):
         ({"hessian_fn": lambda key: None}, ValueError, "`hessian_fn`.*`dict`.*`NoneType`"),
         ({"hessian_fn": gnb(lambda p, x: x)}, TypeError, "key"),
         ({"hessian_fn": len}, TypeError, r"^len\(\)"),
-        ({"tx": MASKED_G, "hessian": {"in": X}}, ValueError, "mask_compatible_extra_args"),
+        ({"tx": MASKED_G, "hessian": {"in": X}}, ValueError, r"\['out'\].* Pass `None`"),
         ({"obj_fn": NORM}, ValueError, "`obj_fn`.*`sophia_h`.*`hessian_fn=lambda key"),
         ({"tx": H, "obj_fn": NORM, "hessian": HESSIAN}, ValueError, "`obj_fn`.*`hessian`"),
         ({"tx": H, "obj_fn": NORM, "hessian_fn": len}, ValueError, "`obj_fn`.*hessian_fn"),
@@ -69,7 +69,7 @@ def test_sophia_update_rejects_invalid_arguments(kwargs, error, message):
         (PARAMS, (HESSIAN, 0), ValueError, "`hessian`.*`dict`.*`tuple`"),
         (PARAMS, X, ValueError, r"`hessian`.*`dict`.*`params\['in'\]`"),
         ({"a": (X, X)}, {"a": [X, X]}, ValueError, r"`hessian`.*'a': \[.*'a': \("),
-        (PARAMS | {"n": None}, HESSIAN, ValueError, "`hessian`.*'n': None"),
+        (PARAMS | {"n": None}, HESSIAN, ValueError, r"`hessian`.*missing `params\['n'\]`"),
         ({"a": X}, {"a": None}, ValueError, r"`hessian`.*`params\['a'\]`.*\(4, 2\)"),
         ({"a": X}, {"a": [1.0, X[0]]}, ValueError, r"\(\) .*\(2,\).*`params\['a'\]`"),
         ({"a": X}, {"a": X.T}, ValueError, r"\(2, 4\).*`params\['a'\]`.*\(4, 2\)"),
@@ -78,7 +78,7 @@ def test_sophia_update_rejects_invalid_arguments(kwargs, error, message):
         ({"a": X}, {"a": X + 0j}, TypeError, r"`hessian`.* complex64 .*`params\['a'\]`"),
     ],
 )
-def test_sophia_update_rejects_a_hessian_unlike_params(params, hessian, error, message):
+def test_sophia_update_rejects_a_mismatched_hessian(params, hessian, error, message):
     with pytest.raises(error, match=message):
         first_update(params, hessian=hessian)
     with pytest.raises(error, match=message):
@@ -168,7 +168,7 @@ def test_sophia_update_requires_params():
         H.update(PARAMS, H.init(PARAMS), obj_fn=NORM)
 
 
-def test_sophia_rejects_invalid_settings():
+def test_sophia_g_rejects_an_invalid_gamma_or_update_interval():
     with pytest.raises(TypeError, match=r"`gamma`.*`hold_unclipped\(0\.2\)`"):
         sophia_g(0.1, gamma=hold_unclipped)
     for interval in (0, -1, 0.5, np.int32(0)):
