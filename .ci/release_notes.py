@@ -8,12 +8,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def release_notes(tag):
-    """Return the changelog section of a tag. Exit with an error if the versions differ."""
+    """Return the changelog section of a tag. Exit unless it is the current version."""
     package = (ROOT / "sophia_optax" / "__init__.py").read_text()
     [version] = re.findall(r'^__version__ = "(.*)"$', package, re.MULTILINE)
     if tag != f"v{version}":
         sys.exit(f"The tag is {tag}, and sophia_optax/__init__.py has version {version}.")
-    # A section ends at the next section, or at the list of links to versions.
+    # A section ends where the next section or the list of version links starts.
     section = re.search(
         rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.+?)(?=^## |^\[.+\]: |\Z)",
         (ROOT / "CHANGELOG.md").read_text(),

@@ -1,7 +1,7 @@
 """Command that runs the benchmarks in `NAMES`, each in its own process.
 
-python -m benchmarks           # with sizes for two CPU cores
-python -m benchmarks --full    # with sizes for a GPU
+python -m benchmarks           # with problem sizes for two CPU cores
+python -m benchmarks --full    # with problem sizes for a GPU
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Estimators from this library, the paper's code and other libraries."""
+"""Hessian-diagonal estimators of this library, the paper's code and other libraries."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ GAUSS_NEWTON, HESSIAN = "Gauss-Newton", "Hessian"
 
 @dataclasses.dataclass(frozen=True)
 class SizedEstimator:
-    """An estimator for a fixed number of sequences.
+    """An estimator for batches of a fixed number of sequences.
 
     `estimate(params, tokens, key)` takes tokens of shape (sequences, context + 1). It
-    estimates the diagonal of the matrix that `truth` names.
+    estimates the diagonal of the matrix named by `truth`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class SizedEstimator:
 
 
 class Estimators:
-    """Estimators for a model `logits_fn(params, tokens)`, which returns (B, T, classes)."""
+    """Estimators for a model: `logits_fn(params, tokens)` has shape (B, T, classes)."""
 
     def __init__(self, logits_fn: Callable[[Any, jax.Array], jax.Array]):
         self.logits_fn = logits_fn
@@ -46,7 +46,7 @@ class Estimators:
         return Categorical().neg_log_prob(logits, tokens[:, 1:]).mean()
 
     def gradient(self, sequences: int) -> SizedEstimator:
-        """Return the gradient of the loss, the cost baseline for the estimators."""
+        """Return the gradient of the loss. Its cost is the baseline for the estimators."""
         grad = jax.grad(self.loss)
 
         def estimate(params, tokens, key):
@@ -57,7 +57,7 @@ class Estimators:
 
     @functools.cache  # noqa: B019 - equal estimators are compiled once
     def gnb(self, sequences: int, groups: int, name: str = "") -> SizedEstimator:
-        """Return `sophia_optax.gnb`. With one group it is the paper's estimator."""
+        """Return `sophia_optax.gnb`. With one group it is Sophia-G's estimator."""
         estimator = gnb(self.logits_fn, groups=groups)
 
         def estimate(params, tokens, key):
@@ -67,7 +67,7 @@ class Estimators:
         return SizedEstimator(name, GAUSS_NEWTON, sequences, groups, estimate)
 
     def hutchinson(self, sequences: int, groups: int, name: str = "") -> SizedEstimator:
-        """Return `sophia_optax.hutchinson`. With one group it is the paper's estimator."""
+        """Return `sophia_optax.hutchinson`. With one group it is Sophia-H's estimator."""
         estimator = hutchinson(self.loss, groups=groups)
 
         def estimate(params, tokens, key):
@@ -77,7 +77,7 @@ class Estimators:
         return SizedEstimator(name, HESSIAN, sequences, groups, estimate)
 
     def released_code(self, sequences: int) -> SizedEstimator:
-        """Return the authors' estimator: token count times squared clipped gradient."""
+        """Return the authors' estimator: token count times the squared clipped gradient."""
         clip = optax.clip_by_global_norm(1.0)
 
         def estimate(params, tokens, key):

@@ -54,14 +54,14 @@ def measure_devices(presets: tuple[Preset, ...]) -> dict[str, Any]:
 
 
 def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
-    """Compile the gradient and the refresh for a mesh with one axis, and return both."""
+    """Return the compiled gradient and refresh for a mesh with a single axis."""
     mesh = sharding.make_mesh(f"{axis}={devices}", jax.devices()[:devices])
     model = Model(SHAPE)
     params = sharding.with_shardings(model.abstract_params, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     tokens = abstract_tokens(mesh, BATCH, SHAPE.context)
-    # XLA counts the FLOPs of a loop's body once, so the loop over groups must have the same
-    # length on one device as on all devices: both use the same number of parallel groups.
+    # XLA counts the FLOPs of a loop's body only once. To make the counts comparable, the
+    # number of parallel groups, and so the loop's length, does not depend on `devices`.
     parallel_groups = DEVICES if axis in sharding.BATCH else 1
     estimate = gnb(model.logits, groups=REFRESH_BATCH, parallel_groups=parallel_groups)
 
@@ -77,15 +77,15 @@ def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
 
 
 def _flops(compiled: jax.stages.Compiled) -> float:
-    """Return the FLOPs on a single device, as XLA counts them."""
+    """Return XLA's count of the FLOPs on a single device."""
     analysis: Any = compiled.cost_analysis()
     return analysis["flops"]
 
 
 def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
-    """Return a device's temporary memory in MiB, for a step without and with a refresh.
+    """Return the temporary memory per device, in MiB, of a step without and with a refresh.
 
-    Each shard of the batch processes one sequence at a time, in the step and the refresh.
+    The step and the refresh process one sequence per batch shard at a time.
     """
     mesh = sharding.make_mesh(mesh_text)
     shards, batch = sharding.num_batch_shards(mesh), config.training.batch
@@ -104,7 +104,7 @@ def temporary_memory(config: Config, mesh_text: str) -> dict[str, float]:
 
 
 def devices(results: dict[str, Any]) -> str:
-    """Return the table of the devices' communication and FLOPs."""
+    """Return a Markdown table of the communication and FLOPs of each layout."""
 
     def exchanged(kind):
         def cell(row):
@@ -128,7 +128,7 @@ def devices(results: dict[str, Any]) -> str:
 
 
 def memory(results: dict[str, Any]) -> str:
-    """Return the table of temporary memory, without and with a refresh."""
+    """Return a Markdown table of the temporary memory without and with a refresh."""
     return measure.markdown(
         results["memory"],
         {

@@ -3,15 +3,15 @@
     python -m benchmarks.estimate
 
 The model is the byte-level GPT of `examples.gpt`, with initial and with trained parameters.
-An error is the root mean square over draws of
+The error of an estimator is the root mean square, over draws of its estimate ĥ, of
 
     |ĥ - h|₂ / |h|₂
 
-with norms over all parameters. In the first table all estimates use the same batch, and h
-is the diagonal for this batch, so only the sampled labels are random. In the second table
-each estimate uses a new batch, as in training, and h is the diagonal for the whole text. h
-is the mean of many estimates with one group per sequence: of the Hessian diagonal for
-Hutchinson's estimates, and of the Gauss-Newton diagonal for all others.
+with norms over all parameters. The reference diagonal h is the mean of many estimates with
+one group per sequence. It is the Hessian diagonal for Hutchinson's estimators, and the
+Gauss-Newton diagonal for all others. In the first table, all estimates and h use the same
+batch, so only the sampled labels are random. In the second table, each estimate uses a new
+batch, as in training, and h is the diagonal for the entire text.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ from examples.gpt.core.train import train
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    sequences: int = 64  # in the batch of the first table, and in each estimate of h
+    sequences: int = 64  # batch size for the first table and for each estimate of h
     groups: tuple[int, ...] = (1, 4, 16, 64)  # numbers of groups in the first table
-    training_batch: int = 480  # sequences for the released code, optax and somax
-    paper: tuple[int, int] = (240, 32)  # sequences for Sophia-G and Sophia-H
-    gnb: tuple[int, ...] = (8, 16, 32, 64)  # sequences, with a group for each
-    hutchinson: int = 16  # sequences, with a group for each
-    draws: int = 16  # estimates from which an error is computed
-    large_draws: int = 6  # draws of estimators with more than `sequences` sequences
-    reference_draws: int = 48  # estimates that are averaged into h
+    training_batch: int = 480  # batch size for the released code, optax and somax
+    paper: tuple[int, int] = (240, 32)  # batch sizes for Sophia-G and Sophia-H
+    gnb: tuple[int, ...] = (8, 16, 32, 64)  # batch sizes, with one group per sequence
+    hutchinson: int = 16  # batch size, with one group per sequence
+    draws: int = 16  # number of estimates from which an error is computed
+    large_draws: int = 6  # `draws` for estimators with more than `sequences` sequences
+    reference_draws: int = 48  # number of estimates averaged into h
     repeats: int = 2
     run: Config = Config(training=Training(steps=300))
 
 
 def measure_errors(sizes: Sizes) -> dict[str, Any]:
-    """Return the rows of both tables, and the errors of the reference diagonals h."""
+    """Return the rows of both tables, and the standard errors of the references h."""
     corpus = data.read_standard_library()
     run = sizes.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
@@ -61,28 +61,28 @@ def measure_errors(sizes: Sizes) -> dict[str, Any]:
     models = {"initial": init(run.model, run.seed), "trained": trained}
     one_batch = Comparison(sizes, corpus.train, models, fresh=False)
     fresh_batches = Comparison(sizes, corpus.train, models, fresh=True)
-    of_model = Estimators(lambda params, inputs: bind(run.model, params)(inputs))
+    estimators = Estimators(lambda params, inputs: bind(run.model, params)(inputs))
     size, batch = sizes.sequences, sizes.training_batch
-    references = [of_model.gnb(size, size), of_model.hutchinson(size, size)]
+    references = [estimators.gnb(size, size), estimators.hutchinson(size, size)]
     compared = [
-        of_model.gnb(sizes.paper[0], 1, "paper, Sophia-G"),
-        of_model.released_code(batch),
-        of_model.somax(batch),
-        *(of_model.gnb(n, n) for n in sizes.gnb),
-        of_model.hutchinson(sizes.paper[1], 1, "paper, Sophia-H"),
-        of_model.optax(batch),
-        of_model.hutchinson(sizes.hutchinson, sizes.hutchinson),
+        estimators.gnb(sizes.paper[0], 1, "paper, Sophia-G"),
+        estimators.released_code(batch),
+        estimators.somax(batch),
+        *(estimators.gnb(n, n) for n in sizes.gnb),
+        estimators.hutchinson(sizes.paper[1], 1, "paper, Sophia-H"),
+        estimators.optax(batch),
+        estimators.hutchinson(sizes.hutchinson, sizes.hutchinson),
     ]
     return {
         "config": dataclasses.asdict(sizes) | {"run": run.as_json()},
         "validation_loss": metrics[-1]["val_loss"],
         "one_batch": one_batch.compare(
-            [of_model.gnb(size, n) for n in sizes.groups],
-            of_model.gradient(size),
+            [estimators.gnb(size, n) for n in sizes.groups],
+            estimators.gradient(size),
             references[:1],
         ),
         "fresh_batches": fresh_batches.compare(
-            compared, of_model.gradient(batch), references
+            compared, estimators.gradient(batch), references
         ),
     }
 
@@ -93,8 +93,8 @@ class Comparison:
 
     sizes: Sizes
     text: data.Tokens
-    models: dict[str, Any]  # parameters by model name
-    fresh: bool  # whether each draw has a new batch
+    models: dict[str, Any]  # parameters, keyed by model name
+    fresh: bool  # whether each estimate uses a new batch
 
     def compare(
         self,
@@ -102,7 +102,7 @@ class Comparison:
         gradient: SizedEstimator,
         references: list[SizedEstimator],
     ) -> dict[str, measure.Rows]:
-        """Return a row for each estimator, and the errors of each reference diagonal h."""
+        """Return a row per estimator, and the standard errors of the references h."""
         truths, known = {}, []
         for reference in references:
             known.append({"truth": reference.truth})
@@ -118,7 +118,7 @@ class Comparison:
         return {"truths": known, "rows": rows}
 
     def batches(self, sequences: int, seed: int) -> Iterator[jax.Array]:
-        """Yield batches of shape (sequences, context + 1), all equal unless `fresh`."""
+        """Yield token batches, (sequences, context + 1). Without `fresh`, all are equal."""
         seed, context = seed if self.fresh else 0, self.sizes.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
         for tokens in source if self.fresh else itertools.repeat(next(source)):
@@ -141,7 +141,7 @@ class Comparison:
     def error(
         self, estimator: SizedEstimator, params: Any, truth: Any
     ) -> tuple[float, float]:
-        """Return the relative root mean square error, and its standard error."""
+        """Return an estimator's relative root mean square error, and its standard error."""
         is_large = estimator.sequences > self.sizes.sequences
         draws = self.sizes.large_draws if is_large else self.sizes.draws
         batches = self.batches(estimator.sequences, seed=2)
@@ -157,7 +157,7 @@ class Comparison:
     def costs(
         self, estimators: list[SizedEstimator], gradient: SizedEstimator
     ) -> measure.Rows:
-        """Return a row per estimator, with FLOPs and time relative to the gradient's."""
+        """Return a row per estimator with its FLOPs and time relative to a gradient."""
 
         def arguments(e):
             tokens = next(self.batches(e.sequences, seed=0))
@@ -167,7 +167,7 @@ class Comparison:
             e.name: functools.partial(e.compiled, *arguments(e))
             for e in (gradient, *estimators)
         }
-        seconds = measure.in_turn(programs, self.sizes.repeats)
+        seconds = measure.time_alternating(programs, self.sizes.repeats)
         of_gradient = flops(gradient.estimate, *arguments(gradient))
         rows = []
         for e in estimators:
@@ -187,7 +187,7 @@ def _squared_distance(a: Any, b: Any) -> jax.Array:
 
 
 def groups(results: dict[str, Any]) -> str:
-    """Return the table of errors if all estimates use the same batch."""
+    """Return the first table, in which all estimates use the same batch."""
     config = results["config"]
     columns: dict[str, Any] = {"sequences": "sequences", "groups": "groups"}
     for model in ("initial", "trained"):
@@ -206,7 +206,7 @@ def groups(results: dict[str, Any]) -> str:
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    """Return the table of errors if each estimate uses a new batch."""
+    """Return the second table, in which each estimate uses a new batch."""
     config, compared = results["config"], results["fresh_batches"]
     truths = compared["truths"]
     known = " and ".join(
@@ -232,12 +232,12 @@ def refreshes(results: dict[str, Any]) -> str:
 
 
 def fraction_of_step(results: dict[str, Any], row: measure.Row) -> float:
-    """Return a refresh's FLOPs as a fraction of those of the steps between refreshes."""
+    """Return a refresh's FLOPs relative to the FLOPs of the steps between two refreshes."""
     return row["flops_over_gradient"] / results["config"]["run"]["update_interval"]
 
 
 def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
-    """Return a column of errors, blank where the error of h itself is above a third."""
+    """Return a column of errors. A cell is empty if the error of h itself exceeds 1/3."""
     unknown = {truth["truth"] for truth in truths if truth[model] > 1 / 3}
 
     def cell(row):

@@ -1,7 +1,7 @@
 """FLOPs of a function, counted in its jaxpr without compilation.
 
 XLA's own count includes the body of a loop only once. Here the FLOPs of a `scan`'s body are
-multiplied by its length.
+multiplied by the number of iterations.
 """
 
 import math
@@ -17,8 +17,8 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
     """Return the FLOPs of `fn(*args)`. Arguments may be abstract.
 
     A matrix product counts two FLOPs per multiplication, and any other primitive one FLOP
-    per entry of its result. Unused results are not counted. A `cond` counts its most
-    expensive branch, and a `while` one iteration.
+    per entry of its result. Unused results are not counted. For a `cond` the most expensive
+    branch is counted, and for a `while` a single iteration.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

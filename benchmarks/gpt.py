@@ -12,7 +12,7 @@ from examples.gpt.core.config import Config, ModelConfig
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from sophia_optax import Categorical
 
-# A ModelConfig with the sizes of GPT-2 small, which arguments override.
+# A ModelConfig whose default sizes are those of GPT-2 small.
 Shape = functools.partial(
     ModelConfig, layers=12, heads=12, width=768, context=1024, vocabulary=50257, bias=True
 )
@@ -34,7 +34,7 @@ class Model:
         return model.bind(self.shape, params)(tokens)
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Return the mean loss. Targets do not affect the cost, so the inputs are used."""
+        """Return the mean loss. Inputs serve as targets: targets do not affect the cost."""
         return Categorical().neg_log_prob(self.logits(params, tokens), tokens).mean()
 
     def tokens(self, sequences: int, targets: int = 0) -> jax.Array:
@@ -45,13 +45,13 @@ class Model:
 
 
 def abstract_tokens(mesh: Mesh, *shape: int) -> jax.ShapeDtypeStruct:
-    """Return abstract tokens, sharded like a batch."""
+    """Return an abstract array of tokens, sharded like a batch."""
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 
 def compile_step(config: Config, mesh: Mesh, *, refreshes: bool) -> jax.stages.Compiled:
-    """Compile the trainer's step, with or without a refresh."""
+    """Compile the trainer's step, with or without a Hessian refresh."""
     tx = make_optimizer(config, make_schedule(config))
     tokens = abstract_tokens(mesh, config.training.batch, config.model.context + 1)
     estimate = functools.partial(step.estimate_diagonal, config) if refreshes else None

@@ -16,7 +16,7 @@ _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 BETWEEN_SLICES = "between slices"  # an exchange over the network between TPU slices
 _COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter", BETWEEN_SLICES}
-# Instructions that read and write no memory themselves.
+# Instructions that do not read or write memory themselves.
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
 _NO_TRAFFIC |= {"conditional", "call", "after-all", "partition-id", "replica-id", "iota"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
@@ -24,8 +24,8 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 class Collective(NamedTuple):
     op: str
-    bytes: int  # of its result on a single device
-    times: int  # executions in one run of the program: several inside a loop
+    bytes: int  # size of the result on a single device
+    times: int  # number of executions in one run of the program
 
 
 class _Instruction(NamedTuple):
@@ -40,7 +40,7 @@ class _Instruction(NamedTuple):
         )
 
 
-_Computation = dict[str, _Instruction]  # instructions by name
+_Computation = dict[str, _Instruction]  # instructions, keyed by name
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
@@ -64,14 +64,14 @@ def bytes_of(found: list[Collective]) -> dict[str, int]:
 
 
 def instructions(compiled: jax.stages.Compiled) -> list[str]:
-    """Return the opcodes of all instructions outside fusions, listing loop bodies once."""
+    """Return the opcodes of all instructions outside fusions. List loop bodies once."""
     return [i.op for i, _, _, is_fused in _executed(_parse(compiled)) if not is_fused]
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:
     """Return the bytes that one run reads and writes in the memory of a single device.
 
-    Arrays that the TPU compiler places in a chip's fast memory, S(1), are not counted.
+    Arrays that the TPU compiler places in fast on-chip memory, S(1), are not counted.
     """
     computations = _parse(compiled)
     return sum(
@@ -82,7 +82,7 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _result(i: _Instruction) -> str:
-    """Return the result's shapes, without operands that asynchronous starts also return."""
+    """Return the result's shapes, excluding operands that an asynchronous start returns."""
     if i.op not in ("all-gather-start", "collective-permute-start"):
         return i.result
     arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # excludes the scalars of a permute
@@ -95,7 +95,7 @@ def _traffic(
     """Return the bytes that an instruction reads and writes."""
     if i.op in _NO_TRAFFIC or i.op.endswith("-start"):
         return 0
-    if i.op.endswith("-done"):  # of a copy between memory spaces, or an exchange
+    if i.op.endswith("-done"):  # ends a copy between memory spaces, or a collective
         return _size(i.result)
     operands = [_size(computation[name].result, "S(1)") for name in i.operands()]
     result = _size(i.result, "S(1)")
@@ -113,7 +113,7 @@ def _traffic(
 def _bytes_read(
     name: str, fused: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Return the bytes a fusion reads from a value, which are fewer if it slices it."""
+    """Return the bytes a fusion reads of a value: the whole value, or only its slices."""
     total = 0
     for user_name, user in fused.items():
         operands = user.operands()
@@ -133,7 +133,7 @@ def _bytes_read(
 
 
 def _bytes_written(fused: _Computation) -> int:
-    """Return the bytes a fusion writes, which are fewer if it updates slices in place."""
+    """Return the bytes a fusion writes: whole results, or slices updated in place."""
     [root] = [i for i in fused.values() if i.line.lstrip().startswith("ROOT")]
     total = 0
     for i in [fused[n] for n in root.operands()] if root.op == "tuple" else [root]:
@@ -145,7 +145,7 @@ def _bytes_written(fused: _Computation) -> int:
 
 
 def _parameters(fused: _Computation) -> list[str]:
-    """Return the names of a computation's parameters, sorted by their numbers."""
+    """Return the names of a computation's parameters, sorted by parameter number."""
     numbers = {
         name: int(i.line.partition(" parameter(")[2].partition(")")[0])
         for name, i in fused.items()
@@ -175,7 +175,7 @@ def _executed(
 ) -> Iterator[tuple[_Instruction, _Computation, int, bool]]:
     """Yield each executed instruction, its computation, execution count and `is_fused`.
 
-    `is_fused` is true in a fusion, which keeps its intermediate values in registers.
+    `is_fused` is true inside a fusion, which keeps intermediate values in registers.
     """
     for i in computations[name].values():
         yield i, computations[name], times, is_fused
@@ -195,8 +195,8 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
     """Return the number of iterations of a loop, or 1 if it is unknown.
 
     It is unknown for the loop of `hold_unclipped` over all entries, which usually does not
-    run at all. The TPU compiler does not annotate a `scan` with its length, but the
-    condition of the loop compares an index with the length.
+    run at all. The TPU compiler does not annotate a `scan` with its length, so the length
+    is read from the loop's condition, which compares an index with it.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.line):
         return int(known[1])
@@ -209,7 +209,7 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
 
 
 def _size(text: str, excluded: str = "no layout") -> int:
-    """Return the bytes of all shapes in HLO text whose layout does not have `excluded`."""
+    """Return the bytes of the shapes in HLO text. Skip layouts that contain `excluded`."""
     return sum(
         _BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{.*?\})?", text)

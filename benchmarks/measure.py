@@ -1,4 +1,4 @@
-"""Timing of alternating programs, and the command line of the benchmarks."""
+"""Timing of programs that run alternately, and the benchmarks' command line."""
 
 import argparse
 import datetime
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Program:
-    """A compiled step `fn(carry, *args) -> carry`. It owns and donates its carry."""
+    """A compiled step `fn(carry, *args) -> carry`. Each call donates the last carry."""
 
     def __init__(self, fn: Callable[..., Any], carry: Any, *args: Any):
         self.carry, self.args = carry, args
@@ -40,10 +40,10 @@ class Program:
         return analysis["bytes accessed"]
 
 
-def in_turn(
+def time_alternating(
     programs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of each run of each program, after one warm-up run.
+    """Return the times in seconds of `repeats` runs per program, after one warm-up run.
 
     The programs alternate in a random order, so changes in the machine's speed and in the
     contents of caches and memory affect all programs equally.
@@ -59,13 +59,13 @@ def in_turn(
 
 
 def quartiles(values: Iterable[float]) -> dict[str, float]:
-    """Return the median and the quartiles of the values."""
+    """Return the median, the lower quartile and the upper quartile of the values."""
     low, median, high = map(float, np.quantile(list(values), (0.25, 0.5, 0.75)))
     return {"median": median, "low": low, "high": high}
 
 
 def ratios(runs: list[float], base: list[float]) -> dict[str, float]:
-    """Return the quartiles of the per-round ratios of two programs' times."""
+    """Return the median and quartiles, over rounds, of the ratio of two programs' times."""
     return quartiles(a / b for a, b in zip(runs, base, strict=True))
 
 
@@ -75,7 +75,7 @@ def show(values: Mapping[str, float]) -> str:
 
 
 def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:
-    """Return a Markdown table. A column is a key of the rows, or a function of a row."""
+    """Return a Markdown table. Each column is a key of the rows or a function of a row."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (str(row[c]) if isinstance(c, str) else c(row) for c in columns.values())

@@ -1,4 +1,4 @@
-"""Plots of benchmark results, on a white background for light and dark pages."""
+"""Plots of benchmark results, whose white background suits light and dark pages."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _OFFSETS = (-8, -4, "right"), (0, 14, "center"), (0, -22, "center")
 
 
 def refreshes(results: dict[str, Any]) -> Figure:
-    """Plot the error of Gauss-Newton refreshes against their cost, for a trained model."""
+    """Plot the error of Gauss-Newton estimates against their cost, for a trained model."""
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for ours, color in ((True, OURS), (False, OTHERS)):
         rows = [
@@ -28,7 +28,7 @@ def refreshes(results: dict[str, Any]) -> Figure:
         error = [row["error_trained"] for row in rows]
         bars = [row["uncertainty_trained"] for row in rows]
         axes.errorbar(cost, error, yerr=bars, fmt="o-" if ours else "o", color=color)
-        # Two other estimators have equal costs, so their labels are above and below.
+        # Two points of `OTHERS` have equal costs, so one label is above and one below.
         offsets = [(8, 4, "left")] * len(rows) if ours else _OFFSETS
         for i, (row, (x, y, ha)) in enumerate(zip(rows, offsets, strict=True)):
             label = f"{row['name']}: {error[i]:.2f}"
@@ -48,7 +48,7 @@ def refreshes(results: dict[str, Any]) -> Figure:
 
 
 def plain(axes: Any) -> None:
-    """Draw vertical grid lines, and no frame at the top and the right."""
+    """Draw vertical grid lines, and hide the top and right spines."""
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,11 +3,11 @@
     python -m benchmarks.refresh
 
 A refresh uses a thirtieth of the batch, 16 of the paper's 480 sequences, with one group per
-sequence. FLOPs are counted for GPT-2 small, and its peak memory is reported by the
-compiler. Times are measured for a model whose size suits the machine. The time of a
-Gauss-Newton pass is relative to a gradient of the same sequences, with the sampler of this
-library and with `jax.random.categorical`. Tracing is timed with empty caches, for a model
-with unrolled layers and without `each_group`.
+sequence. FLOPs and the compiler's report of peak memory are for GPT-2 small. Times are
+measured for a model whose size suits the machine. A Gauss-Newton pass is timed with the
+label sampler of this library and with `jax.random.categorical`, relative to a gradient of
+the same sequences. Tracing is timed with empty caches, for a model with unrolled layers and
+without `each_group`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from examples.gpt.presets import preset_config
 from sophia_optax import Categorical, gnb, hutchinson, sophia_g
 
 
-def run_of(model: ModelConfig, batch: int, accumulate: int) -> Config:
+def make_config(model: ModelConfig, batch: int, accumulate: int) -> Config:
     """Return the config of a run whose refresh uses a thirtieth of the batch."""
     return dataclasses.replace(
         preset_config("gpt2-125m"),
@@ -43,13 +43,13 @@ SMALL = Shape(layers=4, heads=4, width=128, context=64, vocabulary=256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    timed: Config = run_of(SMALL, batch=120, accumulate=1)
+    timed: Config = make_config(SMALL, batch=120, accumulate=1)
     repeats: int = 7
-    counted: Config = run_of(Shape(), batch=480, accumulate=30)
-    pass_shape: ModelConfig = Shape(context=256)  # for passes over one sequence
+    counted: Config = make_config(Shape(), batch=480, accumulate=30)
+    pass_shape: ModelConfig = Shape(context=256)  # for passes over a single sequence
 
 
-FULL = Sizes(timed=run_of(Shape(dtype="bfloat16"), batch=480, accumulate=30))
+FULL = Sizes(timed=make_config(Shape(dtype="bfloat16"), batch=480, accumulate=30))
 
 
 def measure_refresh(sizes: Sizes) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _flops_over_step(config: Config) -> float:
-    """Return the FLOPs of a refresh relative to those of a batch's gradient."""
+    """Return the FLOPs of a refresh relative to the FLOPs of a batch's gradient."""
     model, length = Model(config.model), config.model.context
     inputs, tokens = (
         jax.ShapeDtypeStruct((config.training.batch, n), jnp.int32)
@@ -101,7 +101,7 @@ def _time_refresh(sizes: Sizes) -> dict[str, Any]:
         "step": measure.Program(train, state, tokens),
         "refresh": _program(estimate, model, tokens),
     }
-    seconds = measure.in_turn(programs, sizes.repeats)
+    seconds = measure.time_alternating(programs, sizes.repeats)
     return {
         "step_seconds": measure.quartiles(seconds["step"]),
         "time_over_step": measure.ratios(seconds["refresh"], seconds["step"]),
@@ -109,7 +109,7 @@ def _time_refresh(sizes: Sizes) -> dict[str, Any]:
 
 
 def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure.Program:
-    """Compile `fn(params, tokens, key=key)`, whose result is a tree like the parameters."""
+    """Compile `fn(params, tokens, key=key)`, which returns a tree like the parameters."""
 
     def with_carry(carry, params, tokens, key):
         del carry  # donated: the result reuses its memory
@@ -141,7 +141,7 @@ def _time_passes(sizes: Sizes) -> dict[str, Any]:
         "gumbel_pass": gnb(model.logits, likelihood=Gumbel()),
     }
     programs = {name: _program(fn, model, tokens) for name, fn in timed.items()}
-    seconds = measure.in_turn(programs, sizes.repeats)
+    seconds = measure.time_alternating(programs, sizes.repeats)
     return {
         f"{name}_over_gradient": measure.ratios(seconds[name], seconds["gradient"])
         for name in ("pass", "gumbel_pass")
@@ -149,9 +149,9 @@ def _time_passes(sizes: Sizes) -> dict[str, Any]:
 
 
 def _time_traces(repeats: int) -> dict[str, Any]:
-    """Return the time to trace estimates of an unrolled model, relative to a gradient."""
+    """Return the times to trace estimates for an unrolled model, relative to a gradient."""
 
-    def logits_fn(layers, x):  # a transformer with one head, without a mask
+    def logits_fn(layers, x):  # a single-head transformer without a mask
         for w in layers:
             q, k, v = jnp.split(jax.nn.standardize(x) @ w["qkv"], 3, -1)
             x = x + jax.nn.softmax(q @ k.mT) @ v @ w["out"]
@@ -175,7 +175,7 @@ def _time_traces(repeats: int) -> dict[str, Any]:
         "hutchinson": functools.partial(hutchinson(loss_fn), key=key),
     }
     programs = {name: functools.partial(trace, fn) for name, fn in traced.items()}
-    seconds = measure.in_turn(programs, repeats)
+    seconds = measure.time_alternating(programs, repeats)
     return {
         f"trace_{name}_over_gradient": measure.ratios(seconds[name], seconds["gradient"])
         for name in ("gnb", "hutchinson")
@@ -194,7 +194,7 @@ RATIOS = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results in Markdown."""
+    """Return the results as a Markdown table."""
     cost, peak = results["flops_over_step"], results["peak_bytes"]
     ratio = peak["with"] / peak["without"]
     rows = {

@@ -1,8 +1,8 @@
-"""Command that writes the tables and plots of the docs from the stored results.
+"""Command that updates the tables and plots of the docs from the stored results.
 
     python -m benchmarks.report
 
-In a page, each table stands between two comments, of which the first contains its name.
+On a page, each table is between the comments <!-- benchmarks: NAME --> and <!-- end -->.
 """
 
 import json
@@ -47,7 +47,7 @@ PLOTS: dict[str, Callable[[], Figure]] = {
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Return the results of a machine, keyed by the name of the benchmark."""
+    """Return the results in a machine's folder, keyed by benchmark name."""
     files = sorted(folder.glob("*.json"))
     return {path.stem: json.loads(path.read_text()) for path in files}
 
@@ -81,7 +81,7 @@ OTHER_TABLES = {
 
 
 def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
-    """Return ratios, keyed by program, baseline and quantity."""
+    """Return formatted ratios, keyed by (program, baseline, quantity)."""
     update, refresh, errors = (found[name] for name in ("update", "refresh", "estimate"))
 
     def alone(name, moments="float32", tree="GPT-2 small"):
@@ -169,8 +169,8 @@ def _only(rows: measure.Rows, **wanted: Any) -> measure.Row:
     return row
 
 
-def written(text: str) -> str:
-    """Return the text of a page with its tables updated to the stored results."""
+def update_tables(text: str) -> str:
+    """Return the text of a page, with all tables rewritten from the stored results."""
     kept = results(REFERENCE)
 
     def table(match):
@@ -184,7 +184,7 @@ def written(text: str) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the plots into `folder`."""
-    # For reproducible SVG files: keep text as text, use fixed ids, and store no date.
+    # Make SVG files reproducible: keep text as text, use fixed ids, and store no date.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
     for name, make in PLOTS.items():
         with plt.rc_context(style):
@@ -195,7 +195,7 @@ def draw(folder: Path) -> None:
 
 def main() -> None:
     for page in PAGES:
-        page.write_text(written(page.read_text()))
+        page.write_text(update_tables(page.read_text()))
     draw(DOCS / "images")
 
 

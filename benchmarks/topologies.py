@@ -2,9 +2,9 @@
 
     python -m benchmarks.topologies
 
-Each row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW, takes
-some minutes, and is skipped if its results are stored. `python -m benchmarks.report` writes
-the table.
+Each row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW, and
+takes some minutes. Rows with stored results are skipped. `python -m benchmarks.report`
+writes the table into the docs.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks import measure
 from examples.gpt.tools.compile import format_results
 
-KEPT = measure.RESULTS / "topologies"
-EXAMPLE = KEPT / "gpt2-125m_v5e-4x4_sophia_g.json"
-TWO_SLICES = KEPT / "gpt2-125m_two_v5e-4x4_sophia_g.json"
+STORED = measure.RESULTS / "topologies"
+EXAMPLE = STORED / "gpt2-125m_v5e-4x4_sophia_g.json"
+TWO_SLICES = STORED / "gpt2-125m_two_v5e-4x4_sophia_g.json"
 OPTIMIZERS = ("sophia_g", "adamw")
 TOPOLOGIES = {
     "gpt2-30m": "v5e:2x4 v6e:2x4 h200:8",
@@ -29,12 +29,12 @@ TOPOLOGIES = {
     "neox-1.5b": "v5e:16x16 v5p:4x4x4 v6e:8x16 h200:64",
     "neox-6.6b": "v5e:16x16 v5p:4x4x8 v6e:16x16 h200:128",
 }
-# GPT-2's batch of 480 sequences can't be divided evenly over 64 or more devices.
+# GPT-2's batch of 480 sequences is not divisible by these device counts, 64 and 128.
 FLAGS = dict.fromkeys(
     [("gpt2-770m", "v5e:8x8"), ("gpt2-1.5b", "v5e:8x16"), ("gpt2-1.5b", "v6e:8x8")],
     "--batch 512",
 )
-# Preset, topology and additional flags.
+# Preset, topology and additional flags of each row.
 ROWS = [
     (preset, topology, FLAGS.get((preset, topology), ""))
     for preset, topologies in TOPOLOGIES.items()
@@ -44,7 +44,7 @@ ROWS = [
 
 def path(preset: str, topology: str, optimizer: str) -> Path:
     """Return the file with the results for a preset, topology and optimizer."""
-    return KEPT / f"{preset}_{topology.replace(':', '-')}_{optimizer}.json"
+    return STORED / f"{preset}_{topology.replace(':', '-')}_{optimizer}.json"
 
 
 def table() -> str:

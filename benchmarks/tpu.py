@@ -1,10 +1,10 @@
-"""Memory traffic of the optimizer and the estimators, as compiled for TPUs. Needs no TPU.
+"""Memory traffic of the optimizer and the estimators on TPUs. No TPU is needed.
 
     pip install "jax[tpu]"
     python -m benchmarks.tpu
 
-The programs are compiled for v5p, but not run. Bytes are the bytes that a program reads and
-writes in the memory of a single device, over all iterations of its loops.
+The programs are compiled for v5p, but not run. Bytes are those read
+and written in the memory of one device, over all iterations of loops.
 """
 
 import collections
@@ -23,7 +23,7 @@ from examples.gpt.presets import preset_config
 from examples.gpt.tools.topologies import open_topology
 from sophia_optax import hold_unclipped, sophia_g
 
-# The bytes of an update are relative to the first optimizer in the same dictionary.
+# Bytes are reported relative to the first optimizer of the same dictionary.
 IN_FLOAT32 = {
     "adamw": optax.adamw(1e-3),
     "sophia_g, gamma=0.05": sophia_g(1e-3, gamma=0.05),
@@ -38,7 +38,7 @@ IN_BFLOAT16 = {
         1e-3, gamma=0.05, mu_dtype="bfloat16", hessian_dtype="bfloat16"
     ),
 }
-# Optimizer and number of groups of each estimate. "adamw" stands for the gradient.
+# (optimizer, number of groups), keyed by row name. "adamw" stands for the gradient.
 ESTIMATES = {"gradient": ("adamw", 1), "1 group": ("sophia_g", 1)}
 ESTIMATES |= {"8 groups": ("sophia_g", 8), "16 groups": ("sophia_g", 16)}
 ESTIMATES |= {"Hutchinson, 1 group": ("sophia_h", 1)}
@@ -71,7 +71,7 @@ def measure_compiled(config: Config) -> dict[str, Any]:
 def compile_update(
     config: Config, tx: optax.GradientTransformation, devices: list[Any], has_estimate: bool
 ) -> jax.stages.Compiled:
-    """Compile the update of a model's parameters on a single device."""
+    """Compile an optimizer update of a model's parameters on a single device."""
     mesh = sharding.make_mesh("", devices[:1])
     state = step.abstract_state(config, tx, mesh)
     tx = optax.with_extra_args_support(tx)
@@ -89,7 +89,7 @@ def compile_update(
 def compile_estimate(
     config: Config, devices: list[Any], mesh_text: str, optimizer: Any, groups: int
 ) -> jax.stages.Compiled:
-    """Compile an estimate from 16 sequences or, for AdamW, the gradient of their loss."""
+    """Compile an estimate from 16 sequences or, for AdamW, the gradient of the loss."""
     mesh = sharding.make_mesh(mesh_text, devices)
     config = dataclasses.replace(
         config,
@@ -97,7 +97,7 @@ def compile_estimate(
         training=dataclasses.replace(config.training, batch=16),
         refresh=dataclasses.replace(config.refresh, refresh_batch=16, groups=groups),
     )
-    config = config.with_resolved_defaults(vocabulary=0)  # unused: the preset sets it
+    config = config.with_resolved_defaults(vocabulary=0)  # ignored: the preset sets it
     tokens = abstract_tokens(mesh, 16, config.model.context + 1)
     with jax.set_mesh(mesh):
         params = Model(config.model).abstract_params
@@ -123,7 +123,7 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def updates(results: dict[str, Any]) -> str:
-    """Return the table of updates."""
+    """Return a Markdown table with a row for each update."""
     return measure.markdown(
         results["updates"],
         {
@@ -138,7 +138,7 @@ def updates(results: dict[str, Any]) -> str:
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    """Return the table of estimates."""
+    """Return a Markdown table with a row for each estimate."""
 
     def ratio(name):
         return lambda row: f"{row[f'{name}_over_gradient']:.2f}"

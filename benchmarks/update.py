@@ -1,13 +1,13 @@
-"""Times of updates and training steps with several optimizers, and bytes of the updates.
+"""Time of updates and training steps, and memory traffic of updates, by optimizer.
 
     python -m benchmarks.update
 
 The updates are for the parameters of GPT-2 small and of a model with 13 million parameters.
 Bytes are XLA's count of the bytes read and written. XLA counts both branches of a `cond`,
-one iteration of a loop, and a whole array if only some entries are gathered from it. For
-`hold_unclipped` the count is therefore too large: it includes all of m and h for the
-sample, and an iteration of the loop over all entries. This loop runs only if few entries of
-the sample have u != 0 and h > 0.
+one iteration of a loop, and an entire array even if only some entries are read. For
+`hold_unclipped` the count is therefore too large. It includes all of the momentum and of h,
+but only a sample of them is read. It also includes one iteration of a loop over all
+entries, which runs only if few sampled entries have nonzero momentum and h > 0.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from examples.gpt.core.config import ModelConfig
 from sophia_optax import gnb, hold_unclipped, sophia_g
 
 ADAMW = "optax.adamw"
-# The `update_interval` for timed steps that do not call their `hessian_fn`, and for steps
-# that do. The first update always refreshes, and is not timed.
+# With the first `update_interval`, no timed step calls `hessian_fn`. With the second, each
+# does. The first update always calls it, so it is not timed.
 INTERVALS = {"not due": 10**9, "refresh": 1}
 
 MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
@@ -34,14 +34,14 @@ MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    # Name and model of the updated parameters, and the dtype of m and h.
+    # Name and model of each updated parameter tree, and the dtype of m and h.
     trees: tuple[tuple[str, ModelConfig, str], ...] = (
         ("GPT-2 small", Shape(), "float32"),
         ("GPT-2 small", Shape(), "bfloat16"),
         ("13M", MEDIUM, "float32"),
     )
     step: ModelConfig = Shape(layers=2, heads=4, width=128, context=64, vocabulary=256)
-    batch: int = 60  # sequences of a training step; a refresh uses a thirtieth
+    batch: int = 60  # sequences per training step; a refresh uses a thirtieth of them
     repeats: int = 15
 
 
@@ -100,7 +100,7 @@ def _time_updates(shape: ModelConfig, dtype: str, repeats: int) -> measure.Rows:
     grads = optax.tree.full_like(tree, 1e-3)
     programs = {name: program(name, tx) for name, tx in optimizers(dtype).items()}
     size = {name: program.bytes_accessed() for name, program in programs.items()}
-    rows = _rows(measure.in_turn(programs, repeats))
+    rows = _rows(measure.time_alternating(programs, repeats))
     for row in rows:
         if (name := row["optimizer"]) in size:
             row["bytes_over_adamw"] = size[name] / size[ADAMW]
@@ -108,13 +108,13 @@ def _time_updates(shape: ModelConfig, dtype: str, repeats: int) -> measure.Rows:
 
 
 def _update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-    """Return the updated parameters and state."""
+    """Return the updated parameters and optimizer state."""
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 
 
 def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
-    """Return a row per program, and per average of a refresh and nine steps without one."""
+    """Return a row per program, and rows that average ten steps of which one refreshes."""
     for refresh in [name for name in seconds if name.endswith(", refresh")]:
         name = refresh.removesuffix(", refresh")
         pairs = zip(seconds[f"{name}, not due"], seconds[refresh], strict=True)
@@ -130,12 +130,12 @@ def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
 
 
 def _time_steps(sizes: Sizes) -> measure.Rows:
-    """Time training steps with sophia_optax and other libraries. Return a row for each."""
+    """Time training steps of several optimizers. Return a row for each optimizer."""
     model, part = Model(sizes.step), sizes.batch // 30
     estimate = gnb(model.logits, groups=part)
     tokens = model.tokens(sizes.batch)
 
-    def of_optax(tx: Any, extra: Callable[..., dict[str, Any]]) -> measure.Program:
+    def optax_program(tx: Any, extra: Callable[..., dict[str, Any]]) -> measure.Program:
         def train(carry, tokens):
             params, state = carry
             grads = jax.grad(model.loss)(params, tokens)
@@ -149,7 +149,7 @@ def _time_steps(sizes: Sizes) -> measure.Rows:
     def obj_fn(sequences):
         return lambda _, tokens: {"obj_fn": lambda p: model.loss(p, tokens[:sequences])}
 
-    def of_somax(interval: int) -> measure.Program:
+    def somax_program(interval: int) -> measure.Program:
         method = somax.sophia_g(
             predict_fn=lambda p, x: model.logits(p, x).reshape(-1, sizes.step.vocabulary),
             learning_rate=1e-3,
@@ -167,21 +167,21 @@ def _time_steps(sizes: Sizes) -> measure.Rows:
         params = model.init()
         return measure.Program(train, (params, init(params)), tokens)
 
-    programs = {ADAMW: of_optax(optax.adamw(1e-3), lambda *_: {})}
+    programs = {ADAMW: optax_program(optax.adamw(1e-3), lambda *_: {})}
     for kind, interval in INTERVALS.items():
         ours = sophia_g(1e-3, update_interval=interval)
         contrib = optax.contrib.sophia(1e-3, update_interval=interval)
         programs |= {
-            f"sophia_g, {kind}": of_optax(ours, hessian_fn),
-            f"optax.contrib.sophia, {kind}": of_optax(contrib, obj_fn(None)),
-            f"optax.contrib.sophia on a part, {kind}": of_optax(contrib, obj_fn(part)),
-            f"somax.sophia_g, {kind}": of_somax(interval),
+            f"sophia_g, {kind}": optax_program(ours, hessian_fn),
+            f"optax.contrib.sophia, {kind}": optax_program(contrib, obj_fn(None)),
+            f"optax.contrib.sophia on a part, {kind}": optax_program(contrib, obj_fn(part)),
+            f"somax.sophia_g, {kind}": somax_program(interval),
         }
-    return _rows(measure.in_turn(programs, sizes.repeats))
+    return _rows(measure.time_alternating(programs, sizes.repeats))
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results in Markdown."""
+    """Return the results as Markdown tables."""
 
     def ratio(row):
         return f"{row['bytes_over_adamw']:.2f}" if "bytes_over_adamw" in row else ""

@@ -2,8 +2,8 @@
 
     pip install -e ".[docs]" && python -m sphinx -W docs docs/_build/html
 
-The site uses Sphinx with MyST and the Book theme, like the sites of Optax, Flax and JAX. It
-loads nothing from other sites. Formulas are MathML, in a font that the site includes.
+The site uses Sphinx with MyST and the Book theme, like the sites of Optax, Flax and JAX.
+Its pages load nothing from other sites: formulas are MathML, in a font that it includes.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from math_core import LatexToMathML
 ROOT = Path(__file__).parents[1]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 
-# Sphinx reads only the folder of this file, so copy the notebooks into it.
+# Sphinx reads only files in its source folder, so copy the notebooks into it.
 shutil.rmtree(ROOT / "docs" / "notebooks", ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks")
 
@@ -37,11 +37,11 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
-# In docstrings, a name in backticks is a link if it is documented, and otherwise code.
+# A name in backticks in a docstring becomes a link if it is documented, otherwise code.
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings state dtypes and shapes
+autodoc_typehints = "none"  # the docstrings state dtypes and shapes instead
 autosummary_generate = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -58,7 +58,7 @@ html_baseurl = URLS["Documentation"]
 FONTS = importlib.resources.files("ziamath") / "fonts"
 html_static_path = ["_static", str(FONTS / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
-html_context = {"default_mode": "auto"}  # light or dark, as set on the reader's device
+html_context = {"default_mode": "auto"}  # the light or dark mode of the reader's device
 html_math_renderer = "mathml"
 html_theme_options = {
     "repository_url": URLS["Repository"],
@@ -68,14 +68,14 @@ html_theme_options = {
     "use_download_button": False,
     "show_toc_level": 2,
     "navigation_with_keys": False,
-    "navbar_persistent": [],  # the search is in the sidebar
+    "navbar_persistent": [],  # no search button: the sidebar has a search field
 }
 
 _to_mathml = LatexToMathML(fancy_error=False)
 
 
 def _mathml(displaystyle):
-    """Return Sphinx's visitors for display or inline formulas."""
+    """Return the (visit, depart) functions for display formulas or inline formulas."""
 
     def visit(writer, node):
         latex = node.astext()
@@ -89,5 +89,5 @@ def _mathml(displaystyle):
 
 
 def setup(app):
-    """Register the MathML renderer of formulas."""
+    """Register a Sphinx math renderer that converts formulas to MathML."""
     app.add_html_math_renderer("mathml", _mathml(False), _mathml(True))

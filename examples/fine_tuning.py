@@ -1,4 +1,4 @@
-"""A new head on a frozen trunk with `optax.partition`: `python -m examples.fine_tuning`."""
+"""Fine-tuning of a head with `optax.partition`: `python -m examples.fine_tuning`."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def step(carry, key):
     def loss_fn(head):
         return optax.softmax_cross_entropy_with_integer_labels(logits_fn(head, x), y).mean()
 
-    # `tx` requires trees with the structure of `params`. It ignores the trunk's entries.
+    # `tx` requires gradients for all of `params`, but ignores the trunk's gradients.
     def with_trunk(head):
         return optax.tree.zeros_like(params) | {"head": head}
 

@@ -1,4 +1,4 @@
-"""A plain JAX model of padded lines of text: `python -m examples.with_pytrees`."""
+"""A plain JAX language model for padded text lines: `python -m examples.with_pytrees`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TEXT = jnp.array([np.frombuffer(line.ljust(LENGTH, b"\0"), np.uint8) for line in
 
 
 def logits_fn(params, text):
-    """Return the logits for each character, shape (lines, LENGTH, 128)."""
+    """Return logits for each character given its context, shape (lines, LENGTH, 128)."""
     padded = jnp.pad(text, ((0, 0), (CONTEXT, 0)))
     windows = jnp.stack([padded[:, i : i + LENGTH] for i in range(CONTEXT)], axis=-1)
     hidden = jnp.einsum("btmd,mdh->bth", params["embed"][windows], params["in"])
@@ -36,7 +36,7 @@ def step(carry, key):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, text)
         return jnp.sum(mask * losses) / jnp.sum(mask)
 
-    def hessian_fn(key):  # uses half of the batch, with its mask as weights
+    def hessian_fn(key):  # uses half of the batch, weighted by its mask
         return estimate(params, text[:16], key=key, weights=mask[:16])
 
     loss, grads = jax.value_and_grad(loss_fn)(params)

@@ -1,6 +1,6 @@
 """`sophia_optax`: the Sophia optimizer for Optax, and estimators of the Hessian diagonal.
 
-The subpackage `optimizer` is a chain of Optax transformations, applied left to right:
+The subpackage `optimizer` chains Optax transformations, which apply from left to right:
 
     sophia          = scale_by_sophia . add_decayed_weights . scale_by_learning_rate
     scale_by_sophia = ema(b1) . scale_by_diag_hessian(b2, gamma, eps) . clip(1)
@@ -10,8 +10,8 @@ The subpackage `optimizer` is a chain of Optax transformations, applied left to 
       u_t = m_t / max(gamma h_t, eps)                        scale_by_diag_hessian
       Δθ  = -lr (clip(u_t, ±1) + wd θ)                       optax.clip, ...
 
-The subpackage `curvature` has estimators: pure functions `(params, *batch, key) -> ĥ` that
-return a tree like `params`. Pass an estimator to `update` as a keyword argument:
+The subpackage `curvature` contains estimators: pure functions `(params, *batch, key) -> ĥ`,
+where ĥ is a tree like `params`. Pass an estimator to `update` as a function of the key:
 
     tx.update(grads, state, params, hessian_fn=lambda key: estimate(params, x, key=key))
 
@@ -19,8 +19,8 @@ Glossary:
 
   Hessian        ∇²L, the matrix of second derivatives of the mean loss L
   Gauss-Newton   the (generalized) Gauss-Newton matrix Jᵀ (∂²ℓ/∂f²) J with J = ∂f/∂θ,
-                 averaged over predictions: the Hessian if f is linearized in θ. It is
-                 positive semidefinite
+                 averaged over predictions with loss ℓ and model output f(θ). It is the
+                 Hessian of L if f is linearized in θ, and it is positive semidefinite
   refresh        an optimizer update that accepts a new estimate ĥ
   prediction     one term of the mean loss: for a language model, one token
   group          a part of the batch whose gradients are summed before they are squared

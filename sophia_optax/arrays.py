@@ -11,7 +11,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 def mismatched_signature(fn: Callable[..., Any], *args: Any) -> inspect.Signature | None:
-    """Return the signature of `fn` if `fn` cannot be called with these arguments."""
+    """Return the signature of `fn` if `fn` does not accept `args`, otherwise None."""
     try:
         signature = inspect.signature(fn)
     except ValueError:
@@ -77,20 +77,20 @@ def sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """Return the mapped axes over which `tree` varies: none without `check_vma=True`."""
+    """Return the mapped axes over which any leaf varies: none without `check_vma=True`."""
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
 def shard_axes(x: jax.Array, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the axes in `names` that shard `x`, or all axes without `check_vma=True`."""
+    """Return the axes in `names` that shard `x`, or `names` without `check_vma=True`."""
     if not names or not varying_axes(jax.lax.axis_index(names)):
         return names
     return tuple(name for name in names if name in varying_axes(x))
 
 
 def cast_to_varying(tree: Any, names: Iterable[str]) -> Any:
-    """Return `tree` with the same values, typed as varying over the mapped axes."""
+    """Return `tree` with the same values, typed as varying over the mapped axes `names`."""
 
     def cast(x: Any) -> jax.Array:
         new = tuple(name for name in names if name not in varying_axes(x))

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 
-# Disable XLA's optimizations: the tests need none, and spend most time on compilation.
+# Disable XLA's optimizations, because the tests spend most of their time on compilation.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -16,13 +16,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-# Collect garbage less often. Otherwise it takes a tenth of the time, because tracing
-# creates many long-lived objects.
+# Collect garbage less often. Otherwise garbage collection takes a tenth of the test time,
+# because JAX's tracing creates many long-lived objects.
 gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_configure(config):
-    """Cache compiled programs for this pytest worker and the trainers that it starts.
+    """Create a compilation cache for this pytest worker and its trainer subprocesses.
 
     Workers do not share a cache, because JAX does not write cache entries atomically.
     """
@@ -42,7 +42,7 @@ _tests_since_clearing = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _clear_jax_caches():
-    """Free compiled programs after every fourth test. Otherwise they take several GB."""
+    """Clear JAX's caches after every fourth test. Otherwise the caches take several GB."""
     yield
     if next(_tests_since_clearing) % 4 == 0:
         jax.clear_caches()
@@ -63,7 +63,7 @@ def x64():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Simulate a machine with a single device."""
+    """Make `jax.devices` and `jax.device_count` report a single device."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)

@@ -28,8 +28,8 @@ import runpy, sys
 sys.argv[0] = "examples.gpt"
 runpy.run_module("examples.gpt", run_name="__main__")
 """
-# Send a signal to this process after a step. Later steps are slowed down, so that the
-# processes have time to agree on the last step.
+# This code sends a signal to its own process after a given step. It delays later steps, so
+# that several processes have time to agree on the last step.
 SIGNAL_CODE = """
 import os, sys, time
 from examples.gpt.operations.processes import StopSignal
@@ -52,7 +52,7 @@ MERGES = (("Ġ", "w"), ("Ġw", "o"), ("a", "b"), ("q", "u"), ("c", "k"))
 
 
 def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
-    """Return a BPE tokenizer with one token per byte and one per merge."""
+    """Return a BPE tokenizer with a token for each byte, each merge and the end of text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *map("".join, merges)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -60,12 +60,12 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.enable_truncation(5)  # as in some Hub files: `JsonTokenizer` must disable it
+    bpe.enable_truncation(5)  # some Hub files have this: `JsonTokenizer` must disable it
     return JsonTokenizer(bpe.to_str().encode())
 
 
 def flags(**values) -> list[str]:
-    """Return command-line flags that set config fields to these values."""
+    """Return the command-line flags that set config fields to the given values."""
     args = []
     for name, value in values.items():
         name = name.replace("_", "-")
@@ -79,12 +79,12 @@ def flags(**values) -> list[str]:
 
 
 def make_config(**values) -> Config:
-    """Return the config that the command line parses for these field values."""
+    """Return a config with the given field values, parsed from command-line flags."""
     return parse(flags(**values))
 
 
 def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState, Any]:
-    """Return a config's traced training step, abstract state and state initializer."""
+    """Return a training step traced on a mesh, its abstract state and its initializer."""
     with jax.set_mesh(mesh):
         config = make_config(**values)
         config = config.with_resolved_defaults(1, sharding.num_batch_shards(mesh))
@@ -113,10 +113,10 @@ def start_command(
     signal_after: tuple[int, int] | None = None,
     patch: str = "",
 ) -> subprocess.Popen:
-    """Start `python -m examples.gpt` on simulated devices.
+    """Start `python -m examples.gpt` in a subprocess with simulated devices.
 
-    If `signal_after` is (step, signal), the process sends itself the signal after the step.
-    The code in `patch` runs before the module.
+    If `signal_after` is (step, signal), the subprocess sends this signal to itself after
+    this step. The code in `patch` runs before the module.
     """
     signal_args = [] if signal_after is None else [*map(str, map(int, signal_after))]
     code = patch + (SIGNAL_CODE if signal_args else "") + RUN_CODE
@@ -134,7 +134,7 @@ def start_command(
 def run_module(
     name: str, *args: str, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m NAME`, without raising an exception if it fails."""
+    """Run `python -m NAME` and return the completed process, even if it failed."""
     return subprocess.run(
         [sys.executable, "-m", name, *args],
         cwd=ROOT,
@@ -156,7 +156,7 @@ def run_processes(
 ) -> tuple[list[int], list[str]]:
     """Run `examples.gpt` in several processes. Return their exit codes and outputs.
 
-    With `signal_after`, all processes, or only process `to_process`, signal themselves.
+    `signal_after` applies only to process `to_process`, or to all processes if it is None.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -179,7 +179,7 @@ def run_processes(
 
 
 def read_losses(out: Path) -> list[float]:
-    """Return a run's training and validation losses, in the order of the steps."""
+    """Return the training and validation losses of a run, ordered by step."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row[k] for row in rows for k in ("loss", "val_loss") if k in row]

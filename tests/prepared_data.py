@@ -64,7 +64,7 @@ def read_documents(folder):
 
 
 def split_documents(documents, fraction=0.2):
-    """Return the documents that `prepare` should write, keyed by split."""
+    """Return the documents that `prepare` should write to each split, keyed by split."""
     splits = {name: [] for name in corpora.SPLITS}
     for text in documents:
         [(name, _)] = prepare.encode_batch([text], Bytes(), fraction)
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 
 class KillAtWrite:
-    """A patch that raises `Killed` instead of the `countdown`-th call of `write_bytes`."""
+    """A simulated kill: call number `countdown` of `write_bytes` raises `Killed`."""
 
     def __init__(self, monkeypatch):
         self.countdown, self._write = 0, folders.write_bytes

@@ -1,4 +1,4 @@
-"""Small models, and dense curvature diagonals as references for the estimators."""
+"""Small test models, and densely computed curvature diagonals to compare estimates with."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def scalar_network(params, x):
 
 
 def assert_close_to_max(actual, expected, tolerance):
-    """Check that trees agree within a tolerance relative to each array's largest entry."""
+    """Check that an array's errors are at most `tolerance` times its largest magnitude."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * abs(e).max())
@@ -40,10 +40,10 @@ def hessian_diagonal(loss, params):
 
 
 def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=None):
-    """Return diag(Σ_b w_b J_bᵀ H_b J_b) / Σ_b w_b over predictions b, computed densely.
+    """Return diag(Σ_b w_b J_bᵀ H_b J_b) / Σ_b w_b, where the sums are over predictions b.
 
-    J_b is the Jacobian of the outputs, and H_b the Hessian of the loss in the outputs. For
-    these likelihoods H_b does not depend on the label, so `targets` may be any labels.
+    J_b is the Jacobian of the outputs, and H_b is the Hessian of the loss with respect to
+    the outputs. For all tested likelihoods, H_b does not depend on the values in `targets`.
     """
     flat, unravel = ravel_pytree(params)
     predictions = np.shape(targets)
@@ -71,9 +71,9 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
 
 
 class GivenLabels:
-    """A likelihood that takes outputs as (outputs, labels), and samples these labels.
+    """A likelihood of pairs (outputs, labels), which returns the labels as its samples.
 
-    With it, an estimator's mean over all assignments of labels is an explicit sum.
+    So a test can compute an estimator's expectation as a sum over all possible labels.
     """
 
     def __init__(self, likelihood):

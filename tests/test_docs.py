@@ -32,22 +32,22 @@ def run(path, capsys):
 
 
 def test_readme_code_equals_the_first_code_block_of_the_start_page():
-    """`test_start_page_code_trains_its_models` runs this code."""
+    """So `test_start_page_code_trains_models_to_a_low_loss` also tests the README."""
     [code] = code_blocks(README)
     assert code == code_blocks((DOCS / "start.md").read_text())[0]
 
 
 @pytest.mark.slow
-def test_start_page_code_trains_its_models(capsys):
+def test_start_page_code_trains_models_to_a_low_loss(capsys):
     variables, out = run(DOCS / "start.md", capsys)
-    assert len(out) == 3  # Sophia-G, Sophia-H, and a language model
+    assert len(out) == 3  # of Sophia-G, of Sophia-H and of a language model
     for line, steps in zip(out, (200, 200, 300), strict=True):
         loss, refreshes = re.match(r"loss (.*), (\d+) refreshes", line).groups()
         assert float(loss) < 0.5
         assert int(refreshes) == steps // 10
     for line in out[:2]:
         assert 10 <= float(re.search(r"unclipped (.*)%", line)[1]) <= 30
-    # The last section composes a chain, which must equal `sophia`.
+    # The page's last section composes Sophia as a chain `tx`, which must equal `sophia`.
     params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 1e-4])
     actual, expected = (
         tx.update(grads, tx.init(params), params, hessian=jnp.ones(2))[0]
@@ -57,12 +57,12 @@ def test_start_page_code_trains_its_models(capsys):
 
 
 def test_large_batches_page_code_accumulates_the_full_batch_estimate(capsys):
-    """Check accumulation in a scan and with `optax.MultiSteps`."""
+    """Check the page's two examples: accumulation in a scan and with `optax.MultiSteps`."""
     variables, _ = run(DOCS / "large_batches.md", capsys)
     params, key = jnp.zeros((3, 2)), jax.random.key(1)
     estimate = gnb(lambda params, x: x @ params, groups=4)
     x = variables["micro_batches"].reshape(32, 3)
-    variables["params"] = params  # undo the page's training
+    variables["params"] = params  # restore them: the page's training loop changed them
     actual = variables["hessian_fn"](key)
     assert_trees_all_close(actual, estimate(params, x, key=key), rtol=1e-5)
     state = variables["state"]
@@ -78,7 +78,7 @@ def test_large_batches_page_code_accumulates_the_full_batch_estimate(capsys):
         for page in PAGES
         if code_blocks(page.read_text())
         and page.stem not in ("start", "large_batches")  # tested above
-        and page.parent.name != "trainer"  # its code needs the files of a training run
+        and page.parent.name != "trainer"  # skipped: the code reads files of a training run
     ],
 )
 def test_page_code_prints_the_output_shown_in_comments(name, capsys, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_page_code_prints_the_output_shown_in_comments(name, capsys, tmp_path, m
 @pytest.mark.parametrize(
     "name", ["README.md", *(page.relative_to(ROOT).as_posix() for page in PAGES)]
 )
-def test_page_links_to_existing_files(name):
+def test_markdown_page_links_only_to_existing_files(name):
     path = ROOT / name
     text = path.read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text):

@@ -21,7 +21,7 @@ GPT_IMPORTS = {
     f"{GPT}.tools": ("core", "operations", "tools"),
 }
 
-# The only import between the subpackages: `obj_fn` of `sophia_h` needs `hutchinson`.
+# The only allowed import between the subpackages: `sophia_h` calls `hutchinson`.
 EXCEPTION = (
     "sophia_optax/optimizer/sophia.py",
     "sophia_optax.curvature.hutchinson",
@@ -46,7 +46,7 @@ def find_imports(path, source):
 
 
 def may_import(path, module, names):
-    """Return whether the file at this path in the repository may import these names."""
+    """Return whether the file at `path` may import `names` from `module`."""
     folder, top = path.rsplit("/", 1)[0].replace("/", "."), module.split(".")[0]
     if top == "examples" and folder in GPT_IMPORTS:
         part = module.removeprefix(f"{GPT}.").split(".")[0]

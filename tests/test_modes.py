@@ -1,4 +1,4 @@
-"""Tests of the public API in JAX modes such as `debug_nans`, in 16 and 32 bits."""
+"""Tests of the public API in JAX modes such as `debug_nans`, in bfloat16 and float32."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_gnb_and_empirical_fisher_are_finite_in_every_jax_mode(mode, dtype, like
         params, x = make_params(dtype), jnp.arange(40.0, dtype=dtype).reshape(8, 5) / 40
         shape = 8 if likelihood == Categorical() else (8, 3)
         targets = CLASSES if shape == 8 else jnp.ones(shape, int)
-        # Outside `jit`, `debug_nans` also checks intermediate results.
+        # Test `debug_nans` without `jit`, so that it also checks intermediate results.
         transform = (lambda fn: fn) if mode == "debug_nans" else jax.jit
         estimate = transform(gnb(logits_fn, likelihood=likelihood, groups=4))
         fisher = transform(empirical_fisher(logits_fn, likelihood=likelihood))

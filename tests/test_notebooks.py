@@ -1,4 +1,4 @@
-"""Tests of notebooks against their scripts. `pytest --nbmake` runs the notebooks."""
+"""Tests that notebooks match their scripts. `pytest --nbmake` executes the notebooks."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NOTEBOOKS = pytest.mark.parametrize(
 
 
 def script_cells(script):
-    """Yield the type and the text of each cell in a script in percent format."""
+    """Yield the type and text of each cell in a percent-format script."""
     for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         first, _, text = cell.partition("\n")
         if "[markdown]" in first or "skip-execution" in first:  # the cell is commented out

@@ -10,7 +10,7 @@ import sophia_optax
 from sophia_optax import variants
 
 
-def test_sophia_optax_imports_no_dependency_except_jax_and_optax():
+def test_sophia_optax_imports_only_jax_and_optax():
     code = """
 import sys, jax, optax
 before = set(sys.modules)

@@ -27,7 +27,7 @@ def examples(n):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None)
 
 
-# Optimizer strategies. JAX compiles each combination of shape and dtype, so use few.
+# Hypothesis strategies for the optimizer. Few shapes and dtypes keep compilation short.
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = ((), (3,), (2, 2), (0, 2))
@@ -65,7 +65,7 @@ HYPERPARAMETERS = st.fixed_dictionaries(
 
 
 def fill(tree, values):
-    """Fill the tree with finite numbers of random sign and of the given magnitudes."""
+    """Fill a tree with random finite numbers. `values` is (seed, magnitudes)."""
     seed, magnitudes = values
     rng = np.random.default_rng(seed)
 
@@ -105,7 +105,7 @@ def assert_bounded(updates, params, hyperparameters):
     st.lists(st.tuples(VALUES, st.none() | VALUES), max_size=3),
 )
 def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, steps):
-    """Gradients and estimates are finite, and some steps have no estimate."""
+    """Inputs are any finite gradients and estimates. Some steps have no estimate."""
     tx = sophia(**hyperparameters)
     params = fill(tree, start)
     state = tx.init(params)
@@ -116,7 +116,7 @@ def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, ste
         assert is_finite((updates, state))
         assert_bounded(updates, params, hyperparameters)
         assert 0 <= unclipped_fraction(state) <= 1
-        # The quotient before the clip is also finite.
+        # The quotient before the clip must also be finite, even with eps=0.
         stage = scale_by_diag_hessian(gamma=hyperparameters["gamma"], eps=0.0)
         assert is_finite(stage.update(grads, stage.init(params), params, hessian=hessian))
     num_refreshes = optax.tree.get(state, "num_refreshes")
@@ -125,8 +125,8 @@ def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, ste
     assert optax.tree.get(state, "num_updates") == len(steps)
 
 
-# Estimator strategies, with eight predictions of a small network. JAX compiles each case,
-# so use few.
+# Hypothesis strategies for the estimators, with eight predictions of a small network. Few
+# cases keep compilation short.
 
 BATCH = 8
 WEIGHTS = st.lists(
@@ -163,7 +163,7 @@ def estimates(case, params, x, y, weights, key):
 @examples(50)
 @given(CASES, SEEDS, st.sampled_from([0.0, 1e-3, 1.0, 5.0]), WEIGHTS)
 def test_gnb_and_empirical_fisher_are_finite_and_nonnegative(case, seed, size, weights):
-    """If all weights are 0, every entry of the estimate is NaN instead."""
+    """If all weights are 0, every entry of the estimate must be NaN instead."""
     rng, shapes = np.random.default_rng(seed), {"bias": (3,), "in": (2, 3), "out": (3, 3)}
     params = {
         name: jnp.asarray(size * rng.normal(size=shape), dtype)
@@ -171,7 +171,7 @@ def test_gnb_and_empirical_fisher_are_finite_and_nonnegative(case, seed, size, w
     }
     x, y = jnp.float32(rng.normal(size=(BATCH, 2))), jnp.array(rng.integers(0, 3, BATCH))
     has_weight = weights.any()
-    if not isinstance(case[0], Categorical):  # one label per output
+    if not isinstance(case[0], Categorical):  # elementwise: one label per output
         y = (y[:, None] == jnp.arange(3)).astype(jnp.int32)
         weights = jnp.broadcast_to(weights[:, None], y.shape)
     for hessian in estimates(case, params, x, y, weights, jax.random.key(seed)):

@@ -16,7 +16,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 URLS = PYPROJECT["project"]["urls"]
 OWNER, NAME = URLS["Repository"].removeprefix("https://github.com/").split("/")
 
-# Regular expressions for URLs that contain the owner and the name of a repository.
+# Regular expressions that capture the owner and the name of a repository in a URL.
 PATTERNS = [
     r"github\.com[/:]([\w.-]+)/([\w.-]+)",
     r"raw\.githubusercontent\.com/([\w.-]+)/([\w.-]+)",
@@ -49,7 +49,7 @@ def text_files():
             try:
                 yield path.relative_to(ROOT).as_posix(), path.read_text()
             except UnicodeDecodeError:
-                continue  # not text, such as an image
+                continue  # a binary file, such as an image
 
 
 def test_project_urls_in_all_files_match_pyproject():
@@ -75,7 +75,7 @@ def test_pyproject_urls_all_contain_the_same_owner_and_name():
 
 
 def make_links_absolute(readme):
-    """Make the README's links absolute, as pyproject's substitutions do for PyPI."""
+    """Make links absolute with the substitutions that pyproject.toml applies for PyPI."""
     hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     for substitution in hook["substitutions"]:
         readme = re.sub(substitution["pattern"], substitution["replacement"], readme)
@@ -94,7 +94,7 @@ def test_pypi_readme_has_only_absolute_links():
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_pypi_readme_substitutions_keep_code_blocks():
+def test_pypi_readme_substitutions_do_not_change_code_blocks():
     fence = re.compile(r"^```.*?^```$", re.M | re.S)
     readme = (ROOT / "README.md").read_text()
     assert fence.findall(make_links_absolute(readme)) == fence.findall(readme)

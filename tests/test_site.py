@@ -15,7 +15,7 @@ BROWSERS = "chromium", "chromium-browser", "google-chrome"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Build the site from copied sources, because other processes may build it as well."""
+    """Build the site from a copy of its sources, so parallel builds do not conflict."""
     pytest.importorskip("sphinx", reason='needs `pip install -e ".[docs]"`')
     source = tmp_path_factory.mktemp("site")
     for name in ("docs", "notebooks"):
@@ -37,7 +37,7 @@ def browser(site):
     if not found:
         pytest.skip("needs an installed Chromium")
     with playwright.sync_playwright() as started:
-        # Chromium's sandbox does not work as root, which is the usual user in a container.
+        # Chromium's sandbox does not work for root, which is the usual user in a container.
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -51,7 +51,7 @@ def page(browser):
     context.close()
 
 
-def test_site_has_no_errors_network_requests_or_broken_links(site, page):
+def test_site_pages_have_no_errors_network_requests_or_broken_links(site, page):
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(request.url))
@@ -77,7 +77,7 @@ def test_site_has_no_errors_network_requests_or_broken_links(site, page):
                     assert unquote(anchor) in anchors[target], (file.name, href)
 
 
-def test_site_fits_the_width_of_a_phone(site, page):
+def test_site_pages_fit_the_width_of_a_phone_screen(site, page):
     page.set_viewport_size({"width": 390, "height": 844})
     for file in sorted(site.rglob("*.html")):
         if {"_static", "_modules"}.intersection(file.parts):

@@ -1,4 +1,4 @@
-"""Tests of Sophia's variants against formulas in NumPy or against `sophia`."""
+"""Tests of `sophia_optax.variants` against formulas in NumPy or against `sophia`."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ ESTIMATES = [random_tree(10 + seed) for seed in range(7)]
 
 
 def train(tx, estimates=None):
-    """Return the parameters and the state after one step per gradient in GRADS."""
+    """Return the parameters and the state after one training step per gradient in GRADS."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -56,7 +56,7 @@ def train(tx, estimates=None):
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])
-def test_adahessian_follows_its_paper(x64, block_size):
+def test_adahessian_follows_the_equations_of_its_paper(x64, block_size):
     """The reference implements equations 9 to 12 and Algorithm 1 of arXiv 2006.00719."""
     lr, b1, b2, weight_decay = 0.15, 0.9, 0.999, 0.1
 
@@ -64,7 +64,7 @@ def test_adahessian_follows_its_paper(x64, block_size):
         theta, m, v = PARAMS[name], 0.0, 0.0
         for t, (grads, estimates) in enumerate(zip(GRADS, ESTIMATES, strict=True), 1):
             g, d = grads[name], estimates[name]
-            if name == "w":  # equation 10
+            if name == "w":  # equation 10: spatial averaging
                 blocks = d.reshape(-1, block_size)
                 d = np.repeat(blocks.mean(1), block_size).reshape(d.shape)
             m = b1 * m + (1 - b1) * g
@@ -75,7 +75,7 @@ def test_adahessian_follows_its_paper(x64, block_size):
 
     averaged = [spatial_average(e, block_size) for e in ESTIMATES]
     params, _ = train(adahessian(lr, b1, b2, weight_decay=weight_decay), averaged)
-    # The tolerance is loose, because the averages of the Hessian are float32.
+    # The tolerance is loose, because `adahessian` averages the Hessian in float32.
     assert_trees_all_close(params, {name: expected(name) for name in PARAMS}, rtol=2e-4)
 
 
@@ -101,7 +101,7 @@ def test_variants_refresh_once_per_update_interval(tx, refreshes):
     assert optax.tree.get(state, "num_refreshes") == refreshes
 
 
-def test_spatial_average_keeps_sums_vectors_and_scalars():
+def test_spatial_average_preserves_sums_and_does_not_change_vectors_or_scalars():
     h = {"w": jnp.arange(24.0).reshape(2, 3, 4), "b": jnp.arange(3.0), "s": jnp.array(2.0)}
     averaged = spatial_average(h, 2)
     assert_trees_all_equal({n: averaged[n] for n in "bs"}, {n: h[n] for n in "bs"})
@@ -150,7 +150,7 @@ def test_smooth_clip_is_accurate_for_small_and_large_updates(dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), x / np.hypot(1, x), rtol)
 
 
-def test_smooth_clip_keeps_unclipped_fraction_and_frozen_leaves():
+def test_smooth_clip_does_not_change_unclipped_fraction_or_frozen_leaves():
     params = {"w": jnp.ones(4), "frozen": None}
     stages = optax.ema(0.0, debias=False), scale_by_diag_hessian(0.0, 1.0), smooth_clip()
     tx = optax.chain(*stages)
@@ -165,7 +165,7 @@ def test_smooth_clip_keeps_unclipped_fraction_and_frozen_leaves():
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_gradient_noise_of_gnb_estimates_the_variance_over_labels(x64, groups):
-    """The variance of the mean gradient is computed exactly, as a sum over all labels."""
+    """The reference variance is an exact sum over all possible labels of the batch."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x = jax.random.normal(jax.random.key(2), (4, 2))
     log_probs = jax.nn.log_softmax(network(params, x))
@@ -197,7 +197,7 @@ def test_gradient_noise_of_gnb_estimates_the_variance_over_labels(x64, groups):
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_gradient_noise_of_empirical_fisher_estimates_variance_between_groups(x64, groups):
-    """The estimate also includes the squared mean gradient, over the number of groups."""
+    """The squared estimate also includes the squared mean gradient divided by `groups`."""
     params = network_params()
     x, y = jax.random.normal(jax.random.key(2), (6, 2)), jnp.array([0, 1, 2, 2, 1, 0])
 
@@ -213,7 +213,7 @@ def test_gradient_noise_of_empirical_fisher_estimates_variance_between_groups(x6
 
 
 @pytest.mark.parametrize(("batch_weight", "expected"), [(None, 4), (jnp.float32(16), 16)])
-def test_gradient_noise_divides_by_the_batch_weight(batch_weight, expected):
+def test_gradient_noise_divides_the_estimate_by_batch_weight(batch_weight, expected):
     params, x = network_params(), jax.random.normal(jax.random.key(2), (4, 2))
     arguments = {"key": jax.random.key(0), "weights": jnp.array([1.0, 0.0, 2.0, 1.0])}
     h = gnb(network)(params, x, **arguments)
@@ -223,8 +223,8 @@ def test_gradient_noise_divides_by_the_batch_weight(batch_weight, expected):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_noise_bounded_divides_by_the_root_of_squared_momentum_plus_noise(x64, nesterov):
-    """Every second update is a refresh."""
+def test_noise_bounded_divides_by_the_norm_of_momentum_and_noise(x64, nesterov):
+    """Every second update is a refresh with an estimate of the noise."""
     lr, b1, b2, weight_decay = 0.1, 0.9, 0.8, 0.2
     estimates = [e if t % 2 == 0 else None for t, e in enumerate(ESTIMATES)]
 
@@ -281,8 +281,8 @@ def test_normalize_only_divides_the_momentum_by_its_norm():
         signum,
     ],
 )
-def test_variants_with_zero_gradients_only_decay_weights_selected_by_the_mask(make):
-    """Hyperparameters may be traced. `normalize_only` returns no NaN for a norm of 0."""
+def test_variants_with_zero_gradients_decay_only_the_weights_in_the_mask(make):
+    """Hyperparameters are traced. `normalize_only` must not return NaN for a norm of 0."""
     mask = {"w": True, "b": False}
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt`: train, compare and plot."""
+"""The command `python -m examples.gpt`: train, compare optimizers, and plot losses."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from examples.gpt.tools.command import run_command
 
 
 def main(config: Config) -> dict[str, list[Row]]:
-    """Train with each optimizer, and write all results to the folder of the config.
+    """Train with each optimizer, and write all results to `config.folder`.
 
     Return the rows of metrics.jsonl, keyed by optimizer.
     """
@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, list[Row]]:
 
 
 def runs(config: Config, out: Path) -> Iterator[tuple[Config, Path]]:
-    """Yield the config and folder of the main run and of each `compare` run."""
+    """Yield the config and folder of each run: `config.optimizer` first, then `compare`."""
     yield config, out
     for optimizer in config.compare:
         recipe = preset_config(config.preset, optimizer).recipe
@@ -75,7 +75,7 @@ def initial_params(config: Config) -> Any:
 
 
 def run(config: Config) -> None:
-    """Connect to the other processes, then train."""
+    """Check the config, connect to the other processes, and train."""
     config.check()
     processes.join_processes(config.processes)
     main(config)

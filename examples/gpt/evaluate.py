@@ -1,4 +1,4 @@
-"""The command `python -m examples.gpt.evaluate`: score a model."""
+"""The command `python -m examples.gpt.evaluate`: measure a model's loss or task scores."""
 
 from examples.gpt.tools import command, evaluate
 

@@ -14,7 +14,7 @@ class AccumulatorState(NamedTuple):
     """The weighted mean of the estimates of all micro-batches added so far."""
 
     num_batches: jax.Array  # shape=(), dtype=int32
-    weight: jax.Array  # shape=(), dtype=float32, the sum of their weights
+    weight: jax.Array  # shape=(), dtype=float32, total weight of these micro-batches
     hessian: Any  # a tree like the parameters
 
 
@@ -33,20 +33,20 @@ def accumulate(estimate: Estimator) -> Accumulator:
       \hat h = \sum_i W_i\, \hat h_i \,/\, \sum_i W_i
 
     ĥ_i is the estimate of micro-batch i, and W_i its weight. If all micro-batches have the
-    same size, the mean equals one estimate of their concatenation with as many groups in
-    total. `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
+    same size, ĥ equals the estimate of the concatenated batch with the same total number of
+    groups. `estimate` is an `Estimator`, such as the result of `gnb` or `hutchinson`.
 
     Returns:
       Three pure functions:
 
       - `init(params)`: the empty state;
       - `add(state, params, *batch, **kwargs)`: the state after one more micro-batch. The
-        other arguments are those of `estimate`. The key may be the same for all
-        micro-batches, because their groups have different numbers. W_i is the number of
-        predictions, or the sum of their weights. For `hutchinson` it is the number of
-        examples, or the argument `weight`. A micro-batch of weight 0 is ignored;
-      - `mean(state)`: the estimate, to pass as `hessian` or return from `hessian_fn`. If
-        the total weight is 0, it is NaN, which the optimizer rejects.
+        arguments after `state` are those of `estimate`. All micro-batches may use the same
+        key, because each group's number is folded into it. W_i is the number of predictions
+        or, if `weights` are passed, their sum. For `hutchinson`, W_i is the number of
+        examples, or the argument `weight` if passed. Micro-batches of weight 0 are ignored;
+      - `mean(state)`: the estimate ĥ, to pass as `hessian` or return from `hessian_fn`. If
+        the total weight is 0, ĥ is NaN, which the optimizer rejects.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,7 +78,7 @@ def accumulate(estimate: Estimator) -> Accumulator:
 
         def blend(mean: jax.Array, e: jax.Array) -> jax.Array:
             blended = mean + fraction.astype(mean.dtype) * (e - mean)
-            return jnp.where(weight == 0, mean, blended)  # `e` is NaN if `weight` is 0
+            return jnp.where(weight == 0, mean, blended)  # `e` may be NaN if `weight` is 0
 
         hessian = jax.tree.map(blend, state.hessian, new)
         return AccumulatorState(state.num_batches + 1, state.weight + weight, hessian)

@@ -1,11 +1,11 @@
-"""Categorical sampling from logits, which inverts the cumulative distribution in two steps.
+"""Categorical sampling from logits, by inverting the cumulative distribution in two steps.
 
 Each sample uses one uniform number u in (0, 1). The classes are divided into blocks. The
-weight of a block is the sum of exp(logit - max), and W is the sum of all weights. Step one
-finds the first block with a cumulative weight above u W. Step two finds the first class in
-this block with a cumulative weight above u W. With up to 256 classes, a block is one class.
-If the number of classes is a multiple of 128, there are 128 blocks, so that devices with
-shards of the classes exchange only 128 weights. Otherwise a block is 256 classes.
+weight of a class is exp(logit - max), and W is the sum of all weights. Step one finds the
+first block at which the cumulative weight exceeds u W. Step two finds the first such class
+in this block. With up to 256 classes, a block is a single class. With more classes, if the
+number of classes is a multiple of 128, there are 128 blocks, so devices that hold shards of
+the classes exchange only 128 weights. Otherwise a block has 256 classes.
 """
 
 import jax
@@ -23,7 +23,7 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     of uniform numbers in float32. A class with a logit of -inf is never sampled.
     """
     uniform = jax.random.uniform(key, logits.shape[:-1], jnp.float32)
-    uniform += 2.0**-24  # the middle of an interval of width 2**-23, never 0
+    uniform += 2.0**-24  # the center of an interval of width 2**-23, so never 0
     # If the classes are sharded, XLA inserts the communication.
     spec = jax.typeof(logits).sharding.spec[:-1]
     return run_on_auto_axes(invert_cdf, spec)(uniform, logits)
@@ -64,7 +64,7 @@ def _find_first_above(
     target: jax.Array, cumulative: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Return the first index with a positive weight and a `cumulative` above `target`."""
-    # By rounding, `cumulative` may increase where a weight is 0, or end below `target`.
+    # Due to rounding, `cumulative` may increase at a weight of 0, or end below `target`.
     possible = weights > 0
     last = jnp.max(cumulative, -1, keepdims=True, where=possible, initial=0)
     target = jnp.minimum(target, jnp.nextafter(last, jnp.zeros_like(last)))

@@ -4,8 +4,8 @@ An annotation squares a gradient in the backward pass. Afterwards, the squares m
 moved, padded with zeros, stacked by a scan over layers or summed over devices, but not
 changed otherwise. No gradient may be summed over devices before it is squared. The check is
 an abstract interpretation: each value in the jaxpr has a kind, and `_apply` derives the
-kinds of an operation's results from the kinds of its operands. A jaxpr without annotations
-and communication is not checked.
+kinds of an operation's results from the kinds of its operands. A jaxpr that has neither
+annotations nor communication is not checked.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ GroupLoss = Callable[[Any, dict[str, Any], jax.Array], jax.Array]
 class Kind(enum.Enum):
     FORWARD = enum.auto()  # does not depend on the cotangent of the loss
     ZERO = enum.auto()
-    GRADIENT = enum.auto()  # of one group, summed over the devices along `Value.axes`
-    SQUARES = enum.auto()  # each entry is 0, or one entry's square summed over groups
-    INVALID = enum.auto()  # the estimate would be wrong, for the reason `Value.cause`
+    GRADIENT = enum.auto()  # one group's gradient, summed over the mapped axes `Value.axes`
+    SQUARES = enum.auto()  # each entry is 0, or a squared gradient entry summed over groups
+    INVALID = enum.auto()  # makes the estimate wrong, for the reason in `Value.cause`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,13 @@ INNER = _invalid("in a gradient that the model computes itself")
 EARLY = _invalid("before it is gathered over devices")
 ROUNDED = _invalid("after it is cast to 16 bits")
 
-# Moves keep the kind of their first operand. Any other operands are indices.
+# These primitives only move (or cast) entries of operand 0. Other operands are indices.
 _MOVES = {
     *("convert_element_type", "copy", "dynamic_slice", "layout_constraint", "name"),
     *("pcast", "pvary", "reshape", "reshard", "rev", "sharding_constraint", "slice"),
     *("split", "squeeze", "transpose"),
 }
-# These are moves only if the result has as many entries as the operand.
+# If the result and the operand have the same size, these primitives only move entries.
 _MOVES_OR_SUMS = {"broadcast_in_dim", "reduce_sum"}
 _SUMS = {"add", "add_any", "dynamic_update_slice", "pad", "scatter-add"}
 _PRODUCTS = {"conv_general_dilated", "dot_general", "integer_pow", "mul", "neg", "square"}
@@ -83,8 +83,8 @@ def trace_group_gradient(
     """Trace the gradient of one group's loss, and find the annotated parameters.
 
     Return the gradient function, the `Value` of each parameter's gradient, and a tree of
-    bools: whether each gradient is already summed over the mapped axis `GROUPS`. The tree
-    is None if no annotation uses this axis.
+    bools, True for gradients that the function squares and sums over the mapped axis
+    `GROUPS`. Instead of the tree, return None if no annotation uses this axis.
     """
     axis_env = [(DEVICE, 1)] if names else [(GROUPS, grouped.parallel)]
     gathered = grouped.gather(params)
@@ -96,15 +96,15 @@ def trace_group_gradient(
         return fn, values, None
     is_summed = jax.tree.map(lambda value: value.is_squares, values)
     if grouped.axes:
-        # Types include Explicit axes: retrace, because annotated parameters stay sharded.
+        # Annotated parameters stay sharded. Types contain Explicit shardings, so retrace.
         gathered = grouped.gather(params, is_summed)
         fn, _ = trace(gradient, gathered, *grouped.first, axis_env=axis_env)
     return fn, values, is_summed
 
 
 def named_gradient(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Return the gradient function of a loss. Its jaxpr names the loss's cotangent."""
-    # Under `jit`, an evaluation of the jaxpr binds one operation, not every operation.
+    """Return the gradient function of `loss`, with the loss's cotangent tagged by name."""
+    # `jit` makes the gradient a single operation of the jaxpr, which is fast to evaluate.
     return jax.jit(jax.grad(lambda *args: _name_cotangent(loss(*args))))
 
 
@@ -124,7 +124,7 @@ def trace(
 
 def find_annotations(jaxpr: Any, params: Any, names: tuple[str, ...]) -> Any:
     """Return the `Value` of each parameter's gradient, given the gradient's jaxpr."""
-    if names:  # `jaxpr.effects` does not suffice: `ppermute` has no effect
+    if names:  # `jaxpr.effects` is incomplete: `ppermute` adds no effect to it
         axes = _find_used_axes(jaxpr.eqns)
         needs_check = not axes.isdisjoint(names) or _has_annotation(jaxpr.eqns)
     else:
@@ -156,13 +156,13 @@ def _check_values(values: Any) -> None:
             )
 
 
-# The identity. Its backward pass names the cotangent at which `_follow` starts.
+# The identity. Its backward pass tags the loss's cotangent by name for `_apply` to find.
 _name_cotangent = jax.custom_vjp(lambda loss: loss)
 _name_cotangent.defvjp(lambda x: (x, None), lambda _, g: (checkpoint_name(g, _BACKWARD),))
 
 
 def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
-    """Return the abstract values of a jaxpr's results, given its arguments' values."""
+    """Return the abstract values of a jaxpr's results, given those of its arguments."""
     values = dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(x: Any) -> Value:
@@ -177,7 +177,7 @@ def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
 
 
 def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the abstract values of an operation's results."""
+    """Return the abstract values of an operation's results, given those of its operands."""
     name, params, results = eqn.primitive.name, eqn.params, len(eqn.outvars)
     first = operands[0] if operands else FORWARD
     if name == "name" and params["name"] == _BACKWARD:
@@ -195,14 +195,14 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if inner is not None and (len(inner.invars), len(inner.outvars)) == counts:
         return _follow(inner, operands, names)  # a call, such as `jit` or `remat`
     if _has_annotation([eqn]):
-        return [HIDDEN] * results  # a `while` or a kernel: the number of runs is unknown
+        return [HIDDEN] * results  # a `while` or a kernel may run it any number of times
     if name in ("optimization_barrier", "device_put"):
         return operands  # one result for each operand
 
-    # Sums of two operands. If one operand is zero, the sum has the other's kind.
+    # Sums of two operands. If one operand is zero, the sum has the other operand's kind.
     if name in _SUMS:
         total = _sum(first, operands[2 if name == "scatter-add" else 1])
-        # With repeated indices, several updates are added to the same entry.
+        # With repeated indices, several updates may be added to the same entry.
         repeats = name == "scatter-add" and not params["unique_indices"]
         return [_sum(total, total) if repeats else total]
     if name == "concatenate":
@@ -230,7 +230,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if name in _PRODUCTS and ZERO in operands:
         return [ZERO] * results
     result = functools.reduce(_join, operands, FORWARD)
-    if result.kind == Kind.GRADIENT:  # for example, `ppermute` mixes devices along `over`
+    if result.kind == Kind.GRADIENT:  # such as `ppermute` along the axes `over`
         result = result.with_axes(over & names)
     return [result] * results
 
@@ -254,11 +254,11 @@ def _follow_cond(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the values of a scan's results, from a fixed point of the carry's values."""
+    """Iterate a scan's carry to a fixed point, and return the results' abstract values."""
     body = _unwrap(eqn.params["jaxpr"])
 
     # Some versions of JAX do not store the number of carried values. So count the scanned
-    # arrays: they have one more axis outside of the body than inside.
+    # arrays, which have one more axis outside of the body than inside.
     def count_scanned(outside: Any, inside: Any) -> int:
         return sum(o.aval.ndim != i.aval.ndim for o, i in zip(outside, inside, strict=True))
 
@@ -274,7 +274,7 @@ def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _join(a: Value, b: Value) -> Value:
-    """Return the join of two abstract values: any entry of an array may have either."""
+    """Return the join: the abstract value of an array with entries of value `a` or `b`."""
     if a == b or b == ZERO:
         return a
     if a == ZERO:
@@ -282,21 +282,21 @@ def _join(a: Value, b: Value) -> Value:
     if Kind.INVALID in (a.kind, b.kind):
         return a if a.kind == Kind.INVALID else b
     if a.is_squares and b.is_squares:
-        return PARTS  # the squares are summed over different mapped axes
+        return PARTS  # `a` and `b` are summed over different mapped axes
     if a.is_squares or b.is_squares:
         return SOME_USES
     return Value(Kind.GRADIENT, a.axes | b.axes)
 
 
 def _sum(a: Value, b: Value) -> Value:
-    # A sum of squares is not the square of a sum.
+    # The sum of two squares is not the square of the sum.
     return PARTS if a.is_squares and b.is_squares else _join(a, b)
 
 
 def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
-    """Return the value of a sum over axes. Along `names`, devices have different groups."""
+    """Return the abstract value of a sum of `value` over the mapped axes `over`."""
     if value.is_squares:
-        # Along other axes, devices hold parts of one group's gradient.
+        # Devices hold different groups along `names`, parts of a group along other axes.
         return value.with_axes(over) if over <= names else PARTS
     if value.kind == Kind.GRADIENT:
         return value.with_axes(over & names)

@@ -1,10 +1,10 @@
 """The annotation that squares each group's gradient in the backward pass.
 
-If a weight is sharded, the backward pass of its gather sums the gradient over devices. An
+If a model gathers a sharded weight, the backward pass sums the gradient over devices. An
 estimate must square each group's own gradient before this sum. In an estimate, the backward
 pass of `each_group` squares the gradient of the gathered weight and sums the squares over
-the parallel groups. The rest of the backward pass, to the shards of the weight, treats the
-squares like a gradient. So the estimate is sharded like a gradient.
+the parallel groups. The rest of the backward pass, from the gathered weight to its shards,
+processes the squares like a gradient. So the estimate is sharded like a gradient.
 """
 
 from typing import Any
@@ -17,31 +17,31 @@ from sophia_optax.arrays import accumulator_dtype, cast_to_float32, varying_axes
 from sophia_optax.curvature.meshes import run_on_auto_axes
 
 # These mapped axes are bound while an estimate is traced. Unlike global variables, they are
-# part of the cache key of `jit`, so that estimates never reuse traces of training steps.
+# part of the cache key of `jit`, so an estimate never reuses the trace of a training step.
 GROUPS = "sophia_optax.groups"  # an axis over the parallel groups, under `jit`
 DEVICE = "sophia_optax.device"  # an axis of size 1, under `pmap` and `shard_map`
 
-SQUARES = "sophia_optax.squares"  # the name of the squares in a jaxpr
+SQUARES = "sophia_optax.squares"  # the name that tags the squares in a jaxpr
 
 
 def each_group(tree: Any) -> Any:
     """Annotate gathered weights, so that an estimate is sharded like a gradient.
 
     This function is the identity, except in estimates by `gnb` or `empirical_fisher` with
-    several groups or devices. There, its backward pass squares each group's gradient.
+    several groups or devices. In these, its backward pass squares each group's gradient.
     Without annotations, each device holds the gathered parameters, one group's gradient and
-    the estimate, all unsharded. `hutchinson` ignores annotations: under `jit`, use
-    `groups=1` and several `num_probes`.
+    the estimate, all unsharded. `hutchinson` ignores annotations: for sharded weights under
+    `jit`, use `hutchinson` with `groups=1` and several `num_probes`.
 
     Annotate each weight once, after it is gathered by `jax.reshard` or `jax.lax.all_gather`
     and before it is cast or used. In a scan over layers, annotate the weights of one layer
     in the body. If a weight is used twice, such as a tied embedding, annotate it once and
-    use the result twice. On Auto axes, the annotation may also come before the gather, with
-    a cast to 16 bits between the annotation and the gather to reduce communication.
+    use the result twice. On Auto axes, a weight may also be annotated before it is
+    gathered. A cast to 16 bits after the annotation then reduces communication.
 
     Args:
       tree: weights, a tree of float32 or float64 arrays. Leaves that are not floats are
-        ignored.
+        returned unchanged.
 
     Raises:
       TypeError, ValueError: in an estimate, for 16-bit weights and for a wrong or missing
@@ -62,7 +62,7 @@ def each_group(tree: Any) -> Any:
         return tree
     manual_axes = jax.sharding.get_abstract_mesh().manual_axes
     if _is_bound(GROUPS) and varying_axes([jax.lax.axis_index(a) for a in manual_axes]):
-        # Device indices are typed as varying only in a `shard_map` with `check_vma=True`.
+        # Device indices have a varying type only if `shard_map` has `check_vma=True`.
         raise NotImplementedError(
             "In a `shard_map` with `check_vma=True`, `each_group` needs `axis_name` in the "
             "estimator. If devices do not have their own groups, use `check_vma=False`."

@@ -1,4 +1,4 @@
-"""The estimator protocol, and checks of the arguments shared by all estimators."""
+"""The estimator protocol, and checks of arguments that all estimators share."""
 
 import numbers
 from typing import Any, Protocol, runtime_checkable
@@ -37,16 +37,16 @@ class Estimator(Protocol):
     def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
         """Return the estimate, a tree like `params` with float32 leaves.
 
-        Each argument in `batch` is a tree of arrays, all with the same leading axis. One
-        keyword argument is `first_group`, the number of the first group, shape (), int32,
-        0 by default. Others, such as `key`, depend on the estimator. A random estimator
-        folds a group's number into its key, so that different groups and micro-batches
-        draw independent samples.
+        Each argument in `batch` is a tree of arrays, and all leading axes have the same
+        size. Every estimator takes the keyword argument `first_group`, the number of the
+        first group, shape (), int32, 0 by default. Other keyword arguments, such as `key`,
+        depend on the estimator. A random estimator folds each group's number into the key,
+        so that different groups and micro-batches draw independent samples.
         """
         ...
 
     def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
-        """Return a batch's weight in a mean over batches, shape ().
+        """Return the batch's weight in a weighted mean over batches, shape ().
 
         The keyword arguments are those of `__call__`, without `first_group`.
         """
@@ -87,6 +87,6 @@ def prepare_key(key: jax.Array, names: tuple[str, ...]) -> jax.Array:
         raise TypeError(
             f"`key` must be a single PRNG key, such as `jax.random.key(0)`, got {got}."
         )
-    # With `rbg` keys, parallel and sequential groups would draw different bits.
+    # Always use threefry: `rbg` bits would differ between parallel and sequential groups.
     key = jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
     return jax.random.fold_in(key, jax.lax.axis_index(names)) if names else key

@@ -1,9 +1,9 @@
 """Estimators of the Gauss-Newton diagonal from squared gradients of summed losses.
 
-The loss is the mean L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W over predictions b. For sampled
-labels ŷ_b and ℓ = -log p, the gradients g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are independent, with
-mean zero and covariance J_bᵀ (∂²ℓ/∂f²) J_b, the Gauss-Newton matrix of prediction b. So for
-any groups g of predictions
+The loss is a mean over predictions b, L = Σ_b w_b ℓ(f(θ, x_b), y_b) / W with W = Σ_b w_b.
+For sampled labels ŷ_b and ℓ = -log p, the gradients g_b = ∇_θ ℓ(f(θ, x_b), ŷ_b) are
+independent, with mean zero and covariance J_bᵀ (∂²ℓ/∂f²) J_b, the Gauss-Newton matrix of
+prediction b. So for any partition of the predictions into groups g
 
     E Σ_g (Σ_{b in g} √w_b g_b)²  =  Σ_b w_b E g_b²  =  W diag(Gauss-Newton of L)
 
@@ -40,31 +40,32 @@ def gnb(
 ) -> "GaussNewtonBartlett":  # fmt: skip
     r"""Gauss-Newton-Bartlett estimator: squared gradients for labels drawn from the model.
 
-    This is algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, extended to groups:
+    This is algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, for several groups:
 
     .. math::
       \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
       S_g = \sum_{b \in g} \sqrt{w_b}\, \nabla_\theta \ell(f(\theta, x_b), \hat y_b)
 
     Here b is a prediction with weight w_b and sampled label ŷ_b, g is a group, and W is the
-    sum of all weights. For any number of groups, the mean of ĥ is the diagonal of the mean
-    loss's Gauss-Newton matrix. The error falls as 1 / √groups. The paper uses one group.
+    sum of all weights. For any number of groups, the expectation of ĥ is the Gauss-Newton
+    diagonal of the mean loss. The error decreases as 1 / √groups. The paper uses one group.
 
     Args:
       logits_fn: `logits_fn(params, *batch)` returns the model outputs that `likelihood`
-        takes: for `Categorical`, logits of shape (..., classes). It sees one group at a
+        takes: for `Categorical`, logits of shape (..., classes). It receives one group at a
         time. If the model mixes examples, as batch normalization does, use its evaluation
         mode or `groups=1`.
       likelihood: the distribution of a label given the outputs: `Categorical`, `Bernoulli`,
         `Normal`, `Poisson`, or any object with `sample` and `neg_log_prob`.
       groups: number of groups, which are blocks of consecutive examples. It must divide the
-        leading axis of every array in the batch and of the weights.
-      parallel_groups: number of groups that are computed in parallel, each with its own
-        gradient in memory, except for weights annotated by `each_group`. It must divide
-        `groups`. Under `jit`, use a multiple of the number of devices that the batch is
-        sharded over. On Explicit axes, this is checked, and that number is the default. On
-        Auto axes, the default is one group per device: pass the size of the data axes
-        instead, so that devices do not compute the same groups.
+        size of the leading axis of every array in the batch and of `weights`.
+      parallel_groups: number of groups that are computed in parallel. It must divide
+        `groups`. Each parallel group needs memory for its own gradient, except for weights
+        annotated by `each_group`. Under `jit`, use a multiple of the number of devices that
+        the batch is sharded over, so that devices do not compute the same groups. On
+        Explicit axes, this is required, and the number of these devices is the default. On
+        Auto axes, the default is one group per device of the mesh: pass the size of the
+        data axes instead.
       axis_name: name or names of the mapped axes that the batch is sharded over under
         `pmap` or `shard_map`. `groups` is then the number of groups on each device. If
         `params` are sharded, the estimate is sharded like them, and `logits_fn` must apply
@@ -72,19 +73,19 @@ def gnb(
         None: the estimate then equals the single-device estimate.
 
     Returns:
-      A function `estimate(params, *batch, key, weights=None)`, an `Estimator`.
+      A function `estimate(params, *batch, key, weights=None)`, which is an `Estimator`.
 
       `key` is a PRNG key. `weights` are non-negative, one for each prediction, in the shape
       that `likelihood.neg_log_prob` returns. Predictions of weight 0 are ignored if their
-      outputs are finite. The result is a tree like `params`, non-negative, in float32, or
-      in float64 where `params` are float64. It is NaN, which the optimizer rejects, if all
-      weights are 0 or their signs differ.
+      model outputs are finite. The estimate is a tree like `params`, non-negative, in
+      float32, or in float64 where `params` are float64. It is NaN, which the optimizer
+      rejects, if all weights are 0 or their signs differ.
 
     Raises:
-      ValueError: if `groups` or `parallel_groups` is invalid. From the estimate, if
-        `groups` does not divide the batch, if `weights` have the wrong shape, or if
+      ValueError: if `groups` or `parallel_groups` is invalid. Raised by `estimate` if
+        `groups` does not divide the batch size, if `weights` have the wrong shape, or if
         `each_group` annotates parameters incorrectly.
-      TypeError: from the estimate, if `key` is not a PRNG key.
+      TypeError: raised by `estimate` if `key` is not a PRNG key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -106,13 +107,13 @@ def empirical_fisher(
 
     The arguments are those of `gnb`. Gradients for the data's labels do not have mean zero,
     so the result depends on the groups and does not estimate the Gauss-Newton matrix
-    (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019). It is a baseline, the
-    paper's E-F+clip.
+    (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019). This estimator is a
+    baseline, which the Sophia paper uses in E-F+clip.
 
     Returns:
-      A function `estimate(params, *batch, targets, weights=None)`, an `Estimator`.
-      `targets` are the labels, a tree of arrays with the leading axis of the batch. A label
-      that is not a class, such as -100, must have weight 0. Otherwise the estimate is NaN.
+      A function `estimate(params, *batch, targets, weights=None)`, which is an `Estimator`.
+      `targets` are the labels, a tree of arrays with the batch's leading axis. A label that
+      is not a class, such as -100, must have weight 0. Otherwise the estimate is NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,7 +128,7 @@ def empirical_fisher(
 
 @dataclasses.dataclass(frozen=True)
 class _SquaredGradients:
-    """Estimator of the form (1 / W) Σ_g S_g ⊙ S_g. The fields are arguments of `gnb`."""
+    """Estimator of the form (1 / W) Σ_g S_g ⊙ S_g. Its fields are arguments of `gnb`."""
 
     logits_fn: Callable[..., Any]
     likelihood: Likelihood
@@ -148,7 +149,7 @@ class _SquaredGradients:
         self, params: Any, *batch: Any,
         weights: ArrayLike | None = None, key: jax.Array | None = None, targets: Any = None,
     ) -> ArrayLike:  # fmt: skip
-        """Return W: the sum of `weights`, or without them the number of predictions."""
+        """Return W: the sum of `weights`, or the number of predictions if it is None."""
         names = axis_names(self.axis_name)
         if weights is None:
             arrays = {"batch": batch, "targets": targets}
@@ -160,7 +161,7 @@ class _SquaredGradients:
     def _losses(
         self, params: Any, group: dict[str, Any], number: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """Return a group's losses for labels sampled with `key`, or for its targets."""
+        """Return a group's losses for sampled labels, or for `targets` if `key` is None."""
         _check_takes_inputs(self.logits_fn, params, group["batch"])
         outputs = self.logits_fn(params, *group["batch"])
         labels = group["targets"]
@@ -181,7 +182,7 @@ class _SquaredGradients:
             total_weight = self.weight(params, weights=weights)
 
         def group_loss(params: Any, group: dict[str, Any], number: jax.Array) -> jax.Array:
-            """Return Σ_{b in g} √(w_b / W) ℓ_b. Dividing here keeps float16 in range."""
+            """Return Σ_{b in g} √(w_b / W) ℓ_b. The factor 1 / W keeps float16 in range."""
             losses = self._losses(params, group, number, key)
             if total_weight is None:
                 w = 1 / (losses.size * self.groups * jax.lax.axis_size(names))
@@ -194,10 +195,10 @@ class _SquaredGradients:
                     f"`weights` must have one entry for each prediction, {shape}, got "
                     f"{arrays['weights'].shape}."
                 )
-            # A masked prediction, such as one labeled -100, may have a non-finite loss.
+            # The loss of a masked prediction, such as one labeled -100, may not be finite.
             loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, losses, 0))
             if key is None:
-                # An invalid label has an infinite loss but a finite gradient: return NaN.
+                # An invalid label has an infinite loss but a finite gradient: make it NaN.
                 loss *= jnp.where(jnp.isfinite(loss), 1, jnp.nan)
             return loss
 

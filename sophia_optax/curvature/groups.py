@@ -1,11 +1,11 @@
-"""Splitting of a batch into groups, and sums of a function over the groups.
+"""Splitting of a batch into groups, and sums of a function's results over the groups.
 
 Groups are blocks of consecutive examples. Sequential groups (scanned) need memory for only
 one gradient. Parallel groups (vmapped) make better use of a large device. Step s computes
-groups `p * steps + s` in parallel, for p < parallel. So if the leading axis of the batch is
-sharded, each device computes its own groups, and the results are summed over devices once,
-after the last step. Squares for weights annotated by `each_group` are summed over devices
-at each step and stay sharded.
+groups `p * steps + s` for all p < parallel in parallel. So if the leading axis of the batch
+is sharded, each device computes the groups in its shard, and the results are summed over
+devices once, after the last step. However, squared gradients of weights that `each_group`
+annotates are summed over devices at each step and stay sharded.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ _NO_MESH = Mesh((), ())
 class GroupedBatch:
     """A batch split into groups: `steps` sequential steps of `parallel` groups each."""
 
-    first: tuple[Any, jax.Array]  # the arrays of the first group, and its number
-    # Arrays and numbers of all groups, axes (steps, parallel, ...), or None for one group.
+    first: tuple[Any, jax.Array]  # arrays and number of the first group
+    # Arrays and numbers of all groups, shape (steps, parallel, ...), or None for one group.
     groups: tuple[Any, jax.Array] | None = None
     steps: int = 1
     parallel: int = 1
@@ -52,7 +52,7 @@ def split_into_groups(
     batch: dict[str, Any], groups: int, parallel_groups: int | None = None,
     first_group: ArrayLike = 0,
 ) -> GroupedBatch:  # fmt: skip
-    """Split the arrays of a batch, a dict of trees, into blocks along the leading axis."""
+    """Split the arrays of a batch, a dict of trees, into groups along the leading axis."""
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
@@ -68,7 +68,7 @@ def split_into_groups(
     numbers = split(jnp.int32(first_group) + jnp.arange(groups, dtype=jnp.int32))[..., 0]
     split_batch = jax.tree.map(split, batch), numbers
     step = jax.tree.map(lambda x: x[0], split_batch)
-    if axes:  # devices hold different groups: gather them before indexing one
+    if axes:  # devices hold different groups: gather them before indexing the first
         step = jax.tree.map(lambda x: meshes.reshard_leading(x, mesh, ()), step)
     first = jax.tree.map(lambda x: x[0], step)
     return GroupedBatch(first, split_batch, steps, parallel, mesh, axes)
@@ -91,8 +91,8 @@ def sum_over_groups(
     axis_name = GROUPS
     if is_summed is None:
         axis_name, is_summed = None, jax.tree.map(lambda _: False, params)
-    # On a mesh, the groups of a step may be on different devices, and a sum over them would
-    # be an all-reduce at each step. So the results are separate until the last step.
+    # On a mesh, parallel groups may be on different devices, and a sum over these groups
+    # needs an all-reduce. So keep one sum for each parallel group during the scan.
     num_sums = 1 if grouped.mesh.empty else grouped.parallel
 
     def compute_step(groups: Any) -> Any:
@@ -128,12 +128,12 @@ def sum_over_groups(
 def _map_over_groups(
     apply_to_group: Callable[..., Any], groups: Any, is_summed: Any, axis_name: str | None
 ) -> Any:
-    """Return the results of one step, with an axis over groups unless already summed."""
+    """Return the results of one step, with a leading axis over groups unless summed."""
     out_axes = jax.tree.map(lambda summed: None if summed else 0, is_summed)
     try:
         return jax.vmap(apply_to_group, out_axes=out_axes, axis_name=axis_name)(*groups)
     except ValueError as error:
-        # JAX raises this if the annotated slice of a parameter depends on the group.
+        # JAX raises this error if the annotated slice of a parameter depends on the group.
         if f"(axis_name={GROUPS})" not in str(error):
             raise
         raise ValueError(
@@ -156,7 +156,7 @@ def _explicit_axes(batch: dict[str, Any]) -> Axes:
 def _choose_parallel_groups(
     mesh: Mesh, axes: Axes, groups: int, parallel_groups: int | None
 ) -> int:
-    """Return the number of parallel groups, by default one for each device."""
+    """Return the number of parallel groups, by default at most one per device."""
     shards = math.prod(mesh.shape[name] for name in axes)
     for name, count in (("groups", groups), ("parallel_groups", parallel_groups)):
         if count is not None and count % shards:
@@ -164,7 +164,7 @@ def _choose_parallel_groups(
                 f"`{name}={count}` is not a multiple of the {shards} devices that the "
                 f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
-    # Types do not record shardings over Auto axes. Assume that the batch uses all axes.
+    # Types do not record shardings over Auto axes: assume that all of them shard the batch.
     auto_shards = math.prod(mesh.shape[name] for name in meshes.auto_axes(mesh))
     return parallel_groups or shards * math.gcd(groups // shards, auto_shards)
 

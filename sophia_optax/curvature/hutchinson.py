@@ -29,37 +29,37 @@ def hutchinson(
 ) -> "Hutchinson":  # fmt: skip
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
-    This is algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_, extended to groups:
+    This is algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_, for several groups:
 
     .. math::
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
       \qquad z_{gp} \in \{-1, 1\}^n
 
     Here L_g is the mean loss of group g, and each of the G groups has P random probes z.
-    The products are computed forward-over-reverse, at two to three times the cost of a
-    gradient. If `loss_fn` uses a `custom_vjp` without a JVP, they are computed
-    reverse-over-reverse, which takes more memory.
+    The products are computed by forward-over-reverse differentiation, at two to three times
+    the cost of a gradient. If `loss_fn` uses a `custom_vjp` without a JVP, the products are
+    computed by reverse-over-reverse differentiation, which takes more memory.
 
     Args:
       loss_fn: `loss_fn(params, *batch)` returns the mean loss, shape (), of one group.
         Under `pmap` and `shard_map`, return this device's mean loss, without a `pmean`. Use
         `groups=1` if the batch loss is not the mean of the groups' losses, for example with
-        batch normalization or different numbers of unmasked predictions.
+        batch normalization, or if groups differ in their number of unmasked predictions.
       groups: number of groups, as for `gnb`. Each group has its own probes.
-      num_probes: number of probes for each group. They are computed sequentially.
+      num_probes: number of probes for each group. Their products are computed sequentially.
       parallel_groups: number of groups that are computed in parallel, as for `gnb`.
       axis_name: as for `gnb`, but `params` must be replicated: gather sharded parameters
         before the estimate, not in `loss_fn`.
 
     Returns:
-      A function `estimate(params, *batch, key)`, an `Estimator`. The key and the result are
-      as for `gnb`, but entries may be negative. `accumulate(estimate).add` also takes
-      `weight`, shape (), by default the number of examples.
+      A function `estimate(params, *batch, key)`, which is an `Estimator`. The key and the
+      estimate are as for `gnb`, but entries may be negative. `accumulate(estimate).add`
+      also takes `weight`, shape (), by default the number of examples.
 
     Raises:
-      ValueError, TypeError: as for `gnb`. ValueError if `loss_fn` does not return a float
-        scalar.
-      NotImplementedError: from the estimate, if `loss_fn` uses a kernel without a second
+      ValueError, TypeError: as for `gnb`. ValueError also if `loss_fn` does not return a
+        float scalar.
+      NotImplementedError: raised by `estimate` if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
     Example:
@@ -125,7 +125,7 @@ class Hutchinson:
         self, params: Any, *batch: Any, key: jax.Array | None = None,
         weight: ArrayLike | None = None,
     ) -> ArrayLike:  # fmt: skip
-        """Return the given weight, or by default the number of examples."""
+        """Return `weight`, by default the number of examples, summed over devices."""
         del params, key
         names = arrays.axis_names(self.axis_name)
         if weight is not None:
@@ -144,7 +144,7 @@ def _hessian_product(
     gradient: Callable[..., Any], params: Any, group: Any, probe: Any
 ) -> Any:
     """Return probe ⊙ (∇²loss(params) probe)."""
-    # If parameters vary over a mapped axis, as in an ensemble, so must the probe's type.
+    # If parameters vary over a mapped axis, as in an ensemble, probes must vary too.
     probe = jax.tree.map(
         lambda z, p: arrays.cast_to_varying(z, arrays.varying_axes(p)), probe, params
     )
@@ -154,7 +154,7 @@ def _hessian_product(
 
     def reverse_over_reverse(params: Any, probe: Any) -> Any:
         _, vjp = jax.vjp(lambda p: gradient(p, group), params)
-        return vjp(probe)[0]  # the Hessian is symmetric
+        return vjp(probe)[0]  # equals the product, because the Hessian is symmetric
 
     cause = None
     for product_fn in (forward_over_reverse, reverse_over_reverse):
@@ -163,12 +163,12 @@ def _hessian_product(
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             cause = error
             continue
-        # JAX cannot compile `custom_lin`, which stands for the JVP of a `custom_vjp`.
+        # JAX cannot compile `custom_lin`, the placeholder for the JVP of a `custom_vjp`.
         operations = check_annotations.all_operations(jaxpr.eqns)
         if all(eqn.primitive.name != "custom_lin" for eqn in operations):
             break
     else:
-        jax.eval_shape(gradient, params, group)  # if the gradient fails, raise its error
+        jax.eval_shape(gradient, params, group)  # if `gradient` fails, raise its error
         raise NotImplementedError(
             "`loss_fn` uses an operation without a second derivative, such as cuDNN's "
             "attention. Use `gnb`, which needs only gradients, or "
@@ -187,8 +187,8 @@ def _check_replicated(
     values = jax.tree.leaves(check_annotations.find_annotations(jaxpr, params, names))
     if any(value.axes for value in values):
         raise ValueError(
-            f"`loss_fn` sums gradients over the mapped axes {list(names)}. Return the mean "
-            "loss of one device, without `pmean`, and gather sharded parameters before "
+            f"`loss_fn` sums gradients over the mapped axes {list(names)}. Return this "
+            "device's mean loss, without `pmean`, and gather sharded parameters before "
             "the estimate."
         )
     return gradient
@@ -201,10 +201,10 @@ def _check_loss(loss: jax.Array, names: tuple[str, ...]) -> jax.Array:
         raise ValueError(
             f"`loss_fn` (`obj_fn`) must return the mean loss, a float scalar, got {got}."
         )
-    # The parameters vary over `names`. A loss that does not is reduced over devices.
+    # Parameters vary over `names`, so a loss that does not vary was reduced over devices.
     if reduced := set(names) - set(arrays.shard_axes(loss, names)):
         raise ValueError(
-            f"`loss_fn` returns a mean over the mapped axes {sorted(reduced)}. Return the "
-            "mean loss of one device, without `pmean`."
+            f"`loss_fn` returns a mean over the mapped axes {sorted(reduced)}. Return "
+            "this device's mean loss, without `pmean`."
         )
     return loss

@@ -21,7 +21,7 @@ from sophia_optax.curvature.meshes import run_on_auto_axes
 
 
 class Likelihood(Protocol):
-    """A distribution of labels given model outputs, independent for each prediction."""
+    """A distribution of labels given model outputs, independent between predictions."""
 
     def sample(self, key: jax.Array, outputs: Any, /) -> Any:
         """Return one sampled label for each prediction."""
@@ -56,8 +56,8 @@ class Categorical:
             raise TypeError(
                 f"`targets` of `Categorical` must be integers, got dtype {targets.dtype}."
             )
-        # XLA fuses this sum with the others. Indexing would need a scatter in the gradient,
-        # and a gather if the classes are sharded over devices.
+        # XLA fuses this sum with the other sums over classes. Indexing would need a scatter
+        # in the gradient, and an all-gather if the classes are sharded over devices.
         shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
         chosen = jnp.where(is_target, shifted, 0).sum(-1)
@@ -120,7 +120,7 @@ class Poisson:
     """Likelihood of a count, for example of events.
 
     The outputs are log rates, at most 21 because sampled counts must be below 2**31. The
-    loss is `exp(outputs) - targets * outputs + log targets!`. Outputs, labels and losses
+    loss is `exp(outputs) - targets * outputs + log(targets!)`. Outputs, labels and losses
     have the same shape.
 
     Example:

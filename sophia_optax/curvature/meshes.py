@@ -1,4 +1,4 @@
-"""Helpers for meshes during tracing. Types record shardings over Explicit axes only."""
+"""Helpers for meshes while tracing, when types record only shardings over Explicit axes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +51,7 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def run_on_auto_axes(fn: Callable[..., Any], spec: Sequence[Any]) -> Callable[..., Any]:
-    """Wrap `fn` to run on Auto axes instead of Explicit axes. `spec` shards its result."""
+    """Wrap `fn` to treat Explicit axes as Auto, and shard its result by `spec`."""
 
     def call(*args: Any) -> Any:
         mesh = find_mesh(args)

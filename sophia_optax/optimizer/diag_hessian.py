@@ -1,4 +1,4 @@
-"""Division by a moving average of the Hessian diagonal."""
+"""The transformation that divides updates by an average of the Hessian diagonal."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unc
 from sophia_optax.optimizer.momentum import compute_look_ahead
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
-# The smallest divisor, because `eps` may be 0, or rounded to 0 by `inject_hyperparams`.
+# A lower bound on `eps`, which may be 0, or rounded to 0 by `inject_hyperparams`.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _NEVER = -(2**30)  # the value of `last_estimate` before the first estimate
 
@@ -24,13 +24,13 @@ class ScaleByDiagHessianState(NamedTuple):
     """State of `scale_by_diag_hessian`. It contains no keys or functions."""
 
     num_updates: jax.Array  # shape=(), dtype=int32
-    last_estimate: jax.Array  # shape=(), dtype=int32, update with the last estimate
+    last_estimate: jax.Array  # shape=(), dtype=int32, index of the last estimate's update
     num_refreshes: jax.Array  # shape=(), dtype=int32, number of accepted estimates
     num_refused: jax.Array  # shape=(), dtype=int32, number of rejected estimates
     # The last division was by max(divisor_gamma * hessian, divisor_eps).
     divisor_gamma: jax.Array  # shape=(), dtype=float32, after bias correction
     divisor_eps: jax.Array  # shape=(), dtype=float32
-    hessian: optax.Updates  # like the parameters, dtype=hessian_dtype
+    hessian: optax.Updates  # moving average, like the parameters, dtype=hessian_dtype
 
 
 def scale_by_diag_hessian(
@@ -50,15 +50,15 @@ def scale_by_diag_hessian(
 
     - `hessian_fn`: a function of a key that returns an estimate. It is called, under
       `jax.lax.cond`, on the first update and whenever `update_interval` updates have passed
-      since the last estimate, whether it was accepted or rejected. The key on update
+      since the last estimate, whether that was accepted or rejected. The key for update
       number n, counted from 0, is `jax.random.fold_in(jax.random.key(seed), n)`.
-    - `hessian`: an estimate, used on the update that receives it. `optax.MultiSteps` keeps
+    - `hessian`: an estimate, used by the update that receives it. `optax.MultiSteps` uses
       only the last micro-step's estimate: inside it, use `hessian_fn` with `accumulate`.
 
     A refresh takes effect in the same update. An estimate with any non-finite entry is
     rejected: the average does not change.
 
-    The arguments are those of `sophia`, and `rms`: if True, h_t is the root mean square of
+    The arguments are those of `sophia`, plus `rms`: if True, h_t is the root mean square of
     the estimates, as in AdaHessian, with h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
 
     Returns:
@@ -66,7 +66,7 @@ def scale_by_diag_hessian(
       updates if `update` is called without parameters.
 
     Raises:
-      ValueError: if `update_interval` is below 1. From `update`, if both `hessian` and
+      ValueError: if `update_interval` is below 1. Raised by `update` if both `hessian` and
         `hessian_fn` are given, or if an estimate does not have the structure and shapes of
         the updates (a node such as Flax's `nnx.Param` may wrap each array).
       TypeError: if `hessian_dtype` is unsupported, if parameters or estimates are not real,
@@ -119,7 +119,7 @@ def scale_by_diag_hessian(
 
         def refresh(average, estimate, is_due):
             """Return the next average, and whether the estimate was accepted."""
-            # Under `vmap`, this code also runs for members that are not due.
+            # Under `vmap`, this code also runs for batch members that are not due.
             estimate = estimate_checks.match_structure(updates, estimate)
             is_accepted = is_due & _is_finite(estimate, average, names)
             is_accepted = arrays.cast_to_varying(is_accepted, own_axes)
@@ -147,10 +147,10 @@ def scale_by_diag_hessian(
             divisor_gamma = gamma.find_gamma(incoming, average, *counts, names)
         else:
             divisor_gamma = gamma(state.num_updates) if callable(gamma) else gamma
-            # Copy it: the state must not share a buffer with a hyperparameter.
+            # Copy gamma, because the state must not share a buffer with a hyperparameter.
             divisor_gamma = jnp.array(divisor_gamma, jnp.float32)
             if debias:
-                # The average's weights sum to 1 - b2^refreshes, 0 before the first refresh.
+                # The average's weights sum to 1 - b2^refreshes: 0 before the first refresh.
                 count = jnp.maximum(num_refreshes, 1).astype(jnp.float32)
                 weight = -jnp.expm1(count * jnp.log1p(b2 - 1.0))
                 weight = jnp.where((num_refreshes > 0) & (weight > 0), weight, 1)
@@ -185,8 +185,8 @@ def scale_by_diag_hessian(
 
 @jax.custom_batching.custom_vmap
 def _any_member(condition: jax.Array) -> jax.Array:
-    """Return the condition. Under `vmap`, return whether it holds for any member."""
-    return condition  # no batch axis, otherwise `cond` would run both branches
+    """Return the condition. Under `vmap`, return whether it holds for any batch member."""
+    return condition  # unbatched under `vmap`: otherwise `cond` would run both branches
 
 
 @_any_member.def_vmap
@@ -209,7 +209,7 @@ def _is_finite(estimate: Any, average: Any, names: tuple[str, ...]) -> jax.Array
 
 
 def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> Any:
-    """Return b2 h + (1 - b2) ĥ, or with `rms` √(b2 h² + (1 - b2) ĥ²)."""
+    """Return b2 h + (1 - b2) ĥ, or, if `rms` is set, √(b2 h² + (1 - b2) ĥ²)."""
 
     def blend(h, e):
         bound = float(jnp.finfo(h.dtype).max)
@@ -219,7 +219,7 @@ def _update_average(average: Any, estimate: Any, b2: ArrayLike, rms: bool) -> An
             mean = jnp.hypot(jnp.sqrt(b2) * h, jnp.sqrt(1 - b2) * e)
         else:
             mean = b2 * h + (1 - b2) * e
-        # By rounding, the mean of two numbers in range may be out of range.
+        # Due to rounding, the mean of two numbers within the bound may exceed the bound.
         return jnp.clip(mean, -bound, bound)
 
     return jax.tree.map(blend, average, estimate)

@@ -12,7 +12,7 @@ from sophia_optax.arrays import AxisName, mismatched_signature, split_names, var
 
 
 def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
-    """Raise an error if arguments of `update` conflict with each other or are swapped."""
+    """Raise an error if these arguments of `update` conflict or are swapped."""
     if hessian is not None and hessian_fn is not None:
         raise ValueError(
             "`update` got both `hessian` and `hessian_fn`: pass an estimate, or a function "
@@ -32,7 +32,7 @@ def check_exclusive(hessian: Any, hessian_fn: Any, obj_fn: Any) -> None:
 
 
 def _is_function(x: Any) -> bool:
-    """Return whether `x` is a function, not a pytree with a `__call__` method."""
+    """Return whether `x` is a function rather than a pytree with a `__call__` method."""
     leaves = jax.tree.leaves(x)
     is_tree = not leaves or not all(map(callable, leaves))
     return isinstance(x, jax.tree_util.Partial) or (callable(x) and not is_tree)
@@ -47,7 +47,7 @@ def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
 
 
 def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
-    """Return the mapped axes, except `axis_name`, along which devices are independent."""
+    """Return the mapped axes, except `axis_name`, over which all leaves vary."""
     axes = {varying_axes(x) - set(split_names(axis_name)) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
         raise ValueError(
@@ -60,7 +60,7 @@ def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
 
 
 def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
-    """Return the estimate in the structure of `updates`, without masked leaves.
+    """Return the estimate with the structure of `updates`. Drop leaves masked in `updates`.
 
     Each leaf of the estimate may be wrapped in a node, such as Flax's `nnx.Param`.
     """
@@ -113,7 +113,7 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
 
 
 def _is_hidden(tree: Any) -> bool:
-    """Return whether all leaves of the tree are masked or None, which is a frozen leaf."""
+    """Return whether the tree has no arrays, only masked leaves or None (frozen leaves)."""
     return not jax.tree.leaves(tree)
 
 

@@ -1,8 +1,8 @@
 """A rule that chooses gamma so that a target fraction of the entries is unclipped.
 
 An entry is unclipped if |u| < gamma h. So the gamma that leaves a fraction f of the entries
-unclipped is the f-quantile of the ratios |u| / h. This quantile is computed at every step
-from a sample: sorting or counting all ratios would take longer than the rest of an update.
+unclipped is the f-quantile of the ratios |u| / h. It is computed at every step from a
+sample: sorting or counting all ratios would take longer than the rest of an update.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ Indices = tuple[np.ndarray, ...]
 Weighted = tuple[jax.Array, Any]  # ratios and their weights
 
 SAMPLE_SIZE = 4096  # total number of sampled entries, over all parameters
-# If fewer sampled entries are counted, gamma is computed from all entries. So the fraction
-# of unclipped entries has a standard deviation of at most sqrt(f (1 - f) / MIN_COUNTED).
+# If fewer sampled entries have u != 0 and h > 0, gamma is computed from all entries. So the
+# unclipped fraction has a standard deviation of at most sqrt(f (1 - f) / MIN_COUNTED).
 MIN_COUNTED = 1024
 
 _BITS = 31  # number of bits in a float32 without its sign
-_ROUNDS = 1 + _BITS  # of the bisection: the total weight, then each bit
+_ROUNDS = 1 + _BITS  # of the bisection: one for the total weight, one for each bit
 _INFINITY = 0x7F800000  # the bit pattern of float32 infinity
 _LARGEST_FRACTION = 1 - 1e-6  # for a fraction of 1, no ratio would be large enough
 
@@ -45,7 +45,7 @@ class HoldUnclipped:
         self, updates: Any, hessian: Any, num_updates: jax.Array,
         num_refreshes: jax.Array, names: tuple[str, ...] = (),
     ) -> jax.Array:  # fmt: skip
-        """Return gamma, shape=(), float32, for updates that are arrays or `LookAhead`s.
+        """Return gamma, shape=(), float32. The updates are arrays or `LookAhead`s.
 
         Along the mapped axes `names`, devices hold shards of the same parameters.
         """
@@ -65,16 +65,16 @@ def hold_unclipped(fraction: optax.ScalarOrSchedule = 0.2) -> HoldUnclipped:
 
     .. math:: \#\{i : 0 < |u_i| < \gamma h_i\} = f \, \#\{i : u_i \ne 0, \; h_i > 0\}
 
-    Here u is the momentum, or with `nesterov` the look-ahead. All parameters have the same
+    Here u is the momentum, or the look-ahead if `nesterov` is set. All parameters share one
     gamma, as in the paper (use `optax.partition` for a gamma per group of parameters).
     Rescaling the estimates does not change the updates. Entries with u = 0 or h ≤ 0 are not
     counted, because gamma does not change their updates. If no entry is counted, as before
     the first refresh, the update is the sign of the momentum.
 
-    With more than 4,096 entries, gamma is computed from a fixed sample of 4,096 entries,
-    evenly distributed over all parameters in proportion to their size. If fewer than 1,024
-    sampled entries are counted, as for a sparse embedding, gamma is computed from all
-    entries, in 32 passes over the parameters. The derivative of gamma is exact.
+    If the parameters have more than 4,096 entries, gamma is computed from a fixed sample of
+    4,096 entries, evenly distributed over all parameters in proportion to their size. If
+    fewer than 1,024 sampled entries are counted, as for a sparse embedding, gamma is
+    computed from all entries, in 32 passes over them. The derivative of gamma is exact.
 
     Args:
       fraction: the target fraction f in [0, 1], or a schedule, a function from the number
@@ -108,7 +108,7 @@ def _find_quantile(
     names: tuple[str, ...], us: list[Update], hs: list[jax.Array],
     fraction: jax.Array, has_curvature: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Return the quantile of the ratios |u| / h, shape=(), or 0 if no ratio is counted."""
+    """Return the `fraction`-quantile of the ratios |u| / h, or 0 if none is counted."""
     weights = [_compute_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
 
     def all_ratios(loop_state):
@@ -126,14 +126,14 @@ def _find_quantile(
     sample = _sample(us, hs, weights)
     quantile, counted = bisect(lambda _: [sample])
     is_small = has_curvature & (counted < MIN_COUNTED)
-    # Use a loop of 0 rounds, not a `cond`: under `vmap` a `cond` runs both branches.
+    # Skip it by a loop of 0 rounds: under `vmap`, a `cond` would run both branches.
     exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _ROUNDS, 0))
     return jnp.where(is_small, exact, quantile)
 
 
 @_find_quantile.defjvp
 def _find_quantile_jvp(names, primals, tangents):
-    """Return the quantile, and the mean derivative of the ratios equal to the quantile."""
+    """Return the quantile and its tangent, the mean tangent of ratios that equal it."""
     us, hs, *_ = primals
     quantile = _find_quantile(names, *primals)
     count = rate = jnp.float32(0)
@@ -150,19 +150,19 @@ def _find_quantile_jvp(names, primals, tangents):
 
 
 def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
-    """Return |u| / h in float32, or inf where h <= 0. Only ratios in (0, inf) count."""
+    """Return |u| / h in float32, or inf where h <= 0. Count only ratios in (0, inf)."""
     u, h = jnp.asarray(compute_look_ahead(u), jnp.float32), h.astype(jnp.float32)
     return jnp.where(h > 0, jnp.abs(u) / jnp.where(h > 0, h, 1), jnp.inf)
 
 
 def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
-    """Return 1 / n for a parameter that is replicated over n devices along `names`."""
+    """Return 1 / n, the weight of entries replicated over n devices along `names`."""
     sharded = varying_axes(tree)
     return 1 / math.prod(jax.lax.axis_size(n) for n in names if n not in sharded)
 
 
 def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weighted:
-    """Return the ratios and the weights of a sample of `SAMPLE_SIZE` entries."""
+    """Return the ratios |m| / h and the weights of `SAMPLE_SIZE` sampled entries."""
     # Each parameter's number of sampled entries is proportional to its size.
     ends = np.cumsum([h.size for h in hs]) * (SAMPLE_SIZE / sum(h.size for h in hs))
     ends = np.round(ends).astype(int).tolist()
@@ -174,7 +174,7 @@ def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weig
                 u = LookAhead(_take(u.average, at), _take(u.grads, at), u.b1)
             else:
                 u = _take(u, at)
-            # Flatten them, because a parameter of shape () has a ratio of shape ().
+            # `concatenate` rejects shape (), the shape of the ratio of a scalar parameter.
             ratios.append(jnp.ravel(_compute_ratios(u, _take(h, at))))
             sample_weights.append(np.full(end - start, weight, np.float32))
     return jnp.concatenate(ratios), np.concatenate(sample_weights)
@@ -192,8 +192,8 @@ def _distribute_indices(shape: tuple[int, ...], start: int, end: int) -> Indices
     """Return the indices of evenly distributed entries, one array for each axis.
 
     The entries are the points `start` to `end` of Roberts' sequence, which generalizes the
-    golden ratio to several dimensions and covers each axis evenly. The indices are int32:
-    JAX caches constants, so int64 indices would ignore later changes of `jax_enable_x64`.
+    golden ratio to several dimensions and covers each axis evenly. The indices are int32,
+    because int64 constants, which JAX caches, would ignore changes of `jax_enable_x64`.
     """
     ratio = 2.0
     for _ in range(64):  # converges to the root of x^(axes + 1) = x + 1
@@ -210,8 +210,8 @@ def _bisect(
     """Return the smallest r such that ratios <= r have more than `fraction` of the weight.
 
     Also return the total weight of the counted ratios, which the first round computes. If
-    this weight is 0, r is 0. Each later round finds one bit of r, from the highest bit:
-    positive floats are ordered like their bit patterns. The ratios vary over `own_axes`.
+    this weight is 0, r is 0. Each later round finds one bit of r, highest first: positive
+    floats have the same order as their bit patterns. The ratios vary over `own_axes`.
     """
 
     def find_bit(i, state):

@@ -1,4 +1,4 @@
-"""Metrics for training with Sophia, computed from the optimizer's state alone."""
+"""Metrics for training with Sophia, computed only from the optimizer's state."""
 
 import collections
 from typing import Any
@@ -14,11 +14,12 @@ from sophia_optax.optimizer.diag_hessian import ScaleByDiagHessianState
 
 
 def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Array:
-    """Return the fraction of entries with abs(m) < ρ max(γ h, ε), shape (), float32.
+    """Return the fraction of entries that the last update did not clip, shape (), float32.
 
-    The last update did not clip these entries. The paper recommends a gamma for which the
-    fraction is between 0.1 and 0.5. With `nesterov`, the update clips the look-ahead, whose
-    unclipped fraction is often smaller. Arguments and errors are those of `sophia_metrics`.
+    In the notation of `sophia`, an entry is unclipped if abs(m) < ρ max(γ h, ε). The paper
+    recommends a gamma for which the fraction is between 0.1 and 0.5. With `nesterov`, the
+    update clips the look-ahead instead of m, and the unclipped fraction of the look-ahead
+    is often smaller. Arguments and errors are those of `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,13 +39,13 @@ def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, j
     Args:
       opt_state: the state of any chain or wrapper with exactly one `scale_by_diag_hessian`
         and one `optax.ema` with `debias=False`. Other states raise ValueError.
-      axis_name: inside `shard_map` and `pmap`, as for `sophia`.
+      axis_name: inside `shard_map` and `pmap`, the `axis_name` passed to `sophia`.
 
     Returns:
-      A dict of scalars, shape (), with these names:
+      A dict of scalars, shape (), with these keys:
 
-      - `unclipped_fraction`, and for each parameter `unclipped_fraction/` and its path;
-      - `gamma` of the last division, including bias correction and `clip_threshold`;
+      - `unclipped_fraction`, and `unclipped_fraction/{path}` for each parameter;
+      - `gamma`: γ in the last division, including bias correction and `clip_threshold`;
       - `momentum_norm`: the Euclidean norm of m, in the units of the gradients;
       - `hessian_norm`: the norm of h without bias correction, in the units of the Hessian;
       - `nonpositive_fraction`: the fraction of the entries of h that are 0 or less;
@@ -88,7 +89,7 @@ def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, j
 
 
 def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState]:
-    """Return the momentum and the state of `scale_by_diag_hessian`."""
+    """Return the momentum and the state of `scale_by_diag_hessian` inside `opt_state`."""
     stages = optax.EmaState | ScaleByDiagHessianState
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, stages))
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
@@ -113,7 +114,7 @@ def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
-    """Return the leaves, keyed by the prefix and the path without wrappers of arrays."""
+    """Return the leaves, keyed by prefix and tree path. Omit wrappers from the path."""
     leaves = jax.tree.leaves_with_path(tree)
     siblings = collections.Counter(path[:-1] for path, _ in leaves)
     named = {}
@@ -127,7 +128,7 @@ def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
 
 def _sum(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Return the sum of the entries of `x` over all of its shards, shape=()."""
-    # Sum rows first: an int32 sum overflows at 2**31, and a float32 count stops at 2**24.
+    # Sum rows first: an int32 sum overflows at 2**31, and float32 cannot count past 2**24.
     rows = jnp.sum(jnp.atleast_1d(x), -1, dtype=jnp.int32 if x.dtype == bool else None)
     return arrays.sum_over_devices(cast_to_float32(rows).sum(), arrays.shard_axes(x, names))
 

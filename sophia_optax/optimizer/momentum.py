@@ -1,4 +1,4 @@
-"""The moving average of gradients: `optax.ema`, 16-bit dtypes and Nesterov look-ahead."""
+"""Moving average of gradients: `optax.ema` with 16-bit dtypes and Nesterov look-ahead."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 class LookAhead(NamedTuple):
     """The unevaluated Nesterov look-ahead b1 m_t + (1 - b1) g_t of one parameter."""
 
-    # `hold_unclipped` reads some entries, and then the division reads all entries. If both
-    # shared one computed look-ahead, XLA would write it to memory.
+    # `hold_unclipped` evaluates some entries, and then the division evaluates all entries.
+    # If both used one evaluated look-ahead, XLA would write the look-ahead to memory.
 
     average: jax.Array
     grads: jax.Array
@@ -37,7 +37,7 @@ def compute_look_ahead(tree: Any) -> Any:
 def momentum(
     b1: ArrayLike, *, nesterov: bool, dtype: Any, seed: ArrayLike
 ) -> optax.GradientTransformation:
-    """Return a transformation of g_t to m_t, or with `nesterov` to a `LookAhead`.
+    """Return a transformation from g_t to m_t, or, if `nesterov` is set, to a `LookAhead`.
 
     If m_t has at least 32 bits, it equals the result of `optax.ema(b1, debias=False)` bit
     for bit. If m_t has 16 bits, it is computed in float32 and rounded stochastically.

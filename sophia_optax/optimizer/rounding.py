@@ -1,8 +1,8 @@
 """Stochastic rounding for moving averages in 16 bits.
 
 If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
-is less than half the spacing of its dtype. In bfloat16 with b = 0.99, it may stall at up to
-a quarter below x. Rounding up with probability equal to the discarded part is unbiased.
+is less than half the spacing of its dtype: in bfloat16 with b = 0.99, up to a quarter below
+x. Rounding up with probability equal to the discarded fraction of the spacing is unbiased.
 """
 
 import math
@@ -16,7 +16,7 @@ Stream = Literal["mu", "hessian"]
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Raise TypeError if moving averages do not support the dtype."""
+    """Raise TypeError unless `dtype` is supported for moving averages."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise TypeError(
@@ -30,8 +30,8 @@ def round_stochastically(
 ) -> Any:
     """Round the leaves of `tree` to the dtypes of the leaves of `like`.
 
-    For dtypes of 32 bits or more this is a cast. The random bits depend on `seed`, `stream`
-    and `count`, the number of the update, but not on shardings under `jit`.
+    For dtypes of 32 bits or more, this is a cast. The random bits depend on `seed`,
+    `stream` and `count`, the number of updates so far, but not on shardings under `jit`.
     """
     leaves, structure = jax.tree.flatten(tree)
     words = jax.random.key_data(jax.random.key(seed)).ravel()
@@ -50,7 +50,7 @@ def round_stochastically(
 
 
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Return `x` in `dtype`, rounded away from 0 if discarded bits plus `bits` carry."""
+    """Cast `x` to `dtype`. Round away from 0 if the discarded bits plus `bits` carry."""
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
     # The bit pattern of a float increases with its magnitude, so a carry out of the

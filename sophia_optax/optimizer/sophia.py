@@ -34,32 +34,33 @@ def sophia(
         m_t / \max(\gamma h_t, \epsilon), \pm\rho) + \lambda \theta_{t-1})
 
     This is a chain of `scale_by_sophia`, `optax.add_decayed_weights`,
-    `optax.scale_by_learning_rate` and a cast. Pass `hessian_fn` or `hessian` to `update`,
-    as described in `scale_by_diag_hessian`. Without any estimate, this reduces to sign
-    momentum (Signum). Compile the step with `jax.jit`: otherwise JAX compiles `hessian_fn`
-    at every step. `sophia_g` is an alias of this function.
+    `optax.scale_by_learning_rate` and a cast to the dtypes of `params`. Pass `hessian_fn`
+    or `hessian` to `update`, as described in `scale_by_diag_hessian`. Without any estimate,
+    this reduces to sign momentum (Signum). Compile the training step with `jax.jit`:
+    otherwise JAX compiles `hessian_fn` at every step. `sophia_g` is an alias of `sophia`.
 
     Args:
-      learning_rate: η, or a schedule of it.
-      b1: decay of m, the moving average of gradients.
-      b2: decay of h, the moving average of the Hessian diagonal, per refresh.
+      learning_rate: η, a number or schedule.
+      b1: decay rate of m, the moving average of gradients.
+      b2: decay rate per refresh of h, the moving average of the Hessian diagonal.
       gamma: γ, the scale of the Hessian: a number, schedule or `hold_unclipped(fraction)`.
-        The default is for `gnb`. `unclipped_fraction` increases with gamma, and should be
-        between 0.1 and 0.5.
-      eps: ε, the smallest divisor.
-      weight_decay: λ, the decoupled decay, multiplied by the learning rate as in AdamW.
+        The default is for `gnb`. Tune a constant gamma so that `unclipped_fraction`, which
+        increases with gamma, is between 0.1 and 0.5.
+      eps: ε, the lower bound of the divisor.
+      weight_decay: λ, decoupled weight decay, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans that is a prefix of the tree of
         parameters, or a function from the parameters to such a tree.
-      clip_threshold: ρ, the largest magnitude of an entry before the learning rate.
+      clip_threshold: ρ, the largest magnitude of an entry, before scaling by -η.
       update_interval: number of updates from one call of `hessian_fn` to the next.
-      debias: divide the average of the Hessian by `1 - b2 ** refreshes`, as Adam does.
-        Otherwise the average is too small in the first `update_interval / (1 - b2)`
-        updates. This has no effect with `hold_unclipped`.
-      nesterov: divide b1 m_t + (1 - b1) g_t instead of m_t, as `optax.adamw` does.
-      mu_dtype: dtype of the average of gradients, by default the dtype of the parameters.
-        Averages in 16 bits are rounded stochastically.
-      hessian_dtype: dtype of the average of the Hessian, by default float32. Under
-        `optax.inject_hyperparams`, pass the name of a dtype, such as "bfloat16".
+      debias: whether to correct bias as Adam does: divide h by `1 - b2 ** refreshes`.
+        Otherwise h is too small in about the first `update_interval / (1 - b2)` updates.
+        This has no effect with `hold_unclipped`.
+      nesterov: whether to replace m_t in the update by b1 m_t + (1 - b1) g_t, Nesterov's
+        look-ahead, as in `optax.adamw`.
+      mu_dtype: dtype of m, by default the dtype of the parameters. Averages in 16 bits are
+        rounded stochastically.
+      hessian_dtype: dtype of h, by default float32. Under `optax.inject_hyperparams`, pass
+        the name of a dtype, such as "bfloat16".
       seed: seed of the keys for `hessian_fn` and of the stochastic rounding.
       axis_name: inside `shard_map` and `pmap`, name or names of the mapped axes along which
         parameters are sharded. All devices then accept or reject an estimate together, and
@@ -67,8 +68,8 @@ def sophia(
         independent. Under `jit` with sharded arrays, use None.
 
     Returns:
-      A transformation. Its `update` requires `params` and returns updates in their dtypes.
-      Errors are those of `scale_by_diag_hessian`.
+      A transformation. Its `update` requires `params` and returns updates in the dtypes of
+      `params`. Errors are those of `scale_by_diag_hessian`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -114,10 +115,10 @@ def sophia_h(
     debias: bool = False, nesterov: bool = False, mu_dtype: Any = None,
     hessian_dtype: Any = None, seed: ArrayLike = 0, axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Sophia-H: `sophia` with the paper's gamma for estimates of `hutchinson`.
+    """Sophia-H: `sophia` with the paper's gamma for estimates from `hutchinson`.
 
-    As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from all
-    parameters to the loss. It is short for
+    As in `optax.contrib.sophia`, `update` also takes `obj_fn`, a function from the full
+    tree of parameters to the loss. Passing `obj_fn` is short for
     `hessian_fn=lambda key: hutchinson(obj_fn)(params, key=key)`.
 
     Example:

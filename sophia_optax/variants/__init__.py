@@ -1,7 +1,7 @@
 """Variants of Sophia: the paper's baselines and ablations, and alternatives to clipping.
 
-They are composed of public transformations. Arguments are those of `sophia`, and `update`
-takes estimates as `sophia` does. JAX's type promotion determines the dtype of the updates.
+Variants are composed of public transformations. Their arguments, and those of `update`, are
+the arguments of `sophia`. JAX's type promotion determines the dtype of the updates.
 """
 
 from sophia_optax.variants.bounds import gradient_noise, noise_bounded, smooth_clip

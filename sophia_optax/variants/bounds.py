@@ -1,4 +1,4 @@
-"""Alternatives to clipping: a smooth bound, and a bound by the gradient's noise."""
+"""Alternatives to clipping: a smooth bound, and a bound based on gradient noise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,16 +38,16 @@ def smooth_clip() -> optax.GradientTransformation:
 def gradient_noise(
     estimate: Estimator, batch_weight: ArrayLike | None = None
 ) -> Callable[..., Any]:
-    r"""Estimate the standard deviation of the mean gradient of a batch, √(ĥ / B).
+    r"""Return an estimator of √(ĥ / B), the standard deviation of a batch's mean gradient.
 
     The gradient is a mean over B predictions, so its variance is the variance of a single
     prediction's gradient divided by B. ĥ estimates the single prediction's variance:
 
     - `gnb`: gradients for sampled labels have mean zero, and their variance is the
-      Gauss-Newton diagonal. This is the label noise, if the model is correct;
-    - `empirical_fisher` with a group for each example: this is the noise of the data. With
-      G groups of equal size, ĥ / B includes a G-th of the squared mean gradient. With one
-      group, ĥ / B is the squared gradient of the batch, as in Adam.
+      Gauss-Newton diagonal. If the model is correct, this is the variance due to labels;
+    - `empirical_fisher` with one group per example: this is the variance between examples.
+      With G groups of equal size, ĥ / B also includes 1 / G of the squared mean gradient.
+      With one group, ĥ / B is the squared gradient of the batch, as in Adam.
 
     Args:
       estimate: the result of `gnb` or `empirical_fisher`.
@@ -56,8 +56,8 @@ def gradient_noise(
         estimate. Pass `batch_weight` if a refresh uses only a part of the batch.
 
     Returns:
-      A function with the arguments of `estimate`. Its results are the estimates that
-      `noise_bounded` requires.
+      A function with the arguments of `estimate`. Pass its results to the `update` of
+      `noise_bounded` as estimates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,16 +86,16 @@ def noise_bounded(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Bound the momentum m by the noise of the gradient: m / √(m² + h / B).
 
-    Use estimates from `gradient_noise`. The divisor is Adam's, with an estimate of the
-    variance instead of averaged squared gradients. If an entry of the momentum is far above
-    the noise, its update is ±1. If the entry is far below the noise, its update is its
-    signal-to-noise ratio. No gamma is needed.
+    Use estimates from `gradient_noise`. The divisor corresponds to Adam's, with an estimate
+    of the variance, h / B, in place of averaged squared gradients. If an entry of the
+    momentum is far above the noise, its update is about ±1. If the entry is far below the
+    noise, its update is its signal-to-noise ratio. No gamma is needed.
 
-    The momentum averages the noise of about 1 / (1 - b1) steps. If a gradient is noise
-    only, the variance of its momentum is (1 - b1) / (1 + b1) h / B. So without Nesterov's
+    The momentum averages the noise of about 1 / (1 - b1) steps. If a gradient is pure
+    noise, the variance of its momentum is (1 - b1) / (1 + b1) h / B. So without Nesterov's
     look-ahead, the updates of such entries have a root mean square of about
     √((1 - b1) / (1 + b1)), which is 0.23 for b1 = 0.9. With the look-ahead it is 0.27,
-    because the last gradient has a larger weight. As in Adam, this is not corrected.
+    because the last gradient has a larger weight. As in Adam, updates keep this scale.
 
     The `settings` are keyword arguments of `scale_by_diag_hessian`.
 

@@ -21,8 +21,8 @@ def adahessian(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """AdaHessian: Adam with v_t = b2 v_{t-1} + (1 - b2) ĥ_t² as its second moment.
 
-    The divisor is at least eps, and the paper's Hessian power is fixed at one. Use
-    estimates from `hutchinson`, with or without `spatial_average`.
+    The divisor is max(√v_t, eps) after bias correction. AdaHessian's Hessian power is fixed
+    at one. Use estimates from `hutchinson`, with or without `spatial_average`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,7 +43,7 @@ def adahessian(
 
 
 def spatial_average(hessian: optax.Updates, block_size: int) -> optax.Updates:
-    """AdaHessian's spatial averaging: replace each block of entries by its mean.
+    """AdaHessian's spatial averaging: replace each entry by the mean of its block.
 
     A block is `block_size` consecutive entries along the last axis. Arrays with fewer than
     two axes do not change.
@@ -74,7 +74,7 @@ def adahessian_clip(
     gamma: optax.ScalarOrSchedule = 0.01, eps: ArrayLike = 1e-12,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None, **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """AH+clip: Sophia with the root mean square of `hutchinson` estimates.
+    """AH+clip: Sophia with the root mean square of `hutchinson` estimates as h.
 
     The `settings` are keyword arguments of `scale_by_diag_hessian`.
 
@@ -103,7 +103,7 @@ def clip_only(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965, gamma: ArrayLike = 0.05,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """Clipping without a Hessian: Sophia with a Hessian of one in all entries.
+    """Clipping without a Hessian: Sophia with all entries of h set to 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,7 +146,7 @@ def signum(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.965,
     weight_decay: optax.ScalarOrSchedule = 0.2, mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
-    """SignGD with momentum: Sophia with a Hessian of zero or less in all entries.
+    """SignGD with momentum: Sophia with no positive entries in h.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,14 +166,14 @@ def signum(
 def full_matrix_sophia(
     learning_rate: optax.ScalarOrSchedule = 0.5, clip_threshold: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The deterministic Sophia of the paper's theory, for small problems.
+    r"""The deterministic Sophia that the paper's theory analyzes, for small problems.
 
     .. math::
       \theta_t = \theta_{t-1} - \eta V^\top \mathrm{clip}(
         V (\nabla^2 L)^{-1} \nabla L, \pm\rho), \qquad \nabla^2 L = V^\top \Lambda V
 
     The parameters are one vector, shape (n,), and `update` requires `hessian`, the full
-    matrix, shape (n, n). If an eigenvalue is not positive, the step along its eigenvector
+    Hessian, shape (n, n). If an eigenvalue is not positive, the step along its eigenvector
     is ±ρ. The number of steps to convergence does not depend on the condition number.
 
     Example:

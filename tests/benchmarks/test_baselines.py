@@ -21,10 +21,10 @@ ESTIMATORS = {
 
 
 def two_classes(slope):
-    """Return a model for which every draw of every estimator equals the exact diagonal.
+    """Return a model for which every estimate equals the exact Hessian diagonal.
 
-    Each prediction has its own parameter, which moves the logit of one of two equally
-    likely classes. (p - y)² is 1/4 for both labels y.
+    Each prediction has its own parameter, which determines the logit of one of two equally
+    likely classes. Therefore (p - y)² is 1/4 for both labels y.
     """
 
     def logits_fn(params, inputs):
@@ -39,15 +39,15 @@ def at_inputs(value):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_returns_the_diagonal_of_the_mean_loss(name):
+def test_every_estimator_returns_the_hessian_diagonal_of_the_mean_loss(name):
     estimator = ESTIMATORS[name](Estimators(two_classes(1.0)))
     diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
     expected = at_inputs(0.25 / (SEQUENCES * CONTEXT))
     np.testing.assert_allclose(diagonal, expected, rtol=1e-6)
 
 
-def test_released_code_clips_the_mean_gradient():
+def test_released_code_clips_the_norm_of_the_mean_gradient():
     estimator = Estimators(two_classes(100.0)).released_code(SEQUENCES)
     diagonal = estimator.compiled(PARAMS, TOKENS, jax.random.key(0))
-    # The clipped gradient has norm 1 and n entries ±g, so n g² = 1 for n predictions.
+    # The clipped gradient has n nonzero entries ±g and norm 1, so the estimate n g² is 1.
     np.testing.assert_allclose(diagonal, at_inputs(1.0), rtol=1e-6)

@@ -9,15 +9,17 @@ from benchmarks import measure
 from benchmarks.flops import flops
 
 
-def test_in_turn_shuffles_programs_in_each_round_and_omits_the_first_round():
+def test_time_alternating_shuffles_programs_in_each_round_and_drops_the_warm_up_times():
     ran = []
-    seconds = measure.in_turn({name: lambda n=name: ran.append(n) for name in "abc"}, 4)
+    seconds = measure.time_alternating(
+        {name: lambda n=name: ran.append(n) for name in "abc"}, 4
+    )
     assert [sorted(ran[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
     assert len({tuple(ran[i : i + 3]) for i in range(0, 15, 3)}) > 1
     assert {name: len(runs) for name, runs in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_ratios_compare_times_round_by_round():
+def test_ratios_compare_times_from_the_same_round():
     # A machine that is twice as slow in every other round does not change the ratio.
     ratio = measure.ratios([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0])
     assert ratio == {"median": 2.0, "low": 2.0, "high": 2.0}
@@ -43,7 +45,7 @@ def test_markdown_has_a_column_for_each_heading():
     ]
 
 
-def test_run_prints_machine_and_table_and_stores_results(tmp_path, monkeypatch, capsys):
+def test_run_prints_the_device_and_table_and_stores_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "benchmarks" / "results")
 
     def run(*argv):
@@ -83,7 +85,7 @@ A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
         (jax.vmap(lambda a, b: a @ b, in_axes=(0, None)), 2 * 3 * 5 * 7),
     ],
 )
-def test_flops_counts_products_in_jitted_scanned_and_conditional_code(fn, expected):
+def test_flops_counts_matrix_products_inside_jit_scan_cond_and_vmap(fn, expected):
     counted = flops(fn, A, B)
     assert expected <= counted < expected + 10
 

@@ -14,12 +14,12 @@ SHAPE = Shape(layers=1, heads=2, width=16, context=8, vocabulary=384)
 
 
 def read_back(results):
-    """Return results after a round trip through JSON, as the tables read them."""
+    """Return results after a JSON round trip, because tables are made from JSON files."""
     return json.loads(json.dumps(results))
 
 
 @pytest.mark.slow
-def test_update_without_refresh_moves_fewer_bytes_than_adamw():
+def test_sophia_update_without_refresh_accesses_fewer_bytes_than_adamw():
     sizes = update.Sizes((("small", SHAPE, "bfloat16"),), SHAPE, repeats=2)
     results = read_back(update.measure_updates(sizes))
     alone = {row["optimizer"]: row for row in results["alone"]}
@@ -36,7 +36,7 @@ def test_update_without_refresh_moves_fewer_bytes_than_adamw():
 
 @pytest.mark.slow
 def test_refresh_on_a_thirtieth_of_the_batch_costs_about_a_thirtieth_of_a_step():
-    run = refresh.run_of(SHAPE, batch=60, accumulate=1)
+    run = refresh.make_config(SHAPE, batch=60, accumulate=1)
     sizes = refresh.Sizes(run, repeats=2, counted=run, pass_shape=SHAPE)
     results = read_back(refresh.measure_refresh(sizes))
     # In a model this small, sampling labels costs about a tenth of a gradient.
@@ -49,7 +49,7 @@ def test_refresh_on_a_thirtieth_of_the_batch_costs_about_a_thirtieth_of_a_step()
 
 
 @pytest.mark.slow
-def test_gnb_error_falls_with_the_number_of_groups():
+def test_gnb_error_decreases_with_the_number_of_groups():
     sizes = estimate.Sizes(
         sequences=16,
         groups=(1, 16),
@@ -80,13 +80,13 @@ def test_gnb_error_falls_with_the_number_of_groups():
         assert rows["released code"][error] > 2 * ours[error]
     for row in rows.values():
         products = 3 if row["truth"] == HESSIAN else 1
-        cost = products * row["sequences"] / 32  # relative to a gradient
+        cost = products * row["sequences"] / 32  # relative to the cost of a gradient
         assert row["flops_over_gradient"] == pytest.approx(cost, rel=0.5)
     assert "| gnb, 16 groups | 16 | 16 |" in estimate.table(results)
 
 
 @pytest.mark.slow
-def test_devices_divide_refresh_flops_and_data_parallel_exchanges_one_gradient():
+def test_refresh_splits_flops_over_devices_and_exchanges_the_expected_bytes():
     results = read_back(devices.measure_devices(presets=()))
     size = results["parameter_bytes"]
     rows = {row["layout"]: row for row in results["rows"]}
@@ -96,7 +96,7 @@ def test_devices_divide_refresh_flops_and_data_parallel_exchanges_one_gradient()
     # Norms are replicated, so they are not gathered.
     found = rows["fully sharded"]["refresh_bytes"]
     assert found.pop("all-gather") == pytest.approx(size, rel=0.01)
-    # The squares of each of the two groups per device are exchanged, by any collective.
+    # Each device exchanges the squared gradients of two groups, by any collective.
     assert sum(found.values()) == pytest.approx(2 * size, rel=0.01)
     assert "| fully sharded |" in devices.table(results)
 
@@ -112,14 +112,14 @@ def test_docs_tables_show_the_stored_results():
     texts = [page.read_text() for page in report.PAGES]
     shown = re.findall(r"<!-- benchmarks: (\w+) -->", "".join(texts))
     assert sorted(shown) == sorted([*report.TABLES, *report.OTHER_TABLES])
-    assert [report.written(text) for text in texts] == texts
+    assert [report.update_tables(text) for text in texts] == texts
 
 
 def test_docs_plots_show_the_stored_results(tmp_path):
     report.draw(tmp_path)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == len(report.PLOTS)
-    for picture in drawn:  # positions depend on Matplotlib's version, labels do not
+    for picture in drawn:  # compare labels: positions depend on Matplotlib's version
         kept = (report.DOCS / "images" / picture.name).read_text()
         words = re.compile(r"<text [^>]*>([^<]*)</text>")
         assert len(words.findall(kept)) > 10

@@ -1,4 +1,4 @@
-"""Tests of `accumulate` over micro-batches against one estimate from the full batch."""
+"""Tests that `accumulate` over micro-batches equals a single full-batch estimate."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def loss(params, x):
 
 
 def add_all(micro, batches):
-    """Return the state after adding micro-batches, given as (inputs, keyword arguments)."""
+    """Add micro-batches, given as (inputs, keyword arguments). Return the final state."""
     state, add = micro.init(PARAMS), jax.jit(micro.add)
     for x, kwargs in batches:
         state = add(state, PARAMS, x, **kwargs)
@@ -44,8 +44,8 @@ def split(sizes, **arrays):
         (hutchinson, loss, {}, {"key": KEY}),
     ],
 )
-def test_accumulate_over_equal_micro_batches_equals_one_estimate(make, fn, arrays, kwargs):
-    """With the same key, both estimates use the same sampled labels and probes."""
+def test_accumulate_over_micro_batches_equals_full_batch_estimate(make, fn, arrays, kwargs):
+    """Both estimates use the same key, so they use the same sampled labels and probes."""
     micro = accumulate(make(fn, groups=2))
     batches = [(x, named | kwargs) for x, named in split((4, 4, 4), **arrays)]
     state = add_all(micro, batches)
@@ -65,7 +65,7 @@ def gradient_of_sum(params, x, y, w):
     ("sizes", "weights"), [((1, 11), None), ((5, 3, 4), WEIGHTS), ((2, 2, 8), WEIGHTS)]
 )
 def test_accumulate_over_unequal_micro_batches_has_the_correct_scale(sizes, weights):
-    """With given labels, ĥ = Σ_i S_i² / Σ w, for the gradient sum S_i of micro-batch i."""
+    """With given labels ĥ = Σ_i S_i² / Σ w, where S_i sums √w ∇loss over micro-batch i."""
     w = jnp.ones(12) if weights is None else weights
     sums = [
         gradient_of_sum(PARAMS, x, named["y"], named["w"])
@@ -100,7 +100,7 @@ def test_accumulate_weights_hutchinson_estimates_by_the_given_weight():
     mask = jnp.array([1.0] * 5 + [0] * 7)
 
     def loss_of_bias(bias, x, m):
-        """Return a loss with a diagonal Hessian, so that every probe is exact."""
+        """Return a loss with a diagonal Hessian, so that each estimate is exact."""
         logits = network(PARAMS | {"bias": bias}, x)
         return jnp.sum(m * jnp.sum(logits**2, -1) * (x[:, 0] + 2)) / m.sum()
 

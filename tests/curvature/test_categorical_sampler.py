@@ -20,7 +20,7 @@ def exact_cdf(logits):
 
 
 def sample_classes(uniform, logits):
-    """Return the class for each uniform number, all with the same logits."""
+    """Return the sampled class for each uniform number, for fixed logits."""
     sample = jax.jit(jax.vmap(categorical_sampler.invert_cdf, (0, None)))
     return np.asarray(sample(jnp.float32(uniform), jnp.float32(logits)))
 
@@ -40,7 +40,7 @@ def make_logits(classes, kind, seed=0):
     return {
         "flat": np.zeros(classes),
         "normal": 3 * normal,
-        "huge": np.where(few, 1e4, -1e4),  # a few classes have all the probability
+        "huge": np.where(few, 1e4, -1e4),  # only a few classes have nonzero probability
         "offset": 1e4 + normal,
         "impossible classes": np.where(some, normal, -np.inf),
     }[kind]
@@ -49,7 +49,7 @@ def make_logits(classes, kind, seed=0):
 @pytest.mark.parametrize("kind", ["flat", "normal", "huge", "offset", "impossible classes"])
 @pytest.mark.parametrize("classes", [3, 256, 257, 1024, 50257, 50304])
 def test_invert_cdf_is_exact_up_to_float32_rounding(classes, kind):
-    """Test each wide CDF interval at both ends and in the middle."""
+    """The uniform numbers are near both ends and in the middle of wide CDF intervals."""
     logits, margin = jnp.float32(make_logits(classes, kind)), 4 * STEP
     high = exact_cdf(logits)
     low = np.concatenate([[0], high[:-1]])
@@ -63,7 +63,7 @@ def test_invert_cdf_is_exact_up_to_float32_rounding(classes, kind):
 
 @pytest.mark.parametrize("classes", [3, 257, 1024, 5000])
 def test_invert_cdf_never_returns_a_class_of_zero_probability(classes):
-    """Test uniform numbers close to 0 and 1, and at or just above each CDF value."""
+    """The uniform numbers are at or near 0 and 1, and at or just above each CDF value."""
     logits = make_logits(classes, "impossible classes", seed=1)
     cdf = exact_cdf(logits)
     ends = [0, STEP / 2, 1 - STEP / 2, 1]
@@ -84,7 +84,7 @@ def test_sample_categorical_uses_uniform_numbers_in_the_open_unit_interval(monke
     monkeypatch.setattr(
         categorical_sampler, "invert_cdf", lambda u, logits: seen.append(u) or u
     )
-    for number in (0.0, 1 - STEP):  # the extremes of jax.random.uniform
+    for number in (0.0, 1 - STEP):  # the smallest and largest value of `jax.random.uniform`
         monkeypatch.setattr(jax.random, "uniform", lambda *a, u=number: jnp.float32([u]))
         categorical_sampler.sample_categorical(KEY, jnp.zeros((1, 3)))
     assert seen == [STEP / 2, 1 - STEP / 2]
@@ -125,7 +125,7 @@ def test_categorical_sample_is_independent_between_predictions():
     [(256, 50257, 0.1), (256, 50304, 0.1), (10_000, 10, 4)],
 )
 def test_sample_categorical_uses_little_temporary_memory(predictions, classes, copies):
-    """The compiler reports temporary memory of less than `copies` times the logits."""
+    """The temporary memory must be less than `copies` times the memory of the logits."""
     logits = jax.ShapeDtypeStruct((predictions, classes), jnp.float32)
     sample = jax.jit(categorical_sampler.sample_categorical)
     memory = sample.lower(KEY, logits).compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""Tests that `each_group` annotations keep the estimate unchanged or are rejected."""
+"""Tests that `each_group` does not change estimates and rejects invalid annotations."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sophia_optax import accumulate, each_group, empirical_fisher, gnb, hutchinson
 
-# A part of the error message, keyed by the cause of the error.
+# A substring of the expected error message, keyed by the cause of the error.
 CAUSES = {
     "repeated": "several uses",
     "loop": "in a loop",
@@ -42,7 +42,7 @@ CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False])
 
 
 def rejects(cause, parameter):
-    """Expect an error that names a parameter and a cause."""
+    """Return a context that expects an error naming the parameter and the cause."""
     name = re.escape(f"`params['{parameter}']`")
     return pytest.raises(ValueError, match=f"(?s)(?=.*{name})(?=.*{CAUSES[cause]})")
 
@@ -52,7 +52,7 @@ def identity(w):
 
 
 def network(params, x, embedding=identity, layer=each_group, head=identity, bias=identity):
-    """Return logits. Each use of a weight first applies its function, such as `head`."""
+    """Return logits. Functions such as `head` transform the weights before their use."""
 
     def apply(h, w):
         return jnp.tanh(h @ layer(w)), None
@@ -121,8 +121,8 @@ def test_each_group_does_not_change_gradients_or_hutchinson():
     assert jaxprs(annotated) == jaxprs(unannotated)
 
 
-def test_each_group_in_a_jitted_model_is_traced_separately_for_an_estimate():
-    """The cached trace of a training step cannot be reused: it computes no squares."""
+def test_jitted_model_with_each_group_is_retraced_for_an_estimate():
+    """A cached trace of a training step computes no squares, so it must not be reused."""
     jitted = jax.jit(annotated)
     before = jax.grad(lambda p: jitted(p, X).sum())(PARAMS)
     estimate = fisher(jitted)
@@ -145,7 +145,7 @@ def test_each_group_works_under_pmap():
     assert_trees_all_close(first, expected_fisher(), rtol=2e-6)
 
 
-def test_each_group_gives_nan_for_an_invalid_label_unless_masked():
+def test_estimate_with_each_group_is_nonfinite_for_an_invalid_unmasked_label():
     y, weights = Y.at[0, 0].set(-100), jnp.ones(Y.shape).at[0, 0].set(0)
     masked = fisher(annotated, y=y, weights=weights)
     assert_trees_all_close(masked, fisher(unannotated, y=y, weights=weights), rtol=2e-6)
@@ -173,7 +173,7 @@ def annotate_reshaped(w):
     ],
     ids=["layers only", "vmap", "reshape", "checkpoint", "barrier"],
 )
-def test_each_group_accepts_equivalent_annotations(network):
+def test_each_group_gives_equal_estimates_for_equivalent_annotations(network):
     assert_trees_all_close(fisher(network), expected_fisher(), rtol=2e-6)
 
 
@@ -184,7 +184,7 @@ def test_each_group_accepts_a_cast_after_the_annotation():
 
 
 def test_each_group_gives_a_zero_estimate_for_an_unused_parameter():
-    """JAX passes zeros to a custom backward pass for an output that the loss ignores."""
+    """For an unused output, JAX passes a zero cotangent to the custom backward pass."""
 
     def bwd(args, g):
         h, w, v = args
@@ -223,7 +223,7 @@ kernel = with_backward_pass(copy_in_kernel, lambda args, g: (g,))
 
 @pytest.mark.parametrize("operation", [kernel, copy_through_reference])
 @pytest.mark.parametrize("network", [unannotated, annotated])
-def test_each_group_allows_kernels_and_references_for_other_arrays(network, operation):
+def test_each_group_allows_kernels_and_references_that_use_no_weights(network, operation):
     estimate = fisher(lambda params, x: operation(jnp.ones(V)) * network(params, x))
     assert_trees_all_close(estimate, expected_fisher(), rtol=2e-6)
 
@@ -244,7 +244,7 @@ def annotate_in_map_over_batch(params, x):
 
 
 def annotate_rows(params, x):
-    """Annotate embedding rows. This is invalid, as a group may use the same row twice."""
+    """Annotate embedding rows. This is invalid, because a group may use a row twice."""
     return each_group(params["embedding"][x]) @ jnp.cos(jnp.arange(D * V)).reshape(D, V)
 
 
@@ -315,7 +315,7 @@ def test_each_group_rejects_an_invalid_annotation(network, parameter, cause):
         fisher(network)
 
 
-def test_each_group_rejects_a_slice_that_depends_on_the_batch():
+def test_each_group_rejects_a_weight_slice_that_depends_on_the_batch():
     def logits_fn(params, x):
         return hidden_states(x) @ each_group(params["layers"][x[0, 0] % L])
 
@@ -333,7 +333,7 @@ SHARDED = REPLICATED | {"layers": P(None, None, "d")}
 
 
 def in_shard_map(estimate, check_vma, specs=SHARDED, axis_name="d"):
-    """Return `estimate(PARAMS, X, Y)` on 2 x 2 devices, with X and Y sharded on an axis."""
+    """Run `estimate(PARAMS, X, Y)` on 4 devices, with X and Y sharded over `axis_name`."""
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     in_specs = (specs, P(axis_name), P(axis_name))
     settings = {"in_specs": in_specs, "out_specs": specs, "check_vma": check_vma}
@@ -362,13 +362,13 @@ def gather(w, **settings):
 
 
 def gather_product(params, x):
-    """Return logits of a model that gathers a product of weights, not the weights."""
+    """Return logits of a model that gathers a function of weights, not the weights."""
     first, second = params["layers"][0], params["layers"][1]
     return hidden_states(x) @ gather(first + second @ jnp.ones((D // 2, D // 2)))
 
 
 def permute_weights(params, x):
-    """Return logits of a model that sends weight shards from device to device."""
+    """Return logits of a model that exchanges weight shards between devices."""
     h, w = hidden_states(x), params["layers"][0]
     other = jax.lax.ppermute(w, "d", [(0, 1), (1, 0)])
     return jnp.concatenate([h @ w, h @ other], -1)
@@ -385,7 +385,7 @@ def _permute_gradients_bwd(args, g):
 
 
 def permute_gradients(params, x):
-    """Return logits. As in ring attention, gradients are sent from device to device."""
+    """Return logits. The backward pass exchanges gradients, as in ring attention."""
     product = with_backward_pass(jnp.matmul, _permute_gradients_bwd)
     return product(hidden_states(x), params["layers"][0])
 
@@ -403,7 +403,7 @@ def permute_gradients(params, x):
     ],
 )
 def test_each_group_is_required_after_each_gather_in_shard_map(network, cause, check_vma):
-    """Otherwise gradients would be summed over devices before the square."""
+    """Otherwise gradients would be summed over devices before they are squared."""
     with rejects(cause, "layers"):
         fisher_in_shard_map(network, check_vma)
 
@@ -417,7 +417,7 @@ def test_each_group_rejects_a_gather_within_subsets_of_devices():
 
 
 def test_each_group_rejects_a_gather_over_an_axis_without_groups():
-    """Devices along "t" hold parts of one group's gradient. Square only their sum."""
+    """Along "t", devices hold parts of a group's gradient, so only their sum is squared."""
 
     def layer(w):
         return each_group(jax.lax.all_gather(w, "t", axis=1, tiled=True))
@@ -428,7 +428,7 @@ def test_each_group_rejects_a_gather_over_an_axis_without_groups():
 
 
 @CHECK_VMA
-def test_empirical_fisher_allows_collectives_outside_the_gradient(check_vma):
+def test_empirical_fisher_allows_collectives_that_carry_no_gradient(check_vma):
     def logits_fn(params, x):
         return unannotated(params, x) / jax.lax.pmean((x**2.0).mean(), "d")
 
@@ -438,7 +438,7 @@ def test_empirical_fisher_allows_collectives_outside_the_gradient(check_vma):
 
 
 @CHECK_VMA
-def test_hutchinson_rejects_params_that_the_loss_gathers(check_vma):
+def test_hutchinson_rejects_a_loss_that_gathers_params(check_vma):
     gathering = network_with(layer=gather)
     estimator = hutchinson(lambda p, x: gathering(p, x).mean(), axis_name="d")
 

@@ -94,7 +94,7 @@ def test_estimator_rejects_invalid_groups_batches_and_axes(
 
 
 @EVERY_ESTIMATOR
-def test_estimator_takes_legacy_keys_and_numpy_targets_only_by_keyword(make, fn, kwargs):
+def test_estimator_rejects_positional_keys_and_accepts_other_array_types(make, fn, kwargs):
     [(name, value)] = kwargs.items()
     other = jax.random.key_data(value) if name == "key" else np.uint8(value)
     assert_trees_all_close(*(make(fn)(PARAMS, X, **{name: v}) for v in (value, other)))

@@ -33,7 +33,7 @@ def bernoulli_case(f):
 
 
 def normal_case(f):
-    # Three quadrature nodes are exact, because the estimate is quadratic in the labels.
+    # Quadrature with three nodes is exact, because the estimate is quadratic in the labels.
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(3)
     log_probs = np.log(node_weights / node_weights.sum())
     offsets, probabilities = all_labels(1.5 * nodes, np.broadcast_to(log_probs, (4, 3)))
@@ -61,7 +61,7 @@ def poisson_case(f):
 def test_gnb_mean_over_all_labels_is_the_gauss_newton_diagonal(
     x64, outputs_fn, case, predictions, groups, parallel_groups, weighted
 ):
-    """The mean is an exact sum over all assignments of labels and their probabilities."""
+    """The mean is an exact sum over all possible labels, weighted by probability."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x, b = inputs(*predictions), jnp.arange(np.prod(predictions)).reshape(predictions)
     weights = jnp.where(b == 2, 0, 0.3 + b**2.0) if weighted else None
@@ -89,7 +89,7 @@ def test_gnb_mean_over_all_labels_is_the_gauss_newton_diagonal(
     ("groups", "parallel_groups"), [(1, None), (4, None), (4, 2), (4, 4)]
 )
 def test_gnb_is_the_empirical_fisher_of_its_sampled_labels(groups, parallel_groups):
-    """Each group samples labels with its own key, also if groups run in parallel."""
+    """Each group samples labels with its own key, even if groups run in parallel."""
     params, x, weights = network_params(), inputs(8, 5), jnp.arange(40.0).reshape(8, 5)
     labels = [
         Categorical().sample(jax.random.fold_in(KEY, g), network(params, part))
@@ -125,9 +125,9 @@ def linear(params, x):
     [
         (jnp.float32, 60_000, 1),
         (jnp.bfloat16, 60_000, 1),
-        (jnp.float16, 60_000, 1),  # the sum of the gradients overflows
-        (jnp.float16, 1, 1e-3),  # the square of the gradient underflows
-        (jnp.float16, 1, 1e3),  # the square of the gradient overflows
+        (jnp.float16, 60_000, 1),  # a float16 sum of the gradients would overflow
+        (jnp.float16, 1, 1e-3),  # a float16 square would underflow
+        (jnp.float16, 1, 1e3),  # a float16 square would overflow
     ],
 )
 def test_empirical_fisher_sums_and_squares_in_float32(dtype, predictions, size):
@@ -140,7 +140,7 @@ def test_empirical_fisher_sums_and_squares_in_float32(dtype, predictions, size):
 
 
 def test_gnb_does_not_differentiate_sampled_labels():
-    """A `Normal` label is f + noise. Differentiating it would make the gradient 0."""
+    """A sampled `Normal` label is f + noise. Its derivative would make the gradient 0."""
     estimate = gnb(lambda p, x: p * x, likelihood=Normal())
     x = jnp.arange(1.0, 5.0)
     noise = jax.random.normal(jax.random.fold_in(KEY, 0), (4,))
@@ -156,7 +156,7 @@ def test_gnb_is_nan_if_the_sum_of_the_weights_overflows():
 
 @pytest.mark.parametrize("axis_name", [None, "d"])
 @pytest.mark.parametrize("parallel_groups", [1, 4])
-def test_gnb_traces_the_model_only_once_without_each_group(parallel_groups, axis_name):
+def test_gnb_without_each_group_traces_the_model_only_once(parallel_groups, axis_name):
     calls = []
 
     def logits_fn(params, x):

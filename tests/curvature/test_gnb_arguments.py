@@ -104,7 +104,7 @@ def test_gnb_and_fisher_reject_invalid_logits(make, edit, targets, error, messag
 
 @BOTH_ESTIMATORS
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Normal(), Poisson()])
-def test_gnb_and_fisher_reject_invalid_inputs_of_elementwise_likelihoods(make, likelihood):
+def test_gnb_and_fisher_reject_invalid_inputs_for_elementwise_likelihoods(make, likelihood):
     kwargs = {"likelihood": likelihood, "targets": jnp.ones((4, 3))}
     with pytest.raises(ValueError, match=r"`logits_fn`.* tuple"):
         trace(make, fn=lambda p, x: (network(p, x), 0), **kwargs)
@@ -119,7 +119,7 @@ def test_gnb_and_fisher_reject_invalid_inputs_of_elementwise_likelihoods(make, l
         assert not is_finite(hessian_of(make, **kwargs))
 
 
-def test_gnb_rejects_labels():
+def test_gnb_rejects_labels_in_the_batch():
     with pytest.raises(TypeError, match=r"2 arguments .*`\(p, x\)`.* without labels"):
         gnb(lambda p, x: network(p, x))(PARAMS, X, Y, key=jax.random.key(0))
 

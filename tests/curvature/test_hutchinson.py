@@ -23,7 +23,7 @@ def small_loss(params, x):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_hutchinson_mean_over_all_probes_is_the_hessian_diagonal(x64, monkeypatch, groups):
-    """The groups may share probes, because each group's mean over all probes is exact."""
+    """All groups use the same probe. Still, each group's mean over all probes is exact."""
     params = {"a": jnp.array([0.3, -1.2, 0.7]), "b": jnp.array([[1.1], [0.2]])}
     x = jax.random.normal(jax.random.key(0), (6, 3))
 
@@ -36,7 +36,7 @@ def test_hutchinson_mean_over_all_probes_is_the_hessian_diagonal(x64, monkeypatc
     estimates = jax.jit(jax.vmap(with_probe))(probes)
     mean = jax.tree.map(lambda e: e.mean(0), estimates)
     dense = hessian_diagonal(lambda p: small_loss(p, x), params)
-    assert min(map(jnp.min, jax.tree.leaves(dense))) < 0  # unlike a Gauss-Newton matrix
+    assert min(map(jnp.min, jax.tree.leaves(dense))) < 0  # indefinite, unlike Gauss-Newton
     assert_trees_all_close(mean, dense, rtol=1e-10)
 
 
@@ -62,7 +62,7 @@ def test_hutchinson_probes_are_signs_in_the_dtypes_of_params(monkeypatch):
     ("groups", "num_probes", "parallel_groups"),
     [(1, 1, None), (1, 3, None), (2, 1, 1), (4, 2, 2)],
 )
-def test_hutchinson_is_the_mean_of_hessian_vector_products_with_probes(
+def test_hutchinson_averages_probes_times_hessian_vector_products(
     groups, num_probes, parallel_groups
 ):
     params, key = network_params(), jax.random.key(3)

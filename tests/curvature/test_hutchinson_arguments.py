@@ -1,4 +1,4 @@
-"""Tests of `hutchinson` with invalid losses or arguments and kernels without a JVP."""
+"""Tests of `hutchinson` with invalid losses or arguments, or kernels without a JVP."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 
 
 def hutchinson_of(edit, x=X, *, fn=network, groups=1):
-    """Estimate the Hessian diagonal of `edit(losses)`, with one loss per example."""
+    """Estimate the Hessian diagonal of `edit(losses)`, where each example has one loss."""
     estimate = hutchinson(lambda p, x: edit(jnp.mean(fn(p, x) ** 2, 1)), groups=groups)
     return estimate(PARAMS, x, key=KEY)
 
@@ -50,7 +50,7 @@ def test_hutchinson_rejects_an_invalid_loss(edit, error, message):
         (lambda v: v.mean().astype(jnp.float16), True),
     ],
 )
-def test_hutchinson_is_finite_exactly_if_second_derivatives_are_finite(edit, finite):
+def test_hutchinson_is_finite_if_and_only_if_second_derivatives_are_finite(edit, finite):
     assert np.isfinite(optax.tree.sum(hutchinson_of(edit))) == finite
 
 
@@ -88,7 +88,7 @@ def test_hutchinson_rejects_a_kernel_without_a_second_derivative():
     "settings", [{}, {"groups": 2}, {"groups": 4, "parallel_groups": 2}]
 )
 def test_hutchinson_is_exact_for_a_custom_vjp_that_calls_itself(settings):
-    """The forward pass has no JVP, so the product is reverse-over-reverse."""
+    """The forward pass has no JVP, so Hessian-vector products are reverse-over-reverse."""
     softplus = jax.custom_vjp(lambda x: jnp.log1p(jnp.exp(x)))
     softplus.defvjp(lambda x: (softplus(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
     estimate = hutchinson(lambda p, x: jnp.mean(softplus(x * p) ** 2), **settings)

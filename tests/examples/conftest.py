@@ -15,7 +15,7 @@ from examples.gpt.operations.run import save_tokenizer
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """Return a function that makes the config of a tiny run with 4 steps."""
+    """Return a function that makes a tiny 4-step config with the given overrides."""
     (tmp_path / "corpus.txt").write_text(TEXT)
     values = {"data": tmp_path / "corpus.txt", "out": tmp_path / "out", "steps": 4}
     values |= {"warmup": 1, "layers": 1, "heads": 2, "width": 16, "context": 16}
@@ -25,15 +25,15 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Return the path of a text file."""
+    """Return the path of a text file to train on."""
     file = tmp_path_factory.mktemp("data") / "corpus.txt"
     file.write_text(TEXT)
     return file
 
 
 @pytest.fixture(scope="module")
-def one_device_losses(corpus, tmp_path_factory):
-    """Return a function that returns the losses of an optimizer's single-device run."""
+def single_device_losses(corpus, tmp_path_factory):
+    """Return a function that maps an optimizer name to losses of a single-device run."""
 
     @functools.cache
     def train(optimizer):
@@ -47,14 +47,14 @@ def one_device_losses(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_losses(one_device_losses):
-    """Return the losses of an uninterrupted run."""
-    return one_device_losses("sophia_g")
+def uninterrupted_losses(single_device_losses):
+    """Return the losses of an uninterrupted single-device run with `sophia_g`."""
+    return single_device_losses("sophia_g")
 
 
 @pytest.fixture
 def save_run(tmp_path):
-    """Return a function that writes a run's folder with a checkpoint of `params`."""
+    """Return a function that writes a run's output folder with a checkpoint of `params`."""
 
     def save(model, params, tokenizer, data=None):
         folder = tmp_path / "out"
@@ -81,7 +81,7 @@ class MemoryS3(MemoryFileSystem):
 
 @pytest.fixture
 def bucket():
-    """Return an empty in-memory file system for s3:// paths."""
+    """Register and return an empty in-memory file system for s3:// paths."""
     fsspec.register_implementation("s3", MemoryS3, clobber=True)
     MemoryS3.store, MemoryS3.pseudo_dirs = {}, [""]
     return MemoryS3()

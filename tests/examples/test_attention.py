@@ -29,7 +29,7 @@ def test_attention_within_documents_ignores_other_documents(name):
     document = np.asarray(jax.random.randint(jax.random.key(2), (50,), 1, 128))
 
     def logits(before):
-        """Return logits for the document and its end token, preceded by `before`."""
+        """Return the logits of the document and its end token, placed after `before`."""
         tokens = np.concatenate([before, document, [0], np.full(128, 5)])[:128]
         tokens = tokens.astype(np.int32)
         return logits_of(tokens[None])[0, len(before) : len(before) + 51]
@@ -40,7 +40,7 @@ def test_attention_within_documents_ignores_other_documents(name):
     assert not np.allclose(expected, logits([3, 1, 4, 1]), atol=1e-3)
 
 
-def test_splash_attention_and_its_gradients_equal_xla():
+def test_splash_attention_and_its_gradients_match_xla():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, 2, 64)) for i in range(3))
 
     def value_and_grads(name):
@@ -55,7 +55,7 @@ def test_splash_attention_and_its_gradients_equal_xla():
 
 
 def run_step(mesh, **values):
-    """Return the arrays of the state after a step with a refresh, and the compiled step."""
+    """Run a step with a refresh. Return the new state's arrays and the compiled step."""
     traced, _, init_state = trace_step(mesh, **(SMALL | values))
     compiled = traced.lower().compile()
     with jax.set_mesh(mesh):
@@ -66,7 +66,7 @@ def run_step(mesh, **values):
 
 @pytest.mark.slow
 def test_step_with_splash_on_8_devices_matches_xla_on_a_single_device():
-    """The groups of a refresh are vmapped over an axis that is not a mesh axis."""
+    """The refresh vmaps attention over groups, so the sharded kernel must allow `vmap`."""
     values = dict(gamma=0.05, remat="full", within_documents=True, end_of_document=0)
     make_config(**values).check()
     mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
@@ -77,7 +77,7 @@ def test_step_with_splash_on_8_devices_matches_xla_on_a_single_device():
     splash_bytes, xla_bytes = (
         sum(bytes_of(collectives(c)).values()) for c in (with_splash, with_xla)
     )
-    assert splash_bytes <= 1.05 * xla_bytes  # the inputs of attention are not gathered
+    assert splash_bytes <= 1.05 * xla_bytes  # attention inputs are not all-gathered
 
 
 @pytest.mark.slow
@@ -89,10 +89,10 @@ def test_step_with_splash_on_8_devices_matches_xla_on_a_single_device():
         ("cuda", None, "@__cudnn$fmhaSoftmax"),
     ],
 )
-def test_step_is_lowered_with_the_kernel_of_the_platform(monkeypatch, platform, mesh, call):
-    """The loss, its backward pass and the refresh use the kernel."""
+def test_step_is_lowered_to_the_kernel_of_the_platform(monkeypatch, platform, mesh, call):
+    """The forward pass, the backward pass and the refresh call the kernel."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    monkeypatch.setattr(cudnn, lambda: 91_000)  # cuDNN is not installed
+    monkeypatch.setattr(cudnn, lambda: 91_000)  # cuDNN need not be installed
     monkeypatch.setattr(attention, "platform", lambda: platform.replace("cuda", "gpu"))
     mesh = ONE_DEVICE if mesh is None else sharding.make_mesh(mesh)
     traced, *_ = trace_step(mesh, **SMALL, dtype="bfloat16", remat="dots")
@@ -119,7 +119,7 @@ def test_step_is_lowered_with_the_kernel_of_the_platform(monkeypatch, platform, 
         ("cpu", {"attention": "cudnn"}, None),
     ],
 )
-def test_choose_kernel_depends_on_the_devices_of_the_mesh(platform, values, expected):
+def test_choose_kernel_depends_on_mesh_platform_and_model(platform, values, expected):
     """`expected` is None if the requested kernel does not support the platform or model."""
     config = make_config(**(SMALL | values)).with_resolved_defaults(128).model
     mesh = ONE_DEVICE.abstract_mesh
@@ -131,4 +131,4 @@ def test_choose_kernel_depends_on_the_devices_of_the_mesh(platform, values, expe
             return
         assert attention.choose_kernel(config, 128) == expected
         if expected == "splash":
-            assert attention.choose_kernel(config, 64) == "xla"  # a shorter sequence
+            assert attention.choose_kernel(config, 64) == "xla"  # too short for splash

@@ -10,7 +10,7 @@ from examples.gpt.__main__ import initial_params, main
 from examples.gpt.core.config import ConfigError
 from examples.gpt.core.sharding import make_mesh
 from examples.gpt.operations import folders
-from examples.gpt.operations.checkpoints import load_params, ocp, saved_values
+from examples.gpt.operations.checkpoints import load_params, load_saved_config, ocp
 from examples.gpt.operations.processes import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -18,13 +18,13 @@ DISK_FULL = OSError(28, "No space left on device")
 
 
 def train(config):
-    """Run the training command, and return its rows of metrics."""
+    """Run the training command, and return a row of metrics for each logged step."""
     return main(config)[config.optimizer]
 
 
 @pytest.mark.slow
-def test_resume_rejects_a_different_model_or_data(tiny_config, tmp_path):
-    """Check a run resumed in its own folder, and `resume_from` in a new folder."""
+def test_resume_rejects_a_different_model_seed_optimizer_or_corpus(tiny_config, tmp_path):
+    """A run resumes in its own folder or, with `resume_from`, in a new folder."""
     train(tiny_config())
     before = (tiny_config().folder / "metrics.jsonl").read_text()
     new = {"out": tmp_path / "new", "resume_from": tiny_config().folder, "steps": 6}
@@ -51,14 +51,14 @@ def test_run_resumes_with_more_steps_and_a_different_schedule(tiny_config, capsy
 
 
 @pytest.mark.slow
-def test_run_with_resume_from_equals_the_original_run_bit_for_bit(tiny_config, tmp_path):
+def test_resume_from_reproduces_the_original_run_bit_for_bit(tiny_config, tmp_path):
     values = {"steps": 6, "schedule": "constant", "checkpoint_every": 3}
     expected = [row["loss"] for row in train(tiny_config(**values))[3:]]
     values |= {"resume_from": tiny_config().folder / "checkpoints" / "3"}
     values |= {"groups": None, "refresh_batch": None}  # None restores the saved values
     rows = train(tiny_config(**values, out=tmp_path / "b"))
     assert [row["loss"] for row in rows] == expected
-    assert saved_values(tmp_path / "b")["groups"] == 4
+    assert load_saved_config(tmp_path / "b")["groups"] == 4
     values |= {"schedule": "wsd", "decay": 3}
     rows = train(tiny_config(**values, out=tmp_path / "c"))
     assert [row["lr"] for row in rows] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
@@ -67,7 +67,7 @@ def test_run_with_resume_from_equals_the_original_run_bit_for_bit(tiny_config, t
 
 
 @pytest.mark.slow
-def test_init_from_a_run_starts_from_its_parameters(tiny_config):
+def test_init_from_loads_the_parameters_of_a_finished_run(tiny_config):
     train(tiny_config())
     _, trained = load_params(tiny_config().folder, make_mesh(""))
     config = tiny_config(init_from=tiny_config().folder)
@@ -105,7 +105,7 @@ def test_run_resumes_after_a_full_disk(tiny_config, monkeypatch):
     assert [row["step"] for row in train(config)] == list(range(1, 9))
 
 
-def test_run_does_not_report_a_failed_write_as_saved(tiny_config, monkeypatch, capsys):
+def test_run_does_not_report_a_failed_checkpoint_as_saved(tiny_config, monkeypatch, capsys):
     close = ocp.training.Checkpointer.close
 
     def fail(self):
@@ -121,13 +121,13 @@ def test_run_does_not_report_a_failed_write_as_saved(tiny_config, monkeypatch, c
     assert "is saved" not in capsys.readouterr().out
 
 
-def test_run_rejects_a_damaged_checkpoint_and_resumes_without_it(tiny_config):
+def test_run_rejects_a_damaged_checkpoint_and_resumes_after_its_removal(tiny_config):
     train(tiny_config(checkpoint_every=2))
     newest = tiny_config().folder / "checkpoints" / "4"
     for file in (newest / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"can't read .*/4 \(to resume from an earlier"):
+    with pytest.raises(ConfigError, match=r"can't read .*/4 \(move it to resume"):
         main(tiny_config(checkpoint_every=2))
     newest.rename(tiny_config().folder / "damaged")
     assert [row["step"] for row in train(tiny_config(checkpoint_every=2))] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Layout selection, and ahead-of-time compilation for devices that are not attached."""
+"""Choice of mesh, micro-batches and remat, and compilation for unattached devices."""
 
 import dataclasses
 import importlib.util
@@ -12,18 +12,18 @@ import pytest
 
 from benchmarks import hlo, topologies
 from examples.gpt.core.config import Config, ConfigError
-from examples.gpt.core.fit import MEMORY, fit_to_devices, layouts
+from examples.gpt.core.fit import MEMORY, candidate_configs, fit_to_devices
 from examples.gpt.core.sharding import make_mesh
 from examples.gpt.presets import parse
 from examples.gpt.tools import compile as tool
 from examples.gpt.tools.topologies import CHIPS, open_topology
 
-RESULTS = sorted(topologies.KEPT.glob("*.json"))
+RESULTS = sorted(topologies.STORED.glob("*.json"))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs pip install "jax[tpu]"'
 )
 SMALL = ["--layers", "2", "--heads", "2", "--width", "128", "--vocabulary", "1024"]
-SMALL += ["--preset", "gpt2-30m", "--batch", "16", "--context", "128"]  # flags of a run
+SMALL += ["--preset", "gpt2-30m", "--batch", "16", "--context", "128"]  # training flags
 
 
 def devices(kind, count):
@@ -31,7 +31,7 @@ def devices(kind, count):
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
-def test_fit_to_devices_chooses_the_layouts_in_the_docs(file):
+def test_fit_to_devices_chooses_the_layouts_shown_in_the_docs(file):
     results = json.loads(file.read_text())
     row = results["preset"], results["topology"]
     [flags] = [flags for *names, flags in topologies.ROWS if tuple(names) == row]
@@ -46,7 +46,7 @@ def test_fit_to_devices_chooses_the_layouts_in_the_docs(file):
         assert program["temporaries"] < results["memory"]["capacity"]
 
 
-def test_fit_to_devices_changes_only_an_auto_mesh():
+def test_fit_to_devices_changes_only_a_config_with_an_auto_mesh():
     config = Config()
     assert fit_to_devices(config, devices("TPU v5", 8)) is config
     auto = parse(["--mesh", "auto"])
@@ -60,9 +60,9 @@ def test_fit_to_devices_raises_if_no_layout_fits():
         fit_to_devices(config, devices("TPU v5 lite", 2))
 
 
-def test_layouts_start_with_the_given_layout_and_divide_the_batch():
+def test_layouts_start_with_the_given_layout_and_split_the_batch_evenly():
     config = parse(["--preset", "gpt2-30m", "--accumulate", "2"])
-    found = list(layouts(config, 8))
+    found = list(candidate_configs(config, 8))
     assert found[0] == config
     assert all(480 // run.training.accumulate % 8 == 0 for run in found)
     assert {run.model.remat for run in found} == {"none", "dots", "full"}
@@ -75,17 +75,17 @@ def test_open_topology_rejects_unknown_names(name):
         open_topology(name)
 
 
-def test_open_topology_names_the_missing_package(monkeypatch):
+def test_open_topology_error_names_the_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'needs libtpu: pip install "jax\[tpu\]"'):
         open_topology("v5e:2x4")
 
 
-def test_chips_and_memory_have_the_same_device_kinds():
+def test_chips_and_memory_list_the_same_device_kinds():
     assert {chip.kind for chip in CHIPS.values()} == set(MEMORY)
 
 
-def test_memory_bytes_count_slices_in_loops_once_per_iteration():
+def test_memory_bytes_counts_loop_slices_once_per_iteration():
     def scaled_sum(stacked_LxN, y_N):
         step = lambda y_N, x_N: (y_N + 2 * x_N, None)  # noqa: E731
         return jax.lax.scan(step, y_N, stacked_LxN)[0]
@@ -93,11 +93,11 @@ def test_memory_bytes_count_slices_in_loops_once_per_iteration():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 1024), (1024,))]
     compiled = jax.jit(scaled_sum).lower(*shapes).compile()
     arrays = hlo.memory_bytes(compiled) / (4 * 1024)
-    assert 8 * 3 <= arrays < 8 * 5  # each iteration: x and y are read, y is written
+    assert 8 * 3 <= arrays < 8 * 5  # each iteration reads x and y, and writes y
 
 
 def test_collectives_read_the_trip_count_of_a_loop_from_its_condition():
-    """The HLO is a `scan` in the format of the TPU compiler."""
+    """The HLO text is a `scan` as the TPU compiler prints it."""
     text = """
 %condition (c: (s32[], f32[4])) -> pred[] {
   %c = (s32[], f32[4]) parameter(0)
@@ -122,7 +122,7 @@ ENTRY %main (p: (s32[], f32[4])) -> (s32[], f32[4]) {
     assert hlo.bytes_of(hlo.collectives(program)) == {"all-reduce": 12 * 16}
 
 
-def test_collectives_count_only_the_result_of_an_asynchronous_gather():
+def test_collectives_count_only_the_result_of_an_asynchronous_all_gather():
     text = """
 ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
   %p = bf16[4,8]{1,0} parameter(0)
@@ -139,7 +139,7 @@ ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 @pytest.mark.parametrize("flags", ["", "--mesh data=2,fsdp=2,tensor=2 --within-documents"])
-def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monkeypatch):
+def test_compile_run_calls_each_splash_attention_kernel_once(topology, flags, monkeypatch):
     texts, collectives = [], hlo.collectives
     spy = lambda c: texts.append(c.as_text()) or collectives(c)  # noqa: E731
     monkeypatch.setattr(hlo, "collectives", spy)
@@ -153,7 +153,7 @@ def test_compile_run_uses_the_splash_kernel_once_per_pass(topology, flags, monke
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("slices", [1, 2])
-def test_make_mesh_splits_an_axis_of_the_tpu_torus(slices):
+def test_make_mesh_can_split_a_physical_axis_of_the_tpu_torus(slices):
     _, devices = open_topology("v5p:4x4x8", slices)
     assert make_mesh("fsdp=2", devices).shape["data"] == 64 * slices
 
@@ -161,14 +161,14 @@ def test_make_mesh_splits_an_axis_of_the_tpu_torus(slices):
 @needs_libtpu
 @pytest.mark.slow
 def test_compile_run_exchanges_only_gradients_and_estimates_between_slices():
-    """A step exchanges a gradient, and a refresh adds an estimate of the same size."""
+    """Each step exchanges a gradient. A refresh adds an estimate of the same size."""
     config = parse(SMALL)
     results = tool.compile_run(config, *open_topology("v5e:2x2", slices=2))
     plain, refresh = (
         results["programs"][f"{name} a refresh"]["exchanged"][hlo.BETWEEN_SLICES]
         for name in ("without", "with")
     )
-    gradient = results["memory"]["parameters"] * 2**30 / 4  # bytes per device of a slice
+    gradient = results["memory"]["parameters"] * 2**30 / 4  # bytes for each of 4 devices
     assert gradient <= plain < 2 * gradient  # gradients of small parameters are replicated
     assert 1.5 * plain < refresh < 2.1 * plain
 

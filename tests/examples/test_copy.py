@@ -1,4 +1,4 @@
-"""The core of the GPT trainer, copied to an empty folder as in docs/trainer/index.md."""
+"""The GPT trainer's core, copied to a new folder as docs/trainer/index.md describes."""
 
 import os
 import re

@@ -17,7 +17,7 @@ CONTEXT = 8
 
 
 def write_prepared(folder, train, validation, shard_tokens):
-    """Write the bytes of both splits as a prepared corpus. Return its folder."""
+    """Write a prepared corpus from the bytes of both splits. Return its folder."""
     folder.mkdir()
     manifest = {"format": 1, "tokenizer": "bytes", "dtype": "uint16", "finished": True}
     for name, tokens in (("train", train), ("validation", validation)):
@@ -36,12 +36,12 @@ def prepared(tmp_path):
 
 
 def make_tokens(*sizes):
-    """Return distinct tokens in shards of these sizes."""
+    """Return consecutive integers as tokens, in shards of the given sizes."""
     return data.Tokens(tuple(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
 
 
 def take(n, *args, **kwargs):
-    """Return the first n batches of a new iterator."""
+    """Return the first n batches of a new batch iterator."""
     with contextlib.closing(data.batches(*args, **kwargs)) as batches:
         return np.stack([next(batches) for _ in range(n)])
 
@@ -133,7 +133,7 @@ def test_load_assigns_each_text_file_to_one_split(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
-def test_load_splits_inside_a_file_if_there_are_few_files(tmp_path, sizes):
+def test_load_splits_within_a_file_if_there_are_few_files(tmp_path, sizes):
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text("x" * size)
     corpus = corpora.load(tmp_path)
@@ -142,7 +142,7 @@ def test_load_splits_inside_a_file_if_there_are_few_files(tmp_path, sizes):
     assert 0.05 < len(corpus.validation) / total < 0.2
 
 
-def test_visible_files_follows_links_and_lists_each_folder_once(tmp_path):
+def test_visible_files_follows_symlinks_and_lists_each_folder_once(tmp_path):
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     for path in (corpus / "inside", corpus / ".hidden", elsewhere / "deep"):
         path.mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_visible_files_follows_links_and_lists_each_folder_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_does_not_require_the_data_extra(prepared):
+def test_training_does_not_require_packages_of_the_data_extra(prepared):
     code = """
 import sys
 for name in ("datasets", "pyarrow", "tokenizers", "zstandard"):

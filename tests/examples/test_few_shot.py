@@ -1,4 +1,4 @@
-"""Evaluation on few-shot tasks of lm-eval."""
+"""Few-shot evaluation on tasks from lm-eval."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 
 from examples.gpt.tools import few_shot
 
-few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # a call takes seconds
+few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # construction takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
 
 
@@ -32,7 +32,7 @@ def lm(params):
 
 
 def request(lm, *pairs):
-    """Return the model's scores for (context, continuation) pairs."""
+    """Return (log-probability, is greedy) for each (context, continuation) pair."""
     return lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
 
 
@@ -42,7 +42,7 @@ def logits_of(params, tokens):
 
 
 def score(params, context, continuation):
-    """Return the log-probability of a continuation, and whether it is the argmax."""
+    """Return a continuation's log-probability, and whether greedy decoding yields it."""
     tokens = [*context, *continuation][-(CONFIG.context + 1) :]
     inputs = np.zeros((1, CONFIG.context), int)
     inputs[0, : len(tokens) - 1] = tokens[:-1]
@@ -53,7 +53,7 @@ def score(params, context, continuation):
 
 
 def test_few_shot_model_scores_continuations_of_all_lengths(lm, params):
-    """Requests are padded or truncated, and 23 requests do not fill batches of 4."""
+    """Inputs are padded or truncated, and the last batch has only 3 of 4 requests."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple("".join(map(chr, rng.integers(97, 123, size))) for size in sizes)
@@ -80,7 +80,7 @@ COLUMNS = {
 
 
 def questions(name, size, seed):
-    """Yield questions in the format of SuperGLUE."""
+    """Yield random questions in the format of SuperGLUE."""
     rng = np.random.default_rng(seed)
     for i in range(size):
         row = {column: f"{column} {rng.integers(1e9)}." for column in COLUMNS[name]}

@@ -26,7 +26,7 @@ LAUNCH = ROOT / "examples" / "gpt" / "launch"
         ({"SLURM_STEP_NUM_TASKS": "1"}, [], None, 0),
         ({"SLURM_STEP_NUM_TASKS": "8"}, [], None, 1),
         ({"JOB_COMPLETION_INDEX": "0"}, [], None, 1),
-        ({}, ["/dev/vfio/0"], None, 0),  # a device that is not a TPU
+        ({}, ["/dev/vfio/0"], None, 0),  # a VFIO device that is not a TPU
         ({}, ["/dev/vfio/0"], "libtpu", 1),
     ],
 )
@@ -45,14 +45,14 @@ def test_join_processes_detects_launchers(monkeypatch, environment, files, libtp
 
 
 @pytest.mark.parametrize("file", ["tpu.sh", "slurm.sbatch"])
-def test_launch_scripts_are_valid_bash_with_a_valid_example(file):
+def test_launch_scripts_are_valid_bash_with_valid_example_flags(file):
     text = (LAUNCH / file).read_text()
     subprocess.run(["bash", "-n", LAUNCH / file], check=True)
     [example] = [line for line in text.splitlines() if "--preset" in line]
     check_on_32_devices(shlex.split(example.lstrip("# ").rstrip("\\")))
 
 
-def test_kubernetes_objects_are_consistent():
+def test_kubernetes_objects_have_consistent_references():
     yaml = pytest.importorskip("yaml")
     text = (LAUNCH / "kubernetes.yaml").read_text()
     objects = {o["kind"]: o for o in yaml.safe_load_all(text)}
@@ -73,14 +73,14 @@ def test_kubernetes_objects_are_consistent():
 
 
 def check_on_32_devices(arguments):
-    """Check that a run's flags are valid on the 32 TPU chips and 32 GPUs in the docs."""
+    """Check that flags of a run are valid for the 32 TPU chips and 32 GPUs in the docs."""
     config = parse(arguments)
     config.check()
     assert config.training.mesh == "auto"
     for topology, kind in (("v5p:2x4x4", "TPU v5"), ("h200:32", "NVIDIA H200")):
         assert (config.preset, topology, "") in topologies.ROWS
         devices = [types.SimpleNamespace(device_kind=kind)] * 32
-        fitted = fit_to_devices(config, devices)  # the layout for these devices
+        fitted = fit_to_devices(config, devices)  # resolves `--mesh auto`
         assert fitted.training.mesh == ""
         mesh = AbstractMesh((32, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
         check_mesh(fitted.with_resolved_defaults(50257, 32), mesh)

@@ -1,4 +1,4 @@
-"""Communication and memory of the training step on meshes."""
+"""Communication and memory use of the training step on device meshes."""
 
 import jax
 import numpy as np
@@ -14,13 +14,13 @@ SMALL = {"vocabulary": 256, "context": 32, "batch": 32, "groups": 8, "refresh_ba
 
 
 def compile_step(mesh, **values):
-    """Return the compiled training step on a mesh, and the abstract state."""
+    """Return the training step compiled for a mesh, and its abstract state."""
     traced, state, _ = trace_step(mesh, **(SMALL | values))
     return traced.lower().compile(), state
 
 
 @pytest.mark.slow
-def test_step_with_data_parallelism_exchanges_a_gradient_and_an_estimate():
+def test_step_with_data_parallelism_exchanges_one_gradient_and_one_estimate():
     """Micro-batches and loss chunks do not increase the exchanged bytes."""
     mesh, sizes = sharding.make_mesh(""), []
     values = {"accumulate": 2, "loss_chunk": 8}
@@ -35,11 +35,11 @@ def test_step_with_data_parallelism_exchanges_a_gradient_and_an_estimate():
 
 @pytest.mark.slow
 def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
-    """Each of two micro-batches exchanges a gradient. A refresh exchanges an estimate."""
+    """Each of two micro-batches exchanges a gradient. The refresh exchanges an estimate."""
     values = {"accumulate": 2, "loss_chunk": 8, "remat": "full", "layers": 8}
     mesh, exchanged, temporary = sharding.make_mesh("fsdp=8"), [], []
     for optimizer in ("adamw", "sophia_g"):
-        # With a constant gamma, Sophia does not communicate a sample of entries.
+        # Without a constant gamma, Sophia would communicate a sample to choose gamma.
         gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}
         compiled, state = compile_step(mesh, optimizer=optimizer, **values, **gamma)
         found = bytes_of(collectives(compiled))
@@ -55,7 +55,7 @@ def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
 def test_step_keeps_parameters_and_moving_averages_sharded(spec, architecture):
-    """All parameters except norms, which are vectors, are sharded."""
+    """All parameters are sharded except those of norms, which are small vectors."""
     mesh = sharding.make_mesh(spec)
     compiled, state = compile_step(mesh, architecture=architecture)
     all_shards, shard_bytes = mesh.shape["fsdp"] * mesh.shape["tensor"], []
@@ -77,8 +77,8 @@ def test_step_keeps_parameters_and_moving_averages_sharded(spec, architecture):
         assert new.is_equivalent_to(x.sharding, len(x.shape))
 
 
-def test_partition_specs_match_complete_names():
-    """Parameter names in an NNX state end with /value."""
+def test_partition_specs_match_only_complete_parameter_names():
+    """The rule "up/kernel" matches "up/kernel/value" (NNX state), not "group/kernel"."""
     kernel = np.zeros((4, 4))
     specs = sharding.partition_specs({"up": {"kernel": nnx.Param(kernel)}})
     assert specs["up"]["kernel"].get_value() == jax.P("fsdp", "tensor")
@@ -90,8 +90,8 @@ def test_partition_specs_match_complete_names():
     ("mesh", "values", "message"),
     [
         ("data=3", {}, "sizes of `mesh` must .*, got data=3,fsdp=1,tensor=1 for 8"),
-        ("model=8", {}, r"`mesh` must be like data=8,fsdp=4,tensor=2, got 'model=8'"),
-        ("data=x", {}, r"`mesh` must be like"),
+        ("model=8", {}, r"`mesh` must be pairs such as data=8,fsdp=4, got 'model=8'"),
+        ("data=x", {}, r"`mesh` must be pairs"),
         ("tensor=8", {}, r"`mesh`: tensor=8 must divide .* for params/blocks/project/"),
         ("", {"batch": 36, "refresh_batch": 12, "groups": 12}, "`batch` must be a mult"),
         ("", {"accumulate": 8}, r"`batch` must be a multiple .* 8 .* 32 and 8"),

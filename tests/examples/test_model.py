@@ -31,14 +31,14 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 25), 0, 128)
         ("neox-6.6b", 6_857_302_016),
     ],
 )
-def test_presets_have_the_sizes_in_their_names(preset, parameters):
+def test_presets_have_the_expected_parameter_counts(preset, parameters):
     params = jax.eval_shape(lambda: model.init(preset_config(preset).model))
     assert sum(p.size for p in jax.tree.leaves(params)) == parameters
 
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
 def test_attention_is_causal(config):
-    """A changed token changes the logits at its position and after it."""
+    """A changed token changes the logits only at its position and later positions."""
     params = model.init(config)
     tokens = TOKENS[:, :24]
     changed = tokens.at[:, 10].add(1) % 128
@@ -57,7 +57,7 @@ def test_attention_is_causal(config):
         ("bfloat16", "full", 7),
     ],
 )
-def test_loss_chunk_and_remat_do_not_change_loss_and_gradient(dtype, remat, loss_chunk):
+def test_loss_chunk_and_remat_do_not_change_the_loss_or_gradient(dtype, remat, loss_chunk):
     plain = dataclasses.replace(SMALL, dtype=dtype)
     config = dataclasses.replace(plain, remat=remat, loss_chunk=loss_chunk)
     params = model.init(config)
@@ -75,13 +75,13 @@ def test_loss_chunk_and_remat_do_not_change_loss_and_gradient(dtype, remat, loss
 
 
 def test_loss_chunk_computes_the_head_gradient_in_one_matrix_product():
-    """Otherwise XLA on GPUs would store a gradient of the head for each position."""
+    """With one product per position, XLA on GPUs would store a head gradient for each."""
     config = ModelConfig(context=64, vocabulary=160, dtype="bfloat16", loss_chunk=16)
     params = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((3, 65), jnp.int32)
     loss = lambda params, tokens: model.bind(config, params).loss(tokens)  # noqa: E731
     text = jax.jit(jax.grad(loss)).lower(params, tokens).as_text()
-    assert "tensor<64x160xf32>" in text  # width and vocabulary
+    assert "tensor<64x160xf32>" in text  # (width, vocabulary size)
     assert "tensor<16x64x160xf32>" not in text
 
 
@@ -103,7 +103,7 @@ def test_loss_chunk_reduces_temporary_memory():
     without_chunks = memory(loss_chunk=T)
     assert without_chunks > 1.5 * logits
     assert memory(loss_chunk=T // 16, remat="full") < 0.5 * logits
-    # Gradients are stored in bfloat16, but XLA on CPU may widen them.
+    # XLA on CPU may widen the stored bfloat16 logit gradients, so this bound is loose.
     assert memory(loss_chunk=T // 16) < 0.8 * without_chunks
 
 

@@ -17,7 +17,7 @@ OUT = "gs://bucket/runs/one"
 
 @pytest.fixture
 def store(monkeypatch):
-    """Return the file system of an empty bucket, without a cache."""
+    """Return an uncached file system for an empty bucket on the local server."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -49,7 +49,7 @@ def test_run_in_a_bucket_resumes_bit_for_bit_after_sigkill(
     assert read_run(store, tmp_path) == (uninterrupted_losses, [15, 20])
     assert store.cat(f"{OUT}/loss.png")[1:4] == b"PNG"
 
-    # Without this file, the checkpoint looks like one that is still being written.
+    # Without this file, checkpoint 20 appears unfinished, so the run resumes from 15.
     store.rm(f"{OUT}/{CHECKPOINTS}/20/commit_success.txt")
     args = run_flags(corpus, tmp_path / "new", steps=25, resume_from=OUT)
     code, output = run_command(args)
@@ -61,7 +61,7 @@ def test_run_in_a_bucket_resumes_bit_for_bit_after_sigkill(
     assert sampled.stdout
 
 
-def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
+def test_prepare_writes_to_a_bucket_from_which_training_reads(store, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text("".join(f'{{"text": "{line}"}}\n' for line in TEXT.splitlines()))
     options = ["--out", "gs://bucket/data", "--tokenizer", "bytes", "--validation", "0.1"]
@@ -71,7 +71,7 @@ def test_prepare_writes_to_a_bucket_and_train_reads_it(store, tmp_path):
     assert code == 0, output
 
 
-def test_two_processes_with_a_bucket_match_single_device(
+def test_two_process_run_in_a_bucket_matches_single_device(
     store, corpus, tmp_path, uninterrupted_losses
 ):
     args = run_flags(corpus, OUT, mesh="fsdp=2")

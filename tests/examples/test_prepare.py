@@ -1,4 +1,4 @@
-"""Preparation of text: sources, splits, and resuming after a kill."""
+"""Preparation of training data: sources, splits, and resuming after a crash."""
 
 import contextlib
 import json
@@ -49,14 +49,14 @@ def mixed_files(folder):
 
 
 def pile_files(folder):
-    """Write files in the format of the Pile, which `datasets.load_dataset` reads."""
+    """Write files in the format of the Pile data set, for `datasets.load_dataset`."""
     write_jsonl(folder / "00.jsonl.zst", DOCUMENTS[:90])
     write_jsonl(folder / "01.jsonl.zst", DOCUMENTS[90:])
 
 
 @pytest.fixture(params=[text_files, mixed_files, pile_files])
 def source(request, tmp_path, monkeypatch):
-    """Return the name of a source that contains all documents."""
+    """Return a source of all `DOCUMENTS`: the path of a folder, or a data set name."""
     path = tmp_path / "source"
     path.mkdir()
     request.param(path)
@@ -69,7 +69,7 @@ def source(request, tmp_path, monkeypatch):
     return "pile"
 
 
-def test_prepare_reads_sources_in_order_and_resumes_after_a_kill(
+def test_prepare_reads_sources_in_order_and_resumes_after_a_crash(
     source, tmp_path, monkeypatch
 ):
     kill = KillAtWrite(monkeypatch)
@@ -83,14 +83,14 @@ def test_prepare_reads_sources_in_order_and_resumes_after_a_kill(
     assert writes > 40
     for write in {*range(1, writes, 7), writes - 1, writes}:
         out = tmp_path / str(write)
-        for countdown in (write, 5, 0):  # two attempts are killed, the third finishes
+        for countdown in (write, 5, 0):  # the first two attempts crash, the third finishes
             kill.countdown = countdown
             with contextlib.suppress(Killed):
                 main(make_options(out, source, more))
         assert checksums(out) == reference
 
 
-def test_prepare_does_not_encode_finished_shards_again(jsonl, tmp_path, monkeypatch):
+def test_prepare_resumes_without_encoding_finished_shards(jsonl, tmp_path, monkeypatch):
     seen, encode = [], prepare.encode_batch
     monkeypatch.setattr(prepare, "encode_batch", lambda *a: seen.extend(a[0]) or encode(*a))
     KillAtWrite(monkeypatch).countdown = 14
@@ -111,10 +111,10 @@ def test_prepare_puts_copies_of_a_document_in_the_same_split(tmp_path):
     assert len(train) + len(validation) == 2 * len(texts) + 1
     assert not set(train) & set(validation)
     assert 0.15 < len(validation) / 4000 < 0.25
-    assert "?" in train + validation  # replaces a lone surrogate
+    assert "?" in train + validation  # "?" replaces the lone surrogate
 
 
-def test_prepare_splits_a_long_text_at_ends_of_lines(tmp_path):
+def test_prepare_splits_a_long_text_file_at_line_ends(tmp_path):
     lines = [f"line {i}\r\n" for i in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines), newline="")
     main(make_options(tmp_path / "out", tmp_path / "book.txt"))
@@ -126,7 +126,7 @@ def test_prepare_splits_a_long_text_at_ends_of_lines(tmp_path):
 
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])
-def test_prepare_chooses_dtype_by_vocabulary_size(largest, jsonl, tmp_path, monkeypatch):
+def test_prepare_dtype_depends_on_vocabulary_size(largest, jsonl, tmp_path, monkeypatch):
     tokenizer = Bytes()
     tokenizer.vocabulary = largest + 1
     tokenizer.encode_batch = lambda texts: [np.array([1, largest], np.uint32)] * len(texts)

@@ -1,4 +1,4 @@
-"""Errors of `prepare` for invalid inputs and without a network."""
+"""Errors that `prepare` raises for invalid inputs and without network access."""
 
 import gzip
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def test_prepare_rejects_a_file_as_output_folder(tmp_path):
         ("a.png", b"PNG", "source contains no .txt, "),
     ],
 )
-def test_prepare_names_the_invalid_file(file, content, message, tmp_path):
+def test_prepare_rejects_invalid_source_files(file, content, message, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / file).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
@@ -39,7 +39,7 @@ def test_prepare_names_the_invalid_file(file, content, message, tmp_path):
     assert not (tmp_path / "out" / corpora.MANIFEST).exists()
 
 
-def test_prepare_fails_immediately_without_a_network(tmp_path, monkeypatch):
+def test_prepare_fails_quickly_without_network_access(tmp_path, monkeypatch):
     for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

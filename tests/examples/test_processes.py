@@ -13,24 +13,26 @@ pytestmark = pytest.mark.slow
 
 def assert_equal_losses(found, expected):
     assert len(found) == len(expected)
-    assert found[-1] < found[0] - 1  # the loss falls
+    assert found[-1] < found[0] - 1  # training reduces the loss
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw"])
-def test_8_device_run_matches_single_device(corpus, tmp_path, one_device_losses, optimizer):
+def test_8_device_run_matches_single_device(
+    corpus, tmp_path, single_device_losses, optimizer
+):
     args = run_flags(corpus, tmp_path, optimizer=optimizer, mesh="data=2,fsdp=2,tensor=2")
     code, output = run_command(args, devices=8)
     assert code == 0, output
-    assert_equal_losses(read_losses(tmp_path), one_device_losses(optimizer))
+    assert_equal_losses(read_losses(tmp_path), single_device_losses(optimizer))
 
 
-def test_2_process_run_matches_single_device(corpus, tmp_path, one_device_losses):
+def test_2_process_run_matches_single_device(corpus, tmp_path, single_device_losses):
     args = run_flags(corpus, tmp_path, optimizer="sophia_g", mesh="fsdp=2")
     codes, outputs = run_processes(args, 2)
     assert codes == [0, 0], outputs
-    assert_equal_losses(read_losses(tmp_path), one_device_losses("sophia_g"))
-    assert "loss" not in outputs[1]  # only the first process prints
+    assert_equal_losses(read_losses(tmp_path), single_device_losses("sophia_g"))
+    assert "loss" not in outputs[1]  # only the first process prints metrics
 
 
 FAIL_IN_PROCESS_1 = """
@@ -67,8 +69,10 @@ def test_sigkill_of_one_process_ends_the_other_process(corpus, tmp_path, index):
     assert codes[1 - index] not in (0, 128 + signal.SIGTERM), outputs
 
 
-def test_run_of_two_processes_resumes_in_one_process(corpus, tmp_path, one_device_losses):
-    """SIGTERM to one process saves a checkpoint, which is loaded on a different mesh."""
+def test_two_process_run_resumes_in_a_single_process(
+    corpus, tmp_path, single_device_losses
+):
+    """After SIGTERM to one process, both save a checkpoint. A single device loads it."""
     args = run_flags(corpus, tmp_path, mesh="fsdp=4,tensor=2", checkpoint_every=20)
     stop = (7, signal.SIGTERM)
     codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, to_process=1)
@@ -76,18 +80,18 @@ def test_run_of_two_processes_resumes_in_one_process(corpus, tmp_path, one_devic
     assert 7 <= next(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir()) < 20
     code, output = run_command(run_flags(corpus, tmp_path, accumulate=2))
     assert code == 0, output
-    assert_equal_losses(read_losses(tmp_path), one_device_losses("sophia_g"))
+    assert_equal_losses(read_losses(tmp_path), single_device_losses("sophia_g"))
 
 
 @pytest.mark.parametrize("mesh", ["", "fsdp=4"])
-def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, one_device_losses, mesh):
-    """The run starts on 8 devices and resumes on 4 and on 16, with 8 groups."""
+def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, single_device_losses, mesh):
+    """The run starts on 8 devices, then resumes on 4 and on 16. It always has 8 groups."""
     for devices, step in ((8, 7), (4, 13), (16, None)):
         stop = None if step is None else (step, signal.SIGTERM)
         args = run_flags(corpus, tmp_path, mesh=mesh)
         code, output = run_command(args, devices=devices, signal_after=stop)
         assert code == (0 if step is None else 128 + signal.SIGTERM), output
-    assert_equal_losses(read_losses(tmp_path), one_device_losses("sophia_g"))
+    assert_equal_losses(read_losses(tmp_path), single_device_losses("sophia_g"))
 
 
 def test_sigint_to_one_process_saves_a_checkpoint_and_ends_all_processes(corpus, tmp_path):

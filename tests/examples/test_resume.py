@@ -12,14 +12,14 @@ pytestmark = pytest.mark.slow
 
 
 def interrupt(corpus, out, step, number):
-    """Run the command, and end it with a signal after a step."""
+    """Run the training command until `step`, then end it with signal `number`."""
     code, output = run_command(run_flags(corpus, out), signal_after=(step, number))
     assert "Traceback" not in output, output
     return code, output
 
 
 def resume(corpus, out):
-    """Run the same command again. Return its losses and output."""
+    """Run the training command again to its end. Return its losses and output."""
     code, output = run_command(run_flags(corpus, out))
     assert code == 0, output
     return read_losses(out), output
@@ -30,7 +30,7 @@ def checkpoint_steps(out):
 
 
 def test_run_resumes_after_sigkill(corpus, tmp_path, uninterrupted_losses):
-    """The run is killed between checkpoints, and leaves an unfinished checkpoint."""
+    """The run is killed between checkpoints and leaves an unfinished checkpoint."""
     code, _ = interrupt(corpus, tmp_path, 13, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert checkpoint_steps(tmp_path) in ([5], [5, 10])  # checkpoint 10 may be unfinished
@@ -41,7 +41,7 @@ def test_run_resumes_after_sigkill(corpus, tmp_path, uninterrupted_losses):
     assert not unfinished.exists()
 
 
-def test_run_killed_before_the_first_checkpoint_starts_again(
+def test_run_killed_before_the_first_checkpoint_restarts_from_step_0(
     corpus, tmp_path, uninterrupted_losses
 ):
     interrupt(corpus, tmp_path, 3, signal.SIGKILL)
@@ -50,7 +50,7 @@ def test_run_killed_before_the_first_checkpoint_starts_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_resumes_after_a_signal_that_saves_a_checkpoint(
+def test_sigterm_or_sigint_saves_a_checkpoint_from_which_the_run_resumes(
     corpus, tmp_path, uninterrupted_losses, number
 ):
     code, output = interrupt(corpus, tmp_path, 13, number)

@@ -1,4 +1,4 @@
-"""Text generation from a model."""
+"""Text generation from a trained GPT."""
 
 import jax
 import numpy as np
@@ -20,18 +20,18 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Return parameters large enough that the text is not one repeated token."""
+    """Return parameters so large that generated text does not repeat a single token."""
     return jax.tree.map(lambda p: 3 * p, model.init(CONFIG))
 
 
 @pytest.fixture
 def out(params, save_run):
-    """Return the folder of a run."""
+    """Return the output folder of a run with a checkpoint of `params`."""
     return save_run(CONFIG, params, Bytes())
 
 
 def argmax_tokens(params, prompt, length):
-    """Return greedily generated tokens, computed from inputs without padding."""
+    """Return greedily decoded tokens, computed on unpadded inputs as a reference."""
     tokens, logits_of = list(prompt), jax.jit(model.bind(CONFIG, params).__call__)
     for _ in range(length):
         logits = logits_of(np.array([tokens[-CONFIG.context :]]))
@@ -44,7 +44,7 @@ def argmax_tokens(params, prompt, length):
     [(1, 4), (78, 5), (80, 3), (100, 3)],
     ids=["one token", "window moves", "window is full", "prompt is cut"],
 )
-def test_generate_at_temperature_0_takes_the_argmax(params, prompt, length):
+def test_generate_at_temperature_0_decodes_greedily(params, prompt, length):
     prompt = np.random.default_rng(0).integers(0, 256, prompt)
     found = generate(CONFIG, params, prompt, length, key=KEY, temperature=0)
     expected = argmax_tokens(params, prompt, length)
@@ -62,7 +62,7 @@ def test_sample_main_on_a_mesh_matches_single_device(out, capsys):
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_generate_samples_tokens_in_proportion_to_their_probabilities(params, top_k):
-    """The counts over 2,000 draws are within five standard deviations of their means."""
+    """Token counts in 2,000 draws are within five standard deviations of their means."""
     temperature, draws = 5.0, 2_000
     logits = np.asarray(model.bind(CONFIG, params)(np.array([[7]]))[0, -1], np.float64)
     allowed = np.argsort(logits)[::-1][:top_k]
@@ -80,7 +80,7 @@ def test_generate_samples_tokens_in_proportion_to_their_probabilities(params, to
     assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + (expected > 0))
 
 
-def test_generate_samples_only_tokens_of_the_vocabulary(params):
+def test_generate_samples_only_tokens_below_the_vocabulary_size(params):
     found = generate(CONFIG, params, [7], 200, key=KEY, temperature=100.0, vocabulary=9)
     assert set(found.tolist()) == set(range(9))
     found = generate(CONFIG, params, [7], 5, key=KEY, top_k=50, vocabulary=9)
@@ -89,8 +89,8 @@ def test_generate_samples_only_tokens_of_the_vocabulary(params):
 
 @pytest.mark.parametrize("prompt", ["The quick", ""])
 @pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes", "bpe"])
-def test_sample_main_prints_prompt_and_text(save_run, params, capsys, tokenizer, prompt):
-    """An empty prompt starts a new document, after an end-of-document token."""
+def test_sample_main_prints_prompt_and_sample(save_run, params, capsys, tokenizer, prompt):
+    """An empty prompt is replaced by an end-of-document token to start a document."""
     [start] = tokenizer.encode_batch([prompt])
     start, size = [*start] or [tokenizer.end_of_document], tokenizer.vocabulary
     tokens = generate(CONFIG, params, start, 6, key=KEY, temperature=0, vocabulary=size)
@@ -100,7 +100,7 @@ def test_sample_main_prints_prompt_and_text(save_run, params, capsys, tokenizer,
         assert capsys.readouterr().out == f"{prompt}{tokenizer.decode(tokens)}\n"
 
 
-def test_sample_main_reads_weights_and_the_tokenizer_of_data(out, params, capsys, tmp_path):
+def test_sample_main_on_exported_weights_matches_the_run(out, params, capsys, tmp_path):
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     (tmp_path / "text.txt").write_text("bytes")
     weights = {"weights": tmp_path / "gpt2", "data": tmp_path / "text.txt"}

@@ -20,7 +20,7 @@ TOKENS = jax.random.randint(jax.random.key(0), (16, 17), 0, 64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
-def test_optimizer_decays_matrices_and_embeddings_only(optimizer):
+def test_optimizer_applies_weight_decay_only_to_kernels_and_embeddings(optimizer):
     config = make_config(**TINY, optimizer=optimizer, bias=True)
     params = jax.tree.map(jnp.ones_like, model.init(config.model))
     tx = make_optimizer(config, lambda step: 1.0)
@@ -41,7 +41,7 @@ def test_optimizer_decays_matrices_and_embeddings_only(optimizer):
         ({"nesterov": True}, 1),
     ],
 )
-def test_optimizer_follows_a_sign_change_of_the_gradient_only_with_nesterov(values, sign):
+def test_only_nesterov_updates_change_sign_in_the_same_step_as_the_gradient(values, sign):
     config = make_config(b1=0.85, weight_decay=0.0, warmup=0, **values)
     tx = make_optimizer(config, make_schedule(config))
     params = {"blocks": {"kernel": jnp.ones(1)}}
@@ -61,7 +61,7 @@ def test_optimizer_follows_a_sign_change_of_the_gradient_only_with_nesterov(valu
         ({}, [0, 1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_make_schedule_has_the_expected_learning_rates(values, expected):
+def test_make_schedule_returns_the_expected_learning_rates(values, expected):
     config = make_config(steps=5, warmup=1, learning_rate=1.0, **values)
     schedule = make_schedule(config)
     np.testing.assert_allclose([schedule(i) for i in range(5)], expected, rtol=1e-5)
@@ -72,8 +72,8 @@ def test_make_schedule_has_the_expected_learning_rates(values, expected):
 @pytest.mark.parametrize(
     "mesh", [None, "data=4", "fsdp=4", "data=2,fsdp=2", "fsdp=2,tensor=2"]
 )
-def test_loss_and_grads_equal_value_and_grad_of_the_mean_loss(mesh, accumulate):
-    """The gradient does not depend on the mesh or the number of micro-batches."""
+def test_loss_and_grads_match_value_and_grad_of_mean_loss(mesh, accumulate):
+    """The loss and gradient do not depend on the mesh or the number of micro-batches."""
     config = make_config(**TINY, accumulate=accumulate)
     params = model.init(config.model)
     expected = jax.value_and_grad(partial(step.mean_loss, config))(params, TOKENS)

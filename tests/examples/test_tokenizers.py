@@ -18,17 +18,17 @@ KINDS = pytest.mark.parametrize("tokenizer", [Bytes(), tiny_bpe()], ids=["bytes"
 
 
 @KINDS
-def test_tokenizer_decodes_the_encoded_text(tokenizer):
+def test_tokenizer_decode_inverts_encode_batch(tokenizer):
     for text, tokens in zip(DOCUMENTS, tokenizer.encode_batch(DOCUMENTS), strict=True):
         assert tokenizer.decode(tokens) == text
         assert tokenizer.end_of_document not in tokens
         assert max(tokens) < tokenizer.vocabulary
-    unknown = tokenizer.vocabulary + 7  # a model may have a larger vocabulary
+    unknown = tokenizer.vocabulary + 7  # may be sampled if the model's vocabulary is larger
     assert tokenizer.decode([*tokenizer.encode_batch(["text"])[0], unknown]) == "text"
 
 
 @KINDS
-def test_tokenizer_count_bytes_returns_the_size_of_the_text(tokenizer):
+def test_tokenizer_count_bytes_returns_the_utf8_size_of_the_text(tokenizer):
     texts = ["être", "wo wo\r\n", "é🐦 \ufffd", "", "two  ", *DOCUMENTS]
     encoded = tokenizer.encode_batch(texts)
     documents = [np.append(ids, tokenizer.end_of_document) for ids in encoded]

@@ -30,7 +30,7 @@ LONG = {"steps": 30, "warmup": 3, "validate_every": 10, "log_every": 10}
         *(pytest.param(o, marks=pytest.mark.slow) for o in get_args(Optimizer)[1:]),
     ],
 )
-def test_main_trains_and_writes_the_folder_of_the_run(tiny_config, optimizer, capsys):
+def test_main_reduces_the_loss_and_writes_the_output_folder(tiny_config, optimizer, capsys):
     config = tiny_config(**LONG, optimizer=optimizer)
     main(config)
     assert (config.folder / "loss.png").read_bytes()[1:4] == b"PNG"
@@ -51,22 +51,22 @@ def test_main_trains_and_writes_the_folder_of_the_run(tiny_config, optimizer, ca
 
 
 @pytest.mark.slow
-def test_main_compares_optimizers_from_the_same_parameters_and_batches(tiny_config):
-    """The first learning rate is 0, so the first two steps use equal parameters."""
+def test_main_compares_optimizers_on_equal_parameters_and_batches(tiny_config):
+    """The first learning rate is 0, so all optimizers have the same first two losses."""
     config = tiny_config(compare=("adamw", "nadamw"), learning_rate=1e-4, steps=10)
     curves = main(config)
     assert [*curves] == ["sophia_g", "adamw", "nadamw"]
     losses = [[row["loss"] for row in rows] for rows in curves.values()]
     assert losses[0][:2] == losses[1][:2] == losses[2][:2]
     assert losses[0][2:] != losses[1][2:] != losses[2][2:]
-    for name in config.compare:  # each optimizer has its own recipe
+    for name in config.compare:  # each optimizer uses its own recipe
         saved = json.loads((config.folder / f"compare_{name}" / "config.json").read_text())
         recipe = vars(preset_config("bytes", name).recipe)
         assert {key: saved[key] for key in recipe} == recipe
 
 
 @pytest.mark.slow
-def test_prepared_corpus_works_in_train_sample_and_evaluate(tiny_config, tmp_path, capsys):
+def test_train_sample_and_evaluate_accept_a_prepared_corpus(tiny_config, tmp_path, capsys):
     source = tmp_path / "corpus.jsonl"
     source.write_text("\n".join(f'{{"text": "{i} {TEXT[:50]}"}}' for i in range(200)))
     shards, out = tmp_path / "shards", tmp_path / "out"
@@ -90,8 +90,11 @@ def test_prepared_corpus_works_in_train_sample_and_evaluate(tiny_config, tmp_pat
         ({"init_from": "nowhere"}, "`init_from`.* in nowhere: FileNotFound"),
         ({"resume_from": "nowhere"}, "`resume_from`: no checkpoint in nowhere"),
         ({"resume_from": "a/checkpoints/latest"}, "no checkpoint in a/checkpoints/latest"),
-        ({"vocabulary": 100}, "`vocabulary` must be at least the data's 256, got 100"),
-        ({"mesh": "data=3"}, "sizes of `mesh` must multiply to the number"),
+        (
+            {"vocabulary": 100},
+            "`vocabulary` must be at least 256, the tokenizer's, got 100",
+        ),
+        ({"mesh": "data=3"}, "sizes of `mesh` must have the number of devices"),
         ({"refresh_batch": None, "groups": 5}, "`groups` must divide .* got 5 and 8"),
         ({"out": "s3://bucket/run"}, "`out` must be a folder or gs://NAME"),
     ],
@@ -102,15 +105,15 @@ def test_main_raises_config_errors_before_training(tiny_config, values, message)
     assert not (tiny_config().folder / "checkpoints" / "1").exists()
 
 
-def test_main_rejects_a_locked_folder(tiny_config):
+def test_main_rejects_a_locked_output_folder(tiny_config):
     with lock_folder(tiny_config().folder, "training in"):
         with pytest.raises(ConfigError, match="`out`: another process is training in"):
             main(tiny_config())
         assert list(tiny_config().folder.iterdir()) == []
 
 
-def test_train_measures_the_throughput_of_steps_only(tiny_config, tmp_path, monkeypatch):
-    """Compilation, validation and checkpoints are excluded."""
+def test_train_throughput_includes_only_training_steps(tiny_config, tmp_path, monkeypatch):
+    """The measured time excludes compilation, validation and checkpoints."""
     now, rows = [0.0], []
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
 
@@ -126,7 +129,7 @@ def test_train_measures_the_throughput_of_steps_only(tiny_config, tmp_path, monk
             corpus,
             log=lambda row: wait(50.0, rows.append(row)),
             save=lambda *_: wait(100.0),
-            should_stop=lambda _: wait(2.0, result=False),  # simulates the time of a step
+            should_stop=lambda _: wait(2.0, result=False),  # simulates a step of 2 seconds
         )
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert [row.get("tokens_per_second") for row in rows] == [None, 64, 64]
@@ -138,7 +141,7 @@ def test_read_rows_stops_at_an_incomplete_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_resumes_the_run_of_a_folder(tiny_config, tmp_path, monkeypatch):
+def test_wandb_resumes_the_run_of_the_output_folder(tiny_config, tmp_path, monkeypatch):
     wandb = unittest.mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     values = {"steps": 10, "log_every": 10, "wandb": "project"}

@@ -21,8 +21,8 @@ def loss_fn(params, x):
 @pytest.mark.parametrize(
     "estimate", [gnb(network, groups=4), hutchinson(loss_fn)], ids=["gnb", "hutchinson"]
 )
-def test_sophia_g_restored_by_orbax_or_flax_resumes_bit_for_bit(estimate, tmp_path):
-    """Sampled labels and probes repeat, because keys depend only on the seed and step."""
+def test_sophia_g_restored_from_orbax_or_flax_resumes_bit_for_bit(estimate, tmp_path):
+    """Resumed runs draw equal labels and probes: keys depend only on the seed and step."""
     tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2, nesterov=True)
 
     @jax.jit

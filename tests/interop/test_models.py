@@ -41,7 +41,7 @@ def normal(seed, *shape):
 
 
 def assert_equal_estimates(estimator, logits_fn, expected_fn, params, *batch, **settings):
-    """Check that estimates for two networks are equal, relative to the largest entry."""
+    """Check that estimates for two networks agree to 1e-5 of the largest entry."""
     estimate, expected = (
         jax.jit(estimator(fn, **settings))(params, *batch, key=KEY)
         for fn in (logits_fn, expected_fn)
@@ -69,7 +69,7 @@ def equinox_dropout(h, key):
 @both_estimators
 @pytest.mark.parametrize("dropout", [nnx_dropout, linen_dropout, equinox_dropout])
 def test_estimator_splits_dropout_keys_into_groups(estimator, dropout):
-    """Typed keys, one per example, are split like the other arrays of the batch."""
+    """The batch has one typed key per example, split into groups like other arrays."""
     params = {"in": normal(1, 2, 2), "out": normal(2, 2, 2)}
     keys = jax.random.split(KEY, 8)
     masks = jax.vmap(lambda key: dropout(jnp.ones(2), key))(keys)
@@ -108,9 +108,9 @@ class NnxNorm(nnx.Module):
 
 
 def linen_norm(x):
-    """Return `(params, x, train) -> logits`, parameters, batch statistics and `weights_of`.
+    """Return `logits_fn(params, x, train)`, parameters, batch statistics and `weights_of`.
 
-    `weights_of(params)` returns the weights in an order common to Linen and NNX.
+    `weights_of(params)` returns the weights in an order that Linen and NNX share.
     """
     model = LinenNorm()
     variables = model.init(KEY, x, train=False)
@@ -132,7 +132,7 @@ def linen_norm(x):
 
 
 def nnx_norm(x):
-    """Return the values that `linen_norm` returns, for an NNX model."""
+    """Return the NNX counterparts of the values that `linen_norm` returns."""
     model = NnxNorm(nnx.Rngs(0))
     model(x)
     stats = {"mean": model.norm.mean[...], "var": model.norm.var[...]}
@@ -156,11 +156,11 @@ def nnx_norm(x):
 @both_estimators
 @pytest.mark.parametrize("make_model", [linen_norm, nnx_norm])
 @pytest.mark.parametrize(("train", "groups"), [(False, 4), (True, 1), (True, 2)])
-def test_estimators_match_explicit_batch_norm_formula(estimator, make_model, train, groups):
-    """With `train`, each group is normalized with its own batch statistics."""
+def test_estimators_on_batch_norm_match_its_formula(estimator, make_model, train, groups):
+    """If `train` is set, each group is normalized with its own batch statistics."""
     x = 1 + 2 * normal(3, 8, 2)
     model, params, stats, weights_of = make_model(x)
-    assert (jnp.abs(stats["mean"]) > 0.01).all()  # the mean has changed from 0
+    assert (jnp.abs(stats["mean"]) > 0.01).all()  # the means are no longer 0
 
     def logits_fn(params, x):
         return model(params, x, train)
@@ -287,7 +287,7 @@ def equinox_layers(params, h):
         equinox_layers,
     ],
 )
-def test_estimators_on_scanned_or_remat_layers_equal_unrolled_layers(estimator, logits_fn):
+def test_estimators_on_scanned_or_remat_layers_match_unrolled_layers(estimator, logits_fn):
     params = {
         "layers": {
             "kernel": normal(1, LAYERS, WIDTH, WIDTH),

@@ -35,7 +35,7 @@ every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
 
 def make_optimizer(name, **settings):
-    """Return an optimizer. The `scale_by_...` transforms get a clip and a learning rate."""
+    """Return an optimizer. Append clipping and a learning rate to `scale_by_...`."""
     make, defaults = TRANSFORMATIONS[name]
     tx = make(**defaults | settings)
     if "learning_rate" in defaults:
@@ -44,7 +44,7 @@ def make_optimizer(name, **settings):
 
 
 def curvature_args(name, params, loss_fn):
-    """Return the keyword argument that passes curvature to `update`."""
+    """Return the keyword argument from which `update` gets a Hessian estimate."""
     if name == "sophia_h":
         return {"obj_fn": loss_fn}
     return {"hessian_fn": lambda key: hutchinson(loss_fn)(params, key=key)}
@@ -71,7 +71,7 @@ def rosenbrock(dtype=jnp.float32):
 
 
 def all_targets():
-    """Return parameters, their minimum and a loss that sums several test problems."""
+    """Return parameters, the minimizer and a loss that sums several test problems."""
     goals = [
         jnp.array([[3.0, -2.0], [1.0, 4.0]]),
         (jnp.array([1.0, -1.0, 2.0]), jnp.eye(2)),
@@ -86,7 +86,7 @@ def all_targets():
 
 
 def train(update, params, state, loss_fn, steps):
-    """Return the parameters and the optimizer state after training."""
+    """Train for `steps` steps. Return the final parameters and optimizer state."""
 
     def step(carry, _):
         params, state = carry
@@ -126,7 +126,7 @@ def test_sophia_update_ignores_unknown_extra_args(name):
 
 
 @every_transformation
-def test_sophia_with_constant_schedules_or_inject_hyperparams_equals_constants(name):
+def test_sophia_with_constant_schedules_or_inject_hyperparams_matches_constants(name):
     make, defaults = TRANSFORMATIONS[name]
     constants = {"learning_rate": 0.03, "gamma": 1e3, "weight_decay": 0.01}
     accepted = inspect.signature(make).parameters
@@ -149,7 +149,7 @@ def test_sophia_with_constant_schedules_or_inject_hyperparams_equals_constants(n
 @pytest.mark.parametrize("x64", [False, True])
 @every_transformation
 def test_sophia_update_preserves_shapes_and_dtypes(name, x64):
-    """`lax.cond` requires that an update and a skipped update return equal types."""
+    """The branches of a `lax.cond`, with and without an update, must return equal types."""
     dtypes = ["float32", "float64"] if x64 else ["float16", "bfloat16", "float32"]
     with jax.enable_x64(x64):
         params, _, losses = zip(*(parabola(jnp.dtype(d)) for d in dtypes), strict=True)
@@ -203,7 +203,7 @@ def test_sophia_h_differs_from_optax_contrib_sophia_only_in_known_arguments():
         inspect.signature(make).parameters for make in (sophia_h, optax.contrib.sophia)
     )
     assert theirs.keys() - ours.keys() == {
-        "weight_decay_mask",  # `mask` in `sophia_h`
+        "weight_decay_mask",  # called `mask` in `sophia_h`
         "hessian_diagonal_fn",  # replaced by `hessian_fn`, an argument of `update`
         "verbose",  # replaced by `unclipped_fraction(opt_state)`
         "print_win_rate_every_n_steps",

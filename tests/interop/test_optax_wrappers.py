@@ -1,4 +1,4 @@
-"""Sophia in Optax's wrappers, which forward the Hessian estimate or visibly drop it."""
+"""Sophia in Optax wrappers that forward the Hessian estimate, and in some that drop it."""
 
 import functools
 import inspect
@@ -67,7 +67,7 @@ def reset_calls():
 
 @functools.partial(jax.jit, static_argnames=("tx", "argument"))
 def step(tx, params, state, grads, argument="hessian_fn", n=0, batch=0):
-    """Update the parameters. With `argument="hessian"`, `n` determines the key."""
+    """Run an update. If `argument` is "hessian", the estimate uses the key of step `n`."""
 
     def hessian_fn(key):
         jax.debug.callback(lambda: calls.append(None))
@@ -84,7 +84,7 @@ def step(tx, params, state, grads, argument="hessian_fn", n=0, batch=0):
 
 
 def train(tx, argument="hessian_fn", steps=STEPS):
-    """Return the parameters after every step, and the last state."""
+    """Train, and return the parameters after every step and the final state."""
     params, history = initial_params(), []
     state = first_state = tx.init(params)
     for n in range(steps):
@@ -126,7 +126,7 @@ WRAPPED = {
 def test_wrapper_forwards_hessian_fn(name):
     history, state = train(WRAPPED[name])
     assert sophia_metrics(state)["refreshes"] == num_calls() == 3
-    assert 0.1 < unclipped_fraction(state) < 0.9  # unclipped updates depend on the estimate
+    assert 0.1 < unclipped_fraction(state) < 0.9  # unclipped entries depend on the estimate
     assert_trees_all_close(history, train(SOPHIA)[0], rtol=1e-6, atol=1e-7)
 
 
@@ -147,7 +147,7 @@ FORWARDING = {
 
 
 @pytest.mark.parametrize("name", FORWARDING)
-def test_hessian_fn_reaches_sophia_in_a_wrapper_that_changes_updates(name):
+def test_hessian_fn_reaches_sophia_through_a_wrapper_that_changes_updates(name):
     _, state = train(FORWARDING[name])
     assert sophia_metrics(state)["refreshes"] == num_calls() == 3
 
@@ -155,7 +155,7 @@ def test_hessian_fn_reaches_sophia_in_a_wrapper_that_changes_updates(name):
 @pytest.mark.parametrize("wrap", [optax.conditionally_mask, optax.conditionally_transform])
 def test_update_interval_counts_only_updates_that_a_conditional_wrapper_applies(wrap):
     _, state = train(wrap(SOPHIA, lambda step: step % 2 == 0), steps=9)
-    assert sophia_metrics(state)["refreshes"] == num_calls() == 2  # in 5 applied updates
+    assert sophia_metrics(state)["refreshes"] == num_calls() == 2  # 5 updates are applied
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_update_interval_counts_only_updates_that_a_conditional_wrapper_applies(
     ],
     ids=["lookahead", "sam"],
 )
-def test_hessian_fn_bound_in_the_step_reaches_sophia(wrap):
-    """Wrappers that do not forward extra arguments need this: see `docs/wrappers.md`."""
+def test_hessian_fn_bound_to_the_inner_update_reaches_sophia(wrap):
+    """Wrappers that drop extra arguments need this workaround: see `docs/wrappers.md`."""
     is_sam = "grad_fn" in str(inspect.signature(wrap(SOPHIA).update))
     params = initial_params()
     params = params if is_sam else optax.LookaheadParams.init_synced(params)
@@ -187,7 +187,7 @@ def test_hessian_fn_bound_in_the_step_reaches_sophia(wrap):
     assert sophia_metrics(state)["refreshes"] == 3
 
 
-def test_flatten_requires_a_flat_estimate():
+def test_optax_flatten_requires_a_flat_estimate():
     tx, params = optax.flatten(SOPHIA), initial_params()
     expected, _ = SOPHIA.update(params, SOPHIA.init(params), params, hessian=params)
     flat, _ = ravel_pytree(params)
@@ -228,7 +228,7 @@ def test_sophia_metrics_show_no_refresh_if_a_wrapper_in_a_chain_drops_hessian(na
 def test_partition_applies_each_optimizer_to_its_parameters(
     argument, mask_compatible_extra_args
 ):
-    """The estimate covers all parameters. Sophia uses only its parameters' entries."""
+    """The estimate covers all parameters. Sophia uses only its own parameters' entries."""
     adamw = optax.adamw(0.01)
     tx = optax.partition(
         {"sophia": SOPHIA_HOLD_UNCLIPPED, "adamw": adamw},
@@ -262,7 +262,7 @@ def test_partition_accepts_none_as_the_estimate_of_a_frozen_subtree():
     assert_trees_all_close(updates["trunk"], optax.tree.zeros_like(initial_params()))
 
 
-def test_partition_with_two_sophias_calls_hessian_fn_for_each():
+def test_partition_with_two_sophia_optimizers_calls_hessian_fn_for_each():
     labels = {"w": "a", "b": "b"}
     tx = optax.partition({"a": SOPHIA, "b": sophia_g(**SETTINGS | {"gamma": 1.0})}, labels)
     history, state = train(tx)
@@ -280,9 +280,9 @@ K = 3
 MULTI_STEPS = optax.MultiSteps(
     SOPHIA_HOLD_UNCLIPPED, K, should_skip_update_fn=optax.skip_not_finite
 )
-# Calls the inner update, and so `hessian_fn`, only in the last micro-step.
+# This chain runs the inner update, which calls `hessian_fn`, only in the last micro-step.
 LAST_MICRO_STEP = optax.chain(
-    optax.apply_every(K),  # passes the sum of the gradients to the last micro-step
+    optax.apply_every(K),  # emits the summed gradients in the last micro-step
     optax.scale(1 / K),
     optax.conditionally_mask(SOPHIA_HOLD_UNCLIPPED, lambda step: step % K == K - 1),
 )
@@ -294,12 +294,12 @@ LAST_MICRO_STEP = optax.chain(
     ids=["MultiSteps", "conditionally_mask"],
 )
 def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh):
-    """Only the estimate on the last micro-batch is used."""
+    """Sophia uses only the estimate on the last micro-batch."""
     params = expected = initial_params()
     state, sophia_state = tx.init(params), SOPHIA_HOLD_UNCLIPPED.init(params)
     for n in range(5):
         grads = [gradients(expected, K * n + i) for i in range(K)]
-        if tx is MULTI_STEPS:  # an additional micro-step, which is skipped
+        if tx is MULTI_STEPS:  # this additional micro-step is skipped
             nan = jax.tree.map(lambda p: p * jnp.nan, params)
             params, state = step(tx, params, state, nan)
         calls_before = num_calls()
@@ -320,7 +320,7 @@ def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh
 
 
 @pytest.mark.parametrize("tx", [MULTI_STEPS, LAST_MICRO_STEP], ids=["MultiSteps", "mask"])
-def test_hessian_is_dropped_except_in_the_last_micro_step(tx):
+def test_hessian_estimate_is_dropped_except_in_the_last_micro_step(tx):
     for given in range(K):
         params, state = initial_params(), tx.init(PARAMS)
         for i in range(K):
@@ -344,8 +344,8 @@ CHANGED = {
 }
 
 
-def test_inject_hyperparams_changes_between_steps_take_effect():
-    """Each change alone has an effect. All changes together equal a new `sophia_g`."""
+def test_inject_hyperparams_applies_changes_made_between_steps():
+    """Each change alone has an effect. All changes together match a new `sophia_g`."""
     tx = WRAPPED["inject_hyperparams"]
 
     def resume(tx, params, state):
@@ -374,8 +374,8 @@ def test_inject_hyperparams_changes_between_steps_take_effect():
     assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_inject_hyperparams_with_a_static_mask_function():
-    """Without `static_args`, `inject_hyperparams` treats the mask as a schedule."""
+def test_inject_hyperparams_accepts_a_static_mask_function():
+    """Without `static_args`, `inject_hyperparams` would call the mask as a schedule."""
     settings = SETTINGS | {
         "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     }
@@ -414,7 +414,7 @@ USE_LOSS = {
 
 
 @pytest.mark.parametrize("name", USE_LOSS)
-def test_hessian_fn_reaches_sophia_before_a_stage_that_uses_the_loss(name):
+def test_hessian_fn_reaches_sophia_in_a_chain_with_a_stage_that_uses_the_loss(name):
     tx = optax.chain(DESCENT, USE_LOSS[name])
 
     @jax.jit

@@ -57,14 +57,14 @@ def estimate_fn(name, **counts):
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (32, 1), (8, 8)])
-def test_gnb_and_hutchinson_all_reduce_only_one_gradient(kind, name, groups, stride):
-    """A strided part of the batch is not communicated. No collective runs in a loop."""
+def test_gnb_and_hutchinson_all_reduce_only_one_estimate(kind, name, groups, stride):
+    """A strided slice of the batch needs no communication. No collective is in a loop."""
     estimate = estimate_fn(name, groups=groups)
     found = collectives(compile_data_parallel(lambda p, x: estimate(p, x[::stride]), kind))
     expected = GRADIENT_BYTES
     if name == "hutchinson" and groups == 1:
         # The Hessian-vector product for "out" has two terms. With one group, XLA's CPU
-        # compiler sums each over devices before it adds the two terms.
+        # compiler sums each term over devices before it adds the two terms.
         expected += 4 * PARAMS["out"].size
     assert bytes_of(found) == {"all-reduce": expected}
     assert {c.times for c in found} == {1}
@@ -73,10 +73,10 @@ def test_gnb_and_hutchinson_all_reduce_only_one_gradient(kind, name, groups, str
 @KINDS
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
-    """XLA's CPU compiler sums the squares with an all-reduce, as it does gradients."""
+    """XLA's CPU compiler all-reduces the squared gradients, as it does gradients."""
 
     def estimate(params, x):
-        if kind == AxisType.Auto:  # otherwise XLA may gather other arrays
+        if kind == AxisType.Auto:  # otherwise XLA may gather other arrays instead
             params = jax.lax.with_sharding_constraint(params, P())
         return estimate_fn("gnb", groups=groups)(params, x)
 
@@ -87,7 +87,7 @@ def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
 
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
-def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
+def test_gnb_and_hutchinson_split_flops_evenly_over_devices(kind, name):
     def flops(devices):
         # All groups are parallel, because XLA counts the FLOPs of a loop's body only once.
         estimate = estimate_fn(name, groups=8, parallel_groups=8)
@@ -98,7 +98,7 @@ def test_gnb_and_hutchinson_divide_the_work_among_devices(kind, name):
 
 
 @KINDS
-def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
+def test_categorical_does_not_gather_a_sharded_vocabulary_axis(kind):
     """Sampling and the loss gradient keep the logits sharded over the classes."""
     mesh = make_mesh(kind, (2, 4))
     logits = abstract_array(mesh, (BATCH, 1024), P("data", "tensor"))
@@ -110,7 +110,7 @@ def test_categorical_does_not_gather_a_sharded_vocabulary(kind):
     with jax.set_mesh(mesh):
         jitted = jax.jit(gradient, out_shardings=logits.sharding)
         found = collectives(jitted.lower(logits).compile())
-    blocks = 4 * 128 * BATCH // 2  # bytes: 128 block weights per prediction on a device
+    blocks = 4 * 128 * BATCH // 2  # bytes of 128 block weights per prediction
     assert max(c.bytes for c in found) == blocks
 
 

@@ -1,4 +1,4 @@
-"""Tests that estimates with `each_group` match a single device and stay sharded."""
+"""Tests that `each_group` estimates match a single device and stay sharded."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from problems import assert_close_to_max
 from benchmarks.hlo import bytes_of, collectives
 from sophia_optax import Categorical, accumulate, each_group, empirical_fisher, hutchinson
 
-V, B, T = 32, 16, 4  # vocabulary, sequences, tokens
+V, B, T = 32, 16, 4  # vocabulary size, batch size, tokens per sequence
 BATCH = ("data", "fsdp")
 KEYS = jax.random.split(jax.random.key(0), 6)
 
@@ -38,7 +38,7 @@ SPECS = {
 }
 X = jax.random.randint(KEYS[4], (B, T), 0, V)
 Y = jax.random.randint(KEYS[5], (B, T), 0, V)
-WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # differ between devices, some are 0
+WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # weights vary over devices; some are 0
 
 
 def is_explicit():
@@ -46,7 +46,7 @@ def is_explicit():
 
 
 def make_network(gather, reduce=lambda x: x):
-    """Return a network that calls `gather(weights, specs)` in a checkpointed scan.
+    """Return a network that calls `gather(weights, specs)` in a checkpointed layer scan.
 
     Inside `shard_map`, `reduce` sums a matrix product over the mesh axis "tensor".
     """
@@ -106,7 +106,7 @@ def make_mesh(shape, kind=AxisType.Auto):
 
 
 def accumulated_fisher(network, groups, num_micro_batches, **settings):
-    """Return `estimate(params, x, y, w)`, which averages over micro-batches."""
+    """Return `estimate(params, x, y, w)`, a mean Fisher estimate over micro-batches."""
     micro = accumulate(empirical_fisher(network, groups=groups, **settings))
 
     @jax.jit
@@ -200,7 +200,7 @@ def compile_for_large_layers(fn, mesh):
 
 
 def largest_array(compiled):
-    """Return the number of entries of the largest array on a device."""
+    """Return the number of entries in the largest float32 array on a device."""
     shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
@@ -225,7 +225,7 @@ def test_hutchinson_with_one_group_does_not_gather_all_layers_at_once():
         (None, all_gather_and_annotate),  # inside `shard_map`
     ],
 )
-def test_each_group_needs_no_more_memory_and_traffic_than_a_gradient(kind, gather, shape):
+def test_each_group_uses_no_more_memory_or_traffic_than_a_gradient(kind, gather, shape):
     mesh, network = make_mesh(shape, kind or AxisType.Auto), make_network(gather)
 
     def sum_over_replicas(g, spec):

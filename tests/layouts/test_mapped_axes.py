@@ -16,7 +16,7 @@ KEY = jax.random.key(5)
 PARAMS = network_params()
 X = jax.random.normal(jax.random.key(2), (16, 2))
 Y = jnp.arange(16) % 3
-WEIGHTS = jnp.arange(16.0)  # total weight differs between devices
+WEIGHTS = jnp.arange(16.0)  # the sum of weights differs between devices
 DEVICES = {
     "pmap": 8,
     "shard_map": 8,
@@ -55,7 +55,7 @@ def run_on_devices(fn, *arrays, layout):
 
 @LAYOUTS
 def test_empirical_fisher_with_axis_name_matches_single_device(layout):
-    """The single-device estimate uses the total number of groups over all devices."""
+    """The single-device estimate uses as many groups as all devices together."""
 
     def fisher(x, y, w, groups=2, axis_name="d"):
         estimate = empirical_fisher(network, groups=groups, axis_name=axis_name)
@@ -67,7 +67,7 @@ def test_empirical_fisher_with_axis_name_matches_single_device(layout):
 
 
 @LAYOUTS
-def test_gnb_and_hutchinson_with_axis_name_are_weighted_means_over_devices(layout):
+def test_gnb_and_hutchinson_with_axis_name_return_weighted_means_over_devices(layout):
     """All devices receive the same key but sample independently."""
 
     def estimates(x, w, key=KEY, axis_name=None):
@@ -111,7 +111,7 @@ def test_sophia_g_step_with_gnb_and_axis_name_matches_single_device(layout):
 
 
 def test_accumulate_sums_weights_over_devices():
-    """`check_vma` and `out_specs=P()` check that the results are equal on all devices."""
+    """With `check_vma`, `out_specs=P()` requires that results are equal on all devices."""
     micro = accumulate(hutchinson(loss, axis_name="d"))
 
     def total(x, w):
@@ -134,7 +134,7 @@ def test_gnb_and_hutchinson_require_axis_name_if_the_batch_varies_over_an_axis(e
 
 @pytest.mark.parametrize("estimate", [gnb(network, groups=2), hutchinson(loss, groups=2)])
 def test_gnb_and_hutchinson_without_axis_name_accept_params_varying_over_an_axis(estimate):
-    """Each device estimates the diagonal for its own ensemble member and examples."""
+    """Each device estimates the diagonal of its ensemble member on its own examples."""
 
     def estimate_for_member(i, x):
         params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sophia_optax import gnb, hold_unclipped, sophia_g
 
-TIMEOUT = 120  # seconds. A run takes about ten
+TIMEOUT = 120  # in seconds. A run takes about 10 seconds
 
 
 def train(out, port, num_processes, process_id, exit_step):
@@ -30,7 +30,7 @@ def train(out, port, num_processes, process_id, exit_step):
     jax.set_mesh(mesh)
 
     def shard(x):
-        """Return the global array. Each process provides only its own part."""
+        """Return a global array, of which each process provides only its own part."""
         part = np.split(np.asarray(x), num_processes)[process_id]
         sharding = NamedSharding(mesh, PartitionSpec("data"))
         return jax.make_array_from_process_local_data(sharding, part)
@@ -91,8 +91,8 @@ def run_processes(out, num_processes, exit_step=-1):
 
 
 @pytest.mark.slow
-def test_sophia_g_on_two_processes_equals_one_process(tmp_path):
-    """Two of the five steps, the first and the fifth, have a refresh."""
+def test_sophia_g_on_two_processes_matches_one_process(tmp_path):
+    """Of the five steps, the first and the last have a refresh."""
     results = []
     for num_processes in (1, 2):
         out = tmp_path / f"{num_processes}.npz"
@@ -109,7 +109,7 @@ def test_sophia_g_on_two_processes_equals_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_process_that_exits_ends_the_other_process(tmp_path):
+def test_other_process_stops_when_one_process_exits(tmp_path):
     """The other process fails within `TIMEOUT` instead of waiting forever."""
     out = tmp_path / "out.npz"
     codes, outputs = run_processes(out, 2, exit_step=2)

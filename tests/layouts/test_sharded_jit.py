@@ -19,7 +19,7 @@ PARAMS = {
 }
 X = jax.random.normal(KEYS[3], (BATCH, 8))
 Y = jnp.arange(BATCH) % 512
-WEIGHTS = jnp.arange(float(BATCH))  # differ between devices, and mask the first example
+WEIGHTS = jnp.arange(float(BATCH))  # vary over devices, and mask the first example
 SPECS = {name: P("data", "tensor") for name in PARAMS} | {"down": P("tensor", "data")}
 
 
@@ -32,11 +32,11 @@ def shard(mesh, spec, *arrays):
 
 
 def network(params, x):
-    """Return logits. On Explicit axes the network itself specifies gathers and sums."""
+    """Return logits. On Explicit axes, the network itself specifies all communication."""
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return jnp.tanh(x @ params["up"]) @ params["down"] @ params["out"]
 
-    def gathered(p):  # over "data"
+    def gathered(p):  # all-gathered over "data"
         spec = [None if axis == "data" else axis for axis in jax.typeof(p).sharding.spec]
         return jax.reshard(p, P(*spec))
 
@@ -100,7 +100,7 @@ def test_estimators_on_auto_axes_do_not_require_set_mesh():
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("likelihood", [Categorical(), Poisson()])
 def test_gnb_with_rbg_keys_on_a_mesh_matches_single_device(impl, likelihood):
-    """On a mesh, groups are vmapped, which must not change the samples of `rbg` keys."""
+    """On a mesh, groups are vmapped. This must not change samples drawn with `rbg` keys."""
     mesh, key = make_mesh(AxisType.Auto, (8, 1)), jax.random.key(1, impl=impl)
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
     [w], [x] = shard(mesh, P(), PARAMS["out"]), shard(mesh, P("data"), X)
@@ -108,7 +108,7 @@ def test_gnb_with_rbg_keys_on_a_mesh_matches_single_device(impl, likelihood):
     assert_close_to_max(estimate(w, x, key=key), expected, 2e-6)
 
 
-def test_gnb_on_explicit_axes_accepts_a_sampler_without_support_for_them():
+def test_gnb_supports_explicit_axes_even_if_the_sampler_does_not():
     mesh, w = make_mesh(AxisType.Explicit), PARAMS["out"]
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=Poisson(), groups=8))
     with jax.set_mesh(mesh):

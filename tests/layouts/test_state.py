@@ -1,4 +1,4 @@
-"""Shardings and types of the optimizer state, and agreement between devices."""
+"""Shardings and types of the optimizer state, and its consistency across devices."""
 
 import math
 import re
@@ -28,7 +28,7 @@ def shard(mesh, values=VALUES, specs=SPECS):
 
 
 def state_specs(tx, state, specs):
-    """Return a tree like the state: parameter specs for moments, P() for scalars."""
+    """Return the state's partition specs: P() for scalars, and `specs` for moments."""
     return optax.tree.map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
     )
@@ -67,7 +67,7 @@ def loss_fn(params):
     ],
     ids=["sophia_g", "hold_unclipped", "sophia_h"],
 )
-def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
+def test_sophia_g_and_sophia_h_keep_state_shardings_and_support_donation(
     kind, jit, make, settings, curvature
 ):
     """Moments are sharded like their parameters, and scalars are replicated."""
@@ -88,7 +88,7 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
         return optax.apply_updates(params, updates), state
 
     wrap = jax.jit if jit else lambda fn, **_: fn
-    # On Auto axes, XLA would not shard the zeros of a jitted `init` like the parameters.
+    # On Auto axes, XLA needs `out_shardings` to shard the zeros of a jitted `init`.
     init = wrap(tx.init, out_shardings=None if kind == AxisType.Explicit else expected)
     step = wrap(step, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
@@ -101,8 +101,8 @@ def test_sophia_g_and_sophia_h_keep_shardings_and_donate_their_state(
             if jit:
                 assert all(x.is_deleted() for x in jax.tree.leaves(previous) if x.size > 1)
     assert types[1] == types_of(jax.device_put(carry[1], expected))
-    assert not jit or step._cache_size() == 1  # no input was resharded
-    assert sophia_metrics(carry[1])["refreshes"] >= 2  # computed outside `set_mesh`
+    assert not jit or step._cache_size() == 1  # no sharding changed, so no recompilation
+    assert sophia_metrics(carry[1])["refreshes"] >= 2  # also works outside `set_mesh`
 
 
 def test_sophia_g_state_is_restored_by_orbax_on_a_different_mesh(tmp_path):
@@ -121,13 +121,13 @@ def test_sophia_g_state_is_restored_by_orbax_on_a_different_mesh(tmp_path):
 
 
 @KINDS
-def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
+def test_sophia_g_rejects_an_estimate_that_is_nonfinite_on_a_single_device(kind):
     tx, mesh = sophia_g(0.1), make_mesh(kind)
     update = jax.jit(lambda p, s, h: tx.update(p, s, p, hessian=h)[1])
     with jax.set_mesh(mesh):
         params = shard(mesh)
         state = tx.init(params)
-        for i in range(8):  # a nonfinite entry of "w" on device i
+        for i in range(8):  # set a nonfinite entry of "w" on device i
             w = VALUES["w"].at[i, 4 * (i % 2)].set((jnp.nan, jnp.inf, -jnp.inf)[i % 3])
             state = update(params, state, shard(mesh, VALUES | {"w": w}))
     assert optax.tree.get(state, "num_refused") == 8
@@ -136,7 +136,7 @@ def test_sophia_g_rejects_an_estimate_that_is_not_finite_on_one_device(kind):
 
 @KINDS
 def test_hold_unclipped_under_jit_matches_single_device(kind):
-    """The sample of entries does not depend on shardings. Only it is communicated."""
+    """The sample of entries does not depend on shardings. Only the sample is sent."""
     mesh, tx = make_mesh(kind), sophia_g(0.1, b2=0.0, gamma=hold_unclipped())
     specs = {"w": P("data", "tensor"), "v": P(None, ("data", "tensor")), "b": P("data")}
     shapes = {"w": (4, 512, 40), "v": (16, 4096), "b": (16,)}
@@ -162,7 +162,7 @@ def test_hold_unclipped_under_jit_matches_single_device(kind):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_hold_unclipped_in_shard_map_uses_all_shards(large):
-    """Small parameters match one device. Large ones meet the global target fraction."""
+    """For small parameters gamma is that of a single device; for large ones it is close."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 3)
     grads = {

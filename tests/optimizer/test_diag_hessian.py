@@ -30,7 +30,7 @@ def extra_args(argument, estimate):
 
 @ARGUMENTS
 def test_scale_by_diag_hessian_divides_by_the_moving_average(argument):
-    """A refresh takes effect in the same update."""
+    """An estimate takes effect in the update that receives it."""
     interval = 10 if argument == "hessian" else 1
     tx = scale_by_diag_hessian(0.9, 0.5, 1e-3, update_interval=interval)
     state, average = tx.init(PARAMS), full_like(PARAMS, 0.0)
@@ -45,7 +45,7 @@ def test_scale_by_diag_hessian_divides_by_the_moving_average(argument):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_scale_by_diag_hessian_calls_a_due_hessian_fn_with_the_key_of_the_update(jit):
+def test_scale_by_diag_hessian_calls_hessian_fn_if_due_with_a_new_key_each_time(jit):
     seen = []
 
     def hessian_fn(key):
@@ -107,7 +107,7 @@ def test_scale_by_diag_hessian_rejects_an_estimate_with_any_nonfinite_entry(argu
     [
         ("float64", "float16", 1e7),
         ("float64", "float32", 1e300),
-        ("float32", "float64", np.inf),  # float64's largest number is infinite in float32
+        ("float32", "float64", np.inf),  # the bound for float64 is infinite in float32
         ("bfloat16", "float16", 1e7),
     ],
 )
@@ -125,7 +125,7 @@ def test_scale_by_diag_hessian_rejects_an_estimate_outside_the_range_of_the_aver
 @pytest.mark.parametrize(
     ("offered", "called"),
     [
-        ([9, 19, 29], [9, 19, 29]),  # the training loop of the paper's code
+        ([9, 19, 29], [9, 19, 29]),  # as in the training loop of the paper's code
         ([7, 8, 9, 17, 18, 30], [7, 17, 30]),
         (range(0, 40, 3), [0, 12, 24, 36]),
     ],
@@ -141,7 +141,7 @@ def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
     assert refreshes == called
 
 
-def test_scale_by_diag_hessian_follows_a_changed_update_interval():
+def test_scale_by_diag_hessian_update_interval_may_change_during_training():
     make = optax.inject_hyperparams(scale_by_diag_hessian, hyperparam_dtype=jnp.float32)
     tx = make(update_interval=1000)
     state, refreshes = tx.init(PARAMS), []
@@ -163,12 +163,12 @@ def test_scale_by_diag_hessian_with_debias_divides_by_the_first_estimate(b2):
 
 
 def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
-    """Refreshes are staggered, and members that are not due keep their averages."""
+    """Members refresh at different updates. A member that is not due keeps its average."""
     tx, calls = scale_by_diag_hessian(update_interval=4), []
 
     def step(params, state):
         def hessian_fn(key):
-            jax.debug.callback(lambda _: calls.append(1), params)  # called per member
+            jax.debug.callback(lambda _: calls.append(1), params)  # once for each member
             return jnp.exp(params)
 
         return tx.update(params, state, params, hessian_fn=hessian_fn)[1]
@@ -193,7 +193,7 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
     assert len(calls) <= 2 * params[..., 0].size
 
 
-def test_scale_by_diag_hessian_calls_hessian_fn_only_when_next_due_after_a_rejection():
+def test_scale_by_diag_hessian_waits_a_full_interval_after_a_rejected_estimate():
     tx = scale_by_diag_hessian(update_interval=3)
     state, num_refused = tx.init(PARAMS), []
     update = jax.jit(functools.partial(tx.update, hessian_fn=constant_hessian_fn(jnp.nan)))
@@ -268,7 +268,7 @@ def test_scale_by_diag_hessian_and_sophia_g_states_share_no_buffer(tx):
         _, state = tx.update(GRADS, state, PARAMS)
 
 
-def test_scale_by_diag_hessian_state_has_only_arrays_and_no_keys():
+def test_scale_by_diag_hessian_state_contains_only_arrays_and_no_prng_keys():
     for leaf in jax.tree.leaves(scale_by_diag_hessian().init(PARAMS)):
         assert isinstance(leaf, jax.Array)
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -297,14 +297,14 @@ def test_scale_by_diag_hessian_updates_have_dtypes_of_params(
     assert (updates["w"].dtype, updates["b"].dtype) == (w_dtype, b_dtype)
     assert all(h.dtype == jnp.float32 for h in jax.tree.leaves(state.hessian))
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True):
-        assert jnp.isfinite(u).all()  # the result is clipped to the largest float16
+        assert jnp.isfinite(u).all()  # float16 quotients are clipped to the largest float16
         np.testing.assert_array_equal(jnp.sign(u).astype(jnp.float32), jnp.sign(g))
 
 
 @pytest.mark.parametrize("frozen", [jnp.ones(3), jax.nn.relu, None])
 @pytest.mark.parametrize("tx", [scale_by_diag_hessian(0.0, 1.0), sophia_g(0.1)])
 def test_scale_by_diag_hessian_and_sophia_g_accept_none_in_the_updates(tx, frozen):
-    """With Equinox, frozen leaves may be None only in the gradients."""
+    """With Equinox, frozen leaves may be None in the gradients but not in `params`."""
     params = PARAMS | {"frozen": frozen}
     grads, state = GRADS | {"frozen": None}, tx.init(PARAMS | {"frozen": None})
     for hessian in (HESSIAN | {"frozen": None}, HESSIAN | {"frozen": jnp.ones(3)}):
@@ -330,7 +330,7 @@ def test_scale_by_diag_hessian_divides_float64_gradients_in_float64(x64):
 
 def test_scale_by_diag_hessian_averages_16_bit_estimates_in_float32():
     params = jnp.ones(2, jnp.float16)
-    estimate = jnp.full(2, 1e-5, jnp.float16)  # (1 - b2) * 1e-5 is 0 in float16
+    estimate = jnp.full(2, 1e-5, jnp.float16)  # (1 - b2) * 1e-5 rounds to 0 in float16
     tx = scale_by_diag_hessian(b2=0.999)
     _, state = tx.update(params, tx.init(params), params, hessian=estimate)
     np.testing.assert_allclose(state.hessian, 1e-8, rtol=1e-2)

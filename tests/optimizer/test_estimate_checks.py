@@ -1,4 +1,4 @@
-"""Tests of the argument checks in `update` and in Sophia's constructors."""
+"""Tests of the argument checks in `sophia_g`, `sophia_h` and their `init` and `update`."""
 
 import functools
 
@@ -30,7 +30,7 @@ MASKED_G, MASKED_H = (optax.masked(tx, {"in": True, "out": False}) for tx in (G,
 
 
 def first_update(params=PARAMS, *, tx=G, **kwargs):
-    """Return the updates for gradients equal to `params`, and the state."""
+    """Return the first updates and the new state, with gradients equal to `params`."""
     return tx.update(params, tx.init(params), params, **kwargs)
 
 

@@ -12,7 +12,7 @@ from sophia_optax.optimizer.hold_unclipped import SAMPLE_SIZE
 
 
 def random_array(seed, *shape):
-    """Return random numbers of both signs and several orders of magnitude."""
+    """Return random numbers of both signs that span several orders of magnitude."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=shape) * 10 ** rng.normal(size=shape)).astype(np.float32)
 
@@ -28,7 +28,7 @@ HESSIAN = {name: random_array(6 + g.ndim, *g.shape) for name, g in GRADS.items()
 
 @jax.jit
 def first_update(fraction, grads, hessian):
-    """Return the updates before the clip, and gamma."""
+    """Return the first updates before the clip, and gamma."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(fraction))
     updates, state = tx.update(grads, tx.init(grads), hessian=hessian)
     return updates, state.divisor_gamma
@@ -48,14 +48,14 @@ def is_counted(grads, hessian):
 
 
 def quantile(grads, hessian, fraction):
-    """Return the ratio |g| / h of 0-based rank floor(f n) among the n counted entries."""
+    """Return the `fraction`-quantile of |g| / h over the entries with g != 0 and h > 0."""
     grads, hessian = (concatenate(t)[is_counted(grads, hessian)] for t in (grads, hessian))
     ratios = np.sort(np.abs(grads) / hessian)
     return ratios[min(int(fraction * len(ratios)), len(ratios) - 1)]
 
 
 def unclipped_fraction(updates, grads, hessian):
-    """Return the fraction of counted entries with |u| < 1, with a margin for rounding."""
+    """Return the fraction with |u| < 1 - 1e-6 among all entries with g != 0 and h > 0."""
     return np.mean(np.abs(concatenate(updates)[is_counted(grads, hessian)]) < 1 - 1e-6)
 
 
@@ -94,7 +94,7 @@ def test_hold_unclipped_ignores_entries_without_momentum_or_positive_curvature()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_hold_unclipped_sampled_fraction_is_within_four_standard_deviations(fraction):
+def test_hold_unclipped_sampling_error_is_within_four_standard_deviations(fraction):
     scales = np.exp(random_array(1, 300, 1) / 20) * np.exp(random_array(2, 256) / 20)
     grads = {
         "w": (random_array(0, 300, 256) * scales).astype(np.float32),
@@ -132,7 +132,7 @@ def test_hold_unclipped_samples_scalar_parameters():
 
 
 def test_hold_unclipped_samples_different_entries_for_leaves_of_equal_shape():
-    """Every second entry is small, at the same indices in each of the 48 vectors."""
+    """Small entries have equal indices in all vectors, so sampled indices must differ."""
     vector = np.where(np.arange(96) % 2, 1, 1e-3).astype(np.float32)
     grads = [vector] * 48
     assert gamma_of(0.47, grads) == np.float32(1e-3)
@@ -141,7 +141,7 @@ def test_hold_unclipped_samples_different_entries_for_leaves_of_equal_shape():
 
 @pytest.mark.parametrize("shape", [(9999,), (2048, 128), (16, 4, 256), (256, 256)])
 def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
-    """The small entries fill half of an axis, or the triangle on one side of a diagonal."""
+    """Small entries fill one half of an axis, or the triangle on one side of a diagonal."""
     indices = np.indices(shape)
     halves = [index < size // 2 for index, size in zip(indices, shape, strict=True)]
     if shape == (256, 256):
@@ -153,8 +153,8 @@ def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
 
 
 @pytest.mark.parametrize(("num_rows", "is_exact"), [(1, True), (900, True), (1500, False)])
-def test_hold_unclipped_uses_all_entries_if_few_sampled_are_counted(num_rows, is_exact):
-    """About 1, 737 or 1,229 sampled entries count. Below 1,024, all entries are used."""
+def test_hold_unclipped_uses_all_entries_if_few_sampled_are_nonzero(num_rows, is_exact):
+    """About 1229, 737 or 1 sampled entries are nonzero. Fewer than 1024 are too few."""
     for seed in range(3):
         grads, hessian = sparse_embedding(seed, num_rows)
         updates, gamma = first_update(0.2, grads, hessian)
@@ -164,7 +164,7 @@ def test_hold_unclipped_uses_all_entries_if_few_sampled_are_counted(num_rows, is
         assert got == pytest.approx(0.2, abs=bound)
 
 
-def test_hold_unclipped_under_vmap_equals_a_separate_call_per_member():
+def test_hold_unclipped_under_vmap_equals_a_separate_call_for_each_member():
     """Some members use all entries, and others use the sample."""
     num_rows = (5000, 100, 0, 2000)
     members = [sparse_embedding(seed, rows) for seed, rows in enumerate(num_rows)]
@@ -186,7 +186,7 @@ def test_hold_unclipped_gamma_is_exact_for_16_bit_updates_and_averages(dtype):
 
 
 def test_hold_unclipped_does_not_depend_on_enable_x64():
-    """Both modes share one optimizer. Only the second tree is large enough for a sample."""
+    """Both modes use the same optimizer. Only the second tree is large enough to sample."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5))
     update = jax.jit(lambda g, h: tx.update(g, tx.init(g), hessian=h))
     for tree in ((GRADS, HESSIAN), sparse_embedding(0, 4000)):
@@ -225,7 +225,7 @@ def test_hold_unclipped_is_finite_without_entries_momentum_or_positive_curvature
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def three_updates(settings, b2, scale):
-    """Return the clipped updates of three steps, with estimates multiplied by `scale`."""
+    """Return three clipped updates, for Hessian estimates multiplied by `scale`."""
     rule = hold_unclipped(0.4)
     tx = scale_by_sophia(b1=0.8, b2=b2, gamma=rule, update_interval=2, **dict(settings))
     state, results = tx.init(GRADS), []
@@ -240,7 +240,7 @@ def three_updates(settings, b2, scale):
 
 @pytest.mark.parametrize("setting", ["nesterov", "mu_dtype", "hessian_dtype"])
 def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
-    """With powers of two as scales, the updates are equal bit for bit."""
+    """If the scale is a power of two, the updates are equal bit for bit."""
     settings = ((setting, True if setting == "nesterov" else "bfloat16"),)
     expected = three_updates(settings, 0.9, 1.0)
     for scale in (2.0**-20, 2.0**13):
@@ -250,10 +250,10 @@ def test_hold_unclipped_does_not_depend_on_the_scale_of_the_estimates(setting):
         assert_trees_all_close(results, expected, rtol=1e-5)
 
 
-def test_hold_unclipped_does_not_depend_on_debias_or_initially_on_b2():
+def test_hold_unclipped_does_not_depend_on_debias_or_on_b2_in_the_first_update():
     expected = three_updates((), 0.9, 1.0)
     assert_trees_all_equal(three_updates((("debias", True),), 0.9, 1.0), expected)
-    # The first average is (1 - b2) ĥ, so b2 affects only its scale.
+    # The first average is (1 - b2) ĥ, so b2 changes only its scale.
     assert_trees_all_close(three_updates((), 0.5, 1.0)[0], expected[0], rtol=1e-5)
 
 
@@ -289,7 +289,7 @@ def test_hold_unclipped_rejects_a_fraction_outside_0_to_1(fraction):
         hold_unclipped(fraction)
 
 
-def test_hold_unclipped_with_nesterov_uses_the_look_ahead():
+def test_hold_unclipped_with_nesterov_computes_gamma_from_the_look_ahead():
     tx = scale_by_sophia(0.8, 0.0, hold_unclipped(0.3), nesterov=True)
     grads, hessian = random_array(9, 73), np.abs(random_array(10, 73))
     state, momentum = tx.init(grads), 0
@@ -309,7 +309,7 @@ def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
     curvature = jnp.array([1.0, 2.0, 3.0, 5.0, 8.0, 13.0])
     rule = hold_unclipped(0.4)
     tx = sophia(0.05, 0.5, 0.5, rule, weight_decay=0.0, hessian_dtype="float64")
-    # Copies of an entry have equal ratios, so a sample of them has the same quantile.
+    # Copies of an entry have equal ratios, so a sample has the quantile of all entries.
     assert copies == 1 or copies * curvature.size > SAMPLE_SIZE
 
     @jax.jit
@@ -331,7 +331,7 @@ def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
     np.testing.assert_allclose(forward, (above - below) / 2e-4, rtol=1e-3)
 
 
-def test_hold_unclipped_derivative_is_finite_if_no_entry_is_counted():
+def test_hold_unclipped_derivative_is_finite_if_all_gradients_are_zero():
     tx, hessian = scale_by_sophia(0.5, 0.0, hold_unclipped(0.5)), jnp.ones(4)
 
     def total(grads):

@@ -53,7 +53,7 @@ def first_state(tx):
         optax.named_chain(("m", EMA), ("h", scale_by_diag_hessian(0.0, 0.5))),
     ],
 )
-def test_unclipped_fraction_finds_the_state_of_sophia_in_wrappers(tx):
+def test_unclipped_fraction_finds_the_sophia_state_in_optax_wrappers(tx):
     state = first_state(tx)
     assert unclipped_fraction(state) == jax.jit(unclipped_fraction)(state) == 0.5
 
@@ -62,7 +62,7 @@ def test_unclipped_fraction_finds_the_state_of_sophia_in_wrappers(tx):
     ("clip_threshold", "debias", "gamma"),
     [(1.0, False, 0.5), (0.25, True, 0.5), (4.0, False, hold_unclipped(0.5))],
 )
-def test_unclipped_fraction_agrees_with_the_updates(clip_threshold, debias, gamma):
+def test_unclipped_fraction_agrees_with_clipped_updates(clip_threshold, debias, gamma):
     tx = scale_by_sophia(0.5, 0.9, gamma, clip_threshold=clip_threshold, debias=debias)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for scale in (1.0, 0.3, -2.0):
@@ -90,7 +90,7 @@ def test_unclipped_fraction_counts_entries_below_gamma_h_or_eps(
     assert unclipped_fraction(state) == expected
 
 
-def test_sophia_metrics_returns_the_expected_values():
+def test_sophia_metrics_equal_values_computed_by_hand():
     metrics = jax.jit(sophia_metrics)(first_state(SOPHIA_G))
     expected = {
         "unclipped_fraction": 0.5,
@@ -116,23 +116,23 @@ def test_sophia_metrics_gamma_includes_clip_threshold_and_bias_correction():
     tx = scale_by_sophia(0.0, 0.0, hold_unclipped(0.0), clip_threshold=0.5)
     metrics = sophia_metrics(first_state(tx))
     assert metrics["gamma"].shape == ()
-    assert metrics["gamma"] == 0.5 / 8  # the smallest |g| / h, for any threshold
+    assert metrics["gamma"] == 0.5 / 8  # the smallest |g| / h; the threshold has no effect
 
 
 @pytest.mark.parametrize(
     ("params", "paths"),
     [
         ([{"w": jnp.ones(1)}, {"w": jnp.zeros((0, 3))}], {"0/w", "1/w"}),
-        # Flax NNX wraps each array in a node with an attribute `value`.
+        # Names omit the attribute `value` of the nodes in which Flax NNX wraps arrays.
         (nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param), {"kernel", "bias"}),
-        # Here `value` is the name of a parameter.
+        # Here `value` is the name of a parameter, so it is kept.
         (
             {"attention": Attention(jnp.ones(1), jnp.ones(2)), "value": jnp.ones(3)},
             {"attention/query", "attention/value", "value"},
         ),
     ],
 )
-def test_sophia_metrics_name_parameters_by_path(params, paths):
+def test_sophia_metrics_are_named_after_parameter_paths(params, paths):
     metrics = sophia_metrics(sophia_g(0.1).init(params))
     found = {name.partition("/")[2]: metrics[name] for name in metrics if "/" in name}
     assert found == dict.fromkeys(paths, 0)
@@ -140,7 +140,7 @@ def test_sophia_metrics_name_parameters_by_path(params, paths):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sophia_metrics_in_shard_map_equal_single_device_metrics(check_vma):
-    """With `check_vma=True` some parameters may be replicated and others sharded."""
+    """With `check_vma=True`, some parameters may be replicated and others sharded."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     params, spec = {"w": jnp.linspace(-1.0, 3.0, 24).reshape(8, 3)}, {"w": jax.P("d")}
     if check_vma:
@@ -169,7 +169,7 @@ def test_sophia_metrics_norms_of_16_bit_averages_do_not_overflow():
         np.testing.assert_allclose(metrics[name], 300 * 1000**0.5, rtol=1e-3)
 
 
-def test_unclipped_fraction_accepts_a_pytree_class_without_equality():
+def test_unclipped_fraction_accepts_a_pytree_class_that_does_not_define_equality():
     @jax.tree_util.register_pytree_node_class
     class Box:
         def __init__(self, x):
@@ -203,7 +203,7 @@ def test_unclipped_fraction_counts_entries_in_integers():
         (optax.chain(EMA, SOPHIA_G), r"one `optax\.EmaState`.* got 2.*`optax\.ema\("),
     ],
 )
-def test_unclipped_fraction_and_sophia_metrics_require_one_sophia_state(
+def test_unclipped_fraction_and_sophia_metrics_require_exactly_one_sophia_state(
     metric, tx, message
 ):
     with pytest.raises(ValueError, match=message):

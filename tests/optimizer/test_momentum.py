@@ -37,7 +37,7 @@ def test_momentum_with_nesterov_returns_the_look_ahead_of_the_rounded_average(dt
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_momentum_averages_16_bit_gradients_in_float32(dtype):
-    """In bfloat16, 1 - 0.965 is 0.0349, and the average would be 0.25% too small."""
+    """In bfloat16, 1 - 0.965 rounds to 0.0349, so the average would be 0.25% too small."""
     tx = momentum(0.965, nesterov=False, dtype="float32", seed=0)
     grads = jnp.full(8, 0.5, dtype)
     state, _ = jax.lax.scan(

@@ -15,7 +15,7 @@ NARROW = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
 
 
 def round_with_all_bits(x, dtype):
-    """Return `x` rounded with every value of the random bits that rounding uses."""
+    """Return `x` rounded once with each possible value of the random bits."""
     cut = 23 - jnp.finfo(dtype).nmant
     bits = jnp.arange(2**cut, dtype=jnp.uint32) << (32 - cut)
     return round_with_bits(x, dtype, bits[:, None])
@@ -63,7 +63,7 @@ def test_round_stochastically_to_32_bits_or_more_is_a_cast(x64):
 
 
 def is_rounded_up(seed=0, stream="mu", count=0, shape=(2, 64, 128), leaf=0):
-    """Return which of many equal numbers are rounded up. The expected fraction is 1/2."""
+    """Round copies of 1 + 2**-8, a midpoint in bfloat16. Return which are rounded up."""
     tree = [jnp.full(shape, 1 + 2**-8)] * 2
     like = [jnp.zeros(shape, jnp.bfloat16)] * 2
     rounded = round_stochastically(tree, like, seed, stream, jnp.int32(count))
@@ -87,13 +87,13 @@ def test_round_stochastically_differs_between_seeds_streams_counts_and_leaves(ot
     np.testing.assert_array_equal(a, is_rounded_up())
 
 
-def test_round_stochastically_is_uncorrelated_between_entries():
+def test_round_stochastically_errors_are_uncorrelated_between_entries():
     up = is_rounded_up()
     for lag in (1, 2, 64, 128, 8192):
         assert_mean_is_one_half(up[lag:] == up[:-lag])
 
 
-def test_round_stochastically_is_uncorrelated_over_time():
+def test_round_stochastically_errors_are_uncorrelated_between_updates():
     def rounded_up(count):
         x = jnp.array(1 + 2**-8)
         return round_stochastically(x, x.astype(jnp.bfloat16), 3, "hessian", count) > 1
@@ -120,12 +120,12 @@ def averages_of_constants(dtype, steps=3000):
 
 
 def test_scale_by_sophia_averages_in_16_bits_converge_to_a_constant_input():
-    """An average that is rounded to nearest would stall."""
+    """An average in 16 bits that is rounded to nearest stalls far from the constant."""
     constants = np.array([0.3, 0.7])
     in_32_bits = averages_of_constants(jnp.float32)
     np.testing.assert_allclose(in_32_bits.mean(1), constants, rtol=1e-4)
     in_16_bits = averages_of_constants(jnp.bfloat16)
-    # Each average has an error of a few times 2**-8, and the mean of 512 a smaller error.
+    # The error of each average is a few times 2**-8. The error of their mean is smaller.
     np.testing.assert_allclose(in_16_bits, constants[:, None] * np.ones(512), rtol=0.08)
     np.testing.assert_allclose(in_16_bits.mean(1), constants, rtol=2e-3)
 
@@ -192,10 +192,10 @@ def test_scale_by_diag_hessian_average_stays_finite_near_the_largest_float16():
     assert state.num_refused == 0
 
 
-def test_scale_by_diag_hessian_rounds_float16_stochastically():
+def test_scale_by_diag_hessian_rounds_float16_averages_stochastically():
     tx = scale_by_diag_hessian(b2=0.0, hessian_dtype="float16")
     third = jnp.full(4096, 1 / 3)
     _, state = tx.update(third, tx.init(third), third, hessian=third)
     assert len(np.unique(state.hessian)) == 2
     mean = np.asarray(state.hessian, np.float64).mean()
-    np.testing.assert_allclose(mean, 1 / 3, rtol=5e-5)  # nearest rounding errs by 2e-4
+    np.testing.assert_allclose(mean, 1 / 3, rtol=5e-5)  # rounding to nearest errs by 2e-4

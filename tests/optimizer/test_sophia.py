@@ -67,11 +67,11 @@ def test_sophia_g_follows_algorithm_3_of_the_paper(trajectory, nesterov):
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_sophia_g_follows_the_official_pytorch_code(trajectory):
+def test_sophia_g_matches_the_official_pytorch_code(trajectory):
     """The official update is sign(m) · min(|m| / (rho · bs · h + 1e-15), 1).
 
-    This h lacks the factor bs, the number of predictions in the batch. It is refreshed
-    after the step, so an estimate after step t is first used in step t + 1.
+    The official h lacks the factor bs, the number of predictions in the batch. It is
+    refreshed after the step, so an estimate from step t is first used in step t + 1.
     """
     grads, estimates = trajectory
     estimates = np.abs(estimates)
@@ -100,7 +100,7 @@ def make_gamma(kind, factor=1.0):
 
 
 def assert_equal_updates(a, b, trajectory, metrics=True):
-    """Check that updates are equal in five steps, with a refresh in every second step."""
+    """Check that `a` and `b` return equal updates for five steps, two without a refresh."""
     state_a, state_b = a.init(START), b.init(START)
     update_a, update_b = jax.jit(a.update), jax.jit(b.update)
     grads, estimates = trajectory
@@ -267,7 +267,7 @@ def test_sophia_h_obj_fn_equals_a_hessian_fn_with_hutchinson():
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
-    """The `cond` of a refresh does not copy the parameters or the state either."""
+    """The `cond` that contains the refresh copies neither the parameters nor the state."""
     tx = sophia_g(1e-3, mu_dtype=dtype, hessian_dtype=dtype)
     params = {"w": jnp.ones((64, 1024)), "b": jnp.ones(65536)}
 
@@ -299,7 +299,7 @@ def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
 def test_scale_by_sophia_in_shard_map_equals_updates_of_separate_members(
     argument, check_vma
 ):
-    """Without `axis_name` each device has its own gamma and rejects its own estimates."""
+    """Without `axis_name`, each device has its own gamma and checks its own estimate."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 2)
     grads = jax.random.normal(keys[0], (4, 100)) * 10.0 ** jnp.arange(4)[:, None]
@@ -330,8 +330,8 @@ def test_scale_by_sophia_in_shard_map_equals_updates_of_separate_members(
 
 @pytest.mark.parametrize("gamma", [0.5, hold_unclipped(0.2)])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
-def test_sophia_trains_members_in_a_scan_in_a_checked_shard_map(argument, gamma):
-    """A scan requires a constant carry type, so initial scalars must vary over members."""
+def test_sophia_trains_members_in_a_scan_under_shard_map_with_check_vma(argument, gamma):
+    """A scan requires a fixed carry type, so the initial scalars must vary over members."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     tx = sophia(0.1, gamma=gamma, mu_dtype="bfloat16")
 

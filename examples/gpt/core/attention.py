@@ -1,7 +1,7 @@
 """Causal attention with XLA, the cuDNN kernel on GPUs, or the splash kernel on TPUs.
 
-XLA's attention stores the (T, T) attention weights of each head, and has derivatives of any
-order. The kernels do not store them, and support only first-order reverse-mode autodiff.
+With XLA, the (T, T) attention weights of each head are stored, and derivatives of any order
+are supported. The kernels avoid this storage, but support only first-order gradients.
 """
 
 import math
@@ -25,7 +25,7 @@ def causal_attention(
 ) -> jax.Array:
     """Return the attention output. `q`, `k`, `v` and the output have shape (B, T, H, K).
 
-    If `documents_BxT`, the document index of each token, is given, tokens attend only
+    `documents_BxT` is the document index of each token. If it is given, tokens attend only
     within their document.
     """
     kernel: Any = choose_kernel(config, q.shape[1])
@@ -41,9 +41,9 @@ def causal_attention(
 
 
 def platform() -> str:
-    """Return the platform of the current mesh, or of JAX's default devices without a mesh.
+    """Return the platform ("cpu", "gpu", "tpu") of the current mesh, or JAX's default.
 
-    The mesh may have devices that are not attached, for which a program is only compiled.
+    The mesh's devices need not be attached, so that a program can be compiled for them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -51,19 +51,19 @@ def platform() -> str:
 
 
 def choose_kernel(config: ModelConfig, length: int) -> str:
-    """Choose the attention for a sequence length: "xla", "cudnn" or "splash"."""
+    """Return the attention kernel for a sequence length: "xla", "cudnn" or "splash"."""
     devices, choice = platform(), config.attention
     head_width = config.width // config.heads
-    # cuDNN would need a document mask as large as the attention weights that XLA stores.
+    # `within_documents` would require a cuDNN mask as large as the attention weights.
     cudnn = devices == "gpu" and config.dtype == "bfloat16" and not config.within_documents
-    # On CPUs, Pallas interprets the splash kernel, which is slow: for tests only.
+    # On CPUs, Pallas interprets the splash kernel. This is slow, and is only for tests.
     can_use_splash = devices != "gpu" and head_width % 64 == 0 and config.context % 128 == 0
     if not {"cudnn": cudnn, "splash": can_use_splash}.get(choice, True):
         raise ConfigError(
-            "`attention` cudnn requires a GPU and bfloat16, without `within_documents`. "
-            "`attention` splash requires a TPU, a `context` divisible by 128, and a head "
-            f"width divisible by 64. Got {choice} on {devices}, {config.dtype}, context "
-            f"{config.context}, head width {head_width}."
+            "`attention` cudnn requires a GPU and bfloat16, and does not support "
+            "`within_documents`. `attention` splash requires a TPU, a `context` divisible "
+            f"by 128, and a head width divisible by 64. Got {choice} on {devices}, "
+            f"{config.dtype}, context {config.context}, head width {head_width}."
         )
     if can_use_splash and (choice == "splash" or (choice == "auto" and devices == "tpu")):
         return "splash" if length % 128 == 0 else "xla"  # sampled sequences vary in length
@@ -84,9 +84,9 @@ def _kernel(q, k, v, documents=None):
 
 
 def _shard_mapped(fn):
-    """Wrap `fn` in a `shard_map` over sequences and heads, as XLA can't partition kernels.
+    """Wrap `fn` in a `shard_map` over sequences and heads: XLA can't partition kernels.
 
-    Under `vmap`, the mapped axis is merged into the batch axis and sharded like it.
+    Under `vmap`, the mapped axis is merged into the batch axis, which is then sharded.
     """
 
     @jax.custom_batching.custom_vmap
@@ -96,7 +96,7 @@ def _shard_mapped(fn):
             return fn(*arrays)
         is_even = len(arrays[0]) % num_batch_shards(mesh) == 0
         spec = P(BATCH if is_even else None, None, "tensor")
-        # Document indices have no head axis.
+        # Document indices, shape (B, T), have no head axis to shard.
         specs = tuple(spec if x.ndim > 2 else P(spec[0]) for x in arrays)
         return jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
@@ -124,12 +124,12 @@ def _backward(gradient, attended, log_sums, q, k, v, *documents):
     """Return the gradients of q, k and v, given the results of `_forward`.
 
     The backward function that `jax.vjp` returns inside a `shard_map` is invalid outside it.
-    So this function calls `jax.vjp` again, and replaces the new residuals by the results of
-    `_forward`. XLA then removes the second forward pass.
+    So this function calls `jax.vjp` again, and replaces the new residuals with the results
+    of `_forward`. XLA then removes the second forward pass, whose results are unused.
     """
     _, backward = jax.vjp(lambda *qkv: _kernel(*qkv, *documents), q, k, v)
     leaves, structure = jax.tree.flatten(backward)
-    *_, traced, traced_sums = _floating(leaves)  # the residuals after q, k and v
+    *_, traced, traced_sums = _floating(leaves)  # the float residuals except q, k and v
     saved = {id(traced): attended.swapaxes(1, 2), id(traced_sums): log_sums.swapaxes(1, 2)}
     leaves = [saved.get(id(leaf), leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, leaves)(gradient)
@@ -141,7 +141,7 @@ def _floating(leaves):
 
 @jax.custom_gradient
 def _splash(*arrays):
-    """Return attention outputs for q, k, v (B, T, H, K) and optional documents (B, T)."""
+    """Apply the splash kernel to q, k, v (B, T, H, K) and optional documents (B, T)."""
     results = _shard_mapped(_forward)(*arrays)
 
     def backward(gradient):

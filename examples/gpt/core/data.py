@@ -1,4 +1,4 @@
-"""The data loader: a corpus of tokens, cut into sequences and shuffled by Grain."""
+"""The data loader, which uses Grain to split a corpus into sequences and shuffle them."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """UTF-8 bytes as tokens. Token 0 ends a document, and byte 0 is removed from text."""
+    """UTF-8 bytes as tokens. Token 0 ends a document, so NUL is removed from the text."""
 
     vocabulary, end_of_document = 256, 0
 
@@ -39,7 +39,7 @@ class Bytes:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text, without end-of-document tokens."""
+        """Return the number of bytes of text, excluding end-of-document tokens."""
         return int(np.count_nonzero(tokens != self.end_of_document))
 
     def save(self) -> tuple[str, bytes]:
@@ -49,7 +49,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a split: one array per shard, in memory or mapped from a file."""
+    """The tokens of a data split: one array per shard, in memory or memory-mapped."""
 
     arrays: tuple[np.ndarray, ...]
 
@@ -59,16 +59,16 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Training tokens, and validation tokens from different documents."""
+    """A tokenized corpus, split into training and validation tokens."""
 
     name: str  # shown in messages
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
-    checksum: str  # of the tokens; a run resumes only with the same checksum
+    checksum: str  # of all tokens; a run resumes only if it is unchanged
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError if the data does not fit the model."""
+        """Raise ConfigError if a model with this config can't be trained on the corpus."""
         check_vocabulary(config, self.tokenizer.vocabulary)
         ends = (np.any(array == config.end_of_document) for array in self.validation.arrays)
         if config.within_documents and not any(ends):
@@ -86,17 +86,18 @@ class Corpus:
 
 
 def check_vocabulary(config: ModelConfig, size: int) -> None:
-    """Raise ConfigError if the model's vocabulary is smaller than the data's."""
+    """Raise ConfigError if the model's vocabulary is smaller than the tokenizer's."""
     if config.vocabulary is not None and config.vocabulary < size:
         raise ConfigError(
-            f"`vocabulary` must be at least the data's {size}, got {config.vocabulary}."
+            f"`vocabulary` must be at least {size}, the tokenizer's, got "
+            f"{config.vocabulary}."
         )
 
 
 def batches(
     tokens: Tokens, batch: int, context: int, seed: int, start: int = 0
 ) -> grain.DatasetIterator[np.ndarray]:
-    """Return an endless iterator over batches, reshuffled in each epoch.
+    """Return an endless iterator over batches of sequences, reshuffled in each epoch.
 
     Each batch is an int32 array of shape (batch, context + 1). Sequences do not cross
     shards. The last target of a sequence is the first input of the next sequence in the

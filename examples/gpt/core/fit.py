@@ -1,7 +1,7 @@
-"""Choice of a mesh, micro-batches and remat that fit the devices' memory: `--mesh auto`.
+"""Choice of a mesh, micro-batches and remat that fit in device memory, for `--mesh auto`.
 
-The memory estimate is calibrated on the allocations of XLA's TPU compiler for the presets.
-`python -m examples.gpt.compile` shows the compiler's allocations for a run.
+The memory estimate is calibrated to the memory that XLA's TPU compiler allocates for the
+presets. `python -m examples.gpt.compile` prints the compiler's allocations for a run.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ ACTIVATION_BYTES = {"none": 100, "dots": 32, "full": 4}
 
 
 def fit_to_devices(config: Config, devices: list[Any]) -> Config:
-    """Resolve `--mesh auto` to a mesh, micro-batches and remat that fit into device memory.
+    """Resolve `--mesh auto` to a mesh, micro-batches and remat that fit in device memory.
 
-    If the device is not in `MEMORY`, such as a CPU, the batch is sharded over all devices.
+    If the device memory is unknown, as on CPUs, use the default mesh: data parallelism.
     """
     if config.training.mesh != "auto":
         return config
@@ -37,20 +37,20 @@ def fit_to_devices(config: Config, devices: list[Any]) -> Config:
     memory = next((MEMORY[name] for name in MEMORY if kind.startswith(name)), None)
     if memory is None:
         return config
-    for run in layouts(config, len(devices)):
+    for run in candidate_configs(config, len(devices)):
         if estimate_memory(run, len(devices)) < 0.9 * memory * GIB:
             return run
     raise ConfigError(
         f"`mesh` auto: no layout of this run fits {len(devices)} devices of {kind}. Use "
-        "more devices, or a `batch` that is a multiple of their number."
+        "more devices, or a `batch` that is a multiple of the number of devices."
     )
 
 
-def layouts(config: Config, devices: int) -> Iterator[Config]:
-    """Yield the config, then variants with layouts that save memory, the fastest first.
+def candidate_configs(config: Config, devices: int) -> Iterator[Config]:
+    """Yield the config, then variants that use less memory, from fastest to slowest.
 
-    More micro-batches come first, as they add no FLOPs. Then comes remat, which recomputes
-    activations, and then `fsdp`, which gathers the parameters in each micro-batch.
+    The first variants use more micro-batches, which add no FLOPs. The next use remat, which
+    recomputes activations. The last use `fsdp`: each micro-batch all-gathers the weights.
     """
     yield config
     training, replace = config.training, dataclasses.replace
@@ -78,7 +78,7 @@ def estimate_memory(config: Config, devices: int) -> float:
 
     The estimate assumes bfloat16 and an attention kernel.
     """
-    # Before the data is read, the vocabulary size may be unknown: assume that of GPT-2.
+    # The vocabulary size may be unknown until the data is read. If so, assume GPT-2's.
     vocabulary = config.model.vocabulary or 50304
     model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
     training, axes = config.training, _axes(config.training.mesh)

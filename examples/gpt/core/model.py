@@ -6,7 +6,7 @@ of each attention head, computes attention and MLP in parallel, and has an untie
 
 Unless `init_std` is given, initial weights have a standard deviation of 1/sqrt(fan-in).
 With GPT-2's 0.02, the outputs of a model as narrow as the default start near zero. Sophia
-and Lion, whose updates are close to signs, then do not improve on a bigram model's loss.
+and Lion, whose updates are close to signs, then do no better than a bigram model.
 """
 
 import functools
@@ -29,8 +29,8 @@ class Block(nnx.Module):
         D, H, K = config.width, config.heads, config.width // config.heads
         shared = {"use_bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         first = {"kernel_init": _initializer(config.init_std)}
-        # Two layers per block add to the residual stream. This scale keeps the variance
-        # of the stream independent of the depth.
+        # Two layers per block add to the residual stream. This scale makes the stream's
+        # initial variance independent of the depth.
         last = {"kernel_init": _initializer(config.init_std, 1 / (2 * config.layers))}
         self.norm_1 = nnx.LayerNorm(D, epsilon=1e-5, **shared)
         self.qkv = nnx.LinearGeneral(D, (3, H, K), **first, **shared)
@@ -79,11 +79,12 @@ class GPT(nnx.Module):
         return self.score_tokens(tokens_BxS)[0].mean()
 
     def score_tokens(self, tokens_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the loss of each token after the first, and whether it is the argmax.
+        """Return the loss of each target token, and whether it is the argmax of the logits.
 
-        Both results have shape (B, T). To save memory, logits are computed in chunks of at
-        most `loss_chunk` positions, and the backward pass recomputes them. 16-bit models,
-        unless `remat` is "full", store bfloat16 gradients with respect to logits instead.
+        Targets are the tokens after the first, so both results have shape (B, T). To save
+        memory, the logits of at most `loss_chunk` positions are computed at a time, and the
+        backward pass recomputes them. Instead, 16-bit models store bfloat16 gradients with
+        respect to the logits, unless `remat` is "full".
         """
         in_float32 = self.config.dtype == "float32"
         neg_log_prob: Any = Categorical().neg_log_prob if in_float32 else _neg_log_prob
@@ -100,8 +101,8 @@ class GPT(nnx.Module):
         saved = [] if self.config.remat == "full" else [_LOGIT_GRADIENTS]
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         score = jax.checkpoint(score, policy=policy)
-        # Split into equal chunks, (chunks, B, chunk, ...). With a `vmap` over positions,
-        # XLA would store a gradient of the head for each position on GPUs.
+        # Split into equal chunks, shape (chunks, B, chunk, ...). With a `vmap` over
+        # positions, XLA on GPUs would store a gradient of the head for each position.
         chunk = max(n for n in range(1, self.config.loss_chunk + 1) if T % n == 0)
         split = jax.tree.map(
             lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1), inputs
@@ -110,8 +111,8 @@ class GPT(nnx.Module):
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, T), results)
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Return the inputs of the head, shape (B, T, D)."""
-        # Embed in float32: 16 bits would lose small terms of a frequent token's gradient.
+        """Return the final hidden states, the inputs of the head, shape (B, T, D)."""
+        # Use float32: 16-bit sums would lose small terms of a frequent token's gradient.
         x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
             x_BxTxD += self.positions.embedding[...][: tokens_BxT.shape[1]]
@@ -130,7 +131,7 @@ class GPT(nnx.Module):
         return self.norm(x_BxTxD)
 
     def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
-        """Return the index of each token's document. `end_of_document` ends a document."""
+        """Return the document index of each token. `end_of_document` ends its document."""
         if not self.config.within_documents:
             return None
         assert self.config.end_of_document is not None
@@ -146,7 +147,7 @@ class GPT(nnx.Module):
 
 
 def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
-    """Apply rotary embeddings to the first quarter of each head (Su et al., RoFormer)."""
+    """Rotate the first quarter of each head's entries by position (Su et al., RoFormer)."""
     half = round(x_BxTxHxK.shape[-1] / 4) // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x_BxTxHxK.shape[1])[:, None, None] * frequencies  # (T, 1, half)
@@ -162,7 +163,7 @@ def init(config: ModelConfig, seed: int = 0) -> Any:
 
 
 def bind(config: ModelConfig, params: Any) -> GPT:
-    """Return the model with these parameters."""
+    """Return the model with the given parameters."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
     outside = {name: params[name] for name in params if name != "blocks"}
     return nnx.merge(graph, params | gather(outside, config.dtype))
@@ -174,7 +175,7 @@ def _initializer(std: float | None, scale: float = 1.0, **axes: int) -> Any:
     return nnx.initializers.normal(std * scale**0.5)
 
 
-# The output head of 16-bit models: float32 logits, whose gradients are stored in bfloat16.
+# The output head of 16-bit models computes float32 logits, and stores bfloat16 gradients.
 
 _LOGIT_GRADIENTS = "logit_gradients"
 _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -182,14 +183,14 @@ _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 @jax.custom_gradient
 def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
-    """Multiply in 16 bits, and return a float32 product. `w` and its gradient are float32.
+    """Return the float32 product of 16-bit factors. `w` and its gradient are float32.
 
-    The logits are not rounded to 16 bits. The gradient of `w` is summed in float32.
+    So the logits are not rounded to 16 bits, and the gradient of `w` is summed in float32.
     """
 
     def backward(gradient):
         g = gradient.astype(x.dtype)
-        # Flatten: on CPUs, XLA has 16-bit products with float32 results only for matrices.
+        # Flatten to matrices: XLA on CPUs has no other 16-bit products that return float32.
         flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return g @ w_DxV.astype(x.dtype).T, _matmul(flat_x.T, flat_g)
 
@@ -198,7 +199,7 @@ def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
 
 @jax.custom_gradient
 def _neg_log_prob(logits: jax.Array, targets: jax.Array) -> Any:
-    """Return Categorical's loss. Its backward pass keeps bfloat16 gradients, not logits."""
+    """Return the cross-entropy. For its backward pass, save gradients in bfloat16."""
     losses, vjp = jax.vjp(lambda x: Categorical().neg_log_prob(x, targets), logits)
     [gradients] = vjp(jnp.ones_like(losses))
     gradients = checkpoint_name(gradients.astype(jnp.bfloat16), _LOGIT_GRADIENTS)

@@ -26,7 +26,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(
     config: Config, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer, preceded by clipping of the gradient's global norm."""
+    """Return the config's optimizer, preceded by global-norm gradient clipping."""
     settings = dict(vars(config.recipe))
     del settings["learning_rate"]
     gamma, share, nesterov = (settings.pop(k) for k in ("gamma", "share", "nesterov"))

@@ -1,8 +1,8 @@
 """Sharding of parameters and batches over devices.
 
 The mesh has three axes. The batch is sharded over `data` and `fsdp`, and parameters over
-`fsdp` and `tensor`. The parameters of one layer at a time are gathered over `fsdp`, where
-they are used. They stay sharded over `tensor`.
+`fsdp` and `tensor`. When a layer is computed, its parameters are all-gathered over `fsdp`,
+but stay sharded over `tensor`.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from .config import ConfigError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 TENSOR = ("tensor",)
-BATCH_SHARDS = "batch_shards"  # name of the axis over which a training step is vmapped
+BATCH_SHARDS = "batch_shards"  # name of the `vmap` axis of a training step
 
-# Mesh axes for the last dimensions of a parameter, keyed by a part of its name. Parameters
-# without a rule are replicated.
+# Mesh axes that shard the last dimensions of a parameter, keyed by a part of its name.
+# Parameters without a rule are replicated.
 RULES: dict[str, tuple[str | None, ...]] = {
     "tokens/embedding": ("tensor", "fsdp"),  # vocabulary, width
     "positions/embedding": (None, "fsdp"),  # position, width
@@ -48,11 +48,11 @@ _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh parsed from a specification such as `data=8,fsdp=4`.
 
-    By default, it contains all of JAX's devices. If there are several TPU slices, which a
-    slower network connects, only the `data` axis crosses slices.
+    By default, the mesh contains all of JAX's devices. The network between TPU slices is
+    slower than within a slice, so only the `data` axis crosses slices.
     """
     if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", spec):
-        raise ConfigError(f"`mesh` must be like data=8,fsdp=4,tensor=2, got {spec!r}.")
+        raise ConfigError(f"`mesh` must be pairs such as data=8,fsdp=4, got {spec!r}.")
     given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", spec)}
     devices = jax.devices() if devices is None else devices
     remaining = max(len(devices) // math.prod(given.values()), 1)
@@ -64,8 +64,8 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
         rule = f" `data` must be a multiple of the number of slices, {slices}."
         raise ConfigError(
-            f"The axis sizes of `mesh` must multiply to the number of devices, got {got} "
-            f"for {len(devices)} device(s).{rule if slices > 1 else ''}"
+            "The axis sizes of `mesh` must have the number of devices as their product, "
+            f"got {got} for {len(devices)} device(s).{rule if slices > 1 else ''}"
         )
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # A mesh axis may use a part of a torus axis, such as fsdp=2 on a 4x4x8 v5p slice.
@@ -91,7 +91,7 @@ def partition_specs(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Return the sharding of each parameter. Raise ConfigError if its shards are uneven."""
+    """Return each parameter's sharding. Raise ConfigError if shards would be uneven."""
 
     def sharding(path, x, spec):
         for size, axis in zip(x.shape, spec, strict=True):
@@ -111,18 +111,18 @@ def with_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def constrain(tree: Any, axes: tuple[str, ...] = AXES) -> Any:
-    """Constrain parameters to their specs on the mesh axes `axes`, if a mesh is set."""
+    """Constrain the sharding of parameters on the mesh axes `axes`, if a mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, partition_specs(tree, axes))
 
 
 def gather(params: Any, dtype: str) -> Any:
-    """Return a layer's parameters gathered over `fsdp`, in float32.
+    """Return a layer's parameters in float32, all-gathered over `fsdp`.
 
-    Devices exchange parameters in `dtype` and gradients in float32. In the backward pass
-    of a training step, this averages gradients over `data` and `fsdp`. In a refresh, it
-    sums squared gradients. So only one layer's gathered gradient is in memory at a time.
+    Devices exchange parameters in `dtype` and gradients in float32. The backward pass
+    averages gradients over `data` and `fsdp` in a training step, and sums squared gradients
+    in a Hessian refresh. So only one layer's unsharded gradient is in memory at a time.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return constrain(params, TENSOR)
@@ -147,6 +147,6 @@ def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch: np.ndarray) -> jax.Array:
-    """Return a sharded batch. Every process passes all rows, so any device order works."""
+    """Shard a batch. Every process passes all rows, so devices may have any order."""
     sharding = NamedSharding(mesh, P(BATCH))
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

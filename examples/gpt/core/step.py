@@ -35,7 +35,7 @@ def abstract_state(
 def init_state(
     config: Config, tx: optax.GradientTransformation, mesh: Mesh, params: Any = None
 ) -> TrainState:
-    """Return the sharded initial state, with newly initialized parameters by default."""
+    """Return the sharded initial state. By default, parameters are randomly initialized."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, tx, mesh))
     if params is None:
         init = jax.jit(model.init, static_argnums=(0, 1), out_shardings=shardings.params)
@@ -63,8 +63,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return the next state and the metrics of this step.
 
-    `tokens_BxS` holds T inputs and the token after them, so S = T + 1. Sophia calls
-    `estimate` for the Hessian diagonal when a refresh is due.
+    Each row of `tokens_BxS` has T inputs and the token after them, so S = T + 1. Sophia
+    calls `estimate` for the Hessian diagonal when a refresh is due.
     """
     params, extra = state.params, {}
     if estimate is not None:
@@ -81,7 +81,7 @@ def loss_and_grads(
     """Return the mean loss of a batch and its gradient, computed in micro-batches.
 
     Each device accumulates the gradients of its batch shard, and devices exchange the sums
-    once. With `fsdp`, they exchange each layer's gradients in every micro-batch instead.
+    once. With `fsdp`, devices instead exchange each layer's gradients per micro-batch.
     """
     mesh, accumulate = jax.sharding.get_abstract_mesh(), config.training.accumulate
     grad_fn = jax.value_and_grad(functools.partial(mean_loss, config))
@@ -98,7 +98,7 @@ def loss_and_grads(
         zero = jnp.zeros(()), optax.tree.zeros_like(params)
         total, _ = jax.lax.scan(add, zero, micro_batches(config, tokens_NxS))
         mean = jax.tree.map(lambda x: x / accumulate, total)
-        # With `fsdp`, `gather` has already averaged the gradients, so this changes nothing.
+        # With `fsdp`, `gather` has averaged the gradients: `pmean` changes only the loss.
         return jax.lax.pmean(mean, sharding.BATCH_SHARDS)
 
     shape = (sharding.num_batch_shards(mesh), -1, tokens_BxS.shape[-1])
@@ -125,12 +125,12 @@ def estimate_diagonal(
 
 
 def mean_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.Array:
-    """Return the mean next-token loss."""
+    """Return the mean next-token loss of a batch."""
     return model.bind(config.model, params).loss(tokens_BxS)
 
 
 def micro_batches(config: Config, tokens_BxS: jax.Array) -> jax.Array:
-    """Split a batch along a new first axis into micro-batches sharded over all devices."""
+    """Split a batch into stacked micro-batches, each sharded over all devices."""
     shape = (-1, config.training.accumulate, tokens_BxS.shape[-1])
     return jnp.moveaxis(tokens_BxS.reshape(shape), 1, 0)
 
@@ -143,7 +143,7 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if the mesh does not divide the batch."""
+    """Raise ConfigError if micro-batches can't be split evenly over the mesh."""
     batch, accumulate = config.training.batch, config.training.accumulate
     batch_shards = sharding.num_batch_shards(mesh)
     if batch % (accumulate * batch_shards):

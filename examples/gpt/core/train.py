@@ -37,22 +37,22 @@ def train(
 ) -> TrainState:
     """Train on the current mesh, and return the final state.
 
-    Training resumes from `start`, the number of steps done and the state after them. By
-    default it starts with new parameters, prints its metrics, and saves nothing.
-    `operations.run` implements `log` and `save` for a run with a folder.
+    Training resumes from `start`, the number of completed steps and the state after them.
+    By default, it starts with random parameters, prints metrics, and saves nothing.
+    `operations.run` implements `log` and `save` for a run with an output folder.
     """
     mesh, output, steps = jax.sharding.get_mesh(), config.output, config.training.steps
     config.check()
     corpus.check(config.model)
     step.check_mesh(config, mesh)
-    choose_kernel(config.model, config.model.context)  # raises errors before compilation
+    choose_kernel(config.model, config.model.context)  # raises before any compilation
     schedule = make_schedule(config)
     tx = make_optimizer(config, schedule)
     train_step = step.make_train_step(config, tx, mesh)
     with open_batches(config, corpus.validation, seed=0) as batches:
         validation = [next(batches) for _ in range(output.validation_batches)]
     done, state = start or (0, step.init_state(config, tx, mesh))
-    timed_from = None  # (step, its end time); None while the first steps compile
+    timed_from = None  # (step, its end time), or None until steps are compiled
     with open_batches(config, corpus.train, config.seed, done) as batches:
         for number in range(done + 1, steps + 1):
             tokens = shard_batch(mesh, next(batches))
@@ -81,13 +81,13 @@ def train(
 
 
 def open_batches(config: Config, tokens: data.Tokens, seed: int, start: int = 0) -> Any:
-    """Return a context manager for the batches of a split, without the first `start`."""
+    """Return a context manager for the batches of `tokens` after the first `start`."""
     batch, context = config.training.batch, config.model.context
     return contextlib.closing(data.batches(tokens, batch, context, seed, start))
 
 
 def mean_validation_loss(config: Config, params: Any, batches: list[np.ndarray]) -> float:
-    """Return the mean loss over batches."""
+    """Return the mean loss over validation batches."""
     sharded = (shard_batch(jax.sharding.get_mesh(), batch) for batch in batches)
     losses = [step.validation_loss(config, params, tokens) for tokens in sharded]
     return float(np.mean(jax.device_get(losses)))

@@ -1,4 +1,4 @@
-"""Checkpointing with Orbax: each step's parameters and optimizer state have a folder."""
+"""Checkpointing with Orbax. A checkpoint is a folder of parameters and optimizer state."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ from examples.gpt.operations import folders, processes
 CHECKPOINTS = "checkpoints"  # subfolder of a run's folder
 CHECKSUM = "data_checksum"  # key in config.json
 MODEL_SHAPE = ("architecture", "bias", "layers", "heads", "width", "context", "vocabulary")
-# A resumed run must keep these values, on which its state's shapes and batches depend.
-FIXED = (*MODEL_SHAPE, "optimizer", "batch", "seed", CHECKSUM)
+# A resumed run must keep these values, which determine its state's shapes and its batches.
+FIXED_ON_RESUME = (*MODEL_SHAPE, "optimizer", "batch", "seed", CHECKSUM)
 
 
 def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer:
-    """Return the checkpointer of a run, which writes in background threads."""
+    """Return a run's checkpointer, which writes checkpoints in background threads."""
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(output.keep)]
     if output.keep_every is not None:
@@ -35,7 +35,7 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
 
 
 def find_to_resume(config: Config, folder: Path) -> Path | None:
-    """Return the checkpoint to resume from: in the run's folder, or in `resume_from`."""
+    """Return the newest checkpoint in `folder` or, if there is none, in `resume_from`."""
     path, least, steps = find_checkpoint(folder), 0, config.training.steps
     if path is None and config.resume_from is not None:
         path, least = find_checkpoint(config.resume_from), 1  # one step must remain
@@ -50,14 +50,14 @@ def find_to_resume(config: Config, folder: Path) -> Path | None:
 
 
 def check_same_run(config: Config, checksum: str, path: Path) -> None:
-    """Raise ConfigError if a `FIXED` value has changed. Otherwise print all changes."""
-    values, saved = config.as_json() | {CHECKSUM: checksum}, saved_values(path)
+    """Raise ConfigError if `FIXED_ON_RESUME` values differ. Otherwise print all changes."""
+    values, saved = config.as_json() | {CHECKSUM: checksum}, load_saved_config(path)
     changed = {
         name: f"\n  {name}: {saved.get(name)} before, {value} now"
         for name, value in json.loads(json.dumps(values)).items()
         if saved.get(name) != value
     }
-    rejected = "".join(line for name, line in changed.items() if name in FIXED)
+    rejected = "".join(line for name, line in changed.items() if name in FIXED_ON_RESUME)
     if rejected:
         raise ConfigError(
             f"{path} belongs to a run with different values. Use a different --out or "
@@ -92,13 +92,13 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Load trees from a checkpoint, with the shapes and shardings given in `abstract`."""
-    message = f"can't read {path} (to resume from an earlier checkpoint, move it)"
+    """Load the pytrees named by the keys of `abstract`, with its shapes and shardings."""
+    message = f"can't read {path} (move it to resume from an earlier checkpoint)"
     with folders.reraise_as_config_error(message, Exception):
         return jax.block_until_ready(ocp.load_checkpointables(str(path), abstract))
 
 
-def saved_values(path: Path) -> dict[str, Any]:
+def load_saved_config(path: Path) -> dict[str, Any]:
     """Return the saved config of a run, given its folder or one of its checkpoints."""
     return json.loads((run_folder(path) / "config.json").read_text())
 
@@ -107,15 +107,17 @@ def load_params(out: Path, mesh: Mesh) -> tuple[ModelConfig, Any]:
     """Return a run's model config and its newest parameters, sharded over a mesh."""
     path = find_checkpoint(out)
     if path is None:
-        raise ConfigError(f"`out` must be the folder of a run, got {out}: no checkpoint.")
-    saved, names = saved_values(path), vars(ModelConfig())
+        raise ConfigError(
+            f"`out` must be the folder of a run, but {out} has no checkpoint."
+        )
+    saved, names = load_saved_config(path), vars(ModelConfig())
     config = ModelConfig(**{name: saved[name] for name in names if name in saved})
     params = jax.eval_shape(lambda: model.init(config))
     return config, load(path, {"params": sharding.with_shardings(params, mesh)})["params"]
 
 
 def check_same_shape(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
-    """Raise ConfigError if the parameters' shapes differ from the saved parameters'."""
+    """Raise ConfigError if a `MODEL_SHAPE` value differs from the saved model config."""
     for name in MODEL_SHAPE:
         value, required = getattr(config, name), getattr(saved, name)
         if value != required:

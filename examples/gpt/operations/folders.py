@@ -26,13 +26,13 @@ def reraise_as_config_error(message: str, *kinds: type[Exception]) -> Iterator[N
 
 
 def reraise_write_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Reraise Orbax or object store errors, such as a full disk, as a ConfigError."""
+    """Reraise any error while writing, such as a full disk, as a ConfigError."""
     return reraise_as_config_error(f"`out`: can't write to {folder}", Exception)
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
     """Return a local `Path`, or an `epath.Path` for an object store URL (gs, s3, az)."""
-    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # `Path` merges slashes
+    url = re.sub(r"^(gs|s3|az):/*", r"\1://", os.fspath(name))  # `Path` merges `//`
     if "://" not in url:
         return Path(name)
     with reraise_as_config_error(f"{url} needs a package", ImportError):
@@ -41,7 +41,7 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return all non-hidden files below a folder. Follow links; visit each folder once."""
+    """Return all non-hidden files below a folder. Follow links, but visit a folder once."""
 
     def fail(error: OSError) -> None:  # `os.walk` ignores errors by default
         raise error
@@ -64,8 +64,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a failure leaves the old file unchanged."""
-    if not isinstance(path, Path):  # object stores write objects atomically
-        with reraise_write_errors(path):  # but raise their own exception types
+    if not isinstance(path, Path):  # object store writes are atomic
+        with reraise_write_errors(path):  # each store has its own exception types
             path.write_bytes(content)
         return
     unfinished = path.with_name(".unfinished")

@@ -1,4 +1,4 @@
-"""Plot of a run: the loss, and below it the fraction of unclipped entries."""
+"""A plot of the losses of runs, above their fractions of unclipped entries."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from examples.gpt.core.train import Row
 
 
 def points(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps whose rows contain a metric, and the metric's values."""
+    """Return the steps at which a metric was logged, and its values at these steps."""
     kept = [row for row in rows if name in row]
     return [row["step"] for row in kept], [row[name] for row in kept]
 
@@ -18,7 +18,7 @@ def plot_losses(curves: dict[str, list[Row]], path: Path, data: str) -> None:
     figure = Figure((8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, (name, rows) in enumerate(curves.items()):
-        color, last = f"C{i}", rows[-1]["val_loss"]  # the last step is always validated
+        color, last = f"C{i}", rows[-1]["val_loss"]  # every run ends with a validation
         label = f"{name}, validation: {last:.3f} at the end"
         top.plot(*points(rows, "loss"), color, alpha=0.4, lw=1, label=f"{name}, training")
         top.plot(*points(rows, "val_loss"), f"{color}o-", ms=4, label=label)

@@ -1,4 +1,4 @@
-"""Runs with several processes, and signals that stop a run."""
+"""Multi-process runs, and signals that stop a run."""
 
 import contextlib
 import glob
@@ -17,7 +17,7 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 def join_processes(config: Processes) -> None:
-    """Connect to the run's other processes, if any, before the first JAX computation."""
+    """Connect to the run's other processes, if any. Call it before any JAX computation."""
     given = tuple(vars(config).values())
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     has_others = (
@@ -29,31 +29,31 @@ def join_processes(config: Processes) -> None:
     if has_others:
         message = "Could not connect to the other processes"
         with reraise_as_config_error(message, RuntimeError, ValueError):
-            # If a process dies, JAX ends the other processes after this time.
+            # If a process dies, JAX ends the other processes after this timeout.
             jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes and prints."""
+    """Return whether this is process 0, which prints and writes the metrics."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise on all processes if the body raises on one. Otherwise the others would hang."""
+    """Raise on all processes if the body raises on any: otherwise the others would hang."""
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
     if np.any(multihost_utils.process_allgather(np.array(error is not None))):
-        raise error or ConfigError("Another process failed: see its error.")
+        raise error or ConfigError("Another process failed. See its error.")
 
 
 class StopSignal:
-    """A handler of SIGTERM and Ctrl-C that stops the run after a step, with a checkpoint.
+    """A handler of SIGTERM and Ctrl-C. The run then completes its step, saves, and stops.
 
-    A second signal ends the process at once. A signal to one process stops all processes.
+    A second signal ends the process immediately. A signal to any process stops all of them.
     """
 
     def __init__(self):
@@ -75,4 +75,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.number = number
-            print("\nThe run stops after this step and is saved.", file=sys.stderr)
+            print(
+                "\nThe run will save a checkpoint after this step and stop.",
+                file=sys.stderr,
+            )

@@ -1,4 +1,4 @@
-"""A training run in a folder: its checkpoints, metrics, and stop signals."""
+"""A training run with an output folder: checkpoints, metrics, and stop signals."""
 
 import contextlib
 import json
@@ -27,9 +27,9 @@ def open_run(
     folder: Path,
     initial_params: Callable[[Config], Any] = lambda config: None,
 ) -> Iterator["Run"]:
-    """Lock a folder and open the run in it, with the config's defaults resolved.
+    """Lock a folder, and start or resume its run, with the config's defaults resolved.
 
-    Start a new run from `initial_params(config)` or, if it is None, random parameters.
+    A new run starts from `initial_params(config)`, or from random parameters if it is None.
     On exit, wait until all checkpoints are written. After a stop signal, end the process.
     """
     with contextlib.ExitStack() as stack:
@@ -51,7 +51,7 @@ def open_run(
 
 def resolve(config: Config, corpus: data.Corpus, checkpoint: Path | None) -> Config:
     """Return the config with resolved defaults. Raise ConfigError if it is invalid."""
-    saved = {} if checkpoint is None else checkpoints.saved_values(checkpoint)
+    saved = {} if checkpoint is None else checkpoints.load_saved_config(checkpoint)
     config = config.with_resolved_defaults(
         corpus.tokenizer.vocabulary,
         sharding.num_batch_shards(jax.sharding.get_mesh()),
@@ -105,7 +105,7 @@ class Run:
         if config.output.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            # The id depends only on the folder, so a resumed run continues its W&B run.
+            # The ID depends only on the folder, so a resumed run continues its own W&B run.
             name = f"{zlib.crc32(str(checkpoints.absolute(folder)).encode()):08x}"
             self._wandb = wandb.init(
                 project=config.output.wandb, id=name, config=values, resume="allow"
@@ -154,7 +154,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def save_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Write the tokenizer to a run's folder, as a file that `examples.gpt.tools` reads."""
+    """Write the tokenizer to a run's folder, for `tools.tokenizers.load` to read."""
     name, content = tokenizer.save()
     (folder / TOKENIZER).mkdir(exist_ok=True)
     folders.write_bytes(folder / TOKENIZER / name, content)

@@ -1,4 +1,4 @@
-"""Command-line entry points, which print errors as one line without a traceback."""
+"""Command-line entry points that print user-facing errors without a traceback."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ def run_tool(name: str, tool: Any) -> None:
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main` with the parsed options. Print user-facing errors without a traceback."""
-    for name in ("absl", "asyncio", "gcsfs"):  # loggers of Orbax and gcsfs
+    """Call `main(parse())`. Print user-facing errors as one line, without a traceback."""
+    for name in ("absl", "asyncio", "gcsfs"):  # loggers that Orbax and gcsfs use
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(parse())
     except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)  # JAX's threads can crash an ordinary exit
+        os._exit(128 + signal.SIGINT)  # a normal exit can crash in JAX's threads

@@ -1,4 +1,4 @@
-"""Compilation of a run's training step for devices that are not attached."""
+"""Compilation of a training step for devices that are not attached to this machine."""
 
 import dataclasses
 import functools
@@ -20,40 +20,40 @@ from examples.gpt.core import sharding, step
 from examples.gpt.core.attention import choose_kernel
 from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.data import Bytes
-from examples.gpt.core.fit import GIB, MEMORY, fit_to_devices, layouts
+from examples.gpt.core.fit import GIB, MEMORY, candidate_configs, fit_to_devices
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from examples.gpt.tools.topologies import Chip, open_topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compile the training step of a run for devices that are not attached.
+    """Compile a run's training step for devices that are not attached to this machine.
 
     Print the memory use per device, whether the run fits, the bytes that devices exchange,
-    and an estimate of the step time. The flags of the model, training, optimizer and
-    refresh apply. If the run does not fit, the command tries larger values of --accumulate
-    and --remat, then --mesh fsdp=...
+    and an estimate of the step time. The model, training, optimizer and refresh flags of a
+    run apply. If the run does not fit, the command tries larger values of --accumulate and
+    --remat, then --mesh fsdp=...
     """
 
     # A TPU slice such as v5e:4x4, v5p:2x2x4 or v6e:8x8 (needs jax[tpu]), or a number of
     # GPUs such as h100:8 or h200:16 (needs jax[cuda12]).
     topology: str
-    # The flags of `python -m examples.gpt`. Output and process flags have no effect.
+    # The flags of `python -m examples.gpt`. Flags for output and processes are ignored.
     config: Config
     slices: int = 1  # Number of TPU slices. Only the mesh axis `data` crosses slices.
     json: Path | None = None  # Also write the results to this file.
 
 
 class DoesNotFit(ConfigError):
-    """An error raised if a program needs more memory than a device has."""
+    """The error raised if a program needs more memory than a device has."""
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Compile the first layout that fits, print the results, and return them as JSON."""
+    """Compile layouts until one fits. Print its results, and return them as a JSON dict."""
     options.config.check()
     chip, devices = open_topology(options.topology, options.slices)
     first = fit_to_devices(options.config, devices)
-    for config in layouts(first, len(devices)):
+    for config in candidate_configs(first, len(devices)):
         layout = layout_flags(config)
         try:
             results = compile_run(config, chip, devices)
@@ -70,7 +70,7 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def compile_run(config: Config, chip: Chip, devices: list[Any]) -> dict[str, Any]:
-    """Compile a run's step, with and without a refresh, and return the results as JSON."""
+    """Compile a run's step without and, for Sophia, with a refresh. Return a JSON dict."""
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
         config.model.vocabulary or Bytes.vocabulary,
@@ -121,7 +121,7 @@ def compile_program(
     mesh: Mesh,
     chip: Chip,
 ) -> dict[str, Any]:
-    """Compile a step. Return its memory, FLOPs, exchanged bytes and times per device."""
+    """Compile a step. Return memory use, FLOPs, exchanged bytes and times per device."""
     shape = (config.training.batch, config.model.context + 1)
     batch_sharding = NamedSharding(mesh, P(sharding.BATCH))
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
@@ -137,7 +137,7 @@ def compile_program(
         raise DoesNotFit(str(error).partition("\n")[0]) from error
     seconds = time.perf_counter() - start
     sizes: Any = compiled.memory_analysis()
-    # FLOPs are counted in the jaxpr, with XLA's attention in place of an opaque kernel.
+    # Use XLA's attention to count FLOPs: a jaxpr does not show the FLOPs of a kernel.
     with_xla = dataclasses.replace(config.model, attention="xla")
     counted = functools.partial(
         step.train_step, dataclasses.replace(config, model=with_xla), tx, estimate
@@ -147,8 +147,9 @@ def compile_program(
     crossing = exchanged.get(hlo.BETWEEN_SLICES, 0)
     moved = hlo.memory_bytes(compiled)
     used = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    # If memory does not suffice, the TPU compiler raises, but the GPU compiler does not.
     if chip.kind.startswith("NVIDIA") and used > MEMORY[chip.kind] * GIB:
-        raise DoesNotFit(f"The step needs {used / GIB:.2f} GiB.")  # the TPU compiler raises
+        raise DoesNotFit(f"The step needs {used / GIB:.2f} GiB.")
     return {
         "temporaries": sizes.temp_size_in_bytes / GIB,
         "program": sizes.generated_code_size_in_bytes / GIB,
@@ -174,14 +175,14 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def layout_flags(config: Config) -> str:
-    """Return the layout of a run as command-line flags."""
+    """Return a run's mesh, micro-batches and remat as command-line flags."""
     training = config.training
     mesh = f"--mesh {training.mesh} " if training.mesh else ""
     return f"{mesh}--accumulate {training.accumulate} --remat {config.model.remat}"
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """Return the results as a table with a column for each program."""
+    """Format the results as a text table with a column for each program."""
     programs, memory = results["programs"], results["memory"]
     rows = {f"{name} (GiB)": [memory[name]] * len(programs) for name in memory}
     for name in ("temporaries", "program"):

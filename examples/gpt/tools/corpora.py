@@ -1,4 +1,4 @@
-"""Loaders for corpora: the standard library, text files, or a folder from `prepare`."""
+"""Loaders for corpora: Python's standard library, text files, or output of `prepare`."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from examples.gpt.operations.folders import as_path, reraise_as_config_error, vi
 from examples.gpt.tools import tokenizers
 
 SPLITS = ("train", "validation")
-FORMAT, MANIFEST = 1, "manifest.json"  # format version and manifest of a prepared folder
+FORMAT, MANIFEST = 1, "manifest.json"  # format version and file name of a manifest
 PREPARED = (".jsonl", ".json", ".parquet")  # only `prepare` reads these files
 
 
 def load(name: str | Path | None) -> Corpus:
-    """Return the corpus in a file or folder, by default the standard library's code."""
+    """Return the corpus in a file or folder. The default is Python's standard library."""
     if name is None:
         return read_standard_library()
     path = as_path(name)
@@ -37,7 +37,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ConfigError(f"its format is {manifest['format']}, not {FORMAT}")
-    manifest.setdefault("finished", True)  # version 0.1.0 wrote the manifest at the end
+    manifest.setdefault("finished", True)  # 0.1.0 wrote only finished manifests
     return manifest
 
 
@@ -57,7 +57,7 @@ def _read_prepared(folder: Path) -> Corpus:
 
 
 def _read_shard(folder: Path, shard: dict, dtype: str) -> np.ndarray:
-    """Return a shard's tokens. Raise ConfigError if the manifest has a different count."""
+    """Return a shard's tokens. Raise ConfigError if the manifest's count differs."""
     path = folder / shard["file"]
     with reraise_as_config_error(f"`data`: prepare or copy {path} again", Exception):
         if isinstance(path, Path):

@@ -1,4 +1,4 @@
-"""Evaluation of a model: its validation loss, or its scores on lm-eval's tasks."""
+"""Evaluation of a model: its validation loss, or its scores on lm-eval tasks."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from examples.gpt.core.config import ConfigError, ModelConfig
 from examples.gpt.core.data import Corpus, check_vocabulary
 from examples.gpt.core.model import bind
 from examples.gpt.core.sharding import BATCH, constrain, make_mesh, num_batch_shards
-from examples.gpt.operations.checkpoints import saved_values
+from examples.gpt.operations.checkpoints import load_saved_config
 from examples.gpt.tools import corpora
 from examples.gpt.tools.sample import open_model, open_tokenizer
 
@@ -27,12 +27,12 @@ class Options:
 
     out: Path | None = None  # Folder of a run, or one of its checkpoints.
     weights: Path | None = None  # Or a folder with GPT-2's weights in Hugging Face format.
-    # Data to evaluate on. `tasks` use only its tokenizer. The default is the run's data.
+    # Data to evaluate on, by default the run's. `tasks` use only the data's tokenizer.
     data: Path | None = None
     batch: int = 16  # Number of sequences in a batch.
-    tasks: str = ""  # Names of lm-eval's tasks, such as boolq,cb,copa,rte (needs lm-eval).
+    tasks: str = ""  # lm-eval tasks, such as boolq,cb,copa,rte (needs lm-eval).
     shots: int = 0  # Number of few-shot examples in each prompt.
-    limit: int | None = None  # Number of questions per task. The default is all.
+    limit: int | None = None  # Maximum number of questions per task. The default is all.
     # Folder with boolq/{train,validation}.jsonl etc. The default is the Hugging Face Hub.
     task_data: Path | None = None
     # Device mesh, such as data=8,tensor=4. The default is data parallelism.
@@ -54,12 +54,14 @@ def main(options: Options) -> None:
         data = options.data
         if data is None:
             if options.out is None:
-                raise ConfigError("`weights` requires `data` for a loss, got None.")
-            data = saved_values(options.out)["data"]  # None for the standard library
+                raise ConfigError(
+                    "`data` must be given to compute the loss of `weights`, got None."
+                )
+            data = load_saved_config(options.out)["data"]  # None for the standard library
         corpus = corpora.load(data)
         check_vocabulary(config, corpus.tokenizer.vocabulary)
         loss, tokens, size = evaluate(config, params, corpus, options.batch)
-    bits = loss * (tokens + 1) / size / math.log(2)  # + 1: the unscored first token
+    bits = loss * (tokens + 1) / size / math.log(2)  # + 1 for the unscored first token
     print(f"{corpus.name}: {tokens:,} scored tokens, {size:,} bytes of text")
     perplexity = f"perplexity {np.exp(loss):.3f}"
     print(f"loss {loss:.4f} nats per token, {perplexity}, {bits:.4f} bits per byte")
@@ -68,10 +70,10 @@ def main(options: Options) -> None:
 def evaluate(
     config: ModelConfig, params: Any, corpus: Corpus, batch: int
 ) -> tuple[float, int, int]:
-    """Return the mean loss, the number of scored tokens, and the number of bytes of text.
+    """Return the mean validation loss, and the numbers of scored tokens and of text bytes.
 
-    Every token of the validation split except the first is scored once, in windows of
-    `context` tokens.
+    The validation split is scored in windows of `context` tokens. Each token except the
+    first is scored exactly once.
     """
     tokens = np.concatenate(corpus.validation.arrays, dtype=np.int32)
     count, context, nats = len(tokens) - 1, config.context, 0.0
@@ -89,7 +91,7 @@ def evaluate(
 def score_tokens(
     config: ModelConfig, params: Any, tokens_BxS: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `GPT.score_tokens(tokens_BxS)`, with the batch sharded over the mesh."""
+    """Call `GPT.score_tokens` with the batch sharded over the mesh. Replicate results."""
     mesh, size = jax.sharding.get_abstract_mesh(), len(tokens_BxS)
     rows = jnp.pad(tokens_BxS, ((0, -size % num_batch_shards(mesh)), (0, 0)))
     rows = rows if mesh.empty else jax.lax.with_sharding_constraint(rows, P(BATCH))

@@ -1,6 +1,6 @@
-"""Multiple-choice tasks of lm-eval, which defines the prompts, examples and scores."""
+"""Multiple-choice tasks. lm-eval defines the prompts, few-shot examples and scores."""
 
-# Only the extra `evaluate` installs lm-eval.
+# lm-eval is an optional dependency, in the extra `evaluate`.
 # pyright: reportMissingImports=false
 
 import math
@@ -22,11 +22,11 @@ from examples.gpt.core.data import Tokenizer
 from examples.gpt.operations.folders import reraise_as_config_error
 from examples.gpt.tools.evaluate import Options, score_tokens
 
-ALIASES = {"rte": "sglue_rte"}  # SuperGLUE's RTE; lm-eval's `rte` is GLUE's
+ALIASES = {"rte": "sglue_rte"}  # `rte` is SuperGLUE's RTE here, but GLUE's in lm-eval
 
 
 class Model(TemplateLM):
-    """A GPT with lm-eval's model interface."""
+    """A GPT that implements lm-eval's model interface."""
 
     def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, batch: int):
         super().__init__()
@@ -41,10 +41,10 @@ class Model(TemplateLM):
         return self._tokenizer.encode_batch([string])[0].tolist()
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Return each continuation's log-probability, and whether it is the greedy one.
+        """Return each continuation's log-probability, and whether it is decoded greedily.
 
-        Contexts that are too long lose their first tokens. Requests of similar length share
-        a batch, which reduces padding.
+        Contexts that are too long are truncated on the left. To reduce padding, requests of
+        similar length share a batch.
         """
         context, results = self._config.context, []
         longest = max(len(after) for _, _, after in requests)
@@ -55,7 +55,7 @@ class Model(TemplateLM):
         sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
         for batch in sorted_rows.get_batched(n=self._batch):
             size = len(batch[0][0]) - 1
-            size = min(math.ceil(size / 64) * 64, context) + 1  # few shapes to compile
+            size = min(math.ceil(size / 64) * 64, context) + 1  # limit the compiled shapes
             tokens = np.array([row + [0] * (size - len(row)) for row, _ in batch])
             scores = jax.device_get(score_tokens(self._config, self._params, tokens))
             for (row, after), losses, is_argmax in zip(batch, *scores, strict=True):
@@ -71,8 +71,8 @@ class Model(TemplateLM):
 
 
 def run(lm: Model, options: Options) -> Any:
-    """Print the results of the tasks as a table, and return lm-eval's results."""
-    # Otherwise lm-eval would fork to bootstrap metrics, but a fork loses JAX's threads.
+    """Evaluate a model on the tasks, print a table, and return lm-eval's results."""
+    # Otherwise lm-eval forks processes to bootstrap metrics, but JAX is not fork-safe.
     os.environ["DISABLE_MULTIPROC"] = "1"
     manager, tasks, folder = TaskManager(), [], options.task_data
     for name in options.tasks.split(","):
@@ -86,7 +86,7 @@ def run(lm: Model, options: Options) -> Any:
         tasks.append(task)
     message = f"`tasks`, `task_data`: can't read the data of {options.tasks}"
     with reraise_as_config_error(message, OSError, DatasetsError):
-        # Load a group: its members may override fields of lm-eval's tasks of the same name.
+        # Load the tasks as a group, whose members may override fields of built-in tasks.
         loaded = manager.load({"group": "chosen", "task": tasks})["tasks"]
     for task in loaded.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)

@@ -23,8 +23,8 @@ from examples.gpt.operations.checkpoints import CHECKPOINTS, load_params, run_fo
 from examples.gpt.operations.folders import as_path, reraise_as_config_error, write_json
 from examples.gpt.operations.run import TOKENIZER
 
-PREFIX = "transformer."  # of the tensor names that GPT2LMHeadModel saves
-# Module names in `core.model` and in GPT2LMHeadModel. {} stands for the layer index.
+PREFIX = "transformer."  # prefix of the tensor names that GPT2LMHeadModel saves
+# GPT2LMHeadModel's module names, keyed by those of `core.model`. {} is the layer index.
 MODULES = {
     "tokens": "wte",
     "positions": "wpe",
@@ -52,7 +52,7 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names for jax.nn.gelu
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # equal to jax.nn.gelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Options:
     """Write the parameters of a run in Hugging Face's format."""
 
     out: Path  # Folder of the run, or one of its checkpoints.
-    to: Path  # Folder to write, for transformers' GPT2LMHeadModel.from_pretrained.
+    to: Path  # Output folder, for transformers' GPT2LMHeadModel.from_pretrained.
 
 
 def main(options: Options) -> None:
-    """Write the weights, and the tokenizer unless it is the byte tokenizer."""
+    """Write the weights and, unless it is the byte tokenizer, the tokenizer."""
     config, params = load_params(options.out, make_mesh("", jax.devices()[:1]))
     to = as_path(options.to)
     if (to / CHECKPOINTS).exists():
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
 
 
 def load(folder: Path) -> tuple[ModelConfig, Any]:
-    """Return the config and float32 parameters, structured as `model.init` returns them."""
+    """Return the config and float32 parameters, structured like those of `model.init`."""
     folder, tensors = as_path(folder), {}
     message = f"`init_from`, `weights`: can't read GPT-2's weights in {folder}"
     with reraise_as_config_error(message, Exception):
@@ -95,12 +95,12 @@ def load(folder: Path) -> tuple[ModelConfig, Any]:
             found = tensors[key].shape if key in tensors else None
             if found != view.shape:
                 raise ConfigError(f"`{key}` must be {view.shape}, got {found}")
-            view[...] = tensors[key]  # also casts bfloat16, which JAX adds to NumPy
+            view[...] = tensors[key]  # casts to float32, also from bfloat16
     return config, traverse_util.unflatten_dict(params, sep="/")
 
 
 def save(folder: Path, config: ModelConfig, params: Any) -> None:
-    """Write a folder that transformers' `GPT2LMHeadModel.from_pretrained` reads."""
+    """Write a folder that transformers' `GPT2LMHeadModel.from_pretrained` can load."""
     if config.architecture != "gpt2":
         raise ConfigError(f"`architecture` must be gpt2, got {config.architecture}.")
     ours, views = _allocate(config)
@@ -110,7 +110,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
     fields: dict[str, Any] = {theirs: getattr(config, n) for n, theirs in SIZES.items()}
     fields |= FIXED | {"architectures": ["GPT2LMHeadModel"]}
     fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # defined by the tokenizer
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # None: set by the tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
@@ -118,7 +118,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
 
 
 def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Allocate all parameters and biases, and views of them by GPT2LMHeadModel's names."""
+    """Return zero parameters with biases, and views of them keyed by Hugging Face names."""
     shapes = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
     params, views = dict[str, Any](traverse_util.flatten_dict(shapes, sep="/")), {}
     for name, p in params.items():

@@ -1,7 +1,7 @@
-"""Tokenization of text into the shards that a run reads.
+"""Tokenization of text into the shards that a training run reads.
 
 The output depends only on the sources and the options, not on interruptions. The manifest
-lists the finished shards, and the position in the sources where they end.
+lists the finished shards, and the position in the sources after the last of them.
 """
 
 import dataclasses
@@ -23,33 +23,33 @@ from examples.gpt.tools.corpora import SPLITS
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Turn text into shards of tokens that `python -m examples.gpt --data OUT` reads.
+    """Tokenize text into shards that `python -m examples.gpt --data OUT` reads.
 
-    An end-of-document token follows each document. The hash of its text assigns a document
-    to training or validation, so duplicates are in the same split. If the command is
-    killed, run it again: it resumes after the last finished shard.
+    An end-of-document token follows each document. A hash of the text assigns each document
+    to training or validation, so duplicate documents are in the same split. If the command
+    is killed, run it again: it resumes after the last finished shard.
     """
 
-    # openwebtext, pile, or hub:NAME[:CONFIG][@REVISION] for any data set of the Hugging
-    # Face Hub, whose split `train` is streamed; or files: .txt, .jsonl, .json (one document
-    # per line), also as .gz or .zst, and .parquet; or folders of such files.
+    # openwebtext, pile, or hub:NAME[:CONFIG][@REVISION] to stream the split `train` of a
+    # Hugging Face Hub data set; or files: .parquet, .txt, or .jsonl and .json with one
+    # document per line (also compressed as .gz or .zst); or folders of such files.
     sources: tyro.conf.Positional[tuple[str, ...]]
     out: Path  # Output folder, local or gs://BUCKET/NAME.
     tokenizer: str = "gpt2"  # gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`.
     field: str = "text"  # Field or column with the text of a document.
-    # Fraction of documents for validation. Small corpora need a larger one, such as 0.1.
+    # Fraction of documents for validation. Small corpora need more, such as 0.1.
     validation: float = 0.0005
-    # Number of training tokens per shard. They are in memory until the shard is written.
+    # Number of training tokens per shard. A shard is held in memory until it is written.
     shard_tokens: int = 100_000_000
 
 
 def main(options: Options) -> None:
-    """Prepare the data, or only the shards that are still missing."""
+    """Prepare the data. After an interruption, write only the missing shards."""
     if not 0 < options.validation < 1 or not options.sources:
-        raise ConfigError("`sources` must be given, and `validation` be in (0, 1).")
+        raise ConfigError("`sources` must be given, and `validation` must be in (0, 1).")
     out = folders.as_path(options.out)
     choices = dataclasses.asdict(options) | {"sources": list(options.sources)}
-    del choices["out"]  # all other options determine the output
+    del choices["out"]  # the data does not depend on `out`
     with folders.lock_folder(out, "preparing"):
         if (out / corpora.MANIFEST).exists():
             manifest = corpora.read_manifest(out / corpora.MANIFEST)
@@ -86,7 +86,7 @@ def write_shards(options: Options, out: Path, manifest: dict[str, Any]) -> None:
     manifest |= inputs | {"dtype": dtype}
     if content:
         folders.write_bytes(out / file, content)
-    # Tokens not in a shard yet. If the command is killed, they must be encoded again.
+    # Tokens that are not in a shard yet. If the command is killed, they are encoded again.
     held = {name: bytearray() for name in SPLITS}
     full = options.shard_tokens * np.dtype(dtype).itemsize
     rows = [rows for rows, _ in opened]
@@ -109,7 +109,7 @@ def encode_batch(
     texts: list[str], tokenizer: Tokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the split and the tokens of each non-empty document."""
-    # JSON may have lone surrogates, which are invalid in UTF-8.
+    # Replace lone surrogates, which JSON strings may contain but UTF-8 cannot encode.
     kept = [text.encode(errors="replace").decode() for text in texts if text]
     for text, tokens in zip(kept, tokenizer.encode_batch(kept), strict=True):
         split = "validation" if zlib.crc32(text.encode()) < fraction * 2**32 else "train"
@@ -117,7 +117,7 @@ def encode_batch(
 
 
 def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:
-    """Write the tokens as the next shard of a split. Do nothing if there are none."""
+    """Write tokens as the next shard of a split. If there are no tokens, do nothing."""
     if len(tokens):
         split, content = manifest[name], tokens.tobytes()
         file, sha = f"{name}-{len(split['shards']):05}.bin", hashlib.sha256(content)

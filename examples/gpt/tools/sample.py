@@ -24,15 +24,15 @@ from examples.gpt.tools import corpora, hugging_face, tokenizers
 class Options:
     """Generate text with a trained GPT."""
 
-    prompt: str = ""  # Start of the text. The default is the start of a document.
+    prompt: str = ""  # Text to continue. The default starts a new document.
     out: Path | None = None  # Folder of a run, or one of its checkpoints.
     weights: Path | None = None  # Or a folder with GPT-2's weights in Hugging Face format.
-    # Data whose tokenizer to use. The default is the run's tokenizer, or GPT-2's.
+    # Data whose tokenizer is used. The default is the tokenizer of the run or of GPT-2.
     data: Path | None = None
     length: int = 400  # Number of tokens to generate.
-    temperature: float = 0.8  # Divisor of the logits. 0 takes the argmax.
-    top_k: int | None = None  # Sample among the K most likely tokens. The default is all.
-    seed: int = 0  # Seed of the samples.
+    temperature: float = 0.8  # Divisor of the logits. 0 selects the argmax.
+    top_k: int | None = None  # Sample from the K most likely tokens. The default is all.
+    seed: int = 0  # Random seed for sampling.
     mesh: str = ""  # Device mesh, such as tensor=4. The default is a single device.
 
 
@@ -69,15 +69,15 @@ def generate(
     top_k: int | None = None,
     vocabulary: int | None = None,
 ) -> np.ndarray:
-    """Return the tokens that continue a prompt, int32, shape (length,).
+    """Return generated tokens that continue a prompt, int32, shape (length,).
 
-    Each token is sampled given the last `context` tokens. Only tokens below `vocabulary`,
-    the tokenizer's size, are sampled. A temperature of 0 takes the argmax.
+    Each token is conditioned on the last `context` tokens. Only tokens below `vocabulary`,
+    the tokenizer's size, are sampled. A temperature of 0 selects the argmax.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
     tokens, size = list(prompt), 64 * math.ceil((len(prompt) + length) / 64)
-    size = min(size, config.context)  # a multiple of 64 suits all attention kernels
+    size = min(size, config.context)  # all attention kernels support multiples of 64
     for token_key in jax.random.split(key, length):
         window = np.zeros(size, np.int32)
         kept = tokens[-size:]
@@ -103,7 +103,7 @@ def _next_token(config, top_k, vocabulary, params, window_T, size, key, temperat
 
 
 def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any]:
-    """Return a run's or GPT-2's config and parameters, sharded over the current mesh."""
+    """Return the config and sharded parameters of the run `out` or of GPT-2's `weights`."""
     mesh = jax.sharding.get_mesh()
     if out is not None and weights is None:
         return load_params(out, mesh)
@@ -114,7 +114,7 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any
 
 
 def open_tokenizer(config: ModelConfig, out: Path | None, data: Path | None) -> Tokenizer:
-    """Return the tokenizer of the data, of the run, or of GPT-2 if neither is given."""
+    """Return the tokenizer of `data`, otherwise of the run `out`, otherwise of GPT-2."""
     if data is not None:
         tokenizer = corpora.load(data).tokenizer
     elif out is not None:

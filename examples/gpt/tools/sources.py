@@ -18,15 +18,15 @@ NAMED = {
     "openwebtext": "hub:Skylion007/openwebtext",
     "pile": "hub:monology/pile-uncopyrighted",
 }
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all except .parquet also compressed
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")  # all except .parquet also as .gz, .zst
 TEXT_SIZE = 1 << 16  # characters per document: longer text files are split
-BATCH = 256  # number of documents
+BATCH = 256  # documents per batch
 
 
 def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
     """Return a `datasets.IterableDataset` of documents, and its version as JSON.
 
-    Given the `version` from an earlier call, read that version of a Hub data set.
+    If `version` is the result of an earlier call, read that version of a Hub data set.
     """
     name = NAMED.get(name, name)
     features = datasets.Features({field: datasets.Value("string")})
@@ -34,7 +34,7 @@ def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
         path, _, revision = name.removeprefix("hub:").partition("@")
         path, _, config = path.partition(":")
         with reraise_as_config_error(f"`sources`: can't read {name}", Exception):
-            # Without a network, this fails at once, but `load_dataset` retries for minutes.
+            # Without a network, this fails at once. `load_dataset` would retry for minutes.
             api, revision = huggingface_hub.HfApi(), version or revision or None
             commit = api.dataset_info(path, revision=revision, timeout=10).sha
             rows = datasets.load_dataset(
@@ -46,7 +46,7 @@ def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
         files = [file for file in visible_files(files[0]) if _suffix(file) in SUFFIXES]
     if not files:
         raise ConfigError(f"`sources`: {name} contains no {', '.join(SUFFIXES)} files.")
-    # The file readers of `datasets` would infer the types of all columns from a few lines.
+    # Parse files here: the readers of `datasets` infer column types from a few lines.
     rows = datasets.IterableDataset.from_generator(
         _documents, features, gen_kwargs={"files": list(map(str, files)), "field": field}
     )
@@ -56,9 +56,9 @@ def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
 def read_batches(
     sources: list[Any], field: str, position: Any
 ) -> Iterator[tuple[list[str], Any]]:
-    """Yield batches of texts, each with the position after it, as JSON.
+    """Yield pairs of a batch of texts and the position after it, as JSON.
 
-    The batches start at `position`. At the end, yield no texts and the position None.
+    Start at `position`. The last pair is an empty batch and the position None.
     """
     rows = datasets.concatenate_datasets(sources)
     if position is not None:

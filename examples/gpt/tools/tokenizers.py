@@ -23,7 +23,7 @@ class JsonTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # END_TOKENS in text are plain text
+        self._tokenizer.encode_special_tokens = True  # read END_TOKENS as plain text
         tokens = self._tokenizer.get_vocab()
         found = [tokens[text] for text in END_TOKENS if text in tokens]
         if not found:
@@ -32,7 +32,7 @@ class JsonTokenizer:
         self.vocabulary, self.end_of_document = max(tokens.values()) + 1, found[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, without `end_of_document`."""
+        """Return the tokens of each text, without an end-of-document token."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -41,7 +41,7 @@ class JsonTokenizer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def count_bytes(self, tokens: np.ndarray) -> int:
-        """Return the number of bytes of text. End-of-document tokens count as 0 bytes."""
+        """Return the number of bytes of text, excluding end-of-document tokens."""
         return len(self.decode(tokens[tokens != self.end_of_document]).encode())
 
     def save(self) -> tuple[str, bytes]:
@@ -52,7 +52,7 @@ class JsonTokenizer:
 def load(name: str) -> Tokenizer:
     """Return the byte tokenizer, GPT-2's tokenizer, or the tokenizer in a JSON file."""
     file = as_path(name)
-    if file.name == "bytes":  # the name, or the tokenizer file of a run
+    if file.name == "bytes":  # the name `bytes`, or the tokenizer file of a run
         return Bytes()
     message = f"`tokenizer` must be bytes, {GPT2} or a file of `tokenizers`, got {name}"
     with reraise_as_config_error(message, Exception):

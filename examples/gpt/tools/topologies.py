@@ -1,4 +1,4 @@
-"""Devices that are not attached, for which XLA can compile: TPU slices and GPU hosts."""
+"""TPU slices and GPU hosts that XLA can compile for without attached devices."""
 
 import importlib.util
 import math
@@ -15,9 +15,9 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 class Chip(NamedTuple):
-    """Published specifications of a chip, per second. Link bandwidths are one-way."""
+    """Published FLOPs and bytes per second of a chip. Link bandwidths are one-way."""
 
-    kind: str  # the start of JAX's `device_kind`
+    kind: str  # prefix of JAX's `device_kind`
     peak_flops: float  # in bfloat16
     memory_bandwidth: float
     link_bandwidth: float  # between the chips of a slice, or the GPUs of a host
@@ -32,8 +32,7 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 989e12, 4800e9, 450e9),
 }
 GPUS_PER_HOST = 8
-# The description of a GPU that XLA compiles for. H100 and H200 differ only in their names
-# and memory.
+# XLA's description of the target GPU. H100 and H200 differ only in their names and memory.
 GPU_TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -48,16 +47,16 @@ gpu_device_info {{
 platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 7 }}
 runtime_version {{ major: 12 minor: 9 }}  device_description_str: "{name}"
 """
-# Without these variables the TPU compiler queries a cloud machine's metadata server.
+# Without these variables, the TPU compiler queries the metadata server of a cloud VM.
 TPU_ENV = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 TPU_ENV |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Without a GPU the compiler can't time kernels, so autotuning is turned off.
+# Without a GPU, the compiler can't time kernels, so autotuning is turned off.
 GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 GPU_FLAGS += " --xla_gpu_enable_cublaslt=false"
 
 
 def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """Return the chip and the devices of a topology such as `v5e:4x4`."""
+    """Return the chip and the compile-only devices of a topology such as `v5e:4x4`."""
     kind, _, shape = name.partition(":")
     is_gpu = kind.startswith("h")
     pattern = r"[1-9]\d*" if is_gpu else r"\d+x\d+(x\d+)?"
