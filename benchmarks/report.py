@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import devices, estimate, measure, plots, topologies, tpu
-from benchmarks.study import changes, path
+from benchmarks.study import changes, default_run, path
 from benchmarks.study import plots as study_plots
 from benchmarks.study.runs import stored
 
@@ -73,6 +73,7 @@ OTHER_TABLES = {
     "costs": costs,
     "path": lambda: path.table(stored),
     "changes": lambda: changes.table(stored),
+    "default_run": lambda: default_run.table(stored),
     "topologies": topologies.table,
     "compiled": lambda: topologies.output(topologies.EXAMPLE),
     "two_slices": lambda: topologies.output(topologies.TWO_SLICES),

@@ -37,7 +37,7 @@ from sophia_optax import empirical_fisher, gnb, hutchinson
 # ## A small model
 #
 # The model is a classifier with one hidden layer and 4 classes. It is trained on 1,024 examples for
-# 60 steps, before it converges.
+# 60 steps, which is too short for it to converge.
 
 
 # %%
@@ -148,8 +148,8 @@ plt.show()
 # **Result:** gray points show a single estimate, and blue points the mean of 2,000 estimates. For
 # `hutchinson` and `gnb` the means are on the line of equality. A single estimate of `hutchinson` has
 # negative entries where the diagonal is positive, but `gnb` never has negative entries.
-# `empirical_fisher` is not random, so averaging does not change it. It squares residuals, so noise in
-# the labels counts as curvature.
+# `empirical_fisher` is not random, so averaging does not change its estimate. It squares residuals, so
+# noise in the labels counts as curvature.
 
 # %% [markdown]
 # ## Groups
@@ -184,13 +184,13 @@ plt.show()
 
 # %% [markdown]
 # **Result:** the error falls from 1.3 with one group to 0.2 with 64 groups. With many groups it is
-# above the dashed line, because each example still has only one sampled label. So a few examples in
-# many groups can replace a large batch in one group.
+# above the dashed line, because each example still has only one sampled label. In practice, a few
+# examples in many groups can replace a large batch in one group.
 
 # %% [markdown]
 # ## Scale
 #
-# **Claim: the most common mistake is a wrong scale, and it changes the meaning of gamma.**
+# **Claim: the most common mistake is a wrong scale, which changes the effect of gamma.**
 #
 # Sophia divides by the estimate times the hyperparameter gamma, and clips the quotient to ±1. We compare
 # `gnb` with two similar estimates that have a wrong scale. One squares the mean gradient, but omits the

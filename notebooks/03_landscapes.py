@@ -37,7 +37,7 @@ import optax
 from sophia_optax import sophia
 from sophia_optax.variants import full_matrix_sophia
 
-jax.config.update("jax_platforms", "cpu")  # small problems, in float64
+jax.config.update("jax_platforms", "cpu")  # the problems are small, and in float64
 jax.config.update("jax_enable_x64", True)
 
 
@@ -59,7 +59,7 @@ def landscape(theta):
 
 
 def newton():
-    """Return Newton's method with the full Hessian, without clipping or a floor."""
+    """Return Newton's method with the full Hessian, without clipping or damping."""
 
     def update(updates, state, params=None, *, hessian):
         return -jnp.linalg.solve(hessian, updates), state
@@ -68,7 +68,7 @@ def newton():
 
 
 def run_optimizer(tx, steps, curvature=None, start=(0.2, 0.0)):
-    """Return the path of an optimizer, which receives `curvature(params)` as `hessian`."""
+    """Return the path of an optimizer. If given, `curvature(params)` is its `hessian`."""
     tx = optax.with_extra_args_support(tx)
     params = jnp.array(start)
     state, path = tx.init(params), [params]
@@ -95,7 +95,7 @@ paths = {
 minimum = np.array([1.0, 4.0])
 for name, path in paths.items():
     distance = np.abs(path - minimum).max(1)
-    # The first step after which the path stays near the minimum.
+    # After the last step outside this distance, the path stays near the minimum.
     outside = np.flatnonzero(distance >= 0.05)
     arrived = f"from step {outside[-1] + 1}" if outside[-1] < 100 else "not yet"
     end = f"({path[-1, 0] + 0:.3f}, {path[-1, 1]:.3f})"
@@ -126,14 +126,14 @@ plt.show()
 # along the flat parameter, because the steep parameter limits its learning rate: the curvature at the
 # minimum is 69, so the limit is 2 / 69 = 0.029. SignGD and Adam move at the same speed along both
 # parameters, and oscillate along the steep one. For each parameter, Sophia takes a Newton step, unless
-# the curvature is not positive or the Newton step is too large. Then it takes a step of fixed size
-# against the sign of the gradient. It reaches the minimum after eleven steps.
+# the curvature is not positive or the Newton step is too large. In these cases it takes a step of fixed
+# size against the sign of the gradient. Sophia reaches the minimum after eleven steps.
 
 # %% [markdown]
 # ## Steps against the condition number
 #
 # **Claim: with the full Hessian, the number of Sophia's steps does not grow with the condition
-# number κ. With SignGD and gradient descent it does.**
+# number κ. With SignGD and gradient descent, the number grows.**
 #
 # `full_matrix_sophia` is the algorithm of the paper's theory: the Newton step, clipped entry by entry
 # in the Hessian's eigenbasis, with a learning rate of 1/2. We minimize
@@ -156,7 +156,7 @@ SHAPES = {  # the function, its second derivative, and its inverse for x > 0
 
 
 def problem(name, kappa, seed):
-    """Return A, w and a starting point at which all terms have the same loss."""
+    """Return A, w and a starting point at which all terms of the loss are equal."""
     value, _, inverse = SHAPES[name]
     rng, w = np.random.default_rng(seed), np.geomspace(1, kappa, N)
     A = np.eye(N)
@@ -205,7 +205,7 @@ def learning_rates(name, method, A, w, start):
     if method == "GD":  # the curvature is largest at the minimum
         return np.array([0.5, 1, 1.9]) / np.linalg.norm(A.T * w @ A, 2)
     loss = float(SHAPES[name][0](jnp.array(2.0))) * N  # the initial loss
-    rate = math.sqrt(2 * GOAL * loss / w.sum())  # oscillates at the target loss
+    rate = math.sqrt(2 * GOAL * loss / w.sum())  # SignGD oscillates at the target loss
     return rate * 2.0 ** np.arange(-math.ceil(math.log2(w[-1]) / 2) - 2, 4)
 
 
@@ -220,7 +220,7 @@ for name in SHAPES:
             row = []
             for kappa in KAPPAS:
                 if row and row[-1] >= MAX_STEPS:
-                    row.append(MAX_STEPS)  # a larger κ does not need fewer steps
+                    row.append(MAX_STEPS)  # a larger κ would not need fewer steps
                     continue
                 step_counts = []
                 for seed in range(4) if rotated else [None]:
@@ -262,7 +262,7 @@ plt.show()
 # more steps, because all weights are 1 and the start is further from the minimum.)
 #
 # On the function's own axes, the number of steps grows with √κ for SignGD, as the paper's bound says,
-# and with κ for gradient descent. Diagonal Sophia is as good as the full Hessian there. **On rotated
+# and with κ for gradient descent. Diagonal Sophia is as good as full-Hessian Sophia there. **On rotated
 # axes it is not:** its number of steps grows with κ, and exceeds that of gradient descent for all
 # κ ≥ 1,000. For SignGD the growth is even faster. The theorem assumes the full Hessian, which is not
 # affordable for a language model.

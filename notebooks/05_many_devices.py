@@ -66,7 +66,7 @@ params = {
     "in": 0.5 * jax.random.normal(keys[1], (8, 16)),
     "out": 0.5 * jax.random.normal(keys[2], (16, 4)),
 }
-params = jax.tree.map(np.array, params)  # each layout places them on its own devices
+params = jax.tree.map(np.array, params)  # each layout places these arrays on its devices
 P = PartitionSpec
 
 
@@ -123,7 +123,7 @@ LAYOUTS = {
 # %% [markdown]
 # ## The estimate
 #
-# **Claim: an estimate without random numbers is equal in all layouts, up to rounding.**
+# **Claim: an estimate that uses no random numbers is equal in all layouts, up to rounding.**
 #
 # `empirical_fisher` squares gradients for the true labels. It is not random, so every layout must
 # return the same estimate as a single device with eight groups.
@@ -216,7 +216,7 @@ plt.show()
 #
 # One compiled function takes forty steps of Sophia, with a new estimate on every fifth step. Under
 # `pmap` and `shard_map`, gradients are averaged over devices with `pmean`. Inside `shard_map`, `pcast`
-# first makes the parameters varying over the mesh axis. Otherwise the gradient of a replicated
+# first casts the parameters to varying over the mesh axis. Otherwise the gradient of a replicated
 # parameter would already be a sum over devices, and its `pmean` would silently be eight times too large.
 
 
@@ -273,8 +273,8 @@ plt.show()
 # **Claim: if the model annotates each gathered layer with `each_group`, an estimate needs no more
 # memory than a gradient.**
 #
-# The model has sixteen layers. Each device holds an eighth of each layer, and gathers one layer at a
-# time.
+# The model has sixteen layers. Each device holds an eighth of each layer, and all-gathers one layer at
+# a time.
 
 # %%
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -303,15 +303,15 @@ for name, program in programs.items():
     print(f"{name:20} {memory / 2**20:4.1f} MiB")
 
 # %% [markdown]
-# **Result:** with annotations, an estimate is sharded like a gradient. Without them, each device holds
-# its group's gradient and the estimate for all sixteen layers, neither of them sharded.
+# **Result:** with annotations, an estimate is sharded like a gradient. Without annotations, each device
+# holds its group's gradient and the estimate for all sixteen layers, and neither of them is sharded.
 
 # %% [markdown]
 # ## A pod
 #
 # A refresh is a step on which Sophia adds a new estimate to its moving average. On a pod, which is a
 # large set of connected TPU chips, each chip that holds a part of the batch computes at least one
-# sequence of a refresh. These are more sequences than a refresh needs, so a refresh every 10 steps is
+# sequence of a refresh. That is more sequences than a refresh needs, so a refresh every 10 steps is
 # expensive. With its many groups a refresh has a small error, so it can be less frequent. With a
 # refresh every k steps, the decay b2 = 0.99^(k / 10) keeps the time constant of the moving average.
 # The moving average has the error of a mean of (1 + b2) / (1 - b2) estimates. In the table, "effective

@@ -136,8 +136,8 @@ plt.show()
 
 # %% [markdown]
 # **Result:** if at most 45% of the weights are removed, both scores raise the loss little, and the
-# magnitude raises it less. Beyond 45% the saliency is better: with 30% of the weights left, its loss
-# is more than half a nat lower.
+# magnitude raises it less. Beyond 45%, pruning by saliency is better: with 30% of the weights left, the
+# loss is more than half a nat lower.
 
 # %% [markdown]
 # ## Uncertainty
@@ -170,7 +170,7 @@ def network(params, x):
 
 
 def fit(prior):
-    """Return the trained weights and the variances of their posterior."""
+    """Return the trained weights and their posterior variances."""
 
     def posterior_loss(weights, x, y):
         penalty = prior * optax.tree.norm(weights, squared=True) / (2 * N)
@@ -191,7 +191,7 @@ def fit(prior):
 
 @jax.jit
 def probabilities(weights, variances, x):
-    """Return the probabilities for the trained weights and for the posterior."""
+    """Return the probabilities predicted by the trained weights and by the posterior."""
 
     def of_point(x):
         f, gradient = jax.value_and_grad(lambda p: network(p, x[None])[0])(weights)
@@ -239,8 +239,8 @@ plt.show()
 #
 # **Claim: Σ h δ² / 2 predicts how much the loss rises when a layer is rounded.**
 #
-# One layer of the byte model at a time is rounded to between 2 and 6 bits. The rounding error of a
-# weight is δ. The baseline is the squared error Σ δ².
+# One layer of the byte model at a time is rounded to a precision of 2 to 6 bits. The rounding error
+# of a weight is δ. The baseline is the squared error Σ δ².
 
 
 # %%

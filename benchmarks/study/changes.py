@@ -2,24 +2,23 @@
 
     python -m benchmarks.study.changes
 
-A small difference means that the part needs no attention.
+If a change makes little difference to the loss, this part needs no tuning.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-from benchmarks import measure
 from benchmarks.study.optimizers import Sophia
 from benchmarks.study.runs import Outcomes, Run, train_all
 from benchmarks.study.search import repeat, search
-from benchmarks.study.tables import format_losses, losses
+from benchmarks.study.tables import markdown
 
 TASK = "code"
 BASE = Sophia(nesterov=True)
 
 
-def changes(base: Run) -> Iterator[tuple[str, Run]]:
-    """Yield the run with each change."""
+def changed_runs(base: Run) -> Iterator[tuple[str, Run]]:
+    """Yield the name of each change, and `base` with this change only."""
 
     def with_optimizer(**values) -> Run:
         return dataclasses.replace(base, optimizer=dataclasses.replace(BASE, **values))
@@ -60,17 +59,12 @@ def changes(base: Run) -> Iterator[tuple[str, Run]]:
 
 
 def table(outcomes: Outcomes) -> str:
-    """Return the losses in Markdown, with the differences from the first row."""
+    """Return the loss after each change, with the difference from the first row."""
     best = search([(TASK, BASE)], outcomes)[TASK, BASE]
-    values = losses({change: repeat(run) for change, run in changes(best)}, outcomes)
-    rows = [
-        {
-            "change": change,
-            "loss": format_losses(own, None if change == "none" else values["none"]),
-        }
-        for change, own in values.items()
-    ]
-    return measure.markdown(rows, {name: name for name in rows[0]})
+    found = {(change, "loss"): repeat(run) for change, run in changed_runs(best)}
+    (first, _), *others = found
+    bases = dict.fromkeys((change for change, _ in others), first)
+    return markdown("change", found, outcomes, bases)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optimizers of the study, composed of public parts of Optax and sophia_optax."""
+"""The optimizers of the study, built from the public APIs of Optax and sophia_optax."""
 
 import dataclasses
 import functools
@@ -19,21 +19,22 @@ from sophia_optax import (
     variants,
 )
 
-Values = dict[str, Any]  # of the settings at a step, which may be traced
+Values = dict[str, Any]  # hyperparameters at a step, which may be traced
 
 
 @dataclasses.dataclass(frozen=True)
 class Sophia:
-    """A variant of Sophia: what differs between its compiled programs.
+    """A variant of Sophia. Each variant is a different compiled program.
 
     The defaults are the paper's Sophia-G, with a group for each sequence.
     """
 
     estimator: Literal["sampled labels", "true labels", "hutchinson"] = "sampled labels"
-    groups: int | None = None  # None: one for each sequence
-    part: float = 0.5  # of the batch that a refresh uses
+    groups: int | None = None  # None: one group per sequence
+    part: float = 0.5  # fraction of the batch that a refresh uses
     interval: int = 10  # steps between refreshes
-    # The root of averaged estimates, or of averaged squares of estimates as in AdaHessian.
+    # The moving average of the estimates, of their square roots, or the root of the moving
+    # average of their squares, as in AdaHessian.
     divisor: Literal["h", "√h", "rms"] = "h"
     gamma: Literal["number", "fraction", "batch"] = "number"
     bound: Literal["clip", "smooth", "none"] = "clip"
@@ -50,7 +51,7 @@ Optimizer = Sophia | Baseline
 
 
 def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
-    """Return the optimizer with the values of its settings at a step."""
+    """Return the optimizer with the given hyperparameters."""
     if isinstance(optimizer, Sophia):
         chain = _sophia(optimizer, values)
         if optimizer.parameters != "all":
@@ -63,7 +64,7 @@ def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
     return optax.with_extra_args_support(chain)
 
 
-# The function of each baseline, and its settings besides the common ones.
+# The function of each baseline, and the hyperparameters that not all baselines have.
 _BASELINES: dict[Baseline, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "adamw": (optax.adamw, ("b2",)),
     "nadamw": (functools.partial(optax.adamw, nesterov=True), ("b2",)),
@@ -104,7 +105,7 @@ def _sophia(variant: Sophia, values: Values) -> Any:
 
 
 def _ema(b1: Any, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
-    """Return the moving average m, or with `nesterov` b1 m + (1 - b1) g."""
+    """Return the moving average m or, if `nesterov` is True, b1 m + (1 - b1) g."""
     ema = optax.ema(b1, debias=False, accumulator_dtype=dtype)
 
     def update(updates, state, params=None):
@@ -115,7 +116,7 @@ def _ema(b1: Any, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
 
 
 def _labels(parameters: str, params: Any) -> Any:
-    """Return the optimizer of each parameter, if Sophia has only these parameters."""
+    """Label the parameters of the kind `parameters` "sophia", and all others "adam"."""
 
     def label(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -131,7 +132,7 @@ def _labels(parameters: str, params: Any) -> Any:
 
 
 def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
-    """Return a function of parameters, tokens and a key to the estimate, or None."""
+    """Return `refresh(params, tokens, key)`, which computes an estimate, or None."""
     if optimizer == "adahessian":
         optimizer = Sophia("hutchinson")
     if not isinstance(optimizer, Sophia):
@@ -143,7 +144,8 @@ def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
         estimated = estimate(params, tokens[:size], key)
         if optimizer.divisor != "√h" or optimizer.gamma == "batch":
             return estimated
-        return jax.tree.map(jnp.sqrt, estimated)  # `rms` averages the squares of the roots
+        # `rms` averages squares, so the squares of these roots are the estimates.
+        return jax.tree.map(jnp.sqrt, estimated)
 
     return refresh
 

@@ -1,15 +1,15 @@
-"""From AdamW and NAdamW to the paper's Sophia-G, one change at a time.
+"""From NAdamW to the paper's Sophia-G, one change at a time.
 
 python -m benchmarks.study.path     # a few hours on two CPU cores
 """
 
 import dataclasses
+import itertools
 
-from benchmarks import measure
 from benchmarks.study.optimizers import Optimizer, Sophia
-from benchmarks.study.runs import Outcomes, Run, train_all
+from benchmarks.study.runs import Outcomes, train_all
 from benchmarks.study.search import repeat, search
-from benchmarks.study.tables import format_losses, format_settings, losses
+from benchmarks.study.tables import Runs, markdown
 
 TASKS = ("code", "prose")
 NOISE_BOUND = Sophia(
@@ -29,8 +29,8 @@ CHANGES = {
 }
 
 
-def steps() -> dict[str, Optimizer]:
-    """Return the optimizers of the path by the change that leads to each."""
+def optimizers() -> dict[str, Optimizer]:
+    """Return the optimizer after each change, keyed by the name of the change."""
     variant = NOISE_BOUND
     path: dict[str, Optimizer] = {"AdamW": "adamw", "NAdamW": "nadamw"}
     path["√(m² + h / B), true labels, 1 group"] = variant
@@ -40,12 +40,10 @@ def steps() -> dict[str, Optimizer]:
     return path
 
 
-def best_runs(outcomes: Outcomes) -> dict[tuple[str, str], list[Run]]:
-    """Return the best runs by change and task, at other seeds than the search."""
-    path = steps()
-    best = search(
-        [(task, optimizer) for task in TASKS for optimizer in path.values()], outcomes
-    )
+def best_runs(outcomes: Outcomes) -> Runs:
+    """Return the best runs, keyed by change and task."""
+    path = optimizers()
+    best = search(itertools.product(TASKS, path.values()), outcomes)
     return {
         (change, task): repeat(best[task, optimizer])
         for change, optimizer in path.items()
@@ -54,20 +52,10 @@ def best_runs(outcomes: Outcomes) -> dict[tuple[str, str], list[Run]]:
 
 
 def table(outcomes: Outcomes) -> str:
-    """Return the losses of the path in Markdown."""
-    found = best_runs(outcomes)
-    values = losses(found, outcomes)
-    changes = list(steps())
-    before = dict(zip(changes[1:], changes, strict=False))
-    rows = []
-    for change in changes:
-        row = {"change": change}
-        for task in TASKS:
-            base = values[before[change], task] if change in before else None
-            row[task] = format_losses(values[change, task], base)
-        row["best settings for code"] = format_settings(found[change, "code"][0])
-        rows.append(row)
-    return measure.markdown(rows, {name: name for name in rows[0]})
+    """Return the losses after each change, with the differences from the row above."""
+    names = list(optimizers())
+    row_above = dict(zip(names[1:], names, strict=False))
+    return markdown("change", best_runs(outcomes), outcomes, row_above, "code")
 
 
 if __name__ == "__main__":

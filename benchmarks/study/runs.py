@@ -1,4 +1,4 @@
-"""One training run of the study, and many runs on all cores, each stored when it ends."""
+"""Training runs of the study. They run on all cores, and each is stored when it ends."""
 
 import concurrent.futures
 import dataclasses
@@ -19,14 +19,14 @@ import optax
 from benchmarks.study.optimizers import Optimizer, Sophia, make_optimizer, make_refresh
 from benchmarks.study.tasks import TASKS
 
-RESULTS = Path(__file__).parent / "results.jsonl"  # a line for each run
-CHUNK = 25  # steps of one call of the compiled program
-VALIDATIONS = 16  # of a run, evenly distributed
+RESULTS = Path(__file__).parent / "results.jsonl"  # one line per run
+CHUNK = 25  # number of steps per call of the compiled program
+VALIDATIONS = 16  # number of evenly spaced validations per run
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Numbers, which a compiled program takes as arguments."""
+    """Hyperparameters. They are arguments of a compiled program, not constants in it."""
 
     learning_rate: float
     b1: float = 0.875
@@ -35,7 +35,7 @@ class Settings:
     fraction: float = 0.76  # target fraction of unclipped entries
     eps: float = 1e-12
     weight_decay: float = 0.25
-    adam_learning_rate: float = 0.0  # of the parameters without Sophia
+    adam_learning_rate: float = 0.0  # for the parameters that NAdamW trains
     decay_start: float = 0.1  # fraction of the steps before the learning rate decays
     final: float = 0.0  # learning rate at the end, as a fraction of the peak
     linear: float = 0.0  # 1 for a linear decay, 0 for a cosine
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run. The seed is of everything random in it."""
+    """A training run. All its random numbers depend on the seed."""
 
     task: str
     optimizer: Optimizer
@@ -57,20 +57,20 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Results of a run. The losses are of validations, in nats a byte."""
+    """The validation losses of a run, in nats per byte."""
 
-    losses: list[float]  # without those after a divergence
-    averaged: list[float]  # of the averaged weights, if they are averaged
+    losses: list[float]  # shorter than `VALIDATIONS` if the run diverged
+    averaged: list[float]  # the losses of the averaged weights; empty without averaging
 
     @property
     def loss(self) -> float:
-        """Return the last loss, of averaged weights if there are any, or infinity."""
+        """Return the final loss, of averaged weights if any. Infinite after divergence."""
         done = len(self.losses) == VALIDATIONS
         return (self.averaged or self.losses)[-1] if done else math.inf
 
 
 def train(run: Run) -> Outcome:
-    """Train once."""
+    """Train a model and return its validation losses."""
     task, every = TASKS[run.task], run.steps // VALIDATIONS
     assert run.steps % (VALIDATIONS * CHUNK) == 0
     start = dataclasses.asdict(run.settings) | {"seed": run.seed, "steps": run.steps}
@@ -95,10 +95,10 @@ def train(run: Run) -> Outcome:
 
 @functools.cache
 def _programs(name: str, optimizer: Optimizer) -> tuple[Any, Any, Any]:
-    """Return jitted functions: the first state, `CHUNK` steps, and the validation loss.
+    """Return three jitted functions: `make_state`, `advance` and `validate`.
 
-    The state is the parameters, the optimizer's state, the average of the parameters, and
-    the number of steps.
+    `make_state` returns the initial state: the parameters, the state of the optimizer, the
+    average of the parameters, and the step number. `advance` runs `CHUNK` steps.
     """
     task = TASKS[name]
     refresh = make_refresh(task, optimizer)
@@ -130,10 +130,10 @@ def _programs(name: str, optimizer: Optimizer) -> tuple[Any, Any, Any]:
 
 
 def values_at(settings: Any, number: Any) -> dict[str, Any]:
-    """Return the values of the settings at a step."""
+    """Return the hyperparameters at a step, with the learning rate of the schedule."""
     start, end = settings
     progress = number / start["steps"]
-    late = jnp.clip(2 * progress - 1, 0, 1)  # from 0 at half of the steps to 1 at the end
+    late = jnp.clip(2 * progress - 1, 0, 1)  # 0 until half of the steps, then linear to 1
     values = {name: (1 - late) * start[name] + late * end[name] for name in start}
     done = jnp.clip((progress - values["decay_start"]) / (1 - values["decay_start"]), 0, 1)
     shape = jnp.where(values["linear"] > 0, 1 - done, 0.5 * (1 + jnp.cos(jnp.pi * done)))
@@ -155,12 +155,12 @@ def stored(runs: Iterable[Run]) -> dict[Run, Outcome]:
 
 
 def train_all(runs: Iterable[Run]) -> dict[Run, Outcome]:
-    """Return the outcomes of these runs. Train those that are not stored yet."""
+    """Return the outcomes of these runs. Train the runs that are not stored yet."""
     runs, found = list(dict.fromkeys(runs)), read()
     missing = sorted((r for r in runs if r not in found), key=_order)
     if missing:
         print(f"{len(missing)} runs to go, {len(runs) - len(missing)} stored", flush=True)
-        # A run is too small for two cores: each process has a core of its own.
+        # A run is too small to use two cores, so each process runs on one core.
         context, cores = multiprocessing.get_context("spawn"), range(os.cpu_count() or 1)
         free = context.SimpleQueue()
         for core in cores:
@@ -173,12 +173,12 @@ def train_all(runs: Iterable[Run]) -> dict[Run, Outcome]:
 
 
 def _order(run: Run) -> tuple[int, str]:
-    """Long runs first, and runs of one compiled program together."""
+    """Sort key: long runs first, and runs of the same compiled program together."""
     return -run.steps, repr((run.task, run.optimizer))
 
 
 def _take_core(free: Any) -> None:
-    """Keep this process on the next free core, if the system supports it."""
+    """Pin this process to the next free core, if the operating system supports it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {free.get()})
 
@@ -193,7 +193,7 @@ def train_and_store(run: Run) -> None:
 
 
 def _changed(instance: Any) -> Any:
-    """Return the fields that differ from their defaults."""
+    """Return a dict of the fields of a dataclass that differ from their defaults."""
     if not dataclasses.is_dataclass(instance):
         return instance
     defaults = {f.name: f.default for f in dataclasses.fields(instance)}
@@ -201,7 +201,7 @@ def _changed(instance: Any) -> Any:
 
 
 def read() -> dict[Run, Outcome]:
-    """Return the stored runs."""
+    """Return the outcomes of all stored runs."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     found = {}
     for line in map(json.loads, lines):

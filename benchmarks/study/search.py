@@ -1,4 +1,4 @@
-"""The search for the settings of an optimizer, the same for each optimizer."""
+"""Hyperparameter search with the same number of trials for each optimizer."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,16 @@ from scipy.stats import qmc
 from benchmarks.study.optimizers import Optimizer, Sophia
 from benchmarks.study.runs import Outcomes, Run, Settings
 
-WIDE, NEAR = 12, 6  # numbers of trials: in the whole ranges, and twice around the best
-SEEDS = (1, 2, 3)  # at which the best trial is repeated; the trials have seed 0
+NUM_WIDE, NUM_NEAR = 12, 6  # trials in the full ranges; in each of two rounds near the best
+SEEDS = (1, 2, 3)  # of the runs that repeat the best trial; all trials have seed 0
 
 Key = TypeVar("Key")
 Pair = tuple[str, Optimizer]  # a task and an optimizer
-Range = tuple[float, float]  # searched by logarithm
-MEMORY, DECAY = (0.05, 0.4), (0.05, 0.8)  # of 1 - b1 and of the weight decay
+Range = tuple[float, float]  # searched on a log scale
+ONE_MINUS_B1, WEIGHT_DECAY = (0.05, 0.4), (0.05, 0.8)
 
 
-# The lowest learning rate of each range, which is a factor of 16 wide.
+# The lowest learning rate of each range. The highest is 16 times the lowest.
 _LOWEST_RATES: dict[Optimizer, float] = {
     "adamw": 2.5e-3,
     "nadamw": 2.5e-3,
@@ -33,14 +33,14 @@ _LOWEST_RATES: dict[Optimizer, float] = {
 
 
 def learning_rates(optimizer: Optimizer) -> Range:
-    """Return the range of the learning rate."""
+    """Return the range of learning rates for an optimizer."""
     is_adam_like = isinstance(optimizer, Sophia) and optimizer.gamma == "batch"
     lowest = _LOWEST_RATES.get(optimizer, 2.5e-3 if is_adam_like else 1.25e-3)
     return lowest, 16 * lowest
 
 
-def fourth_range(optimizer: Optimizer) -> tuple[str, Range]:
-    """Return the name and range of the fourth setting, of 1 - b2 for b2."""
+def fourth_hyperparameter(optimizer: Optimizer) -> tuple[str, Range]:
+    """Return the name of the fourth hyperparameter and its range. For b2: of 1 - b2."""
     if optimizer == "clip_only":
         return "gamma", (1e-4, 3e-3)
     if not isinstance(optimizer, Sophia) or optimizer.gamma == "batch":
@@ -51,20 +51,20 @@ def fourth_range(optimizer: Optimizer) -> tuple[str, Range]:
 
 
 def wide_trials(task: str, optimizer: Optimizer) -> list[Run]:
-    """Return trials in the whole ranges, at the points of Halton's sequence."""
-    name, fourth = fourth_range(optimizer)
-    ranges = np.log([learning_rates(optimizer), MEMORY, DECAY, fourth])
-    unit = qmc.Halton(4, rng=np.random.default_rng(0)).random(WIDE)
+    """Return trials at points of a Halton sequence in the full ranges."""
+    name, fourth = fourth_hyperparameter(optimizer)
+    ranges = np.log([learning_rates(optimizer), ONE_MINUS_B1, WEIGHT_DECAY, fourth])
+    unit = qmc.Halton(4, rng=np.random.default_rng(0)).random(NUM_WIDE)
     points = np.exp(ranges[:, 0] + unit * np.diff(ranges)[:, 0])
     return [_trial(task, optimizer, name, *point) for point in points]
 
 
 def near_trials(best: Run, seed: int) -> list[Run]:
-    """Return trials around the best: within a factor of 1.5 in each setting."""
-    s, (name, _) = best.settings, fourth_range(best.optimizer)
+    """Return trials near the best: each hyperparameter is within a factor of 1.5."""
+    s, (name, _) = best.settings, fourth_hyperparameter(best.optimizer)
     fourth = 1 - s.b2 if name == "b2" else getattr(s, name)
     center = np.array([s.learning_rate, 1 - s.b1, s.weight_decay, fourth])
-    unit = qmc.Halton(4, rng=np.random.default_rng(seed)).random(NEAR)
+    unit = qmc.Halton(4, rng=np.random.default_rng(seed)).random(NUM_NEAR)
     points = center * 1.5 ** (2 * unit - 1)
     trials = [_trial(best.task, best.optimizer, name, *point) for point in points]
     return [dataclasses.replace(trial, steps=best.steps) for trial in trials]
@@ -72,25 +72,25 @@ def near_trials(best: Run, seed: int) -> list[Run]:
 
 def _trial(
     task: str, optimizer: Optimizer, name: str,
-    rate: float, memory: float, decay: float, fourth: float,
+    rate: float, one_minus_b1: float, decay: float, fourth: float,
 ) -> Run:  # fmt: skip
     if name == "fraction":
         fourth = min(fourth, 0.98)
     values = {"learning_rate": rate, "weight_decay": decay, name: fourth}
     rounded = {key: float(f"{value:.3g}") for key, value in values.items()}
-    rounded["b1"] = 1 - float(f"{memory:.3g}")
+    rounded["b1"] = 1 - float(f"{one_minus_b1:.3g}")
     if name == "b2":
         rounded["b2"] = 1 - rounded["b2"]
     return Run(task, optimizer, Settings(**{k: round(v, 9) for k, v in rounded.items()}))
 
 
 def search(pairs: Iterable[Pair], outcomes: Outcomes) -> dict[Pair, Run]:
-    """Return the best trial of each task and optimizer, at seed 0."""
+    """Return the best trial for each pair of a task and an optimizer."""
     return refine({pair: wide_trials(*pair) for pair in pairs}, outcomes)
 
 
 def refine(trials: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, Run]:
-    """Return the best of these trials and of new trials twice around the best."""
+    """Return the best trials after two more rounds of trials near the best."""
     for seed in (1, 2):
         best = _best(trials, outcomes)
         trials = {key: trials[key] + near_trials(best[key], seed) for key in trials}
@@ -105,5 +105,5 @@ def _best(trials: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, Run]:
 
 
 def repeat(run: Run) -> list[Run]:
-    """Return a run at other seeds."""
+    """Return the run with each of the seeds `SEEDS`."""
     return [dataclasses.replace(run, seed=seed) for seed in SEEDS]

@@ -1,26 +1,54 @@
-"""Formatting of losses and settings in Markdown tables."""
+"""Markdown tables of losses and hyperparameters."""
 
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from benchmarks import measure
 from benchmarks.study.optimizers import Sophia
 from benchmarks.study.runs import Outcomes, Run
-from benchmarks.study.search import fourth_range
+from benchmarks.study.search import fourth_hyperparameter
 
-Key = TypeVar("Key")  # of a row or a cell
+Key = TypeVar("Key")
+Runs = dict[tuple[str, str], list[Run]]  # of each cell, keyed by its row and its column
 
 
 def losses(found: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, list[float]]:
-    """Return the last losses of runs, infinite if they diverged."""
+    """Return the final loss of each run, which is infinite if the run diverged."""
     known = outcomes(itertools.chain.from_iterable(found.values()))
     return {key: [known[run].loss for run in runs] for key, runs in found.items()}
 
 
+def markdown(
+    title: str,
+    found: Runs,
+    outcomes: Outcomes,
+    bases: Mapping[str, str],
+    settings_of: str | None = None,
+) -> str:
+    """Return a table of losses. The difference from the row `bases[row]` is in parentheses.
+
+    `title` is the header of the first column, which has the names of the rows. If
+    `settings_of` is a column, the last column has the hyperparameters of its runs.
+    """
+    values, table = losses(found, outcomes), []
+    columns = dict.fromkeys(column for _, column in found)
+    for row in dict.fromkeys(row for row, _ in found):
+        cells = {title: row}
+        for column in columns:
+            own, base = (values.get((r, column)) for r in (row, bases.get(row, "")))
+            cells[column] = format_losses(own, base) if own else ""
+        if settings_of is not None:
+            label = "best settings" + (f" for {settings_of}" if len(columns) > 1 else "")
+            cells[label] = format_settings(found[row, settings_of][0])
+        table.append(cells)
+    return measure.markdown(table, {name: name for name in table[0]})
+
+
 def format_losses(found: Sequence[float], base: Sequence[float] | None = None) -> str:
-    """Return the mean and the standard deviation, and the difference from a base."""
+    """Format mean and standard deviation, and the difference from the mean of `base`."""
     if diverged := sum(map(math.isinf, found)):
         return f"{diverged} of {len(found)} diverged"
     text = f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
@@ -30,8 +58,8 @@ def format_losses(found: Sequence[float], base: Sequence[float] | None = None) -
 
 
 def format_settings(run: Run) -> str:
-    """Return the settings that were searched."""
-    s, (name, _) = run.settings, fourth_range(run.optimizer)
+    """Format the hyperparameters that were searched."""
+    s, (name, _) = run.settings, fourth_hyperparameter(run.optimizer)
     shown = [f"lr {s.learning_rate:.2g}", f"b1 {s.b1:.3g}", f"decay {s.weight_decay:.2g}"]
     has_fourth = isinstance(run.optimizer, Sophia) or run.optimizer not in (
         "signum",

@@ -15,11 +15,11 @@ import optax
 from examples.gpt.core import data, model
 from examples.gpt.core.config import ModelConfig
 
-VALIDATION_BATCHES = 8  # always the same
+VALIDATION_BATCHES = 8  # the same batches in every validation
 
 
 class Splits(NamedTuple):
-    """Tokens of a text."""
+    """The training and validation tokens of a text."""
 
     train: data.Tokens
     validation: data.Tokens
@@ -27,14 +27,14 @@ class Splits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model and the text that it learns. Sequences have `context + 1` tokens."""
+    """A model and its text. Each sequence has `context + 1` tokens."""
 
-    init: Callable[[int], Any]  # from a seed to the parameters
-    logits_fn: Callable[..., jax.Array]  # of the parameters and inputs
+    init: Callable[[int], Any]  # maps a seed to the initial parameters
+    logits_fn: Callable[..., jax.Array]  # maps parameters and inputs to logits
     read: Callable[[], Splits]
     batch: int  # number of sequences in a batch
     context: int
-    predicts_all: bool  # each token from those before it, or only the last token
+    predicts_all: bool  # predicts each token from the previous ones, or only the last token
 
     @property
     def predictions(self) -> int:
@@ -46,7 +46,7 @@ class Task:
         return tokens[:, :-1], tokens[:, 1:] if self.predicts_all else tokens[:, -1]
 
     def loss_fn(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Return the mean loss in nats a byte."""
+        """Return the mean loss in nats per byte."""
         inputs, targets = self.split(tokens)
         logits = self.logits_fn(params, inputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -56,13 +56,13 @@ class Task:
         return data.batches(self.read().train, self.batch, self.context, seed)
 
     def validation(self) -> np.ndarray:
-        """Return batches for validation, shape (8, batch, context + 1)."""
+        """Return the validation batches, shape (8, batch, context + 1)."""
         batches = data.batches(self.read().validation, self.batch, self.context, seed=0)
         return np.stack([next(batches) for _ in range(VALIDATION_BATCHES)])
 
 
 def is_decayed(params: Any) -> Any:
-    """Return True for matrices and embeddings, which have weight decay."""
+    """Return a tree that is True for the parameters with weight decay."""
     return jax.tree.map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
@@ -76,7 +76,7 @@ def _read_standard_library() -> Splits:
 
 @functools.cache
 def _read_prose() -> Splits:
-    """Return Python's language reference. The last tenth is for validation."""
+    """Return the text of Python's language reference. Its last tenth is for validation."""
     text = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     tokens = np.frombuffer(text, np.uint8)
     cut = len(tokens) * 9 // 10
@@ -84,7 +84,7 @@ def _read_prose() -> Splits:
 
 
 def gpt(batch: int = 32) -> Task:
-    """Return the GPT of `examples/gpt` on the source code of the standard library."""
+    """Return the task of a GPT on the source code of Python's standard library."""
     config = ModelConfig(vocabulary=256)
 
     def logits_fn(params, tokens_BxT):
@@ -95,7 +95,7 @@ def gpt(batch: int = 32) -> Task:
 
 
 def mlp(context: int = 16, width: int = 128) -> Task:
-    """Return two layers without attention or norms that predict a byte from 16 bytes."""
+    """Return the task of an MLP that predicts a byte from the previous 16 bytes."""
     widths = (16 * context, width, width, 128)
 
     def init(seed):
@@ -119,5 +119,6 @@ def mlp(context: int = 16, width: int = 128) -> Task:
 
 TASKS = {
     "code": gpt(),
+    "code, batch 64": gpt(batch=64),
     "prose": mlp(),
 }

@@ -1,4 +1,4 @@
-"""Presets for training runs, and the parser of the command line that overrides them."""
+"""Presets for training runs, and a parser for command-line flags that override them."""
 
 import dataclasses
 from typing import Any
@@ -16,8 +16,8 @@ from examples.gpt.core.config import (
     Training,
 )
 
-# As in the paper: 480 sequences of 1,024 tokens, the warm-up, a refresh every 10 steps.
-# Unlike in the paper, a refresh uses 16 sequences in 16 groups, not 240 in one group.
+# Batch size, warm-up and refresh interval are the paper's. However, each refresh uses 16
+# sequences in 16 groups, whereas the paper uses 240 sequences in one group.
 _GPT2 = Config(
     # GPT-2's 50,257 tokens, rounded up to a multiple of 128 for speed.
     model=ModelConfig(context=1024, vocabulary=50304, init_std=0.02, dtype="bfloat16"),
@@ -68,13 +68,14 @@ _XL = _paper(2e-4, 1.2e-4, 1.2e-4, 5e-5, gamma=0.04, decay=0.15)
 _BYTES: Recipes = {
     "sophia_g": Config().recipe,
     "sophia_h": Recipe(5e-3, 0.8, 0.99, 0.2, gamma=0.01),
-    "adamw": Recipe(1.6e-2, 0.8, 0.99, 0.1),
-    "nadamw": Recipe(1.311e-2, 0.8748, 0.975, 0.2498, nesterov=True),
+    "adamw": Recipe(1.32e-2, 0.743, 0.9582, 0.106),
+    "nadamw": Recipe(1.84e-2, 0.888, 0.9089, 0.211, nesterov=True),
     "lion": Recipe(2e-3, 0.8, 0.9, 0.2),
 }
 
-# Only the recipes of `bytes` were tuned here. gpt2-30m uses the recipes of gpt2-125m.
-# gpt2-1.5b and neox-6.6b use those of neox-1.5b, whose Lion learning rate is extrapolated.
+# Only the `bytes` recipes were tuned for this example. gpt2-30m uses the gpt2-125m recipes.
+# gpt2-1.5b and neox-6.6b use the neox-1.5b recipes. The Lion learning rate in these is
+# extrapolated from smaller models.
 PRESETS: dict[Preset, tuple[Config, Recipes]] = {
     "bytes": (Config(), _BYTES),
     "gpt2-30m": (_sized(_GPT2, 6, 6, 384), _SMALL),
@@ -83,7 +84,7 @@ PRESETS: dict[Preset, tuple[Config, Recipes]] = {
     "gpt2-770m": (_sized(_GPT2, 36, 20, 1280), _paper(3e-4, 3e-4, 2e-4, 8e-5)),
     "gpt2-1.5b": (_sized(_GPT2, 48, 25, 1600), _XL),
     "neox-1.5b": (_sized(_NEOX, 48, 24, 1536), _XL),
-    # 6.65 billion parameters without the output head, 6.86 billion with it.
+    # This model has 6.65 billion parameters, or 6.86 billion including the output head.
     "neox-6.6b": (_sized(_NEOX, 32, 32, 4096), _XL),
 }
 
@@ -108,7 +109,7 @@ def default_config(arguments: list[str] | None = None) -> Config:
     first: Any = {"return_unknown_args": True, "add_help": False}
     start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
-    if start.gamma is not None or start.share is not None:  # these are mutually exclusive
+    if start.gamma is not None or start.share is not None:  # overrides the recipe's choice
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)
         config = dataclasses.replace(config, recipe=recipe)
     return config

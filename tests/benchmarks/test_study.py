@@ -15,8 +15,8 @@ from benchmarks.study.runs import Outcome, Run, Settings
 from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
 
-OPTIMIZERS = [*path.steps().values(), "lion", "signum", "clip_only", "adahessian"]
-FEW = 400  # steps of the shortest run: 16 validations, 25 steps apart
+OPTIMIZERS = [*path.optimizers().values(), "lion", "signum", "clip_only", "adahessian"]
+FEW = 400  # steps of the shortest run, with a validation every 25 steps
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -24,15 +24,15 @@ def test_hyperparameter_search_has_equal_size_for_every_optimizer(optimizer):
     low, high = search.learning_rates(optimizer)
     assert high == 16 * low
     trials = search.wide_trials("prose", optimizer)
-    assert len(set(trials)) == search.WIDE
-    name, (low, high) = search.fourth_range(optimizer)
+    assert len(set(trials)) == search.NUM_WIDE
+    name, (low, high) = search.fourth_hyperparameter(optimizer)
     found = [getattr(trial.settings, name) for trial in trials]
     found = [1 - x for x in found] if name == "b2" else found
     assert low < min(found)
     assert max(found) < high
     assert max(found) / min(found) > (high / low) ** 0.75
     near = search.near_trials(trials[0], seed=1)
-    assert len(set(near)) == search.NEAR
+    assert len(set(near)) == search.NUM_NEAR
     assert all(trial.optimizer == optimizer for trial in near)
     for trial in near:
         ratio = trial.settings.learning_rate / trials[0].settings.learning_rate
@@ -40,14 +40,14 @@ def test_hyperparameter_search_has_equal_size_for_every_optimizer(optimizer):
 
 
 def test_each_step_of_the_study_path_changes_one_field_of_sophia():
-    variants = list(path.steps().values())[2:]
+    variants = list(path.optimizers().values())[2:]
     for before, after in itertools.pairwise(variants):
         before, after = dataclasses.asdict(before), dataclasses.asdict(after)
         assert sum(before[name] != after[name] for name in before) == 1
     assert variants[-1] == Sophia(groups=1)  # the paper's Sophia-G
 
 
-def test_hyperparameters_change_updates_only_of_optimizers_that_use_them():
+def test_hyperparameter_changes_an_update_only_if_the_optimizer_uses_it():
     params = {"kernel": jnp.array([[0.3, -2.0]]), "scale": jnp.ones(2)}
     grads = {"kernel": jnp.array([[1e-3, 0.5]]), "scale": jnp.array([0.2, -1e-4])}
     hessian = {"kernel": jnp.array([[2.0, 0.5]]), "scale": jnp.array([0.1, 3.0])}
@@ -84,7 +84,7 @@ def test_hyperparameters_change_updates_only_of_optimizers_that_use_them():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bound", ["clip", "smooth"])
 @pytest.mark.parametrize("divisor", ["h", "rms"])
-def test_study_sophia_update_equals_its_formula(divisor, bound, nesterov):
+def test_study_sophia_update_matches_its_formula(divisor, bound, nesterov):
     lr, b1, b2, gamma, decay = 0.1, 0.8, 0.9, 0.3, 0.2
     settings = Settings(lr, b1, b2, gamma, weight_decay=decay)
     values = dataclasses.asdict(settings) | {"seed": 0}
@@ -117,7 +117,7 @@ def test_study_refresh_returns_the_square_root_of_an_estimate_on_part_of_the_bat
 
 
 def test_noise_bound_with_one_group_divides_by_adams_divisor():
-    """With one group, the estimate is the absolute value of the batch gradient."""
+    """The refresh returns |batch gradient|, whose moving RMS is Adam's divisor."""
     task, params = TASKS["prose"], TASKS["prose"].init(0)
     tokens = jnp.asarray(next(task.batches(0)))
     found = make_refresh(task, path.NOISE_BOUND)(params, tokens, jax.random.key(0))
@@ -138,7 +138,7 @@ def test_study_sophia_on_matrices_trains_other_parameters_with_nadamw():
     np.testing.assert_allclose(updates["embedding"], expected["embedding"], rtol=1e-6)
 
 
-def test_values_at_follows_the_learning_rate_schedule_and_end_values():
+def test_values_at_follows_the_schedule_and_interpolates_to_end_values():
     start = dataclasses.asdict(Settings(1.0, b1=0.9)) | {"seed": 0, "steps": 100}
     values = {
         step: runs.values_at((start, start | {"b1": 0.5}), step)
@@ -154,7 +154,7 @@ def test_values_at_follows_the_learning_rate_schedule_and_end_values():
 
 
 @pytest.mark.slow
-def test_study_run_learns_is_reproducible_and_is_stored(tmp_path, monkeypatch, capsys):
+def test_study_run_learns_reproducibly_and_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "small", mlp(context=4, width=8))
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
     ends = (("fraction", 0.9),)

@@ -26,8 +26,8 @@ from examples.gpt.presets import PRESETS, parse, preset_config
             {"optimizer": "nadamw", "nesterov": False},
             "`nesterov` must not be False for nad",
         ),
-        ({"warmup": 500}, r"`warmup` must be less than `steps`.* 500 \+ 0 and 500"),
-        ({"schedule": "wsd", "decay": 451}, r"at most `steps`, got 50 \+ 451 and 500"),
+        ({"warmup": 800}, r"`warmup` must be less than `steps`.* 800 \+ 0 and 800"),
+        ({"schedule": "wsd", "decay": 721}, r"at most `steps`, got 80 \+ 721 and 800"),
         ({"architecture": "neox", "heads": 16}, "`width` / `heads` .* got 64 / 16"),
         ({"compare": ("adamw", "sophia_g")}, "`compare` must list distinct"),
         ({"compare": ("adamw", "adamw")}, "`compare` must list distinct"),
@@ -52,7 +52,7 @@ def test_flags_override_the_preset():
 
 @pytest.mark.parametrize("preset", ["bytes", "gpt2-125m"])
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
-def test_share_or_gamma_replaces_the_preset_value_of_the_other(preset, optimizer):
+def test_share_flag_unsets_gamma_of_the_preset_and_vice_versa(preset, optimizer):
     for given in ({"share": 0.3, "gamma": None}, {"share": None, "gamma": 0.3}):
         flag = {name: value for name, value in given.items() if value is not None}
         config = make_config(preset=preset, optimizer=optimizer, **flag)
@@ -92,19 +92,19 @@ def test_default_groups_are_a_multiple_of_the_device_count(devices, values, expe
 
 @pytest.mark.parametrize("devices", [1, 12, 64])
 @pytest.mark.parametrize("groups", [None, 4])
-def test_default_groups_of_a_resumed_run_are_the_saved_groups(devices, groups):
+def test_resumed_run_uses_the_saved_number_of_groups_by_default(devices, groups):
     saved = make_config(batch=480, groups=groups).with_resolved_defaults(100).as_json()
     config = make_config(batch=480).with_resolved_defaults(100, devices, saved)
     assert (config.refresh.refresh_batch, config.refresh.groups) == (16, groups or 16)
 
 
-def test_help_shows_the_values_of_the_preset():
+def test_help_shows_the_values_of_the_given_preset_as_defaults():
     text = run_module("examples.gpt", "--help", "--preset", "gpt2-125m").stdout
     assert "(default: 0.0006)" in text
 
 
 @pytest.mark.slow
-def test_command_prints_an_error_without_a_traceback(tmp_path):
+def test_command_prints_config_errors_without_a_traceback(tmp_path):
     result = run_module("examples.gpt", "--data", str(tmp_path / "nowhere"))
     assert result.returncode == 1
     assert result.stderr.startswith("error: `data` must be a text file or a folder")

@@ -1,4 +1,4 @@
-"""The configuration of a run. `--help` shows the comment on each field."""
+"""The configuration of a training run. `--help` shows the comments on its fields."""
 
 import dataclasses
 import math
@@ -23,54 +23,54 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture, size and computation of the model."""
+    """Architecture and size of the model, and how it is computed."""
 
-    # GPT-2, or GPT-NeoX with rotary position embeddings, attention and MLP in parallel, and
-    # an untied output head.
+    # GPT-2 or GPT-NeoX. GPT-NeoX has rotary position embeddings, computes attention and MLP
+    # in parallel, and has an untied output head.
     architecture: Literal["gpt2", "neox"] = "gpt2"
     layers: int = 2  # Number of transformer blocks.
     heads: int = 4  # Number of attention heads. Must divide the width.
     width: int = 64  # Width of the residual stream.
     context: int = 64  # Sequence length in tokens.
-    # Vocabulary size. The default is the data's, rounded up to a multiple of 128.
+    # Vocabulary size. The default is the tokenizer's size, rounded up to a multiple of 128.
     vocabulary: int | None = None
-    bias: bool = False  # Use biases in linear layers and norms, as GPT-2 does.
+    bias: bool = False  # Use biases in linear layers and norms, as OpenAI's GPT-2 does.
     # Standard deviation of the initial weights. The default is 1/sqrt(fan-in).
     init_std: float | None = None
     # Dtype of the computation. Parameters and optimizer state are always float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Activations that the backward pass recomputes to save memory: none, all except matrix
-    # products, or all except the input of each block.
+    # Activations that the backward pass recomputes to save memory: none, all except the
+    # results of matrix products (dots), or all except the input of each block (full).
     remat: Literal["none", "dots", "full"] = "none"
-    # Number of positions per sequence whose float32 logits are in memory at the same time.
+    # Maximum number of positions per sequence whose float32 logits are in memory at once.
     loss_chunk: int = 256
     within_documents: bool = False  # Attend only within a document. Requires prepared data.
-    # ID of the end-of-document token. The default is the data's.
+    # ID of the end-of-document token. The default is that of the data's tokenizer.
     end_of_document: int | None = None
-    # Attention with XLA, the cuDNN kernel on GPUs, or the Pallas splash kernel on TPUs. The
-    # kernels do not store the (T, T) attention weights. `auto` uses a kernel if possible.
+    # Implementation of attention: XLA, cuDNN on GPUs, or the Pallas splash kernel on TPUs.
+    # cuDNN and splash do not store attention weights. `auto` uses one of them if possible.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Number of steps, batches, device mesh and learning rate schedule."""
+    """Number of steps, batch size, device mesh and learning rate schedule."""
 
-    steps: int = 500  # Number of training steps.
+    steps: int = 800  # Number of training steps.
     batch: int = 64  # Number of sequences in a batch.
-    accumulate: int = 1  # Number of sequential micro-batches in a batch.
-    # Device mesh, such as `data=8,fsdp=4,tensor=2`. By default all devices are on `data`.
-    # With `auto`, mesh, accumulate and remat are chosen to fit the memory of the devices.
+    accumulate: int = 1  # Number of micro-batches per batch, computed sequentially.
+    # Device mesh, such as `data=8,fsdp=4,tensor=2`. By default, all devices are on the axis
+    # `data`. `auto` chooses mesh, accumulate and remat so that the run fits in memory.
     mesh: str = ""
     # Learning rate after the warm-up: a cosine decay, constant, or constant with a linear
-    # decay at the end.
+    # decay at the end (wsd: warm-up, stable, decay).
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     # Number of linear warm-up steps. The default is a tenth of all steps.
     warmup: int | None = None
-    # Number of linear decay steps of `wsd`. The default is a tenth of all steps.
+    # Number of linear decay steps at the end of `wsd`. The default is a tenth of all steps.
     decay: int | None = None
     final_fraction: float = 0.0  # Final learning rate as a fraction of the peak.
-    clip_norm: float = 1.0  # Maximum global norm of the gradient.
+    clip_norm: float = 1.0  # Clip gradients to this maximum global norm.
 
     def warmup_steps(self) -> int:
         return self.steps // 10 if self.warmup is None else self.warmup
@@ -85,26 +85,26 @@ class Recipe:
     """Hyperparameters of the optimizer. Each preset has a recipe for each optimizer."""
 
     learning_rate: float  # Peak learning rate.
-    b1: float  # Decay of the moving average of gradients.
-    b2: float  # Decay of the moving average of the Hessian, or of the squared gradients.
+    b1: float  # Decay rate of the moving average of gradients.
+    b2: float  # Decay rate of the moving average of the Hessian, or of squared gradients.
     weight_decay: float  # Decoupled weight decay, for matrices and embeddings only.
-    # Scale factor for Sophia's Hessian. Larger values clip less. Not allowed with `share`.
+    # Scale of Sophia's Hessian. Larger values clip fewer entries. Not allowed with `share`.
     gamma: float | None = None
-    # Target fraction of unclipped entries. Sophia computes gamma from it at every step.
+    # Target fraction of unclipped entries, for which Sophia chooses gamma at every step.
     share: float | None = None
     nesterov: bool | None = None  # Use Nesterov momentum. Lion does not support it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """Refreshes, the new estimates of the Hessian diagonal that Sophia uses."""
+    """Refreshes: steps in which Sophia uses a new estimate of the Hessian diagonal."""
 
     # Number of sequences per refresh. The default is the smallest divisor of the batch that
     # is at least 16 and a multiple of `groups` and of `data` x `fsdp`.
     refresh_batch: int | None = None
-    groups: int | None = None  # Number of groups per refresh. By default one per sequence.
+    groups: int | None = None  # Groups per refresh. By default, each sequence is a group.
     update_interval: int = 10  # Steps between refreshes. The paper uses 10.
-    debias: bool = True  # Correct the zero-initialization bias of the Hessian's average.
+    debias: bool = True  # Bias-correct the moving average of the Hessian, as in Adam.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,11 @@ class Output:
 
     log_every: int = 10  # Steps between rows of metrics.jsonl.
     validate_every: int = 50  # Steps between validations.
-    validation_batches: int = 8  # Size of the fixed validation set, in batches.
+    validation_batches: int = 8  # Number of batches in the fixed validation set.
     checkpoint_every: int = 100  # Steps between checkpoints. The last step is saved too.
     keep: int = 2  # Number of newest checkpoints to keep.
-    keep_every: int | None = None  # Also keep the checkpoint of every N-th step.
-    wandb: str | None = None  # Also log to this Weights & Biases project (needs wandb).
+    keep_every: int | None = None  # Also keep checkpoints at multiples of this step.
+    wandb: str | None = None  # Also log to this Weights & Biases project (requires wandb).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,25 +145,25 @@ class Config:
     preset: Preset = "bytes"  # Model and hyperparameters. Other flags override them.
     # Sophia with Gauss-Newton-Bartlett (g) or Hutchinson (h) estimates, or a baseline.
     optimizer: Optimizer = "sophia_g"
-    # Also train with each of these optimizers and its own recipe, from the same initial
-    # parameters on the same batches.
+    # Also train with each of these optimizers, with its own recipe but the same initial
+    # parameters and batches.
     compare: tuple[Optimizer, ...] = ()
     # A folder that `python -m examples.gpt.prepare` wrote, a text file, or a folder of text
     # files. The default is the source code of Python's standard library.
     data: Path | None = None
-    # Start from weights: a run's folder, one of its checkpoints, or a folder of GPT-2 in
-    # Hugging Face's format. GPT-2 requires --bias and --vocabulary 50257.
+    # Load the initial weights from a run's folder, one of its checkpoints, or a folder of
+    # GPT-2 weights in Hugging Face's format, which require --bias and --vocabulary 50257.
     init_from: Path | None = None
-    # Resume a previous run in a new folder, possibly with a different schedule: a run's
-    # folder, or one of its checkpoints, such as runs/gpt/checkpoints/40000.
+    # Resume this previous run in a new folder, possibly with a different schedule. Pass the
+    # run's folder, or one of its checkpoints, such as runs/gpt/checkpoints/40000.
     resume_from: Path | None = None
     # Output folder, local or gs://BUCKET/NAME. The default is runs/OPTIMIZER.
     out: Path | None = None
-    seed: int = 0  # Random seed for parameters, batches and sampled labels.
+    seed: int = 0  # Random seed for parameters, batches and Hessian estimates.
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()
-    recipe: Recipe = Recipe(5e-3, 0.85, 0.99, 0.4, share=0.5, nesterov=True)
+    recipe: Recipe = Recipe(5.72e-3, 0.883, 0.99, 0.0348, gamma=0.148, nesterov=True)
     refresh: Refresh = Refresh()
     output: Output = Output()
     processes: Processes = Processes()
@@ -173,7 +173,7 @@ class Config:
         return self.out or Path("runs") / "_".join((self.optimizer, *self.compare))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all values in a flat dict, keyed by flag name."""
+        """Return all values in a flat dict, keyed by field name."""
         flat = {}
         for name, value in vars(self).items():
             flat |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
@@ -200,7 +200,7 @@ class Config:
         vocabulary = model.vocabulary or -(-vocabulary // 128) * 128
         if model.within_documents and model.end_of_document is None:
             model = dataclasses.replace(model, end_of_document=end_of_document)
-        # Hutchinson's estimates need second derivatives, which the kernels do not support.
+        # Hutchinson estimates require second derivatives, which the kernels do not support.
         attention = "xla" if self.optimizer == "sophia_h" else model.attention
         return dataclasses.replace(
             self,
@@ -210,7 +210,7 @@ class Config:
         )
 
     def check(self) -> None:
-        """Raise ConfigError for the first invalid value."""
+        """Raise ConfigError if a value is invalid."""
         values, model, recipe = self.as_json(), self.model, self.recipe
         for name, value in values.items():
             is_number = type(value) in (int, float)
@@ -233,7 +233,7 @@ class Config:
         if warmup >= steps or warmup + decay > steps:
             raise ConfigError(
                 "`warmup` must be less than `steps`, and `warmup` + `decay` at most `steps`"
-                f", got {warmup} + {decay} and {steps}. Set --warmup."
+                f", got {warmup} + {decay} and {steps}. Set --warmup or --decay."
             )
         given = [name for name in ("gamma", "share") if values[name] is not None]
         if len(given) != ("sophia" in self.optimizer):

@@ -1,0 +1,41 @@
+"""Hyperparameter search for `python -m examples.gpt`, the default run of the trainer.
+
+    python -m benchmarks.study.default_run
+
+The search starts from the best hyperparameters for 400 steps with half the batch size.
+"""
+
+import dataclasses
+
+from benchmarks.study.optimizers import Optimizer, Sophia
+from benchmarks.study.runs import Outcomes, train_all
+from benchmarks.study.search import refine, repeat, search
+from benchmarks.study.tables import Runs, markdown
+
+TASK, STEPS = "code, batch 64", 800
+OPTIMIZERS: dict[str, Optimizer] = {
+    "NAdamW": "nadamw",
+    "AdamW": "adamw",
+    "Sophia-G": Sophia(nesterov=True),
+}
+
+
+def best_runs(outcomes: Outcomes) -> Runs:
+    """Return the best runs, keyed by optimizer and "loss"."""
+    best = search([("code", optimizer) for optimizer in OPTIMIZERS.values()], outcomes)
+    starts = {
+        name: [dataclasses.replace(best["code", optimizer], task=TASK, steps=STEPS)]
+        for name, optimizer in OPTIMIZERS.items()
+    }
+    return {(name, "loss"): repeat(run) for name, run in refine(starts, outcomes).items()}
+
+
+def table(outcomes: Outcomes) -> str:
+    """Return the losses and hyperparameters, with the differences from NAdamW."""
+    first, *others = OPTIMIZERS
+    bases = dict.fromkeys(others, first)
+    return markdown("optimizer", best_runs(outcomes), outcomes, bases, "loss")
+
+
+if __name__ == "__main__":
+    print(table(train_all))
