@@ -33,8 +33,8 @@ def step(carry, key):
         return optax.tree.zeros_like(params) | {"head": head}
 
     def hessian_fn(key):
-        head = gnb(logits_fn, groups=16)(params["head"], x[:16], key=key)
-        return {"trunk": None, "head": head}
+        estimate = gnb(logits_fn, groups=16)
+        return {"trunk": None, "head": estimate(params["head"], x[:16], key=key)}
 
     loss, grads = jax.value_and_grad(loss_fn)(params["head"])
     updates, state = tx.update(with_trunk(grads), state, params, hessian_fn=hessian_fn)

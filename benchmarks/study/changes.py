@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from benchmarks.study.optimizers import Sophia
 from benchmarks.study.runs import Outcomes, Run, train_all
 from benchmarks.study.search import repeat, search
-from benchmarks.study.tables import markdown
+from benchmarks.study.tables import losses_table
 
 TASK = "code"
 BASE = Sophia(nesterov=True)
@@ -62,9 +62,7 @@ def table(outcomes: Outcomes) -> str:
     """Return the loss after each change, with the difference from the first row."""
     best = search([(TASK, BASE)], outcomes)[TASK, BASE]
     found = {(change, "loss"): repeat(run) for change, run in changed_runs(best)}
-    (first, _), *others = found
-    bases = dict.fromkeys((change for change, _ in others), first)
-    return markdown("change", found, outcomes, bases)
+    return losses_table("change", found, outcomes)
 
 
 if __name__ == "__main__":

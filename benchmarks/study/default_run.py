@@ -10,7 +10,7 @@ import dataclasses
 from benchmarks.study.optimizers import Optimizer, Sophia
 from benchmarks.study.runs import Outcomes, train_all
 from benchmarks.study.search import refine, repeat, search
-from benchmarks.study.tables import Runs, markdown
+from benchmarks.study.tables import Runs, losses_table
 
 TASK, STEPS = "code, batch 64", 800
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -32,9 +32,7 @@ def best_runs(outcomes: Outcomes) -> Runs:
 
 def table(outcomes: Outcomes) -> str:
     """Return the losses and hyperparameters, with the differences from NAdamW."""
-    first, *others = OPTIMIZERS
-    bases = dict.fromkeys(others, first)
-    return markdown("optimizer", best_runs(outcomes), outcomes, bases, "loss")
+    return losses_table("optimizer", best_runs(outcomes), outcomes, settings_of="loss")
 
 
 if __name__ == "__main__":

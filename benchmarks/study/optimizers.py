@@ -33,8 +33,8 @@ class Sophia:
     groups: int | None = None  # None: one group per sequence
     part: float = 0.5  # fraction of the batch that a refresh uses
     interval: int = 10  # steps between refreshes
-    # The moving average of the estimates, of their square roots, or the root of the moving
-    # average of their squares, as in AdaHessian.
+    # The moving average of the estimates, its square root, or the square root of the moving
+    # average of the squared estimates, as in AdaHessian.
     divisor: Literal["h", "√h", "rms"] = "h"
     gamma: Literal["number", "fraction", "batch"] = "number"
     bound: Literal["clip", "smooth", "none"] = "clip"

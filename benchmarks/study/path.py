@@ -1,4 +1,4 @@
-"""From NAdamW to the paper's Sophia-G, one change at a time.
+"""From AdamW and NAdamW to the paper's Sophia-G, one change at a time.
 
 python -m benchmarks.study.path     # a few hours on two CPU cores
 """
@@ -9,7 +9,7 @@ import itertools
 from benchmarks.study.optimizers import Optimizer, Sophia
 from benchmarks.study.runs import Outcomes, train_all
 from benchmarks.study.search import repeat, search
-from benchmarks.study.tables import Runs, markdown
+from benchmarks.study.tables import Runs, losses_table
 
 TASKS = ("code", "prose")
 NOISE_BOUND = Sophia(
@@ -41,7 +41,7 @@ def optimizers() -> dict[str, Optimizer]:
 
 
 def best_runs(outcomes: Outcomes) -> Runs:
-    """Return the best runs, keyed by change and task."""
+    """Return the best runs with other seeds than the search, keyed by change and task."""
     path = optimizers()
     best = search(itertools.product(TASKS, path.values()), outcomes)
     return {
@@ -55,7 +55,7 @@ def table(outcomes: Outcomes) -> str:
     """Return the losses after each change, with the differences from the row above."""
     names = list(optimizers())
     row_above = dict(zip(names[1:], names, strict=False))
-    return markdown("change", best_runs(outcomes), outcomes, row_above, "code")
+    return losses_table("change", best_runs(outcomes), outcomes, row_above, "code")
 
 
 if __name__ == "__main__":

@@ -21,24 +21,28 @@ def losses(found: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, list[fl
     return {key: [known[run].loss for run in runs] for key, runs in found.items()}
 
 
-def markdown(
+def losses_table(
     title: str,
     found: Runs,
     outcomes: Outcomes,
-    bases: Mapping[str, str],
+    bases: Mapping[str, str] | None = None,
     settings_of: str | None = None,
 ) -> str:
     """Return a table of losses. The difference from the row `bases[row]` is in parentheses.
 
-    `title` is the header of the first column, which has the names of the rows. If
-    `settings_of` is a column, the last column has the hyperparameters of its runs.
+    By default, rows are compared with the first row. `title` is the header of the first
+    column, which has the names of the rows. If `settings_of` is a column, the last column
+    has the hyperparameters of its runs.
     """
     values, table = losses(found, outcomes), []
     columns = dict.fromkeys(column for _, column in found)
-    for row in dict.fromkeys(row for row, _ in found):
+    first, *others = dict.fromkeys(row for row, _ in found)
+    bases = dict.fromkeys(others, first) if bases is None else bases
+    for row in (first, *others):
         cells = {title: row}
         for column in columns:
-            own, base = (values.get((r, column)) for r in (row, bases.get(row, "")))
+            own = values.get((row, column))
+            base = values[bases[row], column] if row in bases else None
             cells[column] = format_losses(own, base) if own else ""
         if settings_of is not None:
             label = "best settings" + (f" for {settings_of}" if len(columns) > 1 else "")

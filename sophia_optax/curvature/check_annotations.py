@@ -31,7 +31,7 @@ GroupLoss = Callable[[Any, dict[str, Any], jax.Array], jax.Array]
 class Kind(enum.Enum):
     FORWARD = enum.auto()  # does not depend on the cotangent of the loss
     ZERO = enum.auto()
-    GRADIENT = enum.auto()  # one group's gradient, summed over the mapped axes `Value.axes`
+    GRADIENT = enum.auto()  # one group's gradient, summed or exchanged over `Value.axes`
     SQUARES = enum.auto()  # each entry is 0, or a squared gradient entry summed over groups
     INVALID = enum.auto()  # makes the estimate wrong, for the reason in `Value.cause`
 
@@ -39,7 +39,7 @@ class Kind(enum.Enum):
 @dataclasses.dataclass(frozen=True)
 class Value:
     kind: Kind
-    axes: Axes = frozenset()  # the mapped axes over which the value was summed
+    axes: Axes = frozenset()  # mapped axes over which the value was summed or exchanged
     cause: str = ""
 
     @property
@@ -146,8 +146,9 @@ def _check_values(values: Any) -> None:
         name = f"`params{jax.tree_util.keystr(path)}`"
         if value.kind == Kind.INVALID:
             raise ValueError(
-                f"`each_group` must annotate {name} exactly once, with all entries, but "
-                f'annotates it {value.cause}. See "Errors and remedies" in docs/devices.md.'
+                f"`each_group` must annotate {name} once and as a whole, after it is "
+                f"gathered and before it is used, but annotates it {value.cause}. "
+                'See "Errors and remedies" in docs/devices.md.'
             )
         if value.kind == Kind.GRADIENT and value.axes:
             raise ValueError(

@@ -35,7 +35,7 @@ class Estimator(Protocol):
         ...
 
     def __call__(self, params: Any, *batch: Any, **kwargs: Any) -> Any:
-        """Return the estimate, a tree like `params` with float32 leaves.
+        """Return the estimate, a tree like `params`, in float32 or float64.
 
         Each argument in `batch` is a tree of arrays, and all leading axes have the same
         size. Every estimator takes the keyword argument `first_group`, the number of the

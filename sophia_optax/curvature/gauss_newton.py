@@ -40,7 +40,7 @@ def gnb(
 ) -> "GaussNewtonBartlett":  # fmt: skip
     r"""Gauss-Newton-Bartlett estimator: squared gradients for labels drawn from the model.
 
-    This is algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, for several groups:
+    Algorithm 2 of `Sophia <https://arxiv.org/abs/2305.14342>`_, generalized to groups:
 
     .. math::
       \hat h = \frac1W \sum_g S_g \odot S_g, \qquad
@@ -64,8 +64,8 @@ def gnb(
         annotated by `each_group`. Under `jit`, use a multiple of the number of devices that
         the batch is sharded over, so that devices do not compute the same groups. On
         Explicit axes, this is required, and the number of these devices is the default. On
-        Auto axes, the default is one group per device of the mesh: pass the size of the
-        data axes instead.
+        Auto axes, the default is the greatest common divisor of `groups` and the number of
+        devices of the mesh: pass the size of the data axes instead.
       axis_name: name or names of the mapped axes that the batch is sharded over under
         `pmap` or `shard_map`. `groups` is then the number of groups on each device. If
         `params` are sharded, the estimate is sharded like them, and `logits_fn` must apply
@@ -85,7 +85,8 @@ def gnb(
       ValueError: if `groups` or `parallel_groups` is invalid. Raised by `estimate` if
         `groups` does not divide the batch size, if `weights` have the wrong shape, or if
         `each_group` annotates parameters incorrectly.
-      TypeError: raised by `estimate` if `key` is not a PRNG key.
+      TypeError: raised by `estimate` if `key` is not a PRNG key, or if `logits_fn` does not
+        accept the arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +150,7 @@ class _SquaredGradients:
         self, params: Any, *batch: Any,
         weights: ArrayLike | None = None, key: jax.Array | None = None, targets: Any = None,
     ) -> ArrayLike:  # fmt: skip
-        """Return W: the sum of `weights`, or the number of predictions if it is None."""
+        """Return W: the sum of `weights`, by default the number of predictions."""
         names = axis_names(self.axis_name)
         if weights is None:
             arrays = {"batch": batch, "targets": targets}
@@ -162,8 +163,11 @@ class _SquaredGradients:
         self, params: Any, group: dict[str, Any], number: jax.Array, key: jax.Array | None
     ) -> jax.Array:
         """Return a group's losses for sampled labels, or for `targets` if `key` is None."""
-        _check_takes_inputs(self.logits_fn, params, group["batch"])
-        outputs = self.logits_fn(params, *group["batch"])
+        try:
+            outputs = self.logits_fn(params, *group["batch"])
+        except TypeError:
+            _check_takes_inputs(self.logits_fn, params, group["batch"])
+            raise
         labels = group["targets"]
         if key is not None:
             group_key = jax.random.fold_in(key, number)
@@ -257,9 +261,9 @@ class EmpiricalFisher(_SquaredGradients):
 def _check_takes_inputs(logits_fn: Callable[..., Any], params: Any, batch: Any) -> None:
     if signature := mismatched_signature(logits_fn, params, *batch):
         raise TypeError(
-            f"`logits_fn` is called with `params` and {len(batch)} arguments of the batch, "
-            f"but it takes `{signature}`. Pass the model's inputs without labels: `gnb` "
-            "samples labels, and `empirical_fisher` takes them as `targets`."
+            f"`logits_fn` must accept `params` and the arguments of the batch, "
+            f"{len(batch)}, but it takes `{signature}`. Pass the model's inputs without "
+            "labels: `gnb` samples labels, and `empirical_fisher` takes them as `targets`."
         )
 
 

@@ -29,7 +29,7 @@ def hutchinson(
 ) -> "Hutchinson":  # fmt: skip
     r"""Hutchinson's estimator: Hessian-vector products with Rademacher probes.
 
-    This is algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_, for several groups:
+    Algorithm 1 of `Sophia <https://arxiv.org/abs/2305.14342>`_, generalized to groups:
 
     .. math::
       \hat h = \frac1{GP} \sum_{g,p} z_{gp} \odot \nabla^2 L_g(\theta)\, z_{gp},
@@ -37,7 +37,7 @@ def hutchinson(
 
     Here L_g is the mean loss of group g, and each of the G groups has P random probes z.
     The products are computed by forward-over-reverse differentiation, at two to three times
-    the cost of a gradient. If `loss_fn` uses a `custom_vjp` without a JVP, the products are
+    the cost of a gradient. If `loss_fn` uses a `custom_vjp` that has no JVP, they are
     computed by reverse-over-reverse differentiation, which takes more memory.
 
     Args:
@@ -58,7 +58,7 @@ def hutchinson(
 
     Raises:
       ValueError, TypeError: as for `gnb`. ValueError also if `loss_fn` does not return a
-        float scalar.
+        float scalar, or if its gradient is summed over mapped axes.
       NotImplementedError: raised by `estimate` if `loss_fn` uses a kernel without a second
         derivative, such as cuDNN's attention.
 
@@ -133,8 +133,8 @@ class Hutchinson:
         sizes = {x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         if len(sizes) != 1:
             raise ValueError(
-                "The weight of a micro-batch is the size of the leading axis, which its "
-                f"arrays do not share, got {sorted(sizes)}: pass `weight`, such as "
+                "The arrays of a micro-batch must have a common leading axis, whose size "
+                f"is the weight, got sizes {sorted(sizes)}: pass `weight`, such as "
                 "`weight=mask.sum()`."
             )
         return sizes.pop() * jax.lax.axis_size(names)
@@ -181,15 +181,15 @@ def _hessian_product(
 def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
 ) -> Callable[..., Any]:
-    """Return the gradient of `loss`. Raise ValueError if `loss` gathers parameters."""
+    """Return the gradient of `loss`. Raise ValueError if it is summed over `names`."""
     named_gradient = check_annotations.named_gradient(loss)
     gradient, jaxpr = check_annotations.trace(named_gradient, params, group)
     values = jax.tree.leaves(check_annotations.find_annotations(jaxpr, params, names))
-    if any(value.axes for value in values):
+    if axes := frozenset().union(*(value.axes for value in values)):
         raise ValueError(
-            f"`loss_fn` sums gradients over the mapped axes {list(names)}. Return this "
-            "device's mean loss, without `pmean`, and gather sharded parameters before "
-            "the estimate."
+            f"The gradient of `loss_fn` is summed over the mapped axes {sorted(axes)}. "
+            "Return this device's mean loss, without `pmean`, and gather sharded "
+            "parameters before the estimate."
         )
     return gradient
 
@@ -204,7 +204,7 @@ def _check_loss(loss: jax.Array, names: tuple[str, ...]) -> jax.Array:
     # Parameters vary over `names`, so a loss that does not vary was reduced over devices.
     if reduced := set(names) - set(arrays.shard_axes(loss, names)):
         raise ValueError(
-            f"`loss_fn` returns a mean over the mapped axes {sorted(reduced)}. Return "
-            "this device's mean loss, without `pmean`."
+            f"`loss_fn` returns the same loss on all devices along {sorted(reduced)}, such "
+            "as a `pmean`. Return this device's mean loss, without `pmean`."
         )
     return loss

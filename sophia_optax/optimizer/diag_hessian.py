@@ -45,6 +45,7 @@ def scale_by_diag_hessian(
       \qquad u_t = g_t / \max(\gamma h_t, \epsilon)
 
     An estimate is a tree like the parameters, with the Hessian diagonal of the mean loss.
+    It may have None in place of masked or frozen parameters.
     Without an estimate, `update` does not change the average. Pass an estimate to `update`
     by one of two keyword arguments:
 
@@ -52,7 +53,7 @@ def scale_by_diag_hessian(
       `jax.lax.cond`, on the first update and whenever `update_interval` updates have passed
       since the last estimate, whether that was accepted or rejected. The key for update
       number n, counted from 0, is `jax.random.fold_in(jax.random.key(seed), n)`.
-    - `hessian`: an estimate, used by the update that receives it. `optax.MultiSteps` uses
+    - `hessian`: an estimate, used by every update that receives it. `optax.MultiSteps` uses
       only the last micro-step's estimate: inside it, use `hessian_fn` with `accumulate`.
 
     A refresh takes effect in the same update. An estimate with any non-finite entry is

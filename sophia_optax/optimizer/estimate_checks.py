@@ -47,14 +47,17 @@ def _check_takes_key(hessian_fn: Callable[..., Any]) -> None:
 
 
 def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
-    """Return the mapped axes, except `axis_name`, over which all leaves vary."""
+    """Return the mapped axes, except `axis_name`, over which all leaves vary.
+
+    Raise ValueError if leaves vary over different axes.
+    """
     axes = {varying_axes(x) - set(split_names(axis_name)) for x in jax.tree.leaves(tree)}
     if len(axes) > 1:
         raise ValueError(
-            "Some parameters vary over the mapped axes "
-            f"{sorted(frozenset().union(*axes))}, and others do not. If devices hold "
-            "shards of parameters, pass these axes to the optimizer as `axis_name`, got "
-            f"`{axis_name}`."
+            "Only some gradients or parameters vary over the mapped axes "
+            f"{sorted(frozenset().union(*axes))}. Average gradients over devices. If "
+            "devices hold shards of parameters, pass these axes to the optimizer as "
+            f"`axis_name`, got `{axis_name}`."
         )
     return next(iter(axes), frozenset())
 
@@ -95,20 +98,21 @@ def _check_leaf(path: str, u: jax.Array, subtree: Any) -> jax.Array:
 
 def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
     expected, got = (
-        [keystr(path) for path, _ in jax.tree.leaves_with_path(tree, is_leaf=_is_hidden)]
+        [path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=_is_hidden)]
         for tree in (updates, estimate)
     )
-    missing = [e for e in expected if not any(g.startswith(e) for g in got)]
-    unexpected = [g for g in got if not g.startswith(tuple(expected))]
-    details = [f"missing `params{path}`" for path in missing]
-    details += [f"unexpected `params{path}`" for path in unexpected]
+    # A leaf of `updates` may have a subtree of the estimate, so paths match by their start.
+    missing = [e for e in expected if all(g[: len(e)] != e for g in got)]
+    unexpected = [g for g in got if all(g[: len(e)] != e for e in expected)]
+    details = [f"missing `params{keystr(path)}`" for path in missing]
+    details += [f"unexpected `params{keystr(path)}`" for path in unexpected]
     details = details or [f"{jax.tree.structure(tree)}" for tree in (estimate, updates)]
     message = (
         "The estimate from `hessian` or `hessian_fn` must have the structure of the "
         f"updates, a `{type(updates).__name__}`, got a `{type(estimate).__name__}`: "
         f"{', '.join(details[:3])}."
     )
-    advice = " Pass `None` for parameters that the mask excludes."
+    advice = " Parameters that the mask excludes may be `None`."
     return message + advice if has_masked(updates) else message
 
 

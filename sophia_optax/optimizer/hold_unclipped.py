@@ -126,7 +126,7 @@ def _find_quantile(
     sample = _sample(us, hs, weights)
     quantile, counted = bisect(lambda _: [sample])
     is_small = has_curvature & (counted < MIN_COUNTED)
-    # Skip it by a loop of 0 rounds: under `vmap`, a `cond` would run both branches.
+    # If not, this is a loop of 0 rounds: under `vmap`, a `cond` would run both branches.
     exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _ROUNDS, 0))
     return jnp.where(is_small, exact, quantile)
 
@@ -156,13 +156,16 @@ def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
 
 
 def _compute_weight(names: tuple[str, ...], tree: Any) -> float:
-    """Return 1 / n, the weight of entries replicated over n devices along `names`."""
+    """Return 1 / n, the weight of entries replicated over n devices along `names`.
+
+    Without `check_vma=True` in `shard_map`, all entries are assumed to be replicated.
+    """
     sharded = varying_axes(tree)
     return 1 / math.prod(jax.lax.axis_size(n) for n in names if n not in sharded)
 
 
 def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weighted:
-    """Return the ratios |m| / h and the weights of `SAMPLE_SIZE` sampled entries."""
+    """Return the ratios |u| / h and the weights of `SAMPLE_SIZE` sampled entries."""
     # Each parameter's number of sampled entries is proportional to its size.
     ends = np.cumsum([h.size for h in hs]) * (SAMPLE_SIZE / sum(h.size for h in hs))
     ends = np.round(ends).astype(int).tolist()

@@ -17,9 +17,9 @@ def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Arr
     """Return the fraction of entries that the last update did not clip, shape (), float32.
 
     In the notation of `sophia`, an entry is unclipped if abs(m) < ρ max(γ h, ε). The paper
-    recommends a gamma for which the fraction is between 0.1 and 0.5. With `nesterov`, the
-    update clips the look-ahead instead of m, and the unclipped fraction of the look-ahead
-    is often smaller. Arguments and errors are those of `sophia_metrics`.
+    recommends a gamma for which the fraction is between 0.1 and 0.5. With `nesterov`, this
+    is still the fraction for m, although the update clips the look-ahead, whose fraction is
+    often smaller. Arguments and errors are those of `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,11 +93,14 @@ def _find_sophia(opt_state: Any) -> tuple[optax.Updates, ScaleByDiagHessianState
     stages = optax.EmaState | ScaleByDiagHessianState
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, stages))
     states = [node for node in nodes if isinstance(node, ScaleByDiagHessianState)]
-    if len(states) != 1 or jnp.ndim(states[0].num_updates):
+    if len(states) != 1:
         raise ValueError(
             f"`opt_state` must contain exactly one Sophia state, got {len(states)}. If "
-            "there are several, pass one of them, such as `opt_state.inner_states[label]`. "
-            "For a population, apply `jax.vmap` to this function."
+            "there are several, pass one of them, such as `opt_state.inner_states[label]`."
+        )
+    if jnp.ndim(states[0].num_updates):
+        raise ValueError(
+            "`opt_state` is the state of a population: apply `jax.vmap` to this function."
         )
     emas = [node.ema for node in nodes if isinstance(node, optax.EmaState)]
     momenta = [ema for ema in emas if _shapes(ema) == _shapes(states[0].hessian)]

@@ -50,7 +50,7 @@ def sophia(
       weight_decay: λ, decoupled weight decay, multiplied by the learning rate as in AdamW.
       mask: where weight decay applies: a tree of booleans that is a prefix of the tree of
         parameters, or a function from the parameters to such a tree.
-      clip_threshold: ρ, the largest magnitude of an entry, before scaling by -η.
+      clip_threshold: ρ, the largest magnitude of an entry before weight decay and scaling.
       update_interval: number of updates from one call of `hessian_fn` to the next.
       debias: whether to correct bias as Adam does: divide h by `1 - b2 ** refreshes`.
         Otherwise h is too small in about the first `update_interval / (1 - b2)` updates.
@@ -212,7 +212,7 @@ def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> An
 
 
 def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
-    """Return factor · gamma, or `gamma` itself if it is a `hold_unclipped` rule."""
+    """Return factor · gamma. A `hold_unclipped` rule finds its own scale: return it."""
     if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
         return gamma
     if callable(gamma):

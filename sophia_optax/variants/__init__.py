@@ -1,7 +1,8 @@
 """Variants of Sophia: the paper's baselines and ablations, and alternatives to clipping.
 
-Variants are composed of public transformations. Their arguments, and those of `update`, are
-the arguments of `sophia`. JAX's type promotion determines the dtype of the updates.
+Variants are composed of public transformations. Their arguments mean the same as those of
+`sophia`, and `update` receives estimates in the same way. JAX's type promotion determines
+the dtype of the updates.
 """
 
 from sophia_optax.variants.bounds import gradient_noise, noise_bounded, smooth_clip

@@ -38,7 +38,7 @@ def smooth_clip() -> optax.GradientTransformation:
 def gradient_noise(
     estimate: Estimator, batch_weight: ArrayLike | None = None
 ) -> Callable[..., Any]:
-    r"""Return an estimator of √(ĥ / B), the standard deviation of a batch's mean gradient.
+    r"""Return a function for √(ĥ / B), the standard deviation of a batch's mean gradient.
 
     The gradient is a mean over B predictions, so its variance is the variance of a single
     prediction's gradient divided by B. ĥ estimates the single prediction's variance:
@@ -56,8 +56,8 @@ def gradient_noise(
         estimate. Pass `batch_weight` if a refresh uses only a part of the batch.
 
     Returns:
-      A function with the arguments of `estimate`. Pass its results to the `update` of
-      `noise_bounded` as estimates.
+      A function with the arguments of `estimate`, but not an `Estimator`. Pass its results
+      to the `update` of `noise_bounded` as estimates.
 
     Example:
       >>> import jax.numpy as jnp

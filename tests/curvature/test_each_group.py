@@ -445,7 +445,7 @@ def test_hutchinson_rejects_a_loss_that_gathers_params(check_vma):
     def estimate(params, x, y):
         return estimator(params, x, key=KEY)
 
-    with pytest.raises(ValueError, match=r"`loss_fn` sums gradients .*\['d'\].* gather"):
+    with pytest.raises(ValueError, match=r"`loss_fn` is summed .*\['d'\].* gather"):
         in_shard_map(estimate, check_vma)
 
 

@@ -1,5 +1,6 @@
 """Tests of weights, logits, likelihoods and targets in `gnb` and `empirical_fisher`."""
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -119,8 +120,19 @@ def test_gnb_and_fisher_reject_invalid_inputs_for_elementwise_likelihoods(make, 
         assert not is_finite(hessian_of(make, **kwargs))
 
 
+def test_gnb_accepts_a_function_whose_wrapper_hides_an_argument():
+    def scaled_network(scale, params, x):
+        return scale * network(params, x)
+
+    @functools.wraps(scaled_network)
+    def logits_fn(params, x):
+        return scaled_network(1.0, params, x)
+
+    assert_trees_all_close(hessian_of(gnb, fn=logits_fn), hessian_of(gnb))
+
+
 def test_gnb_rejects_labels_in_the_batch():
-    with pytest.raises(TypeError, match=r"2 arguments .*`\(p, x\)`.* without labels"):
+    with pytest.raises(TypeError, match=r"the batch, 2, .*`\(p, x\)`.* without labels"):
         gnb(lambda p, x: network(p, x))(PARAMS, X, Y, key=jax.random.key(0))
 
 

@@ -198,7 +198,7 @@ def test_unclipped_fraction_counts_entries_in_integers():
     [
         (optax.adam(0.1), "exactly one Sophia state, got 0"),
         (optax.chain(SOPHIA_G, SOPHIA_G), "exactly one Sophia state, got 2"),
-        (SOPHIA_G_POPULATION, "For a population, apply `jax.vmap`"),
+        (SOPHIA_G_POPULATION, "state of a population: apply `jax.vmap`"),
         (scale_by_diag_hessian(), r"one `optax\.EmaState`.* got 0.*`optax\.ema\("),
         (optax.chain(EMA, SOPHIA_G), r"one `optax\.EmaState`.* got 2.*`optax\.ema\("),
     ],

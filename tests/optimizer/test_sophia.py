@@ -366,7 +366,7 @@ def test_scale_by_sophia_requires_axis_name_if_only_some_parameters_are_sharded(
         return jax.eval_shape(mapped, grads)
 
     assert jax.tree.map(jnp.shape, eval_shape("data")) == {"w": (8,), "b": (3,)}
-    with pytest.raises(ValueError, match=r"along the mapped axes \['data'\].*`axis_name`"):
+    with pytest.raises(ValueError, match=r"over the mapped axes \['data'\].*`axis_name`"):
         eval_shape(None)
 
 
