@@ -7,7 +7,7 @@ import pytest
 from gpt_runs import TEXT
 
 from examples.gpt.__main__ import initial_params, main
-from examples.gpt.core.config import ConfigError
+from examples.gpt.core.config import Config, ConfigError
 from examples.gpt.core.sharding import make_mesh
 from examples.gpt.operations import folders
 from examples.gpt.operations.checkpoints import load_params, load_saved_config, ocp
@@ -15,6 +15,7 @@ from examples.gpt.operations.processes import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")
 DISK_FULL = OSError(28, "No space left on device")
+PEAK = Config().recipe.learning_rate
 
 
 def train(config):
@@ -45,7 +46,7 @@ def test_run_resumes_with_more_steps_and_a_different_schedule(tiny_config, capsy
     rows = train(tiny_config(steps=6, schedule="wsd", decay=2))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "  steps: 4 before, 6 now" in capsys.readouterr().out
-    assert [row["lr"] for row in rows[4:]] == pytest.approx([5e-3, 2.5e-3])
+    assert [row["lr"] for row in rows[4:]] == pytest.approx([PEAK, PEAK / 2])
     with pytest.raises(ConfigError, match=r"must be at least 6 to resume from .*, got 5"):
         main(tiny_config(steps=5, schedule="wsd", decay=2))
 
@@ -61,7 +62,7 @@ def test_resume_from_reproduces_the_original_run_bit_for_bit(tiny_config, tmp_pa
     assert load_saved_config(tmp_path / "b")["groups"] == 4
     values |= {"schedule": "wsd", "decay": 3}
     rows = train(tiny_config(**values, out=tmp_path / "c"))
-    assert [row["lr"] for row in rows] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
+    assert [row["lr"] for row in rows] == pytest.approx([PEAK, PEAK * 2 / 3, PEAK / 3])
     with pytest.raises(ConfigError, match=r"must be at least 4 to resume from .*, got 3"):
         train(tiny_config(**values | {"steps": 3, "decay": 1}, out=tmp_path / "d"))
 
