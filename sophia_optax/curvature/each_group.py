@@ -37,12 +37,11 @@ def each_group(tree: Any) -> Any:
     and before it is cast or used. In a scan over layers, annotate the weights of one layer
     in the body. If a weight is used twice, such as a tied embedding, annotate it once and
     use the result twice. On Auto axes, a weight may also be annotated before it is
-    gathered. A cast to 16 bits between the annotation and the gather then
-    reduces communication.
+    gathered. A cast to 16 bits between annotation and gather then reduces communication.
 
     Args:
-      tree: weights, a tree of float32 or float64 arrays. Leaves that are not JAX
-        arrays of floats are returned unchanged.
+      tree: weights, a tree of float32 or float64 arrays. Leaves that are not JAX arrays of
+        floats are returned unchanged.
 
     Raises:
       TypeError, ValueError: in an estimate, for 16-bit weights and for a wrong or missing

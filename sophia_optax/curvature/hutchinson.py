@@ -181,7 +181,7 @@ def _hessian_product(
 def _check_replicated(
     loss: Callable[..., jax.Array], params: Any, group: Any, names: tuple[str, ...]
 ) -> Callable[..., Any]:
-    """Return the gradient of `loss`. Raise ValueError if it is summed over `names`."""
+    """Return the gradient function of `loss`. Raise ValueError if it sums over `names`."""
     named_gradient = check_annotations.named_gradient(loss)
     gradient, jaxpr = check_annotations.trace(named_gradient, params, group)
     values = jax.tree.leaves(check_annotations.find_annotations(jaxpr, params, names))

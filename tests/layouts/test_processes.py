@@ -92,7 +92,7 @@ def run_processes(out, num_processes, exit_step=-1):
 
 @pytest.mark.slow
 def test_sophia_g_on_two_processes_matches_one_process(tmp_path):
-    """Of the five steps, the first and the last have a refresh."""
+    """The first and the last of the five steps have a refresh."""
     results = []
     for num_processes in (1, 2):
         out = tmp_path / f"{num_processes}.npz"

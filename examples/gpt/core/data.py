@@ -68,7 +68,7 @@ class Corpus:
     checksum: str  # of all tokens; a run resumes only if it is unchanged
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError if a model with this config can't be trained on the corpus."""
+        """Raise ConfigError if the config does not fit the corpus."""
         check_vocabulary(config, self.tokenizer.vocabulary)
         ends = (np.any(array == config.end_of_document) for array in self.validation.arrays)
         if config.within_documents and not any(ends):

@@ -143,7 +143,7 @@ def validation_loss(config: Config, params: Any, tokens_BxS: jax.Array) -> jax.A
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if micro-batches can't be split evenly over the mesh."""
+    """Raise ConfigError unless micro-batches split evenly over the mesh."""
     batch, accumulate = config.training.batch, config.training.accumulate
     batch_shards = sharding.num_batch_shards(mesh)
     if batch % (accumulate * batch_shards):
