@@ -1,4 +1,4 @@
-"""Command that updates the tables and plots of the docs from the stored results.
+"""Command that updates the tables and plots in the docs from the stored results.
 
     python -m benchmarks.report
 
@@ -85,11 +85,11 @@ def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
     """Return formatted ratios, keyed by (program, baseline, quantity)."""
     update, refresh, errors = (found[name] for name in ("update", "refresh", "estimate"))
 
-    def alone(name, moments="float32", tree="GPT-2 small"):
-        return _only(update["alone"], optimizer=name, tree=tree, moments=moments)
+    def update_row(name, moments="float32", tree="GPT-2 small"):
+        return _only(update["updates"], optimizer=name, tree=tree, moments=moments)
 
-    def held(kind):
-        return alone(f"hold_unclipped, {kind}", tree="13M")
+    def held_row(kind):
+        return update_row(f"hold_unclipped, {kind}", tree="13M")
 
     def size(row):
         return f"{row['bytes_over_adamw']:.2f}"
@@ -104,27 +104,27 @@ def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
         return _only(errors["fresh_batches"]["rows"], name=name)["error_trained"]
 
     plain, peak = "sophia_g, no refresh", refresh["peak_bytes"]
-    adamw, of_ten = "AdamW's update", "time of 10 steps"
-    plain_update, on_part = "update without `hessian_fn`", "a thirtieth of the batch"
+    adamw, time10 = "AdamW's update", "time of 10 steps"
+    plain_update, a_thirtieth = "update without `hessian_fn`", "a thirtieth of the batch"
     return {
-        (f"{plain_update}, GPT-2 small", adamw, "bytes"): size(alone(plain)),
-        (f"{plain_update}, GPT-2 small", adamw, "time"): time(alone(plain)),
+        (f"{plain_update}, GPT-2 small", adamw, "bytes"): size(update_row(plain)),
+        (f"{plain_update}, GPT-2 small", adamw, "time"): time(update_row(plain)),
         ("update with a `hessian_fn` that is not due, GPT-2 small", adamw, "time"): (
-            time(alone("sophia_g, not due"))
+            time(update_row("sophia_g, not due"))
         ),
         (
             f"{plain_update}, m and h in bfloat16, GPT-2 small",
             f"{adamw}, m in bfloat16",
             "time",
-        ): time(alone(plain, "bfloat16")),
+        ): time(update_row(plain, "bfloat16")),
         (f"{plain_update}, `hold_unclipped`, 13M parameters", adamw, "bytes"): (
-            size(held("no refresh"))
+            size(held_row("no refresh"))
         ),
-        ("update, `hold_unclipped`, 13M parameters", adamw, of_ten): (
-            time(held("averaged over 10"))
+        ("update, `hold_unclipped`, 13M parameters", adamw, time10): (
+            time(held_row("averaged over 10"))
         ),
-        ("update, `hold_unclipped`, Nesterov's momentum, 13M parameters", adamw, of_ten): (
-            time(held("Nesterov, averaged over 10"))
+        ("update, `hold_unclipped`, Nesterov's momentum, 13M parameters", adamw, time10): (
+            time(held_row("Nesterov, averaged over 10"))
         ),
         (
             "refresh on 16 of 480 sequences in 16 groups",
@@ -132,7 +132,7 @@ def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
             "FLOPs",
         ): f"{refresh['flops_over_step'] / 10:.2%}",
         (
-            f"refresh on {on_part}, without the update",
+            f"refresh on {a_thirtieth}, without the update",
             "10 training steps, a small model",
             "time",
         ): f"{refresh['time_over_step']['median'] / 10:.2%}",
@@ -152,11 +152,11 @@ def _ratios(found: dict[str, Any]) -> dict[tuple[str, str, str], str]:
             "time",
         ): measure.show(refresh["pass_over_gradient"]),
         **{
-            (f"training step, {name}", "AdamW's training step", of_ten): step(row)
+            (f"training step, {name}", "AdamW's training step", time10): step(row)
             for name, row in {
-                f"`sophia_g`, refresh on {on_part}": "sophia_g",
+                f"`sophia_g`, refresh on {a_thirtieth}": "sophia_g",
                 "`optax.contrib.sophia`, refresh on the batch": "optax.contrib.sophia",
-                f"`optax.contrib.sophia`, refresh on {on_part}": (
+                f"`optax.contrib.sophia`, refresh on {a_thirtieth}": (
                     "optax.contrib.sophia on a part"
                 ),
                 "`somax.sophia_g`, whose refresh always uses the batch": "somax.sophia_g",
@@ -184,8 +184,8 @@ def update_tables(text: str) -> str:
 
 
 def draw(folder: Path) -> None:
-    """Draw the plots into `folder`."""
-    # Make SVG files reproducible: keep text as text, use fixed ids, and store no date.
+    """Draw the plots and save them in `folder` as SVG files."""
+    # Make SVG files reproducible: keep text instead of paths, use fixed ids, omit the date.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "sophia_optax"}
     for name, make in PLOTS.items():
         with plt.rc_context(style):

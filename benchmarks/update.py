@@ -1,4 +1,4 @@
-"""Time of updates and training steps, and memory traffic of updates, by optimizer.
+"""Time of updates and of training steps, and memory traffic of updates, per optimizer.
 
     python -m benchmarks.update
 
@@ -25,8 +25,8 @@ from examples.gpt.core.config import ModelConfig
 from sophia_optax import gnb, hold_unclipped, sophia_g
 
 ADAMW = "optax.adamw"
-# With the first `update_interval`, no timed step calls `hessian_fn`. With the second, each
-# does. The first update always calls it, so it is not timed.
+# Update intervals with which no timed step, or every timed step, calls `hessian_fn`. The
+# first update always calls `hessian_fn`, so the first update is not timed.
 INTERVALS = {"not due": 10**9, "refresh": 1}
 
 MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
@@ -34,7 +34,7 @@ MEDIUM = Shape(layers=7, heads=6, width=384, context=256, vocabulary=256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    # Name and model of each updated parameter tree, and the dtype of m and h.
+    # Name and model of each parameter tree, and the dtype of m and h in its updates.
     trees: tuple[tuple[str, ModelConfig, str], ...] = (
         ("GPT-2 small", Shape(), "float32"),
         ("GPT-2 small", Shape(), "bfloat16"),
@@ -51,7 +51,7 @@ FULL = Sizes(step=Shape(dtype="bfloat16"), batch=30)
 def measure_updates(sizes: Sizes) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(sizes),
-        "alone": [
+        "updates": [
             {"tree": name, "moments": dtype} | row
             for name, shape, dtype in sizes.trees
             for row in _time_updates(shape, dtype, sizes.repeats)
@@ -114,7 +114,7 @@ def _update(tx: Any, grads: Any, state: Any, params: Any, **extra: Any) -> tuple
 
 
 def _rows(seconds: dict[str, list[float]]) -> measure.Rows:
-    """Return a row per program, and rows that average ten steps of which one refreshes."""
+    """Return a row per program, and rows averaged over ten steps, one with a refresh."""
     for refresh in [name for name in seconds if name.endswith(", refresh")]:
         name = refresh.removesuffix(", refresh")
         pairs = zip(seconds[f"{name}, not due"], seconds[refresh], strict=True)
@@ -192,10 +192,10 @@ def table(results: dict[str, Any]) -> str:
         "time / AdamW's": lambda row: measure.show(row["time_over_adamw"]),
     }
     columns = {"parameters": "tree", "m and h": "moments", **timed}
-    alone = measure.markdown(results["alone"], columns | {"bytes / AdamW's": ratio})
+    updates = measure.markdown(results["updates"], columns | {"bytes / AdamW's": ratio})
     config = results["config"]
     return (
-        f"Updates:\n\n{alone}\n\nTraining steps with {config['batch']} x "
+        f"Updates:\n\n{updates}\n\nTraining steps with {config['batch']} x "
         f"{config['step']['context']} tokens. sophia_g, and the optimizers on a part, use "
         "a thirtieth of the sequences in a refresh. The others use all sequences:\n\n"
         f"{measure.markdown(results['step'], timed)}"

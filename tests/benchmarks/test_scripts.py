@@ -22,9 +22,9 @@ def read_back(results):
 def test_sophia_update_without_refresh_accesses_fewer_bytes_than_adamw():
     sizes = update.Sizes((("small", SHAPE, "bfloat16"),), SHAPE, repeats=2)
     results = read_back(update.measure_updates(sizes))
-    alone = {row["optimizer"]: row for row in results["alone"]}
-    assert len(alone) == 10 + 3
-    assert alone["sophia_g, no refresh"]["bytes_over_adamw"] <= 0.9
+    updates = {row["optimizer"]: row for row in results["updates"]}
+    assert len(updates) == 10 + 3
+    assert updates["sophia_g, no refresh"]["bytes_over_adamw"] <= 0.9
     step = {row["optimizer"]: row for row in results["step"]}
     assert len(step) == 9 + 4
     mean = step["sophia_g, averaged over 10"]["seconds"]["median"]
@@ -93,10 +93,10 @@ def test_refresh_splits_flops_over_devices_and_exchanges_the_expected_bytes():
     assert set(rows) == set(devices.LAYOUTS)
     assert all(row["refresh_flops_ratio"] < 1.1 for row in rows.values())
     assert rows["data parallel"]["refresh_bytes"] == {"all-reduce": size}
-    # Norms are replicated, so they are not gathered.
+    # Normalization parameters are replicated, so they are not gathered.
     found = rows["fully sharded"]["refresh_bytes"]
     assert found.pop("all-gather") == pytest.approx(size, rel=0.01)
-    # Each device exchanges the squared gradients of two groups, by any collective.
+    # Each device exchanges the squared gradients of two groups. Any collective may do so.
     assert sum(found.values()) == pytest.approx(2 * size, rel=0.01)
     assert "| fully sharded |" in devices.table(results)
 
@@ -119,7 +119,7 @@ def test_docs_plots_show_the_stored_results(tmp_path):
     report.draw(tmp_path)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == len(report.PLOTS)
-    for picture in drawn:  # compare labels: positions depend on Matplotlib's version
+    for picture in drawn:  # compare only labels: positions depend on Matplotlib's version
         kept = (report.DOCS / "images" / picture.name).read_text()
         words = re.compile(r"<text [^>]*>([^<]*)</text>")
         assert len(words.findall(kept)) > 10
