@@ -36,7 +36,7 @@ class SizedEstimator:
 
 
 class Estimators:
-    """Estimators for a model: `logits_fn(params, tokens)` has shape (B, T, classes)."""
+    """Estimators for a model. `logits_fn(params, tokens)` returns (B, T, classes)."""
 
     def __init__(self, logits_fn: Callable[[Any, jax.Array], jax.Array]):
         self.logits_fn = logits_fn

@@ -25,7 +25,7 @@ MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 
 
 SHAPE = Shape(layers=1, heads=8, width=128, context=32, vocabulary=1024)
-BATCH, REFRESH_BATCH = 64, 16  # sequences; a refresh has one group per sequence
+BATCH, REFRESH_BATCH = 64, 16  # in sequences; a refresh puts each in its own group
 PRESETS: tuple[Preset, ...] = ("gpt2-125m", "neox-6.6b")
 
 
@@ -54,14 +54,14 @@ def measure_devices(presets: tuple[Preset, ...]) -> dict[str, Any]:
 
 
 def compile_layout(axis: str, devices: int) -> list[jax.stages.Compiled]:
-    """Return the compiled gradient and refresh for a mesh with a single axis."""
+    """Return the gradient and the refresh, compiled for a mesh with a single axis."""
     mesh = sharding.make_mesh(f"{axis}={devices}", jax.devices()[:devices])
     model = Model(SHAPE)
     params = sharding.with_shardings(model.abstract_params, mesh)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     tokens = abstract_tokens(mesh, BATCH, SHAPE.context)
-    # XLA counts the FLOPs of a loop's body only once. To make the counts comparable, the
-    # number of parallel groups, and so the loop's length, does not depend on `devices`.
+    # XLA counts the FLOPs of a loop's body only once. To make the counts comparable, each
+    # iteration computes the same number of groups for every number of devices.
     parallel_groups = DEVICES if axis in sharding.BATCH else 1
     estimate = gnb(model.logits, groups=REFRESH_BATCH, parallel_groups=parallel_groups)
 
@@ -128,7 +128,7 @@ def devices(results: dict[str, Any]) -> str:
 
 
 def memory(results: dict[str, Any]) -> str:
-    """Return a Markdown table of the temporary memory without and with a refresh."""
+    """Return a Markdown table of a step's temporary memory, without and with a refresh."""
     return measure.markdown(
         results["memory"],
         {

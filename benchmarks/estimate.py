@@ -43,14 +43,14 @@ class Sizes:
     gnb: tuple[int, ...] = (8, 16, 32, 64)  # batch sizes, with one group per sequence
     hutchinson: int = 16  # batch size, with one group per sequence
     draws: int = 16  # number of estimates from which an error is computed
-    large_draws: int = 6  # `draws` for estimators with more than `sequences` sequences
+    large_draws: int = 6  # `draws` for estimators with a batch larger than `sequences`
     reference_draws: int = 48  # number of estimates averaged into h
     repeats: int = 2
     run: Config = Config(training=Training(steps=300))
 
 
 def measure_errors(sizes: Sizes) -> dict[str, Any]:
-    """Return the rows of both tables, and the standard errors of the references h."""
+    """Return the rows of both tables and the standard errors of the reference diagonals."""
     corpus = data.read_standard_library()
     run = sizes.run.with_resolved_defaults(corpus.tokenizer.vocabulary)
     print(f"training for {run.training.steps} steps ...", flush=True)
@@ -102,7 +102,7 @@ class Comparison:
         gradient: SizedEstimator,
         references: list[SizedEstimator],
     ) -> dict[str, measure.Rows]:
-        """Return a row per estimator, and the standard errors of the references h."""
+        """Return a row per estimator, and the standard errors of the references."""
         truths, known = {}, []
         for reference in references:
             known.append({"truth": reference.truth})
@@ -118,14 +118,14 @@ class Comparison:
         return {"truths": known, "rows": rows}
 
     def batches(self, sequences: int, seed: int) -> Iterator[jax.Array]:
-        """Yield token batches, (sequences, context + 1). Without `fresh`, all are equal."""
+        """Yield token batches (sequences, context + 1), all equal if `fresh` is false."""
         seed, context = seed if self.fresh else 0, self.sizes.run.model.context
         source = data.batches(self.text, batch=sequences, context=context, seed=seed)
         for tokens in source if self.fresh else itertools.repeat(next(source)):
             yield jnp.asarray(tokens)
 
     def truth(self, reference: SizedEstimator, params: Any) -> tuple[Any, float]:
-        """Return the mean of many estimates, and its relative standard error."""
+        """Return the mean of many estimates, and the mean's relative standard error."""
         draws = self.sizes.reference_draws
         batches = self.batches(reference.sequences, seed=1)
         total, squares = optax.tree.zeros_like(params), 0.0
@@ -157,7 +157,7 @@ class Comparison:
     def costs(
         self, estimators: list[SizedEstimator], gradient: SizedEstimator
     ) -> measure.Rows:
-        """Return a row per estimator with its FLOPs and time relative to a gradient."""
+        """Return a row per estimator with its FLOPs and time relative to `gradient`."""
 
         def arguments(e):
             tokens = next(self.batches(e.sequences, seed=0))
@@ -187,7 +187,7 @@ def _squared_distance(a: Any, b: Any) -> jax.Array:
 
 
 def groups(results: dict[str, Any]) -> str:
-    """Return the first table, in which all estimates use the same batch."""
+    """Return the table of errors by number of groups, with one batch for all estimates."""
     config = results["config"]
     columns: dict[str, Any] = {"sequences": "sequences", "groups": "groups"}
     for model in ("initial", "trained"):
@@ -206,7 +206,7 @@ def groups(results: dict[str, Any]) -> str:
 
 
 def refreshes(results: dict[str, Any]) -> str:
-    """Return the second table, in which each estimate uses a new batch."""
+    """Return the table of errors and costs, with a new batch for each estimate."""
     config, compared = results["config"], results["fresh_batches"]
     truths = compared["truths"]
     known = " and ".join(
@@ -237,7 +237,7 @@ def fraction_of_step(results: dict[str, Any], row: measure.Row) -> float:
 
 
 def _error(model: str, truths: Iterable[measure.Row] = ()) -> dict[str, Any]:
-    """Return a column of errors. A cell is empty if the error of h itself exceeds 1/3."""
+    """Return a column of errors, empty where the reference's own error exceeds 1/3."""
     unknown = {truth["truth"] for truth in truths if truth[model] > 1 / 3}
 
     def cell(row):

@@ -16,9 +16,9 @@ from jax.interpreters import partial_eval
 def flops(fn: Callable[..., Any], *args: Any) -> float:
     """Return the FLOPs of `fn(*args)`. Arguments may be abstract.
 
-    A matrix product counts two FLOPs per multiplication, and any other primitive one FLOP
-    per entry of its result. Unused results are not counted. For a `cond` the most expensive
-    branch is counted, and for a `while` a single iteration.
+    A matrix product counts as two FLOPs per multiply-add, any other primitive as one FLOP
+    per entry of its result. Primitives with unused results are not counted. For a `cond`
+    only the most expensive branch is counted, and for a `while` only a single iteration.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -12,7 +12,7 @@ from examples.gpt.core.config import Config, ModelConfig
 from examples.gpt.core.optimizer import make_optimizer, make_schedule
 from sophia_optax import Categorical
 
-# A ModelConfig whose default sizes are those of GPT-2 small.
+# A ModelConfig with the sizes of GPT-2 small as defaults.
 Shape = functools.partial(
     ModelConfig, layers=12, heads=12, width=768, context=1024, vocabulary=50257, bias=True
 )
@@ -34,7 +34,7 @@ class Model:
         return model.bind(self.shape, params)(tokens)
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Return the mean loss. Inputs serve as targets: targets do not affect the cost."""
+        """Return the mean loss, with the inputs as targets. Only its cost is measured."""
         return Categorical().neg_log_prob(self.logits(params, tokens), tokens).mean()
 
     def tokens(self, sequences: int, targets: int = 0) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Exchanged bytes and memory traffic of a compiled program, read from its HLO.
+"""Memory traffic and bytes exchanged between devices, read from a compiled program's HLO.
 
 XLA's own `cost_analysis` counts the body of a loop once. These functions count it once per
 iteration, and count all branches of a conditional.
@@ -30,7 +30,7 @@ class Collective(NamedTuple):
 
 class _Instruction(NamedTuple):
     op: str
-    result: str  # shapes, as HLO text
+    result: str  # shapes in HLO syntax, such as f32[8,128]
     line: str
 
     def operands(self) -> list[str]:
@@ -64,7 +64,7 @@ def bytes_of(found: list[Collective]) -> dict[str, int]:
 
 
 def instructions(compiled: jax.stages.Compiled) -> list[str]:
-    """Return the opcodes of all instructions outside fusions. List loop bodies once."""
+    """Return the opcodes of instructions outside fusions, with loop bodies listed once."""
     return [i.op for i, _, _, is_fused in _executed(_parse(compiled)) if not is_fused]
 
 
@@ -82,10 +82,10 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _result(i: _Instruction) -> str:
-    """Return the result's shapes, excluding operands that an asynchronous start returns."""
+    """Return a result's shapes, without the operands that an asynchronous start returns."""
     if i.op not in ("all-gather-start", "collective-permute-start"):
         return i.result
-    arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # excludes the scalars of a permute
+    arrays = re.findall(r"\w+\[\d[\d,]*\]", i.result)  # skips a permute's extra scalars
     return " ".join(arrays[len(arrays) // 2 :])
 
 
@@ -113,7 +113,7 @@ def _traffic(
 def _bytes_read(
     name: str, fused: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Return the bytes a fusion reads of a value: the whole value, or only its slices."""
+    """Return how many bytes of a value a fusion reads: all bytes, or only some slices."""
     total = 0
     for user_name, user in fused.items():
         operands = user.operands()
@@ -192,11 +192,11 @@ def _called(line: str) -> list[str]:
 
 
 def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
-    """Return the number of iterations of a loop, or 1 if it is unknown.
+    """Return the number of iterations of a loop, or 1 if the number is unknown.
 
     It is unknown for the loop of `hold_unclipped` over all entries, which usually does not
     run at all. The TPU compiler does not annotate a `scan` with its length, so the length
-    is read from the loop's condition, which compares an index with it.
+    is read from the loop's condition, which compares an index with the length.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.line):
         return int(known[1])
@@ -209,7 +209,7 @@ def _iterations(i: _Instruction, computations: dict[str, _Computation]) -> int:
 
 
 def _size(text: str, excluded: str = "no layout") -> int:
-    """Return the bytes of the shapes in HLO text. Skip layouts that contain `excluded`."""
+    """Return the total bytes of the shapes in HLO text whose layouts lack `excluded`."""
     return sum(
         _BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{.*?\})?", text)

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Program:
-    """A compiled step `fn(carry, *args) -> carry`. Each call donates the last carry."""
+    """A compiled step `fn(carry, *args) -> carry`. Each call donates the current carry."""
 
     def __init__(self, fn: Callable[..., Any], carry: Any, *args: Any):
         self.carry, self.args = carry, args
@@ -75,7 +75,7 @@ def show(values: Mapping[str, float]) -> str:
 
 
 def markdown(rows: Rows, columns: Mapping[str, str | Callable[[Row], str]]) -> str:
-    """Return a Markdown table. Each column is a key of the rows or a function of a row."""
+    """Return a Markdown table of dicts. A column is a key, or a function of a row."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (str(row[c]) if isinstance(c, str) else c(row) for c in columns.values())
@@ -98,7 +98,7 @@ def run(
       measure: a function from sizes to JSON-serializable results.
       table: a function from the results to Markdown.
       small: sizes for two CPU cores.
-      full: sizes for a GPU, with `--full`. The default is `small`.
+      full: sizes for a GPU, used with `--full`. The default is `small`.
     """
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}")
     parser.add_argument("--full", action="store_true", help="use the sizes for a GPU")

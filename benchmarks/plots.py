@@ -1,4 +1,4 @@
-"""Plots of benchmark results, whose white background suits light and dark pages."""
+"""Plots of benchmark results. A white background keeps them legible on dark pages."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def refreshes(results: dict[str, Any]) -> Figure:
         error = [row["error_trained"] for row in rows]
         bars = [row["uncertainty_trained"] for row in rows]
         axes.errorbar(cost, error, yerr=bars, fmt="o-" if ours else "o", color=color)
-        # Two points of `OTHERS` have equal costs, so one label is above and one below.
+        # Two baselines have equal costs, so one is labeled above its point and one below.
         offsets = [(8, 4, "left")] * len(rows) if ours else _OFFSETS
         for i, (row, (x, y, ha)) in enumerate(zip(rows, offsets, strict=True)):
             label = f"{row['name']}: {error[i]:.2f}"

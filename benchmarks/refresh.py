@@ -2,12 +2,12 @@
 
     python -m benchmarks.refresh
 
-A refresh uses a thirtieth of the batch, 16 of the paper's 480 sequences, with one group per
-sequence. FLOPs and the compiler's report of peak memory are for GPT-2 small. Times are
-measured for a model whose size suits the machine. A Gauss-Newton pass is timed with the
-label sampler of this library and with `jax.random.categorical`, relative to a gradient of
-the same sequences. Tracing is timed with empty caches, for a model with unrolled layers and
-without `each_group`.
+A refresh uses a thirtieth of the batch (16 of the paper's 480 sequences), with one group
+per sequence. FLOPs and the compiler's report of peak memory are for GPT-2 small. Times are
+measured for a model whose size suits the machine. A Gauss-Newton pass over one sequence is
+timed with the label sampler of this library and with `jax.random.categorical`, relative to
+the gradient of this sequence. Tracing of both estimators is timed with empty caches, for a
+model that unrolls its layers and does not call `each_group`.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def _peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _flops_over_step(config: Config) -> float:
-    """Return the FLOPs of a refresh relative to the FLOPs of a batch's gradient."""
+    """Return the FLOPs of a refresh relative to those of the full batch's gradient."""
     model, length = Model(config.model), config.model.context
     inputs, tokens = (
         jax.ShapeDtypeStruct((config.training.batch, n), jnp.int32)
@@ -112,7 +112,7 @@ def _program(fn: Callable[..., Any], model: Model, tokens: jax.Array) -> measure
     """Compile `fn(params, tokens, key=key)`, which returns a tree like the parameters."""
 
     def with_carry(carry, params, tokens, key):
-        del carry  # donated: the result reuses its memory
+        del carry  # donated so that the result can reuse its memory
         return fn(params, tokens, key=key)
 
     params = model.init()
@@ -149,7 +149,7 @@ def _time_passes(sizes: Sizes) -> dict[str, Any]:
 
 
 def _time_traces(repeats: int) -> dict[str, Any]:
-    """Return the times to trace estimates for an unrolled model, relative to a gradient."""
+    """Return tracing times of estimates over that of a gradient, for an unrolled model."""
 
     def logits_fn(layers, x):  # a single-head transformer without a mask
         for w in layers:

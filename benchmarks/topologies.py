@@ -2,9 +2,9 @@
 
     python -m benchmarks.topologies
 
-Each row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW, and
-takes some minutes. Rows with stored results are skipped. `python -m benchmarks.report`
-writes the table into the docs.
+Each table row runs `python -m examples.gpt.compile --mesh auto` for Sophia-G and for AdamW,
+which takes some minutes. Rows with stored results are skipped. The table in the docs is
+written by `python -m benchmarks.report`.
 """
 
 import json
@@ -29,7 +29,7 @@ TOPOLOGIES = {
     "neox-1.5b": "v5e:16x16 v5p:4x4x4 v6e:8x16 h200:64",
     "neox-6.6b": "v5e:16x16 v5p:4x4x8 v6e:16x16 h200:128",
 }
-# GPT-2's batch of 480 sequences is not divisible by these device counts, 64 and 128.
+# GPT-2's batch of 480 sequences is not divisible by the 64 or 128 devices of these slices.
 FLAGS = dict.fromkeys(
     [("gpt2-770m", "v5e:8x8"), ("gpt2-1.5b", "v5e:8x16"), ("gpt2-1.5b", "v6e:8x8")],
     "--batch 512",

@@ -3,8 +3,8 @@
     pip install "jax[tpu]"
     python -m benchmarks.tpu
 
-The programs are compiled for v5p, but not run. Bytes are those read
-and written in the memory of one device, over all iterations of loops.
+The programs are compiled for v5p, but not run. Bytes are the total that a single device
+reads from and writes to its memory. All iterations of loops are included.
 """
 
 import collections
@@ -38,7 +38,7 @@ IN_BFLOAT16 = {
         1e-3, gamma=0.05, mu_dtype="bfloat16", hessian_dtype="bfloat16"
     ),
 }
-# (optimizer, number of groups), keyed by row name. "adamw" stands for the gradient.
+# (optimizer, groups), keyed by row name. For "adamw", the gradient is measured.
 ESTIMATES = {"gradient": ("adamw", 1), "1 group": ("sophia_g", 1)}
 ESTIMATES |= {"8 groups": ("sophia_g", 8), "16 groups": ("sophia_g", 16)}
 ESTIMATES |= {"Hutchinson, 1 group": ("sophia_h", 1)}
@@ -89,7 +89,7 @@ def compile_update(
 def compile_estimate(
     config: Config, devices: list[Any], mesh_text: str, optimizer: Any, groups: int
 ) -> jax.stages.Compiled:
-    """Compile an estimate from 16 sequences or, for AdamW, the gradient of the loss."""
+    """Compile an estimate from 16 sequences or, for AdamW, the gradient of their loss."""
     mesh = sharding.make_mesh(mesh_text, devices)
     config = dataclasses.replace(
         config,
@@ -97,7 +97,7 @@ def compile_estimate(
         training=dataclasses.replace(config.training, batch=16),
         refresh=dataclasses.replace(config.refresh, refresh_batch=16, groups=groups),
     )
-    config = config.with_resolved_defaults(vocabulary=0)  # ignored: the preset sets it
+    config = config.with_resolved_defaults(vocabulary=0)  # overridden by the preset
     tokens = abstract_tokens(mesh, 16, config.model.context + 1)
     with jax.set_mesh(mesh):
         params = Model(config.model).abstract_params
@@ -111,7 +111,7 @@ def compile_estimate(
 
 
 def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Return a program's memory traffic, temporary memory, communication and op counts."""
+    """Return a program's memory traffic, temporary memory, collectives and op counts."""
     memory: Any = compiled.memory_analysis()
     ops = collections.Counter(hlo.instructions(compiled))
     return {

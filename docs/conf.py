@@ -3,7 +3,7 @@
     pip install -e ".[docs]" && python -m sphinx -W docs docs/_build/html
 
 The site uses Sphinx with MyST and the Book theme, like the sites of Optax, Flax and JAX.
-Its pages load nothing from other sites: formulas are MathML, in a font that it includes.
+Its pages load nothing from other sites: formulas are MathML, and their font is included.
 """
 
 import importlib.metadata

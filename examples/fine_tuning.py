@@ -1,4 +1,4 @@
-"""Fine-tuning of a head with `optax.partition`: `python -m examples.fine_tuning`."""
+"""Fine-tuning of only a head with `optax.partition`: `python -m examples.fine_tuning`."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def step(carry, key):
     def loss_fn(head):
         return optax.softmax_cross_entropy_with_integer_labels(logits_fn(head, x), y).mean()
 
-    # `tx` requires gradients for all of `params`, but ignores the trunk's gradients.
+    # `tx` requires a gradient for each parameter, but ignores the trunk's, so pass zeros.
     def with_trunk(head):
         return optax.tree.zeros_like(params) | {"head": head}
 

@@ -38,7 +38,7 @@ def step(ts, key):
         return optax.sigmoid_binary_cross_entropy(logits, y).mean(), updated
 
     (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    # The estimate uses running averages, because a group is too small for batch statistics.
+    # The Hessian estimate uses running averages: a group is too small for batch statistics.
     estimate = gnb(logits_fn, likelihood=Bernoulli(), groups=16)
     updates, opt_state = ts.tx.update(  # `ts.apply_gradients` does not forward `hessian_fn`
         grads, opt_state, params, hessian_fn=lambda key: estimate(params, x[:16], key=key)

@@ -9,7 +9,7 @@ import optax
 
 from sophia_optax import gnb, sophia_g, unclipped_fraction
 
-LENGTH, CONTEXT = 96, 5  # characters in a padded line, and in the network's input
+LENGTH, CONTEXT = 96, 5  # characters per padded line, and per network input
 LINES = [line.encode() for line in Path(__file__).read_text().splitlines(keepends=True)]
 TEXT = jnp.array([np.frombuffer(line.ljust(LENGTH, b"\0"), np.uint8) for line in LINES])
 
@@ -36,7 +36,7 @@ def step(carry, key):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, text)
         return jnp.sum(mask * losses) / jnp.sum(mask)
 
-    def hessian_fn(key):  # uses half of the batch, weighted by its mask
+    def hessian_fn(key):  # uses half of the batch, with the mask as loss weights
         return estimate(params, text[:16], key=key, weights=mask[:16])
 
     loss, grads = jax.value_and_grad(loss_fn)(params)

@@ -85,9 +85,9 @@ print(f"{len(TEXT):,} bytes, {CUT:,} windows to train on")
 # With AdamW, a step calls `optimizer.update(model, grads)`. Sophia also takes `hessian_fn`, a
 # function of a PRNG key that returns an estimate of the Hessian diagonal. The optimizer calls
 # `hessian_fn` on every tenth step, inside the compiled step. The estimator here is
-# Gauss-Newton-Bartlett (`gnb`), which samples labels from the model and squares the gradients of
-# their losses. Sophia with `gnb` is called Sophia-G. Here `gnb` splits 16 examples into 16 groups;
-# notebook 2 explains groups. Each optimizer uses the best of three learning rates.
+# Gauss-Newton-Bartlett (`gnb`), which samples labels from the model and squares the gradients of the
+# loss for these labels. Sophia with `gnb` is called Sophia-G. Here `gnb` splits 16 examples into 16
+# groups; notebook 2 explains groups. Each optimizer uses the best of three learning rates.
 
 
 # %%
@@ -189,7 +189,7 @@ plt.show()
 # If the quotient of an entry is below one in magnitude, the entry is unclipped, and its update is a
 # Newton-like step. Otherwise its update is the sign of the averaged gradient. With a small gamma
 # nearly all entries are clipped. With a large gamma hardly any entry is clipped, and the steps are
-# short. The rule `hold_unclipped(0.2)` chooses gamma at every step so that a fifth of the entries
+# small. The rule `hold_unclipped(0.2)` chooses gamma at every step so that a fifth of the entries
 # is unclipped.
 
 # %%
@@ -242,7 +242,8 @@ plt.show()
 # hundred during training, so no constant gamma keeps this fraction. The fraction differs between
 # parameters. Embedding rows of bytes that do not occur have zero gradients, and count as unclipped.
 #
-# The loss hardly depends on gamma: in this short run, the losses with the rule and with a constant
-# gamma are within 0.03 nats, although gamma varies by a factor of three thousand. The reason is that
-# for most of these values Sophia is close to sign momentum. The advantage of the rule is that a constant factor on the estimates has no effect. The next notebook
-# shows how easily such a factor arises.
+# The loss hardly depends on gamma: the losses with the rule and with constant gammas that differ by
+# up to a factor of three thousand are within 0.03 nats of each other in this short run. With most of
+# these constants nearly all entries are clipped, and Sophia is close to sign momentum. The rule has
+# an advantage: if all estimates are multiplied by a constant, the updates do not change. The next
+# notebook shows how easily such a factor arises.

@@ -17,7 +17,7 @@
 # [Open in Colab](https://colab.research.google.com/github/sophia-optax/sophia_optax/blob/main/notebooks/02_curvature.ipynb)
 #
 # Sophia divides by an estimate of the Hessian diagonal. This notebook compares three estimators with
-# the exact diagonals for a small model. It shows which matrix each of them estimates, how large the
+# the exact diagonals for a small model. It shows which matrix each estimator estimates, how large the
 # error is, and which mistakes change the scale of an estimate.
 
 # %% tags=["skip-execution"]
@@ -148,8 +148,8 @@ plt.show()
 # **Result:** gray points show a single estimate, and blue points the mean of 2,000 estimates. For
 # `hutchinson` and `gnb` the means are on the line of equality. A single estimate of `hutchinson` has
 # negative entries where the diagonal is positive, but `gnb` never has negative entries.
-# `empirical_fisher` is not random, so averaging does not change its estimate. It squares residuals, so
-# noise in the labels counts as curvature.
+# `empirical_fisher` is not random, so averaging does not change its estimate. It squares gradients for
+# the true labels, so label noise counts as curvature.
 
 # %% [markdown]
 # ## Groups
@@ -183,7 +183,7 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** the error falls from 1.3 with one group to 0.2 with 64 groups. With many groups it is
+# **Result:** the error falls from 1.3 with one group to 0.2 with 64 groups. With many groups the error is
 # above the dashed line, because each example still has only one sampled label. In practice, a few
 # examples in many groups can replace a large batch in one group.
 

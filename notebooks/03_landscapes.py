@@ -18,8 +18,8 @@
 #
 # Sophia's paper gives two arguments for dividing by the curvature and clipping: a loss landscape of
 # two parameters on which other methods fail, and a theorem that the number of steps does not grow
-# with the condition number. This notebook reproduces both with the optimizers of this library. It
-# then shows what changes if the steep directions are not aligned with the parameters.
+# with the condition number. This notebook reproduces both results with the optimizers of this
+# library. It then shows what changes if the steep directions are not aligned with the parameters.
 
 # %% tags=["skip-execution"]
 # %pip install -q "sophia_optax @ git+https://github.com/sophia-optax/sophia_optax" matplotlib
@@ -37,7 +37,7 @@ import optax
 from sophia_optax import sophia
 from sophia_optax.variants import full_matrix_sophia
 
-jax.config.update("jax_platforms", "cpu")  # the problems are small, and in float64
+jax.config.update("jax_platforms", "cpu")  # the problems are small, and need float64
 jax.config.update("jax_enable_x64", True)
 
 
@@ -68,7 +68,7 @@ def newton():
 
 
 def run_optimizer(tx, steps, curvature=None, start=(0.2, 0.0)):
-    """Return the path of an optimizer. If given, `curvature(params)` is its `hessian`."""
+    """Return an optimizer's path. If given, `curvature(params)` is passed as `hessian`."""
     tx = optax.with_extra_args_support(tx)
     params = jnp.array(start)
     state, path = tx.init(params), [params]
@@ -141,7 +141,7 @@ plt.show()
 # $\varphi$ is a quadratic, or $\log\cosh$, on which Newton's method diverges. `A` is the identity
 # ("own axes") or a random rotation ("rotated axes"), to which a random shear is added for $\log\cosh$.
 # We count the steps until the loss is a thousandth of its initial value, for the worst of four random
-# matrices `A`. All other methods use the best learning rate of a grid.
+# matrices `A`. All other methods use the best learning rate from a grid.
 
 # %%
 N, MAX_STEPS, GOAL = 10, 30_000, 1e-3
@@ -200,9 +200,9 @@ def count_steps(name, method, A, w, start, rates):
 def learning_rates(name, method, A, w, start):
     if method == "Sophia, full Hessian":
         return np.array([0.5])
-    if method == "Sophia, diagonal":  # the diagonal may be too small by a factor of N
+    if method == "Sophia, diagonal":  # the diagonal may be N times too small
         return 0.5 ** np.arange(1, 6)
-    if method == "GD":  # the curvature is largest at the minimum
+    if method == "GD":  # stable below 2 / curvature, which is largest at the minimum
         return np.array([0.5, 1, 1.9]) / np.linalg.norm(A.T * w @ A, 2)
     loss = float(SHAPES[name][0](jnp.array(2.0))) * N  # the initial loss
     rate = math.sqrt(2 * GOAL * loss / w.sum())  # SignGD oscillates at the target loss
@@ -321,4 +321,4 @@ plt.show()
 # **Result:** half a degree nearly doubles the number of steps, and five degrees multiply it by eighty.
 # Sophia's gain on a network therefore depends on how well the eigenvectors of the network's Hessian
 # are aligned with its parameters.
-# [Results](https://sophia-optax.github.io/sophia_optax/results.html) has experiments with a small GPT.
+# [Results](https://sophia-optax.github.io/sophia_optax/results.html) shows experiments with a small GPT.

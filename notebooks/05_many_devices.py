@@ -310,11 +310,11 @@ for name, program in programs.items():
 # ## A pod
 #
 # A refresh is a step on which Sophia adds a new estimate to its moving average. On a pod, which is a
-# large set of connected TPU chips, each chip that holds a part of the batch computes at least one
-# sequence of a refresh. That is more sequences than a refresh needs, so a refresh every 10 steps is
-# expensive. With its many groups a refresh has a small error, so it can be less frequent. With a
-# refresh every k steps, the decay b2 = 0.99^(k / 10) keeps the time constant of the moving average.
-# The moving average has the error of a mean of (1 + b2) / (1 - b2) estimates. In the table, "effective
+# large set of connected TPU chips, each chip that holds a part of the batch processes at least one
+# sequence per refresh. These are more sequences than a refresh needs, so a refresh every 10 steps is
+# expensive. With so many groups an estimate has a small error, so refreshes can be less frequent. With
+# a refresh every k steps, the decay b2 = 0.99^(k / 10) keeps the time constant of the moving average.
+# The moving average is as accurate as a mean of (1 + b2) / (1 - b2) estimates. In the table, "effective
 # groups" is the number of groups in this mean, and "mean age" is the mean age of the averaged estimates.
 
 # %%
@@ -331,6 +331,6 @@ for chips, intervals in ((16, (10,)), (256, (10, 100, 160)), (512, (10, 100, 320
         )
 
 # %% [markdown]
-# **Result:** 16 sequences every 10 steps, 256 every 160 and 512 every 320 have the same total cost. Their
-# moving averages have about the same error and the same time constant. This is only a calculation: the
-# longer intervals were not tested in training.
+# **Result:** refreshes with 16 sequences every 10 steps, 256 every 160 steps and 512 every 320 steps
+# have the same total cost. Their moving averages have about the same error and the same time constant.
+# This is only a calculation: the longer intervals were not tested in training.

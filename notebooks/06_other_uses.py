@@ -108,7 +108,7 @@ print(f"validation loss {validation_loss(params):.3f} nats per byte")
 #
 # If the gradient is zero and the Hessian is diagonal, setting a weight θ to zero raises the loss by
 # about h θ² / 2 ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
-# For each score, the weights with the lowest scores are set to zero, without further training.
+# For each score, the weights with the lowest scores are set to zero, without retraining.
 
 
 # %%
@@ -135,9 +135,9 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# **Result:** if at most 45% of the weights are removed, both scores raise the loss little, and the
-# magnitude raises it less. Beyond 45%, pruning by saliency is better: with 30% of the weights left, the
-# loss is more than half a nat lower.
+# **Result:** if at most 45% of the weights are removed, both scores raise the loss little, and
+# pruning by magnitude raises it less. Beyond 45%, pruning by saliency is better: with 30% of the
+# weights left, the loss is more than half a nat lower.
 
 # %% [markdown]
 # ## Uncertainty
@@ -239,8 +239,8 @@ plt.show()
 #
 # **Claim: Σ h δ² / 2 predicts how much the loss rises when a layer is rounded.**
 #
-# One layer of the byte model at a time is rounded to a precision of 2 to 6 bits. The rounding error
-# of a weight is δ. The baseline is the squared error Σ δ².
+# The layers of the byte model are rounded one at a time, to a precision of 2 to 6 bits. The rounding
+# error of a weight is δ. The baseline is the squared error Σ δ².
 
 
 # %%

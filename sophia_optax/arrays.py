@@ -77,7 +77,7 @@ def sum_over_devices(tree: Any, names: tuple[str, ...]) -> Any:
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """Return the mapped axes over which any leaf varies: none without `check_vma=True`."""
+    """Return the mapped axes over which any leaf varies (none without `check_vma=True`)."""
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 

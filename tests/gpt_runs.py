@@ -60,7 +60,7 @@ def tiny_bpe(merges: tuple[tuple[str, str], ...] = MERGES) -> JsonTokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.enable_truncation(5)  # some Hub files have this: `JsonTokenizer` must disable it
+    bpe.enable_truncation(5)  # enabled in some Hub files; `JsonTokenizer` must disable it
     return JsonTokenizer(bpe.to_str().encode())
 
 
@@ -84,7 +84,7 @@ def make_config(**values) -> Config:
 
 
 def trace_step(mesh: jax.sharding.Mesh, **values) -> tuple[Any, step.TrainState, Any]:
-    """Return a training step traced on a mesh, its abstract state and its initializer."""
+    """Return a train step traced on a mesh, the abstract state and a state initializer."""
     with jax.set_mesh(mesh):
         config = make_config(**values)
         config = config.with_resolved_defaults(1, sharding.num_batch_shards(mesh))
@@ -156,7 +156,7 @@ def run_processes(
 ) -> tuple[list[int], list[str]]:
     """Run `examples.gpt` in several processes. Return their exit codes and outputs.
 
-    `signal_after` applies only to process `to_process`, or to all processes if it is None.
+    `signal_after` applies to process `to_process`, or by default to all processes.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -179,7 +179,7 @@ def run_processes(
 
 
 def read_losses(out: Path) -> list[float]:
-    """Return the training and validation losses of a run, ordered by step."""
+    """Return a list of a run's training and validation losses, ordered by step."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row[k] for row in rows for k in ("loss", "val_loss") if k in row]

@@ -1,4 +1,4 @@
-"""Small test models, and densely computed curvature diagonals to compare estimates with."""
+"""Small test models, and reference curvature diagonals computed from dense matrices."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def scalar_network(params, x):
 
 
 def assert_close_to_max(actual, expected, tolerance):
-    """Check that an array's errors are at most `tolerance` times its largest magnitude."""
+    """Check that each leaf's error is at most `tolerance` times its largest |expected|."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * abs(e).max())
@@ -71,9 +71,9 @@ def gauss_newton_diagonal(outputs_fn, likelihood, params, x, targets, weights=No
 
 
 class GivenLabels:
-    """A likelihood of pairs (outputs, labels), which returns the labels as its samples.
+    """A likelihood that takes pairs (outputs, labels) and returns the labels as samples.
 
-    So a test can compute an estimator's expectation as a sum over all possible labels.
+    A test can then compute an estimator's expectation as a sum over all possible labels.
     """
 
     def __init__(self, likelihood):

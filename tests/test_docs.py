@@ -32,7 +32,7 @@ def run(path, capsys):
 
 
 def test_readme_code_equals_the_first_code_block_of_the_start_page():
-    """So `test_start_page_code_trains_models_to_a_low_loss` also tests the README."""
+    """Thus `test_start_page_code_trains_models_to_a_low_loss` also tests the README."""
     [code] = code_blocks(README)
     assert code == code_blocks((DOCS / "start.md").read_text())[0]
 
@@ -40,7 +40,7 @@ def test_readme_code_equals_the_first_code_block_of_the_start_page():
 @pytest.mark.slow
 def test_start_page_code_trains_models_to_a_low_loss(capsys):
     variables, out = run(DOCS / "start.md", capsys)
-    assert len(out) == 3  # of Sophia-G, of Sophia-H and of a language model
+    assert len(out) == 3  # for Sophia-G, Sophia-H and a language model
     for line, steps in zip(out, (200, 200, 300), strict=True):
         loss, refreshes = re.match(r"loss (.*), (\d+) refreshes", line).groups()
         assert float(loss) < 0.5
@@ -56,13 +56,13 @@ def test_start_page_code_trains_models_to_a_low_loss(capsys):
     assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-def test_large_batches_page_code_accumulates_the_full_batch_estimate(capsys):
+def test_code_of_the_large_batches_page_matches_the_full_batch_estimate(capsys):
     """Check the page's two examples: accumulation in a scan and with `optax.MultiSteps`."""
     variables, _ = run(DOCS / "large_batches.md", capsys)
     params, key = jnp.zeros((3, 2)), jax.random.key(1)
     estimate = gnb(lambda params, x: x @ params, groups=4)
     x = variables["micro_batches"].reshape(32, 3)
-    variables["params"] = params  # restore them: the page's training loop changed them
+    variables["params"] = params  # undo the updates of the page's training loop
     actual = variables["hessian_fn"](key)
     assert_trees_all_close(actual, estimate(params, x, key=key), rtol=1e-5)
     state = variables["state"]
@@ -78,7 +78,7 @@ def test_large_batches_page_code_accumulates_the_full_batch_estimate(capsys):
         for page in PAGES
         if code_blocks(page.read_text())
         and page.stem not in ("start", "large_batches")  # tested above
-        and page.parent.name != "trainer"  # skipped: the code reads files of a training run
+        and page.parent.name != "trainer"  # skipped: the code reads a trained model's files
     ],
 )
 def test_page_code_prints_the_output_shown_in_comments(name, capsys, tmp_path, monkeypatch):

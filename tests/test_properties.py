@@ -1,4 +1,4 @@
-"""Property-based tests with random trees, dtypes, hyperparameters and weights."""
+"""Property-based tests with random trees, dtypes, hyperparameters and loss weights."""
 
 import functools
 
@@ -27,7 +27,7 @@ def examples(n):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None)
 
 
-# Hypothesis strategies for the optimizer. Few shapes and dtypes keep compilation short.
+# Hypothesis strategies for the optimizer. Few shapes and dtypes need few compilations.
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = ((), (3,), (2, 2), (0, 2))
@@ -41,7 +41,7 @@ TREES = st.recursive(
         st.just(None),
     ),
     max_leaves=6,
-).filter(lambda tree: tree is not None)  # Optax interprets `params=None` as no parameters
+).filter(lambda tree: tree is not None)  # Optax interprets None as an omitted argument
 MAGNITUDES = st.sampled_from([0.0, 1e-45, 1e-30, 1e-7, 1e-3, 1.0, 1e3, 6e4, 1e30, 3e38])
 SEEDS = st.integers(0, 2**32 - 1)
 VALUES = st.tuples(SEEDS, st.lists(MAGNITUDES, min_size=1, max_size=3))
@@ -125,8 +125,8 @@ def test_sophia_updates_are_finite_and_bounded(tree, hyperparameters, start, ste
     assert optax.tree.get(state, "num_updates") == len(steps)
 
 
-# Hypothesis strategies for the estimators, with eight predictions of a small network. Few
-# cases keep compilation short.
+# Hypothesis strategies for inputs of the estimators: a small network, eight predictions.
+# The list of cases is short, because each case is compiled.
 
 BATCH = 8
 WEIGHTS = st.lists(
@@ -163,7 +163,7 @@ def estimates(case, params, x, y, weights, key):
 @examples(50)
 @given(CASES, SEEDS, st.sampled_from([0.0, 1e-3, 1.0, 5.0]), WEIGHTS)
 def test_gnb_and_empirical_fisher_are_finite_and_nonnegative(case, seed, size, weights):
-    """If all weights are 0, every entry of the estimate must be NaN instead."""
+    """If all loss weights are 0, every entry of an estimate must be NaN instead."""
     rng, shapes = np.random.default_rng(seed), {"bias": (3,), "in": (2, 3), "out": (3, 3)}
     params = {
         name: jnp.asarray(size * rng.normal(size=shape), dtype)

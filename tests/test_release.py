@@ -34,7 +34,7 @@ def find_repositories(text):
 
 
 def text_files():
-    """Yield the path and text of each file that `.gitignore` does not ignore."""
+    """Yield the path and content of each text file that `.gitignore` does not exclude."""
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     for folder, folders, files in os.walk(ROOT):
         relative = Path(folder).relative_to(ROOT)

@@ -164,8 +164,8 @@ def test_smooth_clip_does_not_change_unclipped_fraction_or_frozen_leaves():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_gradient_noise_of_gnb_estimates_the_variance_over_labels(x64, groups):
-    """The reference variance is an exact sum over all possible labels of the batch."""
+def test_squared_gradient_noise_of_gnb_is_unbiased_for_variance_over_labels(x64, groups):
+    """The mean squared noise and the variance are exact sums over all possible labels."""
     params = jax.tree.map(lambda p: 0.5 * p, network_params())
     x = jax.random.normal(jax.random.key(2), (4, 2))
     log_probs = jax.nn.log_softmax(network(params, x))
@@ -196,8 +196,8 @@ def test_gradient_noise_of_gnb_estimates_the_variance_over_labels(x64, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_gradient_noise_of_empirical_fisher_estimates_variance_between_groups(x64, groups):
-    """The squared estimate also includes the squared mean gradient divided by `groups`."""
+def test_gradient_noise_of_empirical_fisher_measures_variance_between_groups(x64, groups):
+    """The squared noise equals (variance + squared mean gradient) / `groups`."""
     params = network_params()
     x, y = jax.random.normal(jax.random.key(2), (6, 2)), jnp.array([0, 1, 2, 2, 1, 0])
 
@@ -223,8 +223,8 @@ def test_gradient_noise_divides_the_estimate_by_batch_weight(batch_weight, expec
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_noise_bounded_divides_by_the_norm_of_momentum_and_noise(x64, nesterov):
-    """Every second update is a refresh with an estimate of the noise."""
+def test_noise_bounded_divides_by_sqrt_of_squared_momentum_plus_variance(x64, nesterov):
+    """Every second update is a refresh, with a new standard deviation of the gradient."""
     lr, b1, b2, weight_decay = 0.1, 0.9, 0.8, 0.2
     estimates = [e if t % 2 == 0 else None for t, e in enumerate(ESTIMATES)]
 
@@ -259,7 +259,7 @@ def test_signum_equals_sophia_with_a_nonpositive_hessian(value):
     assert_trees_all_close(train(signum(0.1, 0.9))[0], params, rtol=1e-6)
 
 
-def test_normalize_only_divides_the_momentum_by_its_norm():
+def test_normalize_only_divides_the_momentum_by_its_global_norm():
     params, _ = train(normalize_only(0.1, 0.9, weight_decay=0.0))
     theta, m = dict(PARAMS), jax.tree.map(np.zeros_like, PARAMS)
     for grads in GRADS:

@@ -1,4 +1,4 @@
-"""Training runs of the study. They run on all cores, and each is stored when it ends."""
+"""Training runs of the study. One run per core at a time; each is stored when it ends."""
 
 import concurrent.futures
 import dataclasses

@@ -40,7 +40,7 @@ def learning_rates(optimizer: Optimizer) -> Range:
 
 
 def fourth_hyperparameter(optimizer: Optimizer) -> tuple[str, Range]:
-    """Return the name of the fourth hyperparameter and its range. For b2: of 1 - b2."""
+    """Return the fourth hyperparameter's name and range. For b2, the range is of 1 - b2."""
     if optimizer == "clip_only":
         return "gamma", (1e-4, 3e-3)
     if not isinstance(optimizer, Sophia) or optimizer.gamma == "batch":

@@ -52,7 +52,7 @@ def losses_table(
 
 
 def format_losses(found: Sequence[float], base: Sequence[float] | None = None) -> str:
-    """Format mean and standard deviation, and the difference from the mean of `base`."""
+    """Format mean and standard deviation of losses, and the mean minus that of `base`."""
     if diverged := sum(map(math.isinf, found)):
         return f"{diverged} of {len(found)} diverged"
     text = f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"

@@ -45,7 +45,7 @@ def main(config: Config) -> dict[str, list[Row]]:
                 effects = opened.log, opened.save, opened.signal.should_stop
                 train(opened.config, corpus, opened.start, *effects)
             curves[run.optimizer] = opened.rows
-    if processes.is_first_process() and all(curves.values()):  # all runs must have metrics
+    if processes.is_first_process() and all(curves.values()):  # the plot needs every curve
         plot_losses(curves, out / "loss.png", corpus.name)
         print(f"{out}: config.json, metrics.jsonl, {checkpoints.CHECKPOINTS}, loss.png")
         for name, rows in curves.items():

@@ -19,7 +19,7 @@ from examples.gpt.core.config import (
 # Batch size, warm-up and refresh interval are the paper's. However, each refresh uses 16
 # sequences in 16 groups, whereas the paper uses 240 sequences in one group.
 _GPT2 = Config(
-    # GPT-2's 50,257 tokens, rounded up to a multiple of 128 for speed.
+    # GPT-2's vocabulary of 50,257 tokens, rounded up to a multiple of 128 for speed.
     model=ModelConfig(context=1024, vocabulary=50304, init_std=0.02, dtype="bfloat16"),
     training=Training(steps=100_000, batch=480, warmup=2_000, final_fraction=0.05),
     refresh=Refresh(debias=False),
@@ -50,7 +50,7 @@ def _paper(
     gamma: float = 0.05,
     decay: float = 0.2,
 ) -> Recipes:
-    """Return the paper's recipes, except that Sophia-H uses Levanter's gamma."""
+    """Return the paper's recipes. For Sophia-H, learning rate and gamma are Levanter's."""
     return {
         "sophia_g": Recipe(sophia_g, 0.965, 0.99, decay, gamma),
         "sophia_h": Recipe(sophia_h, 0.965, 0.99, decay, 0.01),
@@ -74,7 +74,7 @@ _BYTES: Recipes = {
 }
 
 # Only the `bytes` recipes were tuned for this example. gpt2-30m uses the gpt2-125m recipes.
-# gpt2-1.5b and neox-6.6b use the neox-1.5b recipes. The Lion learning rate in these is
+# gpt2-1.5b and neox-6.6b use the neox-1.5b recipes, whose Lion learning rate is
 # extrapolated from smaller models.
 PRESETS: dict[Preset, tuple[Config, Recipes]] = {
     "bytes": (Config(), _BYTES),
@@ -90,7 +90,7 @@ PRESETS: dict[Preset, tuple[Config, Recipes]] = {
 
 
 def preset_config(preset: Preset = "bytes", optimizer: Optimizer = "sophia_g") -> Config:
-    """Return the config of a preset, with its recipe for an optimizer."""
+    """Return the config of a preset, with its hyperparameters for the given optimizer."""
     config, recipes = PRESETS[preset]
     recipe = recipes[optimizer]
     return dataclasses.replace(config, preset=preset, optimizer=optimizer, recipe=recipe)
@@ -109,7 +109,7 @@ def default_config(arguments: list[str] | None = None) -> Config:
     first: Any = {"return_unknown_args": True, "add_help": False}
     start, _ = tyro.cli(_Start, args=arguments, **first)
     config = preset_config(start.preset, start.optimizer)
-    if start.gamma is not None or start.share is not None:  # overrides the recipe's choice
+    if start.gamma is not None or start.share is not None:  # gamma and share are exclusive
         recipe = dataclasses.replace(config.recipe, gamma=None, share=None)
         config = dataclasses.replace(config, recipe=recipe)
     return config

@@ -41,8 +41,8 @@ def accumulate(estimate: Estimator) -> Accumulator:
 
       - `init(params)`: the empty state;
       - `add(state, params, *batch, **kwargs)`: the state after one more micro-batch. The
-        arguments after `state` are those of `estimate`. All micro-batches may use the same
-        key, because each group's number is folded into it. W_i is the number of predictions
+        arguments after `state` are passed to `estimate`. All micro-batches may use the same
+        key, because each group's index is folded into it. W_i is the number of predictions
         or, if `weights` are passed, their sum. For `hutchinson`, W_i is the number of
         examples, or the argument `weight` if passed. Micro-batches of weight 0 are ignored;
       - `mean(state)`: the estimate ĥ, to pass as `hessian` or return from `hessian_fn`. If

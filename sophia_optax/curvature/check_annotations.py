@@ -96,7 +96,7 @@ def trace_group_gradient(
         return fn, values, None
     is_summed = jax.tree.map(lambda value: value.is_squares, values)
     if grouped.axes:
-        # Annotated parameters stay sharded. Types contain Explicit shardings, so retrace.
+        # Annotated parameters stay sharded. Explicit shardings are part of types: retrace.
         gathered = grouped.gather(params, is_summed)
         fn, _ = trace(gradient, gathered, *grouped.first, axis_env=axis_env)
     return fn, values, is_summed
@@ -163,7 +163,7 @@ _name_cotangent.defvjp(lambda x: (x, None), lambda _, g: (checkpoint_name(g, _BA
 
 
 def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
-    """Return the abstract values of a jaxpr's results, given those of its arguments."""
+    """Return a jaxpr's abstract results, given the abstract values of its arguments."""
     values = dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(x: Any) -> Value:
@@ -178,7 +178,7 @@ def _follow(jaxpr: Any, operands: Sequence[Value], names: Axes) -> list[Value]:
 
 
 def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
-    """Return the abstract values of an operation's results, given those of its operands."""
+    """Return an operation's abstract results, given the abstract values of its operands."""
     name, params, results = eqn.primitive.name, eqn.params, len(eqn.outvars)
     first = operands[0] if operands else FORWARD
     if name == "name" and params["name"] == _BACKWARD:
@@ -196,7 +196,7 @@ def _apply(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
     if inner is not None and (len(inner.invars), len(inner.outvars)) == counts:
         return _follow(inner, operands, names)  # a call, such as `jit` or `remat`
     if _has_annotation([eqn]):
-        return [HIDDEN] * results  # a `while` or a kernel may run it any number of times
+        return [HIDDEN] * results  # a `while` or a kernel may repeat the annotation
     if name in ("optimization_barrier", "device_put"):
         return operands  # one result for each operand
 
@@ -275,7 +275,7 @@ def _follow_scan(eqn: Any, operands: list[Value], names: Axes) -> list[Value]:
 
 
 def _join(a: Value, b: Value) -> Value:
-    """Return the join: the abstract value of an array with entries of value `a` or `b`."""
+    """Return the abstract value of an array whose entries have the value `a` or `b`."""
     if a == b or b == ZERO:
         return a
     if a == ZERO:
@@ -297,7 +297,7 @@ def _sum(a: Value, b: Value) -> Value:
 def _sum_over_devices(value: Value, over: Axes, names: Axes) -> Value:
     """Return the abstract value of a sum of `value` over the mapped axes `over`."""
     if value.is_squares:
-        # Devices hold different groups along `names`, parts of a group along other axes.
+        # Along `names`, devices hold different groups. Along other axes, partial sums.
         return value.with_axes(over) if over <= names else PARTS
     if value.kind == Kind.GRADIENT:
         return value.with_axes(over & names)

@@ -38,9 +38,9 @@ class Estimator(Protocol):
         """Return the estimate, a tree like `params`, in float32 or float64.
 
         Each argument in `batch` is a tree of arrays, and all leading axes have the same
-        size. Every estimator takes the keyword argument `first_group`, the number of the
+        size. Every estimator takes the keyword argument `first_group`, the index of the
         first group, shape (), int32, 0 by default. Other keyword arguments, such as `key`,
-        depend on the estimator. A random estimator folds each group's number into the key,
+        depend on the estimator. A random estimator folds each group's index into the key,
         so that different groups and micro-batches draw independent samples.
         """
         ...
@@ -48,7 +48,7 @@ class Estimator(Protocol):
     def weight(self, params: Any, *batch: Any, **kwargs: Any) -> ArrayLike:
         """Return the batch's weight in a weighted mean over batches, shape ().
 
-        The keyword arguments are those of `__call__`, without `first_group`.
+        Takes the same keyword arguments as `__call__`, except `first_group`.
         """
         ...
 

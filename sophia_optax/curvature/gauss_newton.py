@@ -106,7 +106,7 @@ def empirical_fisher(
 ) -> "EmpiricalFisher":  # fmt: skip
     """Empirical Fisher estimator: `gnb` with the data's labels instead of sampled labels.
 
-    The arguments are those of `gnb`. Gradients for the data's labels do not have mean zero,
+    Takes the arguments of `gnb`. Gradients for the data's labels do not have mean zero,
     so the result depends on the groups and does not estimate the Gauss-Newton matrix
     (`Kunstner et al. <https://arxiv.org/abs/1905.12558>`_, 2019). This estimator is a
     baseline, which the Sophia paper uses in E-F+clip.
@@ -199,10 +199,10 @@ class _SquaredGradients:
                     f"`weights` must have one entry for each prediction, {shape}, got "
                     f"{arrays['weights'].shape}."
                 )
-            # The loss of a masked prediction, such as one labeled -100, may not be finite.
+            # Omit masked predictions: their loss may be nonfinite, as for a label of -100.
             loss = jnp.sum(jnp.sqrt(w) * jnp.where(w != 0, losses, 0))
             if key is None:
-                # An invalid label has an infinite loss but a finite gradient: make it NaN.
+                # An invalid label makes only the loss infinite: make the gradient NaN too.
                 loss *= jnp.where(jnp.isfinite(loss), 1, jnp.nan)
             return loss
 
@@ -261,8 +261,8 @@ class EmpiricalFisher(_SquaredGradients):
 def _check_takes_inputs(logits_fn: Callable[..., Any], params: Any, batch: Any) -> None:
     if signature := mismatched_signature(logits_fn, params, *batch):
         raise TypeError(
-            f"`logits_fn` must accept `params` and the arguments of the batch, "
-            f"{len(batch)}, but it takes `{signature}`. Pass the model's inputs without "
+            f"`logits_fn` must accept `params` and the {len(batch)} argument(s) of the "
+            f"batch, but its signature is `{signature}`. Pass the model's inputs without "
             "labels: `gnb` samples labels, and `empirical_fisher` takes them as `targets`."
         )
 

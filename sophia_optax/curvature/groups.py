@@ -2,10 +2,11 @@
 
 Groups are blocks of consecutive examples. Sequential groups (scanned) need memory for only
 one gradient. Parallel groups (vmapped) make better use of a large device. Step s computes
-groups `p * steps + s` for all p < parallel in parallel. So if the leading axis of the batch
-is sharded, each device computes the groups in its shard, and the results are summed over
-devices once, after the last step. However, squared gradients of weights that `each_group`
-annotates are summed over devices at each step and stay sharded.
+groups `p * steps + s` for all p < parallel in parallel, so p selects a contiguous part of
+the batch. If the leading axis of the batch is sharded, each device computes the groups in
+its shard, and the results are summed over devices once, after the last step. The exception
+is squared gradients of weights annotated by `each_group`: these are summed over devices at
+each step, and stay sharded if the weights are sharded.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ _NO_MESH = Mesh((), ())
 class GroupedBatch:
     """A batch split into groups: `steps` sequential steps of `parallel` groups each."""
 
-    first: tuple[Any, jax.Array]  # arrays and number of the first group
-    # Arrays and numbers of all groups, shape (steps, parallel, ...), or None for one group.
+    first: tuple[Any, jax.Array]  # arrays and index of the first group
+    # Arrays and indices of all groups, shape (steps, parallel, ...), or None for one group.
     groups: tuple[Any, jax.Array] | None = None
     steps: int = 1
     parallel: int = 1
@@ -39,7 +40,7 @@ class GroupedBatch:
     axes: Axes = ()  # the Explicit axes of the mesh that the batch is sharded over
 
     def gather(self, params: Any, is_summed: Any = None) -> Any:
-        """Return the parameters, gathered over `axes` except where `is_summed` is True."""
+        """Return the parameters, gathered over `axes` where `is_summed` is not True."""
         if not self.axes:
             return params
         gather = functools.partial(meshes.gather, mesh=self.mesh, axes=self.axes)
@@ -52,7 +53,7 @@ def split_into_groups(
     batch: dict[str, Any], groups: int, parallel_groups: int | None = None,
     first_group: ArrayLike = 0,
 ) -> GroupedBatch:  # fmt: skip
-    """Split the arrays of a batch, a dict of trees, into groups along the leading axis."""
+    """Split each array in `batch` into groups of consecutive rows."""
     if groups == 1:
         return GroupedBatch(first=(batch, jnp.int32(first_group)))
     _check_batch(batch, groups)
@@ -77,7 +78,7 @@ def split_into_groups(
 def sum_over_groups(
     fn: Callable[..., Any], params: Any, grouped: GroupedBatch, is_summed: Any = None
 ) -> Any:
-    """Return Σ_g fn(params, batch of group g, number of group g), sharded like `params`.
+    """Return Σ_g fn(params, batch of group g, its index), sharded like `params`.
 
     `is_summed` is a tree of bools like `params`, True for results that `fn` has already
     summed over the mapped axis `GROUPS`. It is None if `fn` does not use this axis.
@@ -164,7 +165,7 @@ def _choose_parallel_groups(
                 f"`{name}={count}` is not a multiple of the {shards} devices that the "
                 f"batch is sharded over, along {axes}. Use a multiple, or `groups=1`."
             )
-    # Types do not record shardings over Auto axes: assume that all of them shard the batch.
+    # Types do not record Auto shardings, so assume that all Auto axes shard the batch.
     auto_shards = math.prod(mesh.shape[name] for name in meshes.auto_axes(mesh))
     return parallel_groups or shards * math.gcd(groups // shards, auto_shards)
 
@@ -185,5 +186,5 @@ def _check_batch(batch: dict[str, Any], groups: int) -> None:
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"`groups={groups}` needs arrays with the same leading axis, got {sizes}."
+            f"`groups={groups}` needs leading axes of the same size, got {sizes}."
         )

@@ -201,7 +201,7 @@ def _check_loss(loss: jax.Array, names: tuple[str, ...]) -> jax.Array:
         raise ValueError(
             f"`loss_fn` (`obj_fn`) must return the mean loss, a float scalar, got {got}."
         )
-    # Parameters vary over `names`, so a loss that does not vary was reduced over devices.
+    # The parameters vary over the axes `names`. If the loss does not, it was reduced.
     if reduced := set(names) - set(arrays.shard_axes(loss, names)):
         raise ValueError(
             f"`loss_fn` returns the same loss on all devices along {sorted(reduced)}, such "

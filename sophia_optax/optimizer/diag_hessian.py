@@ -1,4 +1,4 @@
-"""The transformation that divides updates by an average of the Hessian diagonal."""
+"""The transformation that divides updates by a moving average of the Hessian diagonal."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from sophia_optax.optimizer.hold_unclipped import Gamma, HoldUnclipped, hold_unc
 from sophia_optax.optimizer.momentum import compute_look_ahead
 from sophia_optax.optimizer.rounding import check_dtype, round_stochastically
 
-# A lower bound on `eps`, which may be 0, or rounded to 0 by `inject_hyperparams`.
+# Used if `eps` is smaller, for example if `inject_hyperparams` rounds `eps` to 0.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _NEVER = -(2**30)  # the value of `last_estimate` before the first estimate
 
 
 class ScaleByDiagHessianState(NamedTuple):
-    """State of `scale_by_diag_hessian`. It contains no keys or functions."""
+    """State of `scale_by_diag_hessian`. It contains only arrays, and no PRNG keys."""
 
     num_updates: jax.Array  # shape=(), dtype=int32
     last_estimate: jax.Array  # shape=(), dtype=int32, index of the last estimate's update
@@ -59,7 +59,7 @@ def scale_by_diag_hessian(
     A refresh takes effect in the same update. An estimate with any non-finite entry is
     rejected: the average does not change.
 
-    The arguments are those of `sophia`, plus `rms`: if True, h_t is the root mean square of
+    Takes the arguments of `sophia`, and also `rms`: if True, h_t is the root mean square of
     the estimates, as in AdaHessian, with h_t² = b2 h_{t-1}² + (1 - b2) ĥ_t².
 
     Returns:
@@ -120,7 +120,7 @@ def scale_by_diag_hessian(
 
         def refresh(average, estimate, is_due):
             """Return the next average, and whether the estimate was accepted."""
-            # Under `vmap`, this code also runs for batch members that are not due.
+            # Under `vmap`, this also runs for batch members whose refresh is not due.
             estimate = estimate_checks.match_structure(updates, estimate)
             is_accepted = is_due & _is_finite(estimate, average, names)
             is_accepted = arrays.cast_to_varying(is_accepted, own_axes)

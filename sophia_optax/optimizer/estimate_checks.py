@@ -63,9 +63,9 @@ def check_sharding(tree: Any, axis_name: AxisName) -> frozenset[str]:
 
 
 def match_structure(updates: optax.Updates, estimate: optax.Updates) -> optax.Updates:
-    """Return the estimate with the structure of `updates`. Drop leaves masked in `updates`.
+    """Return the estimate with the structure of `updates`, without leaves masked there.
 
-    Each leaf of the estimate may be wrapped in a node, such as Flax's `nnx.Param`.
+    Each leaf of the estimate may be in a container of one leaf, such as Flax's `nnx.Param`.
     """
     named, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hidden)
     try:
@@ -101,7 +101,7 @@ def _describe_mismatch(updates: optax.Updates, estimate: optax.Updates) -> str:
         [path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=_is_hidden)]
         for tree in (updates, estimate)
     )
-    # A leaf of `updates` may have a subtree of the estimate, so paths match by their start.
+    # One leaf of `updates` may match a subtree of the estimate, so compare path prefixes.
     missing = [e for e in expected if all(g[: len(e)] != e for g in got)]
     unexpected = [g for g in got if all(g[: len(e)] != e for e in expected)]
     details = [f"missing `params{keystr(path)}`" for path in missing]

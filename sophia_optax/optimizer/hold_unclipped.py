@@ -25,14 +25,14 @@ Indices = tuple[np.ndarray, ...]
 Weighted = tuple[jax.Array, Any]  # ratios and their weights
 
 SAMPLE_SIZE = 4096  # total number of sampled entries, over all parameters
-# If fewer sampled entries have u != 0 and h > 0, gamma is computed from all entries. So the
+# If fewer than this many samples have u != 0 and h > 0, use all entries for gamma. So the
 # unclipped fraction has a standard deviation of at most sqrt(f (1 - f) / MIN_COUNTED).
 MIN_COUNTED = 1024
 
 _BITS = 31  # number of bits in a float32 without its sign
-_ROUNDS = 1 + _BITS  # of the bisection: one for the total weight, one for each bit
+_ROUNDS = 1 + _BITS  # rounds of `_bisect`: one for the total weight, one for each bit
 _INFINITY = 0x7F800000  # the bit pattern of float32 infinity
-_LARGEST_FRACTION = 1 - 1e-6  # for a fraction of 1, no ratio would be large enough
+_LARGEST_FRACTION = 1 - 1e-6  # for a fraction of 1, the quantile would be NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _find_quantile(
     names: tuple[str, ...], us: list[Update], hs: list[jax.Array],
     fraction: jax.Array, has_curvature: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Return the `fraction`-quantile of the ratios |u| / h, or 0 if none is counted."""
+    """Return the `fraction`-quantile of the ratios |u| / h, or 0 if no ratio is counted."""
     weights = [_compute_weight(names, (u, h)) for u, h in zip(us, hs, strict=True)]
 
     def all_ratios(loop_state):
@@ -126,7 +126,7 @@ def _find_quantile(
     sample = _sample(us, hs, weights)
     quantile, counted = bisect(lambda _: [sample])
     is_small = has_curvature & (counted < MIN_COUNTED)
-    # If not, this is a loop of 0 rounds: under `vmap`, a `cond` would run both branches.
+    # A loop of 0 rounds replaces a `cond`, which would run both branches under `vmap`.
     exact, _ = bisect(all_ratios, rounds=jnp.where(is_small, _ROUNDS, 0))
     return jnp.where(is_small, exact, quantile)
 
@@ -150,7 +150,7 @@ def _find_quantile_jvp(names, primals, tangents):
 
 
 def _compute_ratios(u: Update, h: jax.Array) -> jax.Array:
-    """Return |u| / h in float32, or inf where h <= 0. Count only ratios in (0, inf)."""
+    """Return |u| / h in float32, or inf if h <= 0. Callers ignore ratios of 0 and inf."""
     u, h = jnp.asarray(compute_look_ahead(u), jnp.float32), h.astype(jnp.float32)
     return jnp.where(h > 0, jnp.abs(u) / jnp.where(h > 0, h, 1), jnp.inf)
 
@@ -177,7 +177,7 @@ def _sample(us: list[Update], hs: list[jax.Array], weights: list[float]) -> Weig
                 u = LookAhead(_take(u.average, at), _take(u.grads, at), u.b1)
             else:
                 u = _take(u, at)
-            # `concatenate` rejects shape (), the shape of the ratio of a scalar parameter.
+            # A scalar parameter's ratio has shape (), which `concatenate` rejects.
             ratios.append(jnp.ravel(_compute_ratios(u, _take(h, at))))
             sample_weights.append(np.full(end - start, weight, np.float32))
     return jnp.concatenate(ratios), np.concatenate(sample_weights)

@@ -19,7 +19,7 @@ def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Arr
     In the notation of `sophia`, an entry is unclipped if abs(m) < ρ max(γ h, ε). The paper
     recommends a gamma for which the fraction is between 0.1 and 0.5. With `nesterov`, this
     is still the fraction for m, although the update clips the look-ahead, whose fraction is
-    often smaller. Arguments and errors are those of `sophia_metrics`.
+    often smaller. The arguments and errors are the same as for `sophia_metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,6 +36,8 @@ def unclipped_fraction(opt_state: Any, *, axis_name: AxisName = None) -> jax.Arr
 def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, jax.Array]:
     """Return metrics for a logger, computed from Sophia's state.
 
+    m, h, γ and ρ are defined in `sophia`.
+
     Args:
       opt_state: the state of any chain or wrapper with exactly one `scale_by_diag_hessian`
         and one `optax.ema` with `debias=False`. Other states raise ValueError.
@@ -45,7 +47,7 @@ def sophia_metrics(opt_state: Any, *, axis_name: AxisName = None) -> dict[str, j
       A dict of scalars, shape (), with these keys:
 
       - `unclipped_fraction`, and `unclipped_fraction/{path}` for each parameter;
-      - `gamma`: γ in the last division, including bias correction and `clip_threshold`;
+      - `gamma`: the factor of h in the last division: γ ρ, adjusted for bias correction;
       - `momentum_norm`: the Euclidean norm of m, in the units of the gradients;
       - `hessian_norm`: the norm of h without bias correction, in the units of the Hessian;
       - `nonpositive_fraction`: the fraction of the entries of h that are 0 or less;
@@ -117,7 +119,7 @@ def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _name_leaves(prefix: str, tree: Any) -> dict[str, jax.Array]:
-    """Return the leaves, keyed by prefix and tree path. Omit wrappers from the path."""
+    """Return a dict of leaves keyed by `prefix/path`. Omit wrappers from the path."""
     leaves = jax.tree.leaves_with_path(tree)
     siblings = collections.Counter(path[:-1] for path, _ in leaves)
     named = {}

@@ -1,7 +1,7 @@
 """Stochastic rounding for moving averages in 16 bits.
 
 If a moving average m ← b m + (1 - b) x is rounded to nearest, it stalls once (1 - b)(x - m)
-is less than half the spacing of its dtype: in bfloat16 with b = 0.99, up to a quarter below
+is less than half the spacing of its dtype: in bfloat16 with b = 0.99, m may stall 28% below
 x. Rounding up with probability equal to the discarded fraction of the spacing is unbiased.
 """
 
@@ -21,7 +21,7 @@ def check_dtype(name: str, dtype: Any) -> None:
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise TypeError(
             f"`{name}` must be a floating point dtype of 16 bits or more, got {dtype}: a "
-            'moving average needs a mantissa and a range. Use "bfloat16" to save memory.'
+            'moving average needs precision and range. Use "bfloat16" to save memory.'
         )
 
 
@@ -50,7 +50,7 @@ def round_stochastically(
 
 
 def round_with_bits(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Cast `x` to `dtype`. Round away from 0 if the discarded bits plus `bits` carry."""
+    """Cast `x` to `dtype`, away from 0 if adding `bits` to the discarded bits carries."""
     x = x.astype(jnp.float32)
     cut = jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant
     # The bit pattern of a float increases with its magnitude, so a carry out of the

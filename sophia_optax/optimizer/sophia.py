@@ -69,7 +69,7 @@ def sophia(
 
     Returns:
       A transformation. Its `update` requires `params` and returns updates in the dtypes of
-      `params`. Errors are those of `scale_by_diag_hessian`.
+      `params`. The errors are the same as for `scale_by_diag_hessian`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -150,7 +150,7 @@ def sophia_h(
 
 
 def _check_obj_fn(params: optax.Params | None, extra_args: dict[str, Any]) -> None:
-    """Raise ValueError if `obj_fn` conflicts with other arguments or lacks parameters."""
+    """Raise ValueError if `obj_fn` conflicts with an argument or `params` is missing."""
     for name in ("hessian", "hessian_fn"):
         if extra_args.get(name) is not None:
             raise ValueError(f"`update` got both `obj_fn` and `{name}`: pass one of them.")
@@ -176,8 +176,8 @@ def scale_by_sophia(
       m_t = b_1 m_{t-1} + (1 - b_1) g_t, \qquad
       u_t = \mathrm{clip}(m_t / \max(\gamma h_t, \epsilon), \pm\rho)
 
-    This is a chain of `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. Arguments,
-    dtypes and errors are those of `sophia`.
+    This is a chain of `optax.ema`, `scale_by_diag_hessian` and `optax.clip`. The arguments,
+    dtypes and errors are the same as for `sophia`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -203,7 +203,7 @@ def scale_by_sophia(
 
 
 def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> Any:
-    """Return the updates in the dtypes of the parameters."""
+    """Cast the updates to the dtypes of the parameters."""
 
     def cast(u: Any, p: Any) -> Any:
         return None if u is None else u.astype(jnp.result_type(p))
@@ -212,7 +212,7 @@ def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> An
 
 
 def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
-    """Return factor · gamma. A `hold_unclipped` rule finds its own scale: return it."""
+    """Return factor · gamma, or a `hold_unclipped` rule unchanged: it needs no factor."""
     if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
         return gamma
     if callable(gamma):

@@ -9,7 +9,7 @@ from benchmarks import measure
 from benchmarks.flops import flops
 
 
-def test_time_alternating_shuffles_programs_in_each_round_and_drops_the_warm_up_times():
+def test_time_alternating_shuffles_functions_and_drops_warm_up_times():
     ran = []
     seconds = measure.time_alternating(
         {name: lambda n=name: ran.append(n) for name in "abc"}, 4

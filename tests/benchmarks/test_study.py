@@ -16,7 +16,7 @@ from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
 
 OPTIMIZERS = [*path.optimizers().values(), "lion", "signum", "clip_only", "adahessian"]
-FEW = 400  # steps of the shortest run, with a validation every 25 steps
+FEW = 400  # steps of the shortest possible run: 16 validations, every 25 steps
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -84,7 +84,7 @@ def test_hyperparameter_changes_an_update_only_if_the_optimizer_uses_it():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bound", ["clip", "smooth"])
 @pytest.mark.parametrize("divisor", ["h", "rms"])
-def test_study_sophia_update_matches_its_formula(divisor, bound, nesterov):
+def test_study_sophia_update_matches_a_numpy_implementation(divisor, bound, nesterov):
     lr, b1, b2, gamma, decay = 0.1, 0.8, 0.9, 0.3, 0.2
     settings = Settings(lr, b1, b2, gamma, weight_decay=decay)
     values = dataclasses.asdict(settings) | {"seed": 0}

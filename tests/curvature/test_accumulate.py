@@ -78,7 +78,7 @@ def test_accumulate_over_unequal_micro_batches_has_the_correct_scale(sizes, weig
     assert_trees_all_close(micro.mean(state), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_accumulate_weights_micro_batches_by_their_number_of_predictions():
+def test_accumulator_weight_is_the_total_number_of_predictions():
     micro = accumulate(gnb(network))
     long, short = X[:8].reshape(2, 4, 2), X[8:10].reshape(2, 1, 2)
     assert add_all(micro, [(long, {"key": KEY}), (short, {"key": KEY})]).weight == 8 + 2
@@ -95,7 +95,7 @@ def test_accumulate_ignores_a_micro_batch_with_zero_weight():
         assert all(jnp.isnan(h).all() for h in jax.tree.leaves(mean))
 
 
-def test_accumulate_weights_hutchinson_estimates_by_the_given_weight():
+def test_accumulate_averages_hutchinson_estimates_with_the_given_weights():
     """The loss is a masked mean, so an unweighted mean of micro-batches would be wrong."""
     mask = jnp.array([1.0] * 5 + [0] * 7)
 

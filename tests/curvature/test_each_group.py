@@ -96,7 +96,7 @@ def expected_fisher(groups=4):
 
 
 @pytest.mark.parametrize(("groups", "parallel_groups"), [(1, None), (4, 2), (8, 1)])
-def test_each_group_does_not_change_gnb_or_accumulate(groups, parallel_groups):
+def test_each_group_does_not_change_accumulated_gnb_estimates(groups, parallel_groups):
     def estimate(network):
         micro = accumulate(gnb(network, groups=groups, parallel_groups=parallel_groups))
         state, add = micro.init(PARAMS), jax.jit(micro.add)
@@ -107,7 +107,7 @@ def test_each_group_does_not_change_gnb_or_accumulate(groups, parallel_groups):
     assert_trees_all_close(estimate(annotated), estimate(unannotated), rtol=2e-6)
 
 
-def test_each_group_does_not_change_gradients_or_hutchinson():
+def test_each_group_does_not_change_gradients_or_hutchinson_estimates():
     def jaxprs(network):
         def loss(params, x):
             return network(params, x).mean()
@@ -402,7 +402,7 @@ def permute_gradients(params, x):
         (network_with(layer=lambda w: gather(each_group(w))), "before the gather"),
     ],
 )
-def test_each_group_is_required_after_each_gather_in_shard_map(network, cause, check_vma):
+def test_each_group_is_required_after_communication_in_shard_map(network, cause, check_vma):
     """Otherwise gradients would be summed over devices before they are squared."""
     with rejects(cause, "layers"):
         fisher_in_shard_map(network, check_vma)
@@ -417,7 +417,7 @@ def test_each_group_rejects_a_gather_within_subsets_of_devices():
 
 
 def test_each_group_rejects_a_gather_over_an_axis_without_groups():
-    """Along "t", devices hold parts of a group's gradient, so only their sum is squared."""
+    """Along "t", devices hold partial sums of a gradient. Only their sum may be squared."""
 
     def layer(w):
         return each_group(jax.lax.all_gather(w, "t", axis=1, tiled=True))

@@ -36,7 +36,7 @@ def test_estimator_rejects_params_of_an_unsupported_dtype(make, fn, kwargs, leaf
 
 @EVERY_ESTIMATOR
 @pytest.mark.parametrize("groups", [1, 2])
-def test_estimator_accepts_none_empty_arrays_and_numbers_in_params(
+def test_estimator_accepts_params_with_empty_arrays_numbers_and_none(
     make, fn, kwargs, groups
 ):
     params = PARAMS | {"none": None, "empty": jnp.ones((0, 3)), "number": 1.5}
@@ -94,7 +94,7 @@ def test_estimator_rejects_invalid_groups_batches_and_axes(
 
 
 @EVERY_ESTIMATOR
-def test_estimator_rejects_positional_keys_and_accepts_other_array_types(make, fn, kwargs):
+def test_estimator_takes_typed_and_raw_keys_and_targets_only_by_keyword(make, fn, kwargs):
     [(name, value)] = kwargs.items()
     other = jax.random.key_data(value) if name == "key" else np.uint8(value)
     assert_trees_all_close(*(make(fn)(PARAMS, X, **{name: v}) for v in (value, other)))

@@ -88,7 +88,7 @@ def test_gnb_mean_over_all_labels_is_the_gauss_newton_diagonal(
 @pytest.mark.parametrize(
     ("groups", "parallel_groups"), [(1, None), (4, None), (4, 2), (4, 4)]
 )
-def test_gnb_is_the_empirical_fisher_of_its_sampled_labels(groups, parallel_groups):
+def test_gnb_equals_the_empirical_fisher_for_the_labels_it_samples(groups, parallel_groups):
     """Each group samples labels with its own key, even if groups run in parallel."""
     params, x, weights = network_params(), inputs(8, 5), jnp.arange(40.0).reshape(8, 5)
     labels = [
@@ -148,7 +148,7 @@ def test_gnb_does_not_differentiate_sampled_labels():
     np.testing.assert_allclose(estimate(jnp.array(2.0), x, key=KEY), expected, rtol=1e-5)
 
 
-def test_gnb_is_nan_if_the_sum_of_the_weights_overflows():
+def test_gnb_is_nan_if_the_sum_of_loss_weights_overflows():
     params, x, weights = jnp.ones((2, 3)), jnp.ones((4, 2)), jnp.full(4, 3e38)
     hessian = jax.jit(gnb(linear))(params, x, key=KEY, weights=weights)
     assert jnp.isnan(hessian).all()

@@ -1,4 +1,4 @@
-"""Tests of weights, logits, likelihoods and targets in `gnb` and `empirical_fisher`."""
+"""Tests of loss weights, logits, likelihood and targets of `gnb` and `empirical_fisher`."""
 
 import functools
 import re
@@ -47,7 +47,9 @@ def is_finite(hessian):
     "weights",
     [[0, 0, 0, 0], [1, -0.5, 1, 1], [1, -1, 0, 0], [1, NAN, 1, 1], [1, INF, 1, 1]],
 )
-def test_gnb_and_fisher_are_nonfinite_for_invalid_weights(make, transform, groups, weights):
+def test_gnb_and_fisher_are_nonfinite_for_invalid_loss_weights(
+    make, transform, groups, weights
+):
     estimate = transform(lambda w: hessian_of(make, weights=w, groups=groups))
     assert not is_finite(estimate(jnp.array(weights)))
 
@@ -60,14 +62,14 @@ def test_gnb_and_fisher_accept_zero_weight_groups_and_zero_probability_classes(m
 
 @BOTH_ESTIMATORS
 @pytest.mark.parametrize("weights", [MASK > 0, np.uint8(MASK), [1, 0, 1, 1], -2 * MASK])
-def test_gnb_and_fisher_ignore_the_type_and_scale_of_weights(make, weights):
+def test_gnb_and_fisher_ignore_the_dtype_and_scale_of_loss_weights(make, weights):
     hessian = hessian_of(make, weights=weights, groups=2)
     assert_trees_all_close(hessian, hessian_of(make, weights=MASK, groups=2), rtol=1e-5)
 
 
 @TRACED_AND_EAGER
 @pytest.mark.parametrize("shape", [(), (3,), (4, 1)])
-def test_gnb_and_fisher_reject_weights_of_the_wrong_shape(make, transform, shape):
+def test_gnb_and_fisher_reject_loss_weights_of_the_wrong_shape(make, transform, shape):
     with pytest.raises(ValueError, match=rf"`weights`.*\(4,\).* {re.escape(str(shape))}"):
         transform(lambda w: hessian_of(make, weights=w))(jnp.ones(shape))
 
@@ -132,7 +134,7 @@ def test_gnb_accepts_a_function_whose_wrapper_hides_an_argument():
 
 
 def test_gnb_rejects_labels_in_the_batch():
-    with pytest.raises(TypeError, match=r"the batch, 2, .*`\(p, x\)`.* without labels"):
+    with pytest.raises(TypeError, match=r"the 2 arg.*`\(p, x\)`.* without labels"):
         gnb(lambda p, x: network(p, x))(PARAMS, X, Y, key=jax.random.key(0))
 
 

@@ -40,7 +40,7 @@ def test_hutchinson_mean_over_all_probes_is_the_hessian_diagonal(x64, monkeypatc
     assert_trees_all_close(mean, dense, rtol=1e-10)
 
 
-def test_hutchinson_probes_are_signs_in_the_dtypes_of_params(monkeypatch):
+def test_hutchinson_probes_are_plus_or_minus_one_in_the_dtypes_of_params(monkeypatch):
     probes, random_like = [], optax.tree.random_like
 
     def spy(key, tree, sampler):

@@ -1,4 +1,4 @@
-"""Tests of `hutchinson` with invalid losses or arguments, or kernels without a JVP."""
+"""Tests of `hutchinson` with invalid losses, invalid arguments, or kernels without JVP."""
 
 import functools
 

@@ -22,7 +22,7 @@ NORMAL_LOSSES = ((REALS - F) / 2) ** 2 / 2 + np.log(2 * np.sqrt(2 * np.pi))
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_likelihood_neg_log_prob_equals_its_formula(likelihood, targets, expected, dtype):
+def test_neg_log_prob_equals_the_numpy_formula(likelihood, targets, expected, dtype):
     losses = likelihood.neg_log_prob(jnp.asarray(F, dtype), jnp.asarray(targets))
     assert losses.dtype == jnp.float32
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2

@@ -1,4 +1,4 @@
-"""Attention kernels: equality with XLA in interpret mode, and lowering for accelerators."""
+"""Attention kernels: results in interpret mode, and lowering for TPUs and GPUs."""
 
 import dataclasses
 

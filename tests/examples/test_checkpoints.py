@@ -25,7 +25,7 @@ def train(config):
 
 @pytest.mark.slow
 def test_resume_rejects_a_different_model_seed_optimizer_or_corpus(tiny_config, tmp_path):
-    """A run resumes in its own folder or, with `resume_from`, in a new folder."""
+    """Resuming is tested in the run's folder and, with `resume_from`, in a new folder."""
     train(tiny_config())
     before = (tiny_config().folder / "metrics.jsonl").read_text()
     new = {"out": tmp_path / "new", "resume_from": tiny_config().folder, "steps": 6}
@@ -90,7 +90,7 @@ def test_run_with_a_nonfinite_loss_fails_and_keeps_a_finite_checkpoint(tiny_conf
 
 
 @pytest.mark.slow
-def test_run_resumes_after_a_full_disk(tiny_config, monkeypatch):
+def test_run_resumes_after_a_disk_full_error(tiny_config, monkeypatch):
     config = tiny_config(steps=8, checkpoint_every=4)
     original = ocp.training.Checkpointer.save_checkpointables_async
 

@@ -1,4 +1,4 @@
-"""Choice of mesh, micro-batches and remat, and compilation for unattached devices."""
+"""Choice of mesh, micro-batches and remat, and compilation without attached devices."""
 
 import dataclasses
 import importlib.util
@@ -60,7 +60,7 @@ def test_fit_to_devices_raises_if_no_layout_fits():
         fit_to_devices(config, devices("TPU v5 lite", 2))
 
 
-def test_layouts_start_with_the_given_layout_and_split_the_batch_evenly():
+def test_candidate_configs_start_with_the_input_and_split_the_batch_evenly():
     config = parse(["--preset", "gpt2-30m", "--accumulate", "2"])
     found = list(candidate_configs(config, 8))
     assert found[0] == config
@@ -81,11 +81,11 @@ def test_open_topology_error_names_the_missing_package(monkeypatch):
         open_topology("v5e:2x4")
 
 
-def test_chips_and_memory_list_the_same_device_kinds():
+def test_chips_and_memory_tables_list_the_same_device_kinds():
     assert {chip.kind for chip in CHIPS.values()} == set(MEMORY)
 
 
-def test_memory_bytes_counts_loop_slices_once_per_iteration():
+def test_memory_bytes_counts_a_slice_read_in_a_loop_at_each_iteration():
     def scaled_sum(stacked_LxN, y_N):
         step = lambda y_N, x_N: (y_N + 2 * x_N, None)  # noqa: E731
         return jax.lax.scan(step, y_N, stacked_LxN)[0]
@@ -139,7 +139,7 @@ ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 @pytest.mark.parametrize("flags", ["", "--mesh data=2,fsdp=2,tensor=2 --within-documents"])
-def test_compile_run_calls_each_splash_attention_kernel_once(topology, flags, monkeypatch):
+def test_compiled_step_calls_each_splash_kernel_once(topology, flags, monkeypatch):
     texts, collectives = [], hlo.collectives
     spy = lambda c: texts.append(c.as_text()) or collectives(c)  # noqa: E731
     monkeypatch.setattr(hlo, "collectives", spy)
@@ -160,7 +160,7 @@ def test_make_mesh_can_split_a_physical_axis_of_the_tpu_torus(slices):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_compile_run_exchanges_only_gradients_and_estimates_between_slices():
+def test_compiled_step_exchanges_only_gradients_and_estimates_between_slices():
     """Each step exchanges a gradient. A refresh adds an estimate of the same size."""
     config = parse(SMALL)
     results = tool.compile_run(config, *open_topology("v5e:2x2", slices=2))

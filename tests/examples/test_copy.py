@@ -11,7 +11,7 @@ from gpt_runs import ROOT, TEXT
 
 
 @pytest.mark.slow
-def test_copied_core_trains_a_modified_model_without_the_rest_of_examples(tmp_path):
+def test_copied_core_folder_trains_a_modified_model_without_examples(tmp_path):
     shutil.copytree(ROOT / "examples" / "gpt" / "core", tmp_path / "my_gpt")
     model = tmp_path / "my_gpt" / "model.py"
     changed = model.read_text().replace("jax.nn.gelu(up)", "jax.nn.relu(up) ** 2")

@@ -133,7 +133,7 @@ def test_load_assigns_each_text_file_to_one_split(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[1000], [500, 500], [100, 900], [5000, 3, 2]])
-def test_load_splits_within_a_file_if_there_are_few_files(tmp_path, sizes):
+def test_load_takes_validation_data_from_part_of_a_file_if_files_are_few(tmp_path, sizes):
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text("x" * size)
     corpus = corpora.load(tmp_path)

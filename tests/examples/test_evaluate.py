@@ -51,7 +51,7 @@ def test_evaluate_scores_every_token_except_the_first(params, size, cuts):
         assert (count, text) == (size - 1, size)
 
 
-def test_evaluate_counts_bytes_equally_for_two_tokenizers(params):
+def test_evaluate_byte_count_does_not_depend_on_the_tokenizer(params):
     """Both tokenizers map each byte to one token. The model's probabilities are uniform."""
     params, found = jax.tree.map(lambda p: 0 * p, params), []
     for tokenizer in (Bytes(), tiny_bpe(merges=())):
@@ -100,7 +100,7 @@ def test_evaluate_on_a_mesh_matches_single_device(params, corpus, save_run):
 
 
 def test_evaluate_main_rejects_missing_or_mismatched_inputs(params, corpus, tmp_path):
-    with pytest.raises(ConfigError, match=r"`out` or `weights` must"):
+    with pytest.raises(ConfigError, match=r"exactly one of `out` and `weights`"):
         evaluate.main(Options())
     with pytest.raises(ConfigError, match=r"`out` must be .* has no checkpoint"):
         evaluate.main(Options(out=tmp_path / "nowhere"))

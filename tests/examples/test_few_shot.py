@@ -17,7 +17,9 @@ from lm_eval.api.instance import Instance
 
 from examples.gpt.tools import few_shot
 
-few_shot.TaskManager = functools.cache(few_shot.TaskManager)  # construction takes seconds
+few_shot.TaskManager = functools.cache(
+    few_shot.TaskManager
+)  # cached, because construction takes seconds
 CONFIG = ModelConfig(layers=1, heads=2, width=16, context=96, vocabulary=300, bias=True)
 
 
@@ -53,7 +55,7 @@ def score(params, context, continuation):
 
 
 def test_few_shot_model_scores_continuations_of_all_lengths(lm, params):
-    """Inputs are padded or truncated, and the last batch has only 3 of 4 requests."""
+    """Inputs are padded or truncated, and the last batch has 3 requests instead of 4."""
     rng = np.random.default_rng(0)
     pairs = [
         tuple("".join(map(chr, rng.integers(97, 123, size))) for size in sizes)
@@ -91,7 +93,7 @@ def questions(name, size, seed):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Return a folder with data for all four tasks."""
+    """Return a folder with random data for four SuperGLUE tasks."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name in COLUMNS:
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ NAMES = ["fine_tuning", "with_equinox", "with_linen", "with_nnx", "with_pytrees"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_example_script_reduces_the_loss_and_runs_refreshes(name, capsys):
+def test_example_script_reduces_the_loss_and_refreshes_the_hessian(name, capsys):
     losses, opt_state = importlib.import_module(f"examples.{name}").main(steps=151)
     assert np.mean(losses[-20:]) < 0.5 * losses[0]
     metrics = sophia_metrics(opt_state)

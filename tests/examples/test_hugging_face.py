@@ -21,7 +21,7 @@ CONFIG = ModelConfig(layers=2, heads=3, width=12, context=10, vocabulary=31, bia
 
 
 def random_params(config):
-    """Return parameters with noise, also in norms and biases, and with small embeddings."""
+    """Return parameters with noise added to every array, and with small embeddings."""
     rng = np.random.default_rng(0)
 
     def draw(path, p):
@@ -64,8 +64,8 @@ def test_load_returns_the_saved_params(tmp_path, bias):
     assert_loads(tmp_path, traverse_util.unflatten_dict(flat))
 
 
-def test_load_reads_variants_of_the_format(folder):
-    """The files have unprefixed names, mask buffers, a head, two shards, a GELU alias."""
+def test_load_reads_variants_of_the_hugging_face_format(folder):
+    """The files use unprefixed names, mask buffers, a head, two shards and a GELU alias."""
     tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(folder).items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 10, 10), bool)
     tensors["lm_head.weight"] = tensors["wte.weight"]
@@ -142,13 +142,13 @@ def both_logits(theirs, params):
     return model.bind(CONFIG, params)(tokens), expected
 
 
-def test_saved_params_have_equal_logits_in_transformers(folder, transformers):
+def test_saved_params_give_equal_logits_in_transformers(folder, transformers):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     ours, expected = both_logits(theirs, random_params(CONFIG))
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_params_saved_by_transformers_have_equal_logits_after_load(tmp_path, transformers):
+def test_params_saved_by_transformers_give_equal_logits_after_load(tmp_path, transformers):
     import torch
 
     torch.manual_seed(0)

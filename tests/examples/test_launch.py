@@ -73,7 +73,7 @@ def test_kubernetes_objects_have_consistent_references():
 
 
 def check_on_32_devices(arguments):
-    """Check that flags of a run are valid for the 32 TPU chips and 32 GPUs in the docs."""
+    """Check that a run's flags are valid on 32 TPU chips and on 32 GPUs, as in the docs."""
     config = parse(arguments)
     config.check()
     assert config.training.mesh == "auto"

@@ -39,7 +39,7 @@ def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
     values = {"accumulate": 2, "loss_chunk": 8, "remat": "full", "layers": 8}
     mesh, exchanged, temporary = sharding.make_mesh("fsdp=8"), [], []
     for optimizer in ("adamw", "sophia_g"):
-        # Without a constant gamma, Sophia would communicate a sample to choose gamma.
+        # Without a constant gamma, Sophia would exchange sampled entries to choose gamma.
         gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}
         compiled, state = compile_step(mesh, optimizer=optimizer, **values, **gamma)
         found = bytes_of(collectives(compiled))
@@ -55,7 +55,7 @@ def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
 @pytest.mark.parametrize("architecture", ["gpt2", "neox"])
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,fsdp=2"])
 def test_step_keeps_parameters_and_moving_averages_sharded(spec, architecture):
-    """All parameters are sharded except those of norms, which are small vectors."""
+    """All parameters are sharded, except the small vectors of normalization layers."""
     mesh = sharding.make_mesh(spec)
     compiled, state = compile_step(mesh, architecture=architecture)
     all_shards, shard_bytes = mesh.shape["fsdp"] * mesh.shape["tensor"], []
@@ -90,8 +90,12 @@ def test_partition_specs_match_only_complete_parameter_names():
     ("mesh", "values", "message"),
     [
         ("data=3", {}, "sizes of `mesh` must .*, got data=3,fsdp=1,tensor=1 for 8"),
-        ("model=8", {}, r"`mesh` must be pairs such as data=8,fsdp=4, got 'model=8'"),
-        ("data=x", {}, r"`mesh` must be pairs"),
+        (
+            "model=8",
+            {},
+            r"`mesh` must be AXIS=SIZE pairs, such as data=8,fsdp=4, got 'model=8'",
+        ),
+        ("data=x", {}, r"`mesh` must be AXIS=SIZE pairs"),
         ("tensor=8", {}, r"`mesh`: tensor=8 must divide .* for params/blocks/project/"),
         ("", {"batch": 36, "refresh_batch": 12, "groups": 12}, "`batch` must be a mult"),
         ("", {"accumulate": 8}, r"`batch` must be a multiple .* 8 .* 32 and 8"),

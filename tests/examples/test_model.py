@@ -75,7 +75,7 @@ def test_loss_chunk_and_remat_do_not_change_the_loss_or_gradient(dtype, remat, l
 
 
 def test_loss_chunk_computes_the_head_gradient_in_one_matrix_product():
-    """With one product per position, XLA on GPUs would store a head gradient for each."""
+    """With one product per position, XLA on GPUs stores a head gradient per position."""
     config = ModelConfig(context=64, vocabulary=160, dtype="bfloat16", loss_chunk=16)
     params = jax.eval_shape(lambda: model.init(config))
     tokens = jax.ShapeDtypeStruct((3, 65), jnp.int32)
@@ -108,7 +108,7 @@ def test_loss_chunk_reduces_temporary_memory():
 
 
 def equations(jaxpr):
-    """Yield all equations of a jaxpr, including those inside loops and functions."""
+    """Yield the equations of a jaxpr and, recursively, of its inner jaxprs."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
@@ -146,7 +146,7 @@ def test_bfloat16_gradient_of_a_frequent_token_is_summed_in_float32(mesh):
 
 
 @pytest.mark.parametrize("config", [SMALL, NEOX], ids=["gpt2", "neox"])
-def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
+def test_fsdp_gathers_weights_in_bfloat16_and_reduces_gradients_in_float32(config):
     """Dtypes are read from the jaxpr, because XLA on CPU has no 16-bit collectives."""
     config = dataclasses.replace(config, dtype="bfloat16", context=25, vocabulary=256)
     with jax.set_mesh(sharding.make_mesh("fsdp=8")):
@@ -164,7 +164,7 @@ def test_fsdp_gathers_in_bfloat16_and_reduces_in_float32(config):
         assert gathered == ["bfloat16", "float32"]  # forward and backward pass
 
 
-def test_rotate_makes_query_key_products_depend_only_on_the_distance():
+def test_rotate_makes_query_key_products_depend_only_on_relative_position():
     key_q, key_k = jax.random.split(jax.random.key(0))
     q, k = (jax.random.normal(key, (16,)) for key in (key_q, key_k))
     rotated_q, rotated_k = (

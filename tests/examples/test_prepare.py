@@ -90,7 +90,7 @@ def test_prepare_reads_sources_in_order_and_resumes_after_a_crash(
         assert checksums(out) == reference
 
 
-def test_prepare_resumes_without_encoding_finished_shards(jsonl, tmp_path, monkeypatch):
+def test_prepare_resumes_without_reencoding_finished_shards(jsonl, tmp_path, monkeypatch):
     seen, encode = [], prepare.encode_batch
     monkeypatch.setattr(prepare, "encode_batch", lambda *a: seen.extend(a[0]) or encode(*a))
     KillAtWrite(monkeypatch).countdown = 14

@@ -72,7 +72,7 @@ def test_sigkill_of_one_process_ends_the_other_process(corpus, tmp_path, index):
 def test_two_process_run_resumes_in_a_single_process(
     corpus, tmp_path, single_device_losses
 ):
-    """After SIGTERM to one process, both save a checkpoint. A single device loads it."""
+    """SIGTERM to one process makes both save a checkpoint, which a single device loads."""
     args = run_flags(corpus, tmp_path, mesh="fsdp=4,tensor=2", checkpoint_every=20)
     stop = (7, signal.SIGTERM)
     codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, to_process=1)

@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Return parameters so large that generated text does not repeat a single token."""
+    """Return large parameters, so that the generated tokens are not all equal."""
     return jax.tree.map(lambda p: 3 * p, model.init(CONFIG))
 
 
@@ -80,7 +80,7 @@ def test_generate_samples_tokens_in_proportion_to_their_probabilities(params, to
     assert np.all(np.abs(counts - draws * expected) <= 5 * deviation + (expected > 0))
 
 
-def test_generate_samples_only_tokens_below_the_vocabulary_size(params):
+def test_generate_never_samples_tokens_outside_the_vocabulary(params):
     found = generate(CONFIG, params, [7], 200, key=KEY, temperature=100.0, vocabulary=9)
     assert set(found.tolist()) == set(range(9))
     found = generate(CONFIG, params, [7], 5, key=KEY, top_k=50, vocabulary=9)
@@ -100,7 +100,7 @@ def test_sample_main_prints_prompt_and_sample(save_run, params, capsys, tokenize
         assert capsys.readouterr().out == f"{prompt}{tokenizer.decode(tokens)}\n"
 
 
-def test_sample_main_on_exported_weights_matches_the_run(out, params, capsys, tmp_path):
+def test_exporting_weights_does_not_change_the_sampled_text(out, params, capsys, tmp_path):
     hugging_face.save(tmp_path / "gpt2", CONFIG, params)
     (tmp_path / "text.txt").write_text("bytes")
     weights = {"weights": tmp_path / "gpt2", "data": tmp_path / "text.txt"}

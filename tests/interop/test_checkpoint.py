@@ -22,7 +22,7 @@ def loss_fn(params, x):
     "estimate", [gnb(network, groups=4), hutchinson(loss_fn)], ids=["gnb", "hutchinson"]
 )
 def test_sophia_g_restored_from_orbax_or_flax_resumes_bit_for_bit(estimate, tmp_path):
-    """Resumed runs draw equal labels and probes: keys depend only on the seed and step."""
+    """Resuming does not change labels or probes: PRNG keys depend only on seed and step."""
     tx = sophia_g(0.1, gamma=hold_unclipped(), update_interval=2, nesterov=True)
 
     @jax.jit

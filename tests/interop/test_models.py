@@ -41,7 +41,7 @@ def normal(seed, *shape):
 
 
 def assert_equal_estimates(estimator, logits_fn, expected_fn, params, *batch, **settings):
-    """Check that estimates for two networks agree to 1e-5 of the largest entry."""
+    """Check that estimates for two networks agree to within 1e-5 of the largest entry."""
     estimate, expected = (
         jax.jit(estimator(fn, **settings))(params, *batch, key=KEY)
         for fn in (logits_fn, expected_fn)
@@ -68,8 +68,8 @@ def equinox_dropout(h, key):
 
 @both_estimators
 @pytest.mark.parametrize("dropout", [nnx_dropout, linen_dropout, equinox_dropout])
-def test_estimator_splits_dropout_keys_into_groups(estimator, dropout):
-    """The batch has one typed key per example, split into groups like other arrays."""
+def test_estimators_group_dropout_keys_with_their_examples(estimator, dropout):
+    """The batch has a typed PRNG key per example, split into groups like other arrays."""
     params = {"in": normal(1, 2, 2), "out": normal(2, 2, 2)}
     keys = jax.random.split(KEY, 8)
     masks = jax.vmap(lambda key: dropout(jnp.ones(2), key))(keys)
@@ -110,7 +110,7 @@ class NnxNorm(nnx.Module):
 def linen_norm(x):
     """Return `logits_fn(params, x, train)`, parameters, batch statistics and `weights_of`.
 
-    `weights_of(params)` returns the weights in an order that Linen and NNX share.
+    `weights_of(params)` returns the parameter arrays in the same order for Linen and NNX.
     """
     model = LinenNorm()
     variables = model.init(KEY, x, train=False)
@@ -141,8 +141,8 @@ def nnx_norm(x):
     def logits_fn(params, x, train):
         mode = nnx.view(model, use_running_average=not train)
         graph, _, rest = nnx.split(mode, nnx.Param, ...)
-        # The copy has its own batch statistics. The estimator's trace must not change
-        # the statistics of `model`, which belong to the outer trace.
+        # The copy has its own batch statistics, because the estimator's trace must not
+        # change the statistics of `model`, which belong to the outer trace.
         return nnx.merge(graph, params, rest, copy=True)(x)
 
     def weights_of(params):
@@ -156,11 +156,11 @@ def nnx_norm(x):
 @both_estimators
 @pytest.mark.parametrize("make_model", [linen_norm, nnx_norm])
 @pytest.mark.parametrize(("train", "groups"), [(False, 4), (True, 1), (True, 2)])
-def test_estimators_on_batch_norm_match_its_formula(estimator, make_model, train, groups):
+def test_estimators_match_explicit_batch_norm(estimator, make_model, train, groups):
     """If `train` is set, each group is normalized with its own batch statistics."""
     x = 1 + 2 * normal(3, 8, 2)
     model, params, stats, weights_of = make_model(x)
-    assert (jnp.abs(stats["mean"]) > 0.01).all()  # the means are no longer 0
+    assert (jnp.abs(stats["mean"]) > 0.01).all()  # the running means are no longer 0
 
     def logits_fn(params, x):
         return model(params, x, train)

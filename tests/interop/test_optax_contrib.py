@@ -35,7 +35,7 @@ every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
 
 def make_optimizer(name, **settings):
-    """Return an optimizer. Append clipping and a learning rate to `scale_by_...`."""
+    """Return an optimizer. For `scale_by_...`, append clipping and a learning rate."""
     make, defaults = TRANSFORMATIONS[name]
     tx = make(**defaults | settings)
     if "learning_rate" in defaults:
@@ -71,7 +71,7 @@ def rosenbrock(dtype=jnp.float32):
 
 
 def all_targets():
-    """Return parameters, the minimizer and a loss that sums several test problems."""
+    """Return initial parameters, the minimizer and the loss of a sum of test problems."""
     goals = [
         jnp.array([[3.0, -2.0], [1.0, 4.0]]),
         (jnp.array([1.0, -1.0, 2.0]), jnp.eye(2)),
@@ -126,7 +126,7 @@ def test_sophia_update_ignores_unknown_extra_args(name):
 
 
 @every_transformation
-def test_sophia_with_constant_schedules_or_inject_hyperparams_matches_constants(name):
+def test_constant_schedules_and_inject_hyperparams_match_numbers_in_sophia(name):
     make, defaults = TRANSFORMATIONS[name]
     constants = {"learning_rate": 0.03, "gamma": 1e3, "weight_decay": 0.01}
     accepted = inspect.signature(make).parameters
@@ -149,7 +149,7 @@ def test_sophia_with_constant_schedules_or_inject_hyperparams_matches_constants(
 @pytest.mark.parametrize("x64", [False, True])
 @every_transformation
 def test_sophia_update_preserves_shapes_and_dtypes(name, x64):
-    """The branches of a `lax.cond`, with and without an update, must return equal types."""
+    """The update is a branch of a `lax.cond`, whose branches must return equal types."""
     dtypes = ["float32", "float64"] if x64 else ["float16", "bfloat16", "float32"]
     with jax.enable_x64(x64):
         params, _, losses = zip(*(parabola(jnp.dtype(d)) for d in dtypes), strict=True)
@@ -198,7 +198,7 @@ def test_sophia_init_and_update_return_equal_types_with_and_without_jit(name):
                 assert jax.tree.map(jax.typeof, actual) == types
 
 
-def test_sophia_h_differs_from_optax_contrib_sophia_only_in_known_arguments():
+def test_sophia_h_signature_differs_from_optax_only_in_listed_arguments():
     ours, theirs = (
         inspect.signature(make).parameters for make in (sophia_h, optax.contrib.sophia)
     )
@@ -216,7 +216,7 @@ def test_sophia_h_differs_from_optax_contrib_sophia_only_in_known_arguments():
 
 @pytest.mark.parametrize("target", [parabola, rosenbrock])
 def test_sophia_h_in_split_real_and_imaginary_trains_complex_parameters(target):
-    """The wrapper does not forward `obj_fn`, so the inner `update` binds it."""
+    """The wrapper does not forward `obj_fn`, so `obj_fn` is bound in the inner `update`."""
     params, goal, loss_fn = target(jnp.complex64)
     tx = sophia_h(**PLAIN)
 

@@ -42,7 +42,7 @@ def gradients(params, n):
 
 @jax.jit
 def estimate(params, key, batch=0):
-    """Return a random estimate with small, large and negative entries."""
+    """Return a random Hessian estimate with small, large and negative entries."""
     return {
         name: (1 + batch)
         * jax.random.uniform(jax.random.fold_in(key, ord(name)), p.shape, minval=-1)
@@ -51,7 +51,7 @@ def estimate(params, key, batch=0):
     }
 
 
-calls = []  # one entry for each call of a `hessian_fn` at run time
+calls = []  # one entry for each execution (not each trace) of a `hessian_fn`
 
 
 def num_calls():
@@ -67,7 +67,7 @@ def reset_calls():
 
 @functools.partial(jax.jit, static_argnames=("tx", "argument"))
 def step(tx, params, state, grads, argument="hessian_fn", n=0, batch=0):
-    """Run an update. If `argument` is "hessian", the estimate uses the key of step `n`."""
+    """Run one update. If `argument` is "hessian", the estimate uses step `n`'s PRNG key."""
 
     def hessian_fn(key):
         jax.debug.callback(lambda: calls.append(None))
@@ -84,7 +84,7 @@ def step(tx, params, state, grads, argument="hessian_fn", n=0, batch=0):
 
 
 def train(tx, argument="hessian_fn", steps=STEPS):
-    """Train, and return the parameters after every step and the final state."""
+    """Return the parameters after each training step, and the final optimizer state."""
     params, history = initial_params(), []
     state = first_state = tx.init(params)
     for n in range(steps):
@@ -123,15 +123,15 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrapper_forwards_hessian_fn(name):
+def test_optax_wrappers_forward_hessian_fn_to_sophia(name):
     history, state = train(WRAPPED[name])
     assert sophia_metrics(state)["refreshes"] == num_calls() == 3
-    assert 0.1 < unclipped_fraction(state) < 0.9  # unclipped entries depend on the estimate
+    assert 0.1 < unclipped_fraction(state) < 0.9  # only unclipped updates use the estimate
     assert_trees_all_close(history, train(SOPHIA)[0], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["chain", "masked", "inject_hyperparams"])
-def test_wrapper_forwards_hessian(name):
+def test_optax_wrappers_forward_hessian_to_sophia(name):
     history, _ = train(WRAPPED[name], "hessian")
     assert_trees_all_close(history, train(SOPHIA)[0], rtol=1e-6, atol=1e-7)
 
@@ -167,7 +167,7 @@ def test_update_interval_counts_only_updates_that_a_conditional_wrapper_applies(
     ids=["lookahead", "sam"],
 )
 def test_hessian_fn_bound_to_the_inner_update_reaches_sophia(wrap):
-    """Wrappers that drop extra arguments need this workaround: see `docs/wrappers.md`."""
+    """Wrappers that drop extra arguments need this binding: see `docs/wrappers.md`."""
     is_sam = "grad_fn" in str(inspect.signature(wrap(SOPHIA).update))
     params = initial_params()
     params = params if is_sam else optax.LookaheadParams.init_synced(params)
@@ -220,7 +220,7 @@ def test_sophia_metrics_show_no_refresh_if_a_wrapper_in_a_chain_drops_hessian(na
             DROPPING[name].update(initial_params(), state[0], params, hessian=PARAMS)
 
 
-# Partition
+# `optax.partition`
 
 
 @pytest.mark.parametrize("argument", ["hessian_fn", "hessian"])
@@ -228,7 +228,7 @@ def test_sophia_metrics_show_no_refresh_if_a_wrapper_in_a_chain_drops_hessian(na
 def test_partition_applies_each_optimizer_to_its_parameters(
     argument, mask_compatible_extra_args
 ):
-    """The estimate covers all parameters. Sophia uses only its own parameters' entries."""
+    """Estimates cover all parameters, but Sophia uses only its own parameters' entries."""
     adamw = optax.adamw(0.01)
     tx = optax.partition(
         {"sophia": SOPHIA_HOLD_UNCLIPPED, "adamw": adamw},
@@ -294,12 +294,12 @@ LAST_MICRO_STEP = optax.chain(
     ids=["MultiSteps", "conditionally_mask"],
 )
 def test_micro_steps_equal_one_step_with_the_mean_gradient(tx, calls_per_refresh):
-    """Sophia uses only the estimate on the last micro-batch."""
+    """Sophia uses only the last micro-batch's Hessian estimate."""
     params = expected = initial_params()
     state, sophia_state = tx.init(params), SOPHIA_HOLD_UNCLIPPED.init(params)
     for n in range(5):
         grads = [gradients(expected, K * n + i) for i in range(K)]
-        if tx is MULTI_STEPS:  # this additional micro-step is skipped
+        if tx is MULTI_STEPS:  # this extra micro-step is skipped: its gradients are NaN
             nan = jax.tree.map(lambda p: p * jnp.nan, params)
             params, state = step(tx, params, state, nan)
         calls_before = num_calls()
@@ -329,7 +329,7 @@ def test_hessian_estimate_is_dropped_except_in_the_last_micro_step(tx):
         assert sophia_metrics(state)["refreshes"] == (given == K - 1)
 
 
-# Hyperparameters
+# `optax.inject_hyperparams`
 
 CHANGED = {
     "learning_rate": 0.05,
@@ -345,7 +345,7 @@ CHANGED = {
 
 
 def test_inject_hyperparams_applies_changes_made_between_steps():
-    """Each change alone has an effect. All changes together match a new `sophia_g`."""
+    """Each single change has an effect. All changes together match a new `sophia_g`."""
     tx = WRAPPED["inject_hyperparams"]
 
     def resume(tx, params, state):

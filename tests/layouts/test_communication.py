@@ -39,7 +39,7 @@ def loss(params, x):
 
 
 def compile_data_parallel(fn, kind, *, params_spec=None, devices=8):
-    """Compile fn(params, x) for a sharded batch, with results sharded like the params."""
+    """Compile `fn(params, x)` for a sharded batch. Results are sharded like parameters."""
     mesh = make_mesh(kind, (devices, 1))
     spec = params_spec or P()
     params = jax.tree.map(lambda p: abstract_array(mesh, p.shape, spec), PARAMS)
@@ -57,7 +57,7 @@ def estimate_fn(name, **counts):
 @KINDS
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 1), (32, 1), (8, 8)])
-def test_gnb_and_hutchinson_all_reduce_only_one_estimate(kind, name, groups, stride):
+def test_gnb_and_hutchinson_all_reduce_the_estimate_only_once(kind, name, groups, stride):
     """A strided slice of the batch needs no communication. No collective is in a loop."""
     estimate = estimate_fn(name, groups=groups)
     found = collectives(compile_data_parallel(lambda p, x: estimate(p, x[::stride]), kind))
@@ -73,7 +73,7 @@ def test_gnb_and_hutchinson_all_reduce_only_one_estimate(kind, name, groups, str
 @KINDS
 @pytest.mark.parametrize("groups", [1, 8, 32])
 def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
-    """XLA's CPU compiler all-reduces the squared gradients, as it does gradients."""
+    """XLA's CPU compiler sums squared gradients by all-reduce, not by reduce-scatter."""
 
     def estimate(params, x):
         if kind == AxisType.Auto:  # otherwise XLA may gather other arrays instead
@@ -89,7 +89,7 @@ def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
 @pytest.mark.parametrize("name", ["gnb", "hutchinson"])
 def test_gnb_and_hutchinson_split_flops_evenly_over_devices(kind, name):
     def flops(devices):
-        # All groups are parallel, because XLA counts the FLOPs of a loop's body only once.
+        # Without a loop over groups: XLA counts the FLOPs of a loop's body only once.
         estimate = estimate_fn(name, groups=8, parallel_groups=8)
         compiled = compile_data_parallel(estimate, kind, devices=devices)
         return compiled.cost_analysis()["flops"]
@@ -110,7 +110,7 @@ def test_categorical_does_not_gather_a_sharded_vocabulary_axis(kind):
     with jax.set_mesh(mesh):
         jitted = jax.jit(gradient, out_shardings=logits.sharding)
         found = collectives(jitted.lower(logits).compile())
-    blocks = 4 * 128 * BATCH // 2  # bytes of 128 block weights per prediction
+    blocks = 4 * 128 * BATCH // 2  # bytes of the sampler's 128 block weights per prediction
     assert max(c.bytes for c in found) == blocks
 
 

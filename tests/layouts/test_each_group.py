@@ -1,4 +1,4 @@
-"""Tests that `each_group` estimates match a single device and stay sharded."""
+"""Tests that estimates with `each_group` match single-device estimates and stay sharded."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ SPECS = {
 }
 X = jax.random.randint(KEYS[4], (B, T), 0, V)
 Y = jax.random.randint(KEYS[5], (B, T), 0, V)
-WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # weights vary over devices; some are 0
+WEIGHTS = (jnp.arange(B * T) % 5.0).reshape(B, T)  # loss weights; some are 0
 
 
 def is_explicit():
@@ -46,7 +46,7 @@ def is_explicit():
 
 
 def make_network(gather, reduce=lambda x: x):
-    """Return a network that calls `gather(weights, specs)` in a checkpointed layer scan.
+    """Return a network whose scanned, checkpointed layers call `gather(weights, specs)`.
 
     Inside `shard_map`, `reduce` sums a matrix product over the mesh axis "tensor".
     """
@@ -87,7 +87,7 @@ def gather_and_annotate(tree, specs):
 
 
 def all_gather_and_annotate(tree, specs):
-    """Gather over "fsdp" inside `shard_map`, then call `each_group`."""
+    """Gather weights over the axis "fsdp" inside `shard_map`, then call `each_group`."""
 
     def gather(w, spec):
         if "fsdp" not in spec:
@@ -106,7 +106,7 @@ def make_mesh(shape, kind=AxisType.Auto):
 
 
 def accumulated_fisher(network, groups, num_micro_batches, **settings):
-    """Return `estimate(params, x, y, w)`, a mean Fisher estimate over micro-batches."""
+    """Return `estimate(params, x, y, w)`, which averages the estimates of micro-batches."""
     micro = accumulate(empirical_fisher(network, groups=groups, **settings))
 
     @jax.jit
@@ -200,7 +200,7 @@ def compile_for_large_layers(fn, mesh):
 
 
 def largest_array(compiled):
-    """Return the number of entries in the largest float32 array on a device."""
+    """Return the size of the compiled program's largest float32 array on a device."""
     shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 

@@ -16,7 +16,7 @@ KEY = jax.random.key(5)
 PARAMS = network_params()
 X = jax.random.normal(jax.random.key(2), (16, 2))
 Y = jnp.arange(16) % 3
-WEIGHTS = jnp.arange(16.0)  # the sum of weights differs between devices
+WEIGHTS = jnp.arange(16.0)  # loss weights, whose sums differ between devices
 DEVICES = {
     "pmap": 8,
     "shard_map": 8,
@@ -134,7 +134,7 @@ def test_gnb_and_hutchinson_require_axis_name_if_the_batch_varies_over_an_axis(e
 
 @pytest.mark.parametrize("estimate", [gnb(network, groups=2), hutchinson(loss, groups=2)])
 def test_gnb_and_hutchinson_without_axis_name_accept_params_varying_over_an_axis(estimate):
-    """Each device estimates the diagonal of its ensemble member on its own examples."""
+    """Each device computes an estimate for its own ensemble member on its own examples."""
 
     def estimate_for_member(i, x):
         params = jax.tree.map(lambda p: (1 + 0.1 * i) * p, PARAMS)

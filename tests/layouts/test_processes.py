@@ -78,7 +78,7 @@ def run_processes(out, num_processes, exit_step=-1):
     for i in range(num_processes):
         last = exit_step if i == num_processes - 1 else -1
         args = [sys.executable, __file__, *map(str, (out, port, num_processes, i, last))]
-        # Remove the flag that simulates eight devices.
+        # Remove the flag that simulates eight devices: `train` sets the device count.
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(args, env=env, **pipes))
@@ -109,8 +109,8 @@ def test_sophia_g_on_two_processes_matches_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_process_stops_when_one_process_exits(tmp_path):
-    """The other process fails within `TIMEOUT` instead of waiting forever."""
+def test_remaining_process_fails_after_the_other_process_exits(tmp_path):
+    """The remaining process fails within `TIMEOUT` seconds instead of waiting forever."""
     out = tmp_path / "out.npz"
     codes, outputs = run_processes(out, 2, exit_step=2)
     assert [text.count("loss ") for text in outputs] == [2, 2]

@@ -19,7 +19,7 @@ PARAMS = {
 }
 X = jax.random.normal(KEYS[3], (BATCH, 8))
 Y = jnp.arange(BATCH) % 512
-WEIGHTS = jnp.arange(float(BATCH))  # vary over devices, and mask the first example
+WEIGHTS = jnp.arange(float(BATCH))  # loss weights vary over devices; the first is 0
 SPECS = {name: P("data", "tensor") for name in PARAMS} | {"down": P("tensor", "data")}
 
 
@@ -36,7 +36,7 @@ def network(params, x):
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return jnp.tanh(x @ params["up"]) @ params["down"] @ params["out"]
 
-    def gathered(p):  # all-gathered over "data"
+    def gathered(p):  # all-gather `p` over the axis "data"
         spec = [None if axis == "data" else axis for axis in jax.typeof(p).sharding.spec]
         return jax.reshard(p, P(*spec))
 
@@ -82,7 +82,7 @@ def test_estimators_under_jit_match_single_device(kind, groups):
                 assert e.sharding.is_equivalent_to(params[name].sharding, 2)
 
 
-def test_estimators_accept_a_batch_sharded_over_several_axes():
+def test_estimators_accept_a_batch_sharded_over_several_mesh_axes():
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         x, y = shard(mesh, P(("data", "tensor")), X, Y)
@@ -100,7 +100,7 @@ def test_estimators_on_auto_axes_do_not_require_set_mesh():
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("likelihood", [Categorical(), Poisson()])
 def test_gnb_with_rbg_keys_on_a_mesh_matches_single_device(impl, likelihood):
-    """On a mesh, groups are vmapped. This must not change samples drawn with `rbg` keys."""
+    """On a mesh, groups are vmapped, but samples drawn with `rbg` keys must not change."""
     mesh, key = make_mesh(AxisType.Auto, (8, 1)), jax.random.key(1, impl=impl)
     estimate = jax.jit(gnb(lambda w, x: x @ w / 8, likelihood=likelihood, groups=8))
     [w], [x] = shard(mesh, P(), PARAMS["out"]), shard(mesh, P("data"), X)
@@ -125,7 +125,7 @@ def test_gnb_supports_explicit_axes_even_if_the_sampler_does_not():
         (16, None, "tensor", r"`jax\.reshard`"),
     ],
 )
-def test_estimators_reject_indivisible_groups_and_mismatched_batch_shardings(
+def test_estimators_reject_invalid_group_counts_and_mismatched_batch_shardings(
     groups, parallel_groups, axis, message
 ):
     mesh = make_mesh(AxisType.Explicit, (8, 1))

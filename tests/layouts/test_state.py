@@ -1,4 +1,4 @@
-"""Shardings and types of the optimizer state, and its consistency across devices."""
+"""Tests that the optimizer state keeps its shardings and does not depend on them."""
 
 import math
 import re
@@ -102,7 +102,7 @@ def test_sophia_g_and_sophia_h_keep_state_shardings_and_support_donation(
                 assert all(x.is_deleted() for x in jax.tree.leaves(previous) if x.size > 1)
     assert types[1] == types_of(jax.device_put(carry[1], expected))
     assert not jit or step._cache_size() == 1  # no sharding changed, so no recompilation
-    assert sophia_metrics(carry[1])["refreshes"] >= 2  # also works outside `set_mesh`
+    assert sophia_metrics(carry[1])["refreshes"] >= 2  # metrics do not require `set_mesh`
 
 
 def test_sophia_g_state_is_restored_by_orbax_on_a_different_mesh(tmp_path):
@@ -127,7 +127,7 @@ def test_sophia_g_rejects_an_estimate_that_is_nonfinite_on_a_single_device(kind)
     with jax.set_mesh(mesh):
         params = shard(mesh)
         state = tx.init(params)
-        for i in range(8):  # set a nonfinite entry of "w" on device i
+        for i in range(8):  # make an entry of "w" on device i nonfinite
             w = VALUES["w"].at[i, 4 * (i % 2)].set((jnp.nan, jnp.inf, -jnp.inf)[i % 3])
             state = update(params, state, shard(mesh, VALUES | {"w": w}))
     assert optax.tree.get(state, "num_refused") == 8
@@ -136,7 +136,7 @@ def test_sophia_g_rejects_an_estimate_that_is_nonfinite_on_a_single_device(kind)
 
 @KINDS
 def test_hold_unclipped_under_jit_matches_single_device(kind):
-    """The sample of entries does not depend on shardings. Only the sample is sent."""
+    """All shardings sample the same entries. Devices exchange only the sampled entries."""
     mesh, tx = make_mesh(kind), sophia_g(0.1, b2=0.0, gamma=hold_unclipped())
     specs = {"w": P("data", "tensor"), "v": P(None, ("data", "tensor")), "b": P("data")}
     shapes = {"w": (4, 512, 40), "v": (16, 4096), "b": (16,)}
@@ -162,7 +162,7 @@ def test_hold_unclipped_under_jit_matches_single_device(kind):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_hold_unclipped_in_shard_map_uses_all_shards(large):
-    """For small parameters gamma is that of a single device; for large ones it is close."""
+    """Gamma equals the single-device gamma for small parameters, and is close for large."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 3)
     grads = {

@@ -107,11 +107,11 @@ def test_scale_by_diag_hessian_rejects_an_estimate_with_any_nonfinite_entry(argu
     [
         ("float64", "float16", 1e7),
         ("float64", "float32", 1e300),
-        ("float32", "float64", np.inf),  # the bound for float64 is infinite in float32
+        ("float32", "float64", np.inf),  # the largest float64 is infinite in float32
         ("bfloat16", "float16", 1e7),
     ],
 )
-def test_scale_by_diag_hessian_rejects_an_estimate_outside_the_range_of_the_average(
+def test_scale_by_diag_hessian_rejects_estimates_that_overflow_hessian_dtype(
     estimate_dtype, hessian_dtype, value, x64
 ):
     tx = scale_by_diag_hessian(hessian_dtype=hessian_dtype)
@@ -130,7 +130,7 @@ def test_scale_by_diag_hessian_rejects_an_estimate_outside_the_range_of_the_aver
         (range(0, 40, 3), [0, 12, 24, 36]),
     ],
 )
-def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn(offered, called):
+def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn_when_passed(offered, called):
     tx, refreshes = scale_by_diag_hessian(), []
     state = tx.init(PARAMS)
     for i in range(40):
@@ -173,7 +173,7 @@ def test_scale_by_diag_hessian_under_vmap_calls_hessian_fn_only_if_due():
 
         return tx.update(params, state, params, hessian_fn=hessian_fn)[1]
 
-    params = jnp.arange(12.0).reshape(2, 2, 3)  # two populations of two members
+    params = jnp.arange(12.0).reshape(2, 2, 3)  # 2 populations x 2 members x 3 entries
     state = jax.vmap(jax.vmap(tx.init))(params)
     staggered = state._replace(last_estimate=jnp.array([[-4, -3], [-3, -4]], jnp.int32))
     run, run_member = jax.jit(jax.vmap(jax.vmap(step))), jax.jit(step)
@@ -213,7 +213,7 @@ def test_scale_by_diag_hessian_debias_divides_by_the_mean_of_accepted_estimates(
 
 
 @pytest.mark.parametrize("debias", [False, True])
-def test_scale_by_diag_hessian_is_finite_if_b2_rounds_to_1(debias):
+def test_scale_by_diag_hessian_updates_are_finite_if_b2_rounds_to_1(debias):
     tx = scale_by_diag_hessian(jnp.bfloat16(0.999), eps=1e-3, debias=debias)
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian=HESSIAN)
     assert_trees_all_close(updates, jax.tree.map(lambda g: g / 1e-3, GRADS))

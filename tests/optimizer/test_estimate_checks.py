@@ -32,7 +32,7 @@ MASKED_G, MASKED_H = (optax.masked(tx, {"in": True, "out": False}) for tx in (G,
 
 
 def first_update(params=PARAMS, *, tx=G, **kwargs):
-    """Return the first updates and the new state, with gradients equal to `params`."""
+    """Return the updates and the state after one step whose gradients equal `params`."""
     return tx.update(params, tx.init(params), params, **kwargs)
 
 

@@ -28,7 +28,7 @@ HESSIAN = {name: random_array(6 + g.ndim, *g.shape) for name, g in GRADS.items()
 
 @jax.jit
 def first_update(fraction, grads, hessian):
-    """Return the first updates before the clip, and gamma."""
+    """Return the first step's updates before clipping, and gamma."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(fraction))
     updates, state = tx.update(grads, tx.init(grads), hessian=hessian)
     return updates, state.divisor_gamma
@@ -125,7 +125,7 @@ def test_hold_unclipped_computes_no_nan_for_sparse_parameters():
         first_update(0.2, grads, hessian)
 
 
-def test_hold_unclipped_samples_scalar_parameters():
+def test_hold_unclipped_includes_scalar_parameters_in_its_sample():
     grads = {"w": np.full(SAMPLE_SIZE, 1e-3, np.float32), "scale": np.float32(1)}
     assert gamma_of(0.5, grads) == np.float32(1e-3)
     assert gamma_of(1.0, grads) == 1
@@ -154,7 +154,7 @@ def test_hold_unclipped_samples_every_axis_and_diagonals_evenly(shape):
 
 @pytest.mark.parametrize(("num_rows", "is_exact"), [(1, True), (900, True), (1500, False)])
 def test_hold_unclipped_uses_all_entries_if_few_sampled_are_nonzero(num_rows, is_exact):
-    """About 1229, 737 or 1 sampled entries are nonzero. Fewer than 1024 are too few."""
+    """About 1, 737 or 1229 sampled entries are nonzero. A sample needs at least 1024."""
     for seed in range(3):
         grads, hessian = sparse_embedding(seed, num_rows)
         updates, gamma = first_update(0.2, grads, hessian)
@@ -165,7 +165,7 @@ def test_hold_unclipped_uses_all_entries_if_few_sampled_are_nonzero(num_rows, is
 
 
 def test_hold_unclipped_under_vmap_equals_a_separate_call_for_each_member():
-    """Some members use all entries, and others use the sample."""
+    """Some members compute gamma from all entries, and others from the sample."""
     num_rows = (5000, 100, 0, 2000)
     members = [sparse_embedding(seed, rows) for seed, rows in enumerate(num_rows)]
     grads, hessian = map(np.stack, zip(*members, strict=True))
@@ -186,7 +186,7 @@ def test_hold_unclipped_gamma_is_exact_for_16_bit_updates_and_averages(dtype):
 
 
 def test_hold_unclipped_does_not_depend_on_enable_x64():
-    """Both modes use the same optimizer. Only the second tree is large enough to sample."""
+    """One optimizer runs in both modes. Only the second tree is large enough to sample."""
     tx = scale_by_diag_hessian(b2=0.0, gamma=hold_unclipped(0.5))
     update = jax.jit(lambda g, h: tx.update(g, tx.init(g), hessian=h))
     for tree in ((GRADS, HESSIAN), sparse_embedding(0, 4000)):
@@ -309,7 +309,7 @@ def test_hold_unclipped_derivative_equals_a_finite_difference(copies, x64):
     curvature = jnp.array([1.0, 2.0, 3.0, 5.0, 8.0, 13.0])
     rule = hold_unclipped(0.4)
     tx = sophia(0.05, 0.5, 0.5, rule, weight_decay=0.0, hessian_dtype="float64")
-    # Copies of an entry have equal ratios, so a sample has the quantile of all entries.
+    # Copies of an entry have equal ratios, so even the quantile of a sample is exact.
     assert copies == 1 or copies * curvature.size > SAMPLE_SIZE
 
     @jax.jit

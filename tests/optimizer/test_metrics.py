@@ -21,7 +21,11 @@ from sophia_optax import (
 PARAMS = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
 GRADS = {"w": jnp.array([[1.0, -4.0], [2.0, 0.5]]), "b": jnp.array([3.0, -1.0])}
 HESSIAN = {"w": jnp.array([[2.0, 2.0], [-1.0, 8.0]]), "b": jnp.array([4.0, 0.0])}
-SETTINGS = {"b1": 0.5, "b2": 0.0, "gamma": 0.5}  # after one step, m = g / 2 and h = ĥ
+SETTINGS = {
+    "b1": 0.5,
+    "b2": 0.0,
+    "gamma": 0.5,
+}  # after one step, m = g / 2 and h is the estimate
 EMA = optax.ema(0.5, debias=False)
 SOPHIA_G = sophia_g(0.1, **SETTINGS)
 SOPHIA_G_POPULATION = optax.GradientTransformation(
@@ -103,7 +107,7 @@ def test_sophia_metrics_equal_values_computed_by_hand():
         "refreshes": 1,
         "refused": 0,
     }
-    assert sorted(metrics) == sorted(expected)  # `jit` sorts the keys
+    assert sorted(metrics) == sorted(expected)  # `jit` sorts dict keys
     for name, value in metrics.items():
         assert value.shape == (), name
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
@@ -185,7 +189,7 @@ def test_unclipped_fraction_accepts_a_pytree_class_that_does_not_define_equality
     assert unclipped_fraction(scale_by_sophia().init(Box(jnp.ones(2)))) == 0
 
 
-def test_unclipped_fraction_counts_entries_in_integers():
+def test_unclipped_fraction_sums_the_unclipped_entries_as_integers():
     """A float32 sum of ones would stop increasing at 2**24."""
     state = scale_by_sophia().init(jnp.ones(8))
     jaxpr = str(jax.make_jaxpr(unclipped_fraction)(state))

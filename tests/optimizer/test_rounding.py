@@ -37,7 +37,7 @@ def test_round_with_bits_keeps_finite_numbers_finite():
 
 
 @NARROW
-def test_round_with_bits_returns_one_of_the_two_nearest_numbers(dtype):
+def test_round_with_bits_returns_one_of_the_two_nearest_representable_numbers(dtype):
     rounded, finfo = np.asarray(round_with_all_bits(X, dtype), np.float64), jnp.finfo(dtype)
     exponent = np.floor(np.log2(np.maximum(np.abs(X), 1e-30)))
     spacing = np.maximum(2.0**exponent * float(finfo.eps), float(finfo.smallest_subnormal))
@@ -63,7 +63,7 @@ def test_round_stochastically_to_32_bits_or_more_is_a_cast(x64):
 
 
 def is_rounded_up(seed=0, stream="mu", count=0, shape=(2, 64, 128), leaf=0):
-    """Round copies of 1 + 2**-8, a midpoint in bfloat16. Return which are rounded up."""
+    """Round 1 + 2**-8, halfway between bfloat16 numbers. Return which copies round up."""
     tree = [jnp.full(shape, 1 + 2**-8)] * 2
     like = [jnp.zeros(shape, jnp.bfloat16)] * 2
     rounded = round_stochastically(tree, like, seed, stream, jnp.int32(count))
@@ -80,7 +80,7 @@ def assert_mean_is_one_half(sample):
     [{"seed": 1}, {"seed": 2**31}, {"stream": "hessian"}, {"count": 1}, {"leaf": 1}],
     ids=str,
 )
-def test_round_stochastically_differs_between_seeds_streams_counts_and_leaves(other):
+def test_round_stochastically_noise_depends_on_seed_stream_step_and_leaf(other):
     a, b = is_rounded_up(), is_rounded_up(**other)
     for sample in (a, b, a == b):
         assert_mean_is_one_half(sample)
@@ -104,7 +104,7 @@ def test_round_stochastically_errors_are_uncorrelated_between_updates():
 
 
 def averages_of_constants(dtype, steps=3000):
-    """Return 512 averages m of the constant 0.3 and 512 averages h of the constant 0.7."""
+    """Return 512 moving averages m of 0.3 and 512 moving averages h of 0.7."""
     tx = scale_by_sophia(
         b1=0.965, b2=0.99, update_interval=1, mu_dtype=dtype, hessian_dtype=dtype
     )

@@ -29,7 +29,7 @@ LR, B1, B2, GAMMA, EPS, WEIGHT_DECAY = 1e-2, 0.965, 0.99, 0.05, 1e-12, 0.2
 
 @pytest.fixture(scope="module")
 def trajectory():
-    """Return gradients and estimates for all steps. Some averages h become negative."""
+    """Return gradients and estimates for all steps. Some entries of h become negative."""
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(STEPS, 40)) * np.exp(rng.normal(size=40))
     estimates = 20 * np.exp(2 * rng.normal(size=40)) * rng.normal(0.5, 1, (STEPS, 40)) ** 3
@@ -70,8 +70,8 @@ def test_sophia_g_follows_algorithm_3_of_the_paper(trajectory, nesterov):
 def test_sophia_g_matches_the_official_pytorch_code(trajectory):
     """The official update is sign(m) · min(|m| / (rho · bs · h + 1e-15), 1).
 
-    The official h lacks the factor bs, the number of predictions in the batch. It is
-    refreshed after the step, so an estimate from step t is first used in step t + 1.
+    The official h lacks the factor bs, the number of predictions in the batch. The official
+    code refreshes h after the step, so step t + 1 is the first to use step t's estimate.
     """
     grads, estimates = trajectory
     estimates = np.abs(estimates)
@@ -100,7 +100,7 @@ def make_gamma(kind, factor=1.0):
 
 
 def assert_equal_updates(a, b, trajectory, metrics=True):
-    """Check that `a` and `b` return equal updates for five steps, two without a refresh."""
+    """Check that `a` and `b` return equal updates in five steps, three with a refresh."""
     state_a, state_b = a.init(START), b.init(START)
     update_a, update_b = jax.jit(a.update), jax.jit(b.update)
     grads, estimates = trajectory
@@ -296,7 +296,7 @@ def test_sophia_g_step_donates_its_state_and_copies_no_parameter(dtype):
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
-def test_scale_by_sophia_in_shard_map_equals_updates_of_separate_members(
+def test_scale_by_sophia_in_shard_map_updates_ensemble_members_independently(
     argument, check_vma
 ):
     """Without `axis_name`, each device has its own gamma and checks its own estimate."""
@@ -331,7 +331,7 @@ def test_scale_by_sophia_in_shard_map_equals_updates_of_separate_members(
 @pytest.mark.parametrize("gamma", [0.5, hold_unclipped(0.2)])
 @pytest.mark.parametrize("argument", ["hessian", "hessian_fn"])
 def test_sophia_trains_members_in_a_scan_under_shard_map_with_check_vma(argument, gamma):
-    """A scan requires a fixed carry type, so the initial scalars must vary over members."""
+    """A scan requires a fixed carry type, so initial scalars must vary over "member"."""
     mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
     tx = sophia(0.1, gamma=gamma, mu_dtype="bfloat16")
 
@@ -351,7 +351,7 @@ def test_sophia_trains_members_in_a_scan_under_shard_map_with_check_vma(argument
     assert_trees_all_close(jax.jit(mapped)(params), expected, rtol=1e-5)
 
 
-def test_scale_by_sophia_requires_axis_name_if_only_some_parameters_are_sharded():
+def test_scale_by_sophia_requires_axis_name_for_sharded_and_replicated_parameters():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     spec = {"w": PartitionSpec("data"), "b": PartitionSpec()}
     grads = {"w": jnp.ones(8), "b": jnp.ones(3)}

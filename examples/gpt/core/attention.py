@@ -72,7 +72,7 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
 
 def _kernel(q, k, v, documents=None):
     _, T, H, _ = q.shape
-    blocks: Any = [math.gcd(T, 512)] * 8  # for the forward and backward passes
+    blocks: Any = [math.gcd(T, 512)] * 8  # block sizes of the forward and backward passes
     kernel: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((T, T))] * H),
         block_sizes=splash.BlockSizes(*blocks),

@@ -45,7 +45,7 @@ class ModelConfig:
     # Maximum number of positions per sequence whose float32 logits are in memory at once.
     loss_chunk: int = 256
     within_documents: bool = False  # Attend only within a document. Requires prepared data.
-    # ID of the end-of-document token. The default is that of the data's tokenizer.
+    # ID of the end-of-document token. By default, the data's tokenizer defines it.
     end_of_document: int | None = None
     # Implementation of attention: XLA, cuDNN on GPUs, or the Pallas splash kernel on TPUs.
     # cuDNN and splash do not store attention weights. `auto` uses one of them if possible.
@@ -58,7 +58,7 @@ class Training:
 
     steps: int = 800  # Number of training steps.
     batch: int = 64  # Number of sequences in a batch.
-    accumulate: int = 1  # Number of micro-batches per batch, computed sequentially.
+    accumulate: int = 1  # Number of sequential micro-batches per batch.
     # Device mesh, such as `data=8,fsdp=4,tensor=2`. By default, all devices are on the axis
     # `data`. `auto` chooses mesh, accumulate and remat so that the run fits in memory.
     mesh: str = ""

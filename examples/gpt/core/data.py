@@ -89,8 +89,8 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
     """Raise ConfigError if the model's vocabulary is smaller than the tokenizer's."""
     if config.vocabulary is not None and config.vocabulary < size:
         raise ConfigError(
-            f"`vocabulary` must be at least {size}, the tokenizer's, got "
-            f"{config.vocabulary}."
+            f"`vocabulary` must be at least {size}, the size of the tokenizer's "
+            f"vocabulary, got {config.vocabulary}."
         )
 
 

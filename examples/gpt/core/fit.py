@@ -76,7 +76,7 @@ def candidate_configs(config: Config, devices: int) -> Iterator[Config]:
 def estimate_memory(config: Config, devices: int) -> float:
     """Return an estimate of a training step's memory per device, in bytes.
 
-    The estimate assumes bfloat16 and an attention kernel.
+    The estimate assumes bfloat16 and a fused attention kernel (cuDNN or splash).
     """
     # The vocabulary size may be unknown until the data is read. If so, assume GPT-2's.
     vocabulary = config.model.vocabulary or 50304
@@ -85,7 +85,7 @@ def estimate_memory(config: Config, devices: int) -> float:
     params = jax.eval_shape(lambda: model.init(model_config))
     size = sum(x.size for x in jax.tree.leaves(params))
     shards = axes.get("fsdp", 1) * axes.get("tensor", 1)
-    # Parameters, two moving averages, and the gradients of a micro-batch and of the batch.
+    # Float32 parameters, two moving averages, and gradients of the micro-batch and batch.
     state = 5 * 4 * size / shards
     sequences = training.batch * axes.get("tensor", 1) / training.accumulate / devices
     entries = model_config.context * model_config.layers * model_config.width

@@ -83,8 +83,8 @@ class GPT(nnx.Module):
 
         Targets are the tokens after the first, so both results have shape (B, T). To save
         memory, the logits of at most `loss_chunk` positions are computed at a time, and the
-        backward pass recomputes them. Instead, 16-bit models store bfloat16 gradients with
-        respect to the logits, unless `remat` is "full".
+        backward pass recomputes them. Unless `remat` is "full", 16-bit models instead store
+        bfloat16 gradients with respect to the logits.
         """
         in_float32 = self.config.dtype == "float32"
         neg_log_prob: Any = Categorical().neg_log_prob if in_float32 else _neg_log_prob
@@ -112,7 +112,7 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the final hidden states, the inputs of the head, shape (B, T, D)."""
-        # Use float32: 16-bit sums would lose small terms of a frequent token's gradient.
+        # Embed in float32: 16-bit gradient sums would lose small terms for frequent tokens.
         x_BxTxD = self.tokens.embedding[...][tokens_BxT]
         if self.config.architecture == "gpt2":
             x_BxTxD += self.positions.embedding[...][: tokens_BxT.shape[1]]
@@ -131,7 +131,7 @@ class GPT(nnx.Module):
         return self.norm(x_BxTxD)
 
     def _documents(self, tokens_BxT: jax.Array) -> jax.Array | None:
-        """Return the document index of each token. `end_of_document` ends its document."""
+        """Return each token's document index. A document includes its `end_of_document`."""
         if not self.config.within_documents:
             return None
         assert self.config.end_of_document is not None
@@ -147,7 +147,7 @@ class GPT(nnx.Module):
 
 
 def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
-    """Rotate the first quarter of each head's entries by position (Su et al., RoFormer)."""
+    """Apply RoFormer's rotary embeddings (Su et al.) to the first quarter of each head."""
     half = round(x_BxTxHxK.shape[-1] / 4) // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x_BxTxHxK.shape[1])[:, None, None] * frequencies  # (T, 1, half)
@@ -175,7 +175,7 @@ def _initializer(std: float | None, scale: float = 1.0, **axes: int) -> Any:
     return nnx.initializers.normal(std * scale**0.5)
 
 
-# The output head of 16-bit models computes float32 logits, and stores bfloat16 gradients.
+# The head of 16-bit models computes float32 logits, and stores their gradients in bfloat16.
 
 _LOGIT_GRADIENTS = "logit_gradients"
 _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -183,14 +183,14 @@ _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 @jax.custom_gradient
 def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
-    """Return the float32 product of 16-bit factors. `w` and its gradient are float32.
+    """Return the float32 product of 16-bit `x` and float32 `w`, which is cast to 16 bits.
 
-    So the logits are not rounded to 16 bits, and the gradient of `w` is summed in float32.
+    The logits are not rounded to 16 bits, and the gradient of `w` is summed in float32.
     """
 
     def backward(gradient):
         g = gradient.astype(x.dtype)
-        # Flatten to matrices: XLA on CPUs has no other 16-bit products that return float32.
+        # Flatten: XLA on CPUs returns float32 from 16-bit products only for matrices.
         flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return g @ w_DxV.astype(x.dtype).T, _matmul(flat_x.T, flat_g)
 
@@ -199,7 +199,7 @@ def _product(x: jax.Array, w_DxV: jax.Array) -> Any:
 
 @jax.custom_gradient
 def _neg_log_prob(logits: jax.Array, targets: jax.Array) -> Any:
-    """Return the cross-entropy. For its backward pass, save gradients in bfloat16."""
+    """Return the cross-entropy. Save bfloat16 logit gradients for the backward pass."""
     losses, vjp = jax.vjp(lambda x: Categorical().neg_log_prob(x, targets), logits)
     [gradients] = vjp(jnp.ones_like(losses))
     gradients = checkpoint_name(gradients.astype(jnp.bfloat16), _LOGIT_GRADIENTS)

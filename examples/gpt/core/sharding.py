@@ -52,7 +52,9 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
     slower than within a slice, so only the `data` axis crosses slices.
     """
     if not re.fullmatch(r"((data|fsdp|tensor)=[1-9]\d*(,|$))*", spec):
-        raise ConfigError(f"`mesh` must be pairs such as data=8,fsdp=4, got {spec!r}.")
+        raise ConfigError(
+            f"`mesh` must be AXIS=SIZE pairs, such as data=8,fsdp=4, got {spec!r}."
+        )
     given = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", spec)}
     devices = jax.devices() if devices is None else devices
     remaining = max(len(devices) // math.prod(given.values()), 1)
@@ -64,7 +66,7 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> jax.sharding.M
         got = ",".join(f"{name}={size}" for name, size in sizes.items())
         rule = f" `data` must be a multiple of the number of slices, {slices}."
         raise ConfigError(
-            "The axis sizes of `mesh` must have the number of devices as their product, "
+            "The product of the axis sizes of `mesh` must be the number of devices, "
             f"got {got} for {len(devices)} device(s).{rule if slices > 1 else ''}"
         )
     in_slice = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
@@ -131,7 +133,7 @@ def gather(params: Any, dtype: str) -> Any:
     def gather_in_dtype(params):
         def reduce_gradients(gradients):
             gradients = constrain(gradients, TENSOR)
-            with contextlib.suppress(NameError):  # the axis exists only in a training step
+            with contextlib.suppress(NameError):  # `BATCH_SHARDS` is bound only in training
                 gradients = jax.lax.pmean(gradients, BATCH_SHARDS)
             return (gradients,)
 
@@ -147,6 +149,6 @@ def num_batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch: np.ndarray) -> jax.Array:
-    """Shard a batch. Every process passes all rows, so devices may have any order."""
+    """Shard a batch. Every process passes the full batch, so device order is arbitrary."""
     sharding = NamedSharding(mesh, P(BATCH))
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

@@ -119,7 +119,7 @@ def estimate_diagonal(
     if config.optimizer == "sophia_h":
         estimator = hutchinson(functools.partial(mean_loss, config), **grouping)
     else:
-        tokens_BxS = tokens_BxS[:, :-1]  # `gnb` samples the targets
+        tokens_BxS = tokens_BxS[:, :-1]  # inputs only: `gnb` samples the targets
         estimator = gnb(lambda params, x: model.bind(config.model, params)(x), **grouping)
     return sharding.constrain(estimator(params, tokens_BxS, key=key))
 

@@ -50,7 +50,7 @@ def find_to_resume(config: Config, folder: Path) -> Path | None:
 
 
 def check_same_run(config: Config, checksum: str, path: Path) -> None:
-    """Raise ConfigError if `FIXED_ON_RESUME` values differ. Otherwise print all changes."""
+    """Raise ConfigError if a `FIXED_ON_RESUME` value has changed. Else print changes."""
     values, saved = config.as_json() | {CHECKSUM: checksum}, load_saved_config(path)
     changed = {
         name: f"\n  {name}: {saved.get(name)} before, {value} now"
@@ -92,7 +92,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def load(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Load the pytrees named by the keys of `abstract`, with its shapes and shardings."""
+    """Load the pytrees named by `abstract`'s keys, with the given shapes and shardings."""
     message = f"can't read {path} (move it to resume from an earlier checkpoint)"
     with folders.reraise_as_config_error(message, Exception):
         return jax.block_until_ready(ocp.load_checkpointables(str(path), abstract))

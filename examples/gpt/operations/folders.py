@@ -41,7 +41,7 @@ def as_path(name: str | os.PathLike[str]) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return all non-hidden files below a folder. Follow links, but visit a folder once."""
+    """List non-hidden files below a folder. Follow symlinks, but visit each folder once."""
 
     def fail(error: OSError) -> None:  # `os.walk` ignores errors by default
         raise error

@@ -1,4 +1,4 @@
-"""A plot of the losses of runs, above their fractions of unclipped entries."""
+"""A plot of each run's losses and, below them, its fraction of unclipped entries."""
 
 from pathlib import Path
 

@@ -17,7 +17,7 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 def join_processes(config: Processes) -> None:
-    """Connect to the run's other processes, if any. Call it before any JAX computation."""
+    """Connect to the run's other processes, if any. Must run before any JAX computation."""
     given = tuple(vars(config).values())
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     has_others = (
@@ -40,7 +40,7 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise on all processes if the body raises on any: otherwise the others would hang."""
+    """Raise on all processes if the body raises on any, so that no process hangs."""
     error = None
     try:
         yield
@@ -60,7 +60,7 @@ class StopSignal:
         self.number: int | None = None
         self._is_shared = jax.distributed.is_initialized()
         signal.signal(signal.SIGINT, self._handle)
-        if not self._is_shared:  # otherwise JAX handles SIGTERM for all processes
+        if not self._is_shared:  # with several processes, JAX handles SIGTERM
             signal.signal(signal.SIGTERM, self._handle)
 
     def should_stop(self, step: int) -> bool:

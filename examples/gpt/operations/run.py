@@ -29,7 +29,7 @@ def open_run(
 ) -> Iterator["Run"]:
     """Lock a folder, and start or resume its run, with the config's defaults resolved.
 
-    A new run starts from `initial_params(config)`, or from random parameters if it is None.
+    A new run starts from `initial_params(config)` or, if None, from random parameters.
     On exit, wait until all checkpoints are written. After a stop signal, end the process.
     """
     with contextlib.ExitStack() as stack:

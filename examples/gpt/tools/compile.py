@@ -70,7 +70,7 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def compile_run(config: Config, chip: Chip, devices: list[Any]) -> dict[str, Any]:
-    """Compile a run's step without and, for Sophia, with a refresh. Return a JSON dict."""
+    """Compile steps without and (for Sophia) with a Hessian refresh. Return a JSON dict."""
     mesh = sharding.make_mesh(config.training.mesh, devices)
     config = config.with_resolved_defaults(
         config.model.vocabulary or Bytes.vocabulary,

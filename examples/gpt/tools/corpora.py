@@ -14,7 +14,7 @@ from examples.gpt.tools import tokenizers
 
 SPLITS = ("train", "validation")
 FORMAT, MANIFEST = 1, "manifest.json"  # format version and file name of a manifest
-PREPARED = (".jsonl", ".json", ".parquet")  # only `prepare` reads these files
+PREPARED = (".jsonl", ".json", ".parquet")  # suffixes of files that only `prepare` reads
 
 
 def load(name: str | Path | None) -> Corpus:
@@ -37,7 +37,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ConfigError(f"its format is {manifest['format']}, not {FORMAT}")
-    manifest.setdefault("finished", True)  # 0.1.0 wrote only finished manifests
+    manifest.setdefault("finished", True)  # version 0.1.0 wrote only finished manifests
     return manifest
 
 
@@ -57,7 +57,7 @@ def _read_prepared(folder: Path) -> Corpus:
 
 
 def _read_shard(folder: Path, shard: dict, dtype: str) -> np.ndarray:
-    """Return a shard's tokens. Raise ConfigError if the manifest's count differs."""
+    """Return a shard's tokens. Raise ConfigError if the manifest's token count differs."""
     path = folder / shard["file"]
     with reraise_as_config_error(f"`data`: prepare or copy {path} again", Exception):
         if isinstance(path, Path):

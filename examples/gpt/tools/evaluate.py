@@ -23,11 +23,11 @@ from examples.gpt.tools.sample import open_model, open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Print a model's loss on the whole validation split, or its scores on `tasks`."""
+    """Print a model's loss on the full validation split, or its scores on `tasks`."""
 
     out: Path | None = None  # Folder of a run, or one of its checkpoints.
     weights: Path | None = None  # Or a folder with GPT-2's weights in Hugging Face format.
-    # Data to evaluate on, by default the run's. `tasks` use only the data's tokenizer.
+    # Data to evaluate on. The default is the run's data. `tasks` use only its tokenizer.
     data: Path | None = None
     batch: int = 16  # Number of sequences in a batch.
     tasks: str = ""  # lm-eval tasks, such as boolq,cb,copa,rte (needs lm-eval).

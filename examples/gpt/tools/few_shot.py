@@ -41,7 +41,7 @@ class Model(TemplateLM):
         return self._tokenizer.encode_batch([string])[0].tolist()
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Return each continuation's log-probability, and whether it is decoded greedily.
+        """Return each continuation's log-probability, and whether it is the greedy output.
 
         Contexts that are too long are truncated on the left. To reduce padding, requests of
         similar length share a batch.
@@ -55,7 +55,7 @@ class Model(TemplateLM):
         sorted_rows = Collator(rows, sort_fn=lambda row: -len(row[0]))
         for batch in sorted_rows.get_batched(n=self._batch):
             size = len(batch[0][0]) - 1
-            size = min(math.ceil(size / 64) * 64, context) + 1  # limit the compiled shapes
+            size = min(math.ceil(size / 64) * 64, context) + 1  # limits recompilation
             tokens = np.array([row + [0] * (size - len(row)) for row, _ in batch])
             scores = jax.device_get(score_tokens(self._config, self._params, tokens))
             for (row, after), losses, is_argmax in zip(batch, *scores, strict=True):

@@ -24,7 +24,7 @@ from examples.gpt.operations.folders import as_path, reraise_as_config_error, wr
 from examples.gpt.operations.run import TOKENIZER
 
 PREFIX = "transformer."  # prefix of the tensor names that GPT2LMHeadModel saves
-# GPT2LMHeadModel's module names, keyed by those of `core.model`. {} is the layer index.
+# GPT2LMHeadModel's module names, keyed by names in `core.model`. {} is the layer index.
 MODULES = {
     "tokens": "wte",
     "positions": "wpe",
@@ -57,7 +57,7 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # equal to jax.nn.ge
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write the parameters of a run in Hugging Face's format."""
+    """Export the trained weights of a run in Hugging Face's format."""
 
     out: Path  # Folder of the run, or one of its checkpoints.
     to: Path  # Output folder, for transformers' GPT2LMHeadModel.from_pretrained.
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
 
 
 def load(folder: Path) -> tuple[ModelConfig, Any]:
-    """Return the config and float32 parameters, structured like those of `model.init`."""
+    """Return the config and float32 parameters, in the structure of `model.init`."""
     folder, tensors = as_path(folder), {}
     message = f"`init_from`, `weights`: can't read GPT-2's weights in {folder}"
     with reraise_as_config_error(message, Exception):
@@ -110,7 +110,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
     fields: dict[str, Any] = {theirs: getattr(config, n) for n, theirs in SIZES.items()}
     fields |= FIXED | {"architectures": ["GPT2LMHeadModel"]}
     fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # None: set by the tokenizer
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id"))  # None: the tokenizer's value
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", fields)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
@@ -118,7 +118,7 @@ def save(folder: Path, config: ModelConfig, params: Any) -> None:
 
 
 def _allocate(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return zero parameters with biases, and views of them keyed by Hugging Face names."""
+    """Return zero-filled parameters, with biases, and views keyed by Hugging Face names."""
     shapes = jax.eval_shape(lambda: model.init(dataclasses.replace(config, bias=True)))
     params, views = dict[str, Any](traverse_util.flatten_dict(shapes, sep="/")), {}
     for name, p in params.items():

@@ -1,7 +1,7 @@
 """Tokenization of text into the shards that a training run reads.
 
 The output depends only on the sources and the options, not on interruptions. The manifest
-lists the finished shards, and the position in the sources after the last of them.
+lists the finished shards, and the position in the sources after the last shard.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class Options:
     # document per line (also compressed as .gz or .zst); or folders of such files.
     sources: tyro.conf.Positional[tuple[str, ...]]
     out: Path  # Output folder, local or gs://BUCKET/NAME.
-    tokenizer: str = "gpt2"  # gpt2, bytes, or a JSON file of Hugging Face's `tokenizers`.
+    tokenizer: str = "gpt2"  # gpt2, bytes, or a tokenizer.json of Hugging Face's library.
     field: str = "text"  # Field or column with the text of a document.
-    # Fraction of documents for validation. Small corpora need more, such as 0.1.
+    # Fraction of documents for validation. Small corpora need a larger value, such as 0.1.
     validation: float = 0.0005
     # Number of training tokens per shard. A shard is held in memory until it is written.
     shard_tokens: int = 100_000_000
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
             manifest |= {name: {"tokens": 0, "shards": []} for name in SPLITS}
         before = {k: v for k, v in manifest["choices"].items() if choices.get(k) != v}
         if before:
-            raise ConfigError(f"{out} was started with {before}: use another `out`.")
+            raise ConfigError(f"{out} was started with {before}. Use a different `out`.")
         if not manifest["finished"]:
             write_shards(options, out, manifest)
     for name in SPLITS:
@@ -117,7 +117,7 @@ def encode_batch(
 
 
 def write_shard(out: Path, manifest: dict[str, Any], name: str, tokens: np.ndarray) -> None:
-    """Write tokens as the next shard of a split. If there are no tokens, do nothing."""
+    """Write tokens as the next shard of a split. Without tokens, do nothing."""
     if len(tokens):
         split, content = manifest[name], tokens.tobytes()
         file, sha = f"{name}-{len(split['shards']):05}.bin", hashlib.sha256(content)

@@ -108,13 +108,13 @@ def open_model(out: Path | None, weights: Path | None) -> tuple[ModelConfig, Any
     if out is not None and weights is None:
         return load_params(out, mesh)
     if out is not None or weights is None:
-        raise ConfigError("`out` or `weights` must be given, and not both.")
+        raise ConfigError("Set exactly one of `out` and `weights`.")
     config, params = hugging_face.load(weights)
     return config, jax.device_put(params, shardings(params, mesh))
 
 
 def open_tokenizer(config: ModelConfig, out: Path | None, data: Path | None) -> Tokenizer:
-    """Return the tokenizer of `data`, otherwise of the run `out`, otherwise of GPT-2."""
+    """Return the tokenizer of `data` or, if None, the run `out` or, if None, GPT-2."""
     if data is not None:
         tokenizer = corpora.load(data).tokenizer
     elif out is not None:

@@ -46,7 +46,7 @@ def open_source(name: str, field: str, version: Any = None) -> tuple[Any, Any]:
         files = [file for file in visible_files(files[0]) if _suffix(file) in SUFFIXES]
     if not files:
         raise ConfigError(f"`sources`: {name} contains no {', '.join(SUFFIXES)} files.")
-    # Parse files here: the readers of `datasets` infer column types from a few lines.
+    # Parse files here: `datasets` would infer column types from only the first lines.
     rows = datasets.IterableDataset.from_generator(
         _documents, features, gen_kwargs={"files": list(map(str, files)), "field": field}
     )

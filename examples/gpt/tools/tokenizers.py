@@ -23,7 +23,9 @@ class JsonTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # read END_TOKENS as plain text
+        self._tokenizer.encode_special_tokens = (
+            True  # END_TOKENS inside a text are plain text
+        )
         tokens = self._tokenizer.get_vocab()
         found = [tokens[text] for text in END_TOKENS if text in tokens]
         if not found:

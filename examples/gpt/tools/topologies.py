@@ -15,7 +15,7 @@ from examples.gpt.operations.folders import reraise_as_config_error
 
 
 class Chip(NamedTuple):
-    """Published FLOPs and bytes per second of a chip. Link bandwidths are one-way."""
+    """Published FLOP/s and bandwidths (bytes/s) of a chip. Link bandwidths are one-way."""
 
     kind: str  # prefix of JAX's `device_kind`
     peak_flops: float  # in bfloat16
@@ -56,7 +56,7 @@ GPU_FLAGS += " --xla_gpu_enable_cublaslt=false"
 
 
 def open_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """Return the chip and the compile-only devices of a topology such as `v5e:4x4`."""
+    """Return a topology's chip specification and compile-only devices, as for `v5e:4x4`."""
     kind, _, shape = name.partition(":")
     is_gpu = kind.startswith("h")
     pattern = r"[1-9]\d*" if is_gpu else r"\d+x\d+(x\d+)?"
