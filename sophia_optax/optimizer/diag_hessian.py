@@ -70,8 +70,8 @@ def scale_by_diag_hessian(
       ValueError: if `update_interval` is below 1. Raised by `update` if both `hessian` and
         `hessian_fn` are given, or if an estimate does not have the structure and shapes of
         the updates (a node such as Flax's `nnx.Param` may wrap each array).
-      TypeError: if `hessian_dtype` is unsupported, if parameters or estimates are not real,
-        or if `hessian_fn` does not take a single key.
+      TypeError: if `gamma` or `hessian_dtype` is invalid, if parameters or estimates are
+        not real, or if `hessian_fn` does not take a single key.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,9 +87,10 @@ def scale_by_diag_hessian(
         raise ValueError(
             f"`update_interval` must be an integer of at least 1, got {update_interval}."
         )
-    if gamma is hold_unclipped:
+    if gamma is hold_unclipped or isinstance(gamma, str | dict):
         raise TypeError(
-            "`gamma` is the function `hold_unclipped`: call it, `hold_unclipped(0.2)`."
+            "`gamma` must be a number, a schedule or a rule such as `hold_unclipped(0.2)`, "
+            f"got {gamma}. For a gamma per parameter group, use `optax.partition`."
         )
     hessian_dtype = jnp.float32 if hessian_dtype is None else hessian_dtype
     check_dtype("hessian_dtype", hessian_dtype)

@@ -5,6 +5,7 @@ is less than half the spacing of its dtype: in bfloat16 with b = 0.99, m may sta
 x. Rounding up with probability equal to the discarded fraction of the spacing is unbiased.
 """
 
+import contextlib
 import math
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ Stream = Literal["mu", "hessian"]
 
 def check_dtype(name: str, dtype: Any) -> None:
     """Raise TypeError unless `dtype` is supported for moving averages."""
-    dtype = jnp.dtype(dtype)
+    with contextlib.suppress(TypeError):  # not the name of a dtype
+        dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise TypeError(
             f"`{name}` must be a floating point dtype of 16 bits or more, got {dtype}: a "

@@ -211,13 +211,13 @@ def _cast_like_params(updates: optax.Updates, params: optax.Params | None) -> An
     return jax.tree.map(cast, updates, params, is_leaf=lambda u: u is None)
 
 
-def _scale_gamma(gamma: Gamma, factor: ArrayLike) -> Gamma:
+def _scale_gamma(gamma: Any, factor: ArrayLike) -> Any:
     """Return factor · gamma, or a `hold_unclipped` rule unchanged: it needs no factor."""
-    if isinstance(gamma, HoldUnclipped) or gamma is hold_unclipped:
-        return gamma
+    if isinstance(gamma, HoldUnclipped | str | dict) or gamma is hold_unclipped:
+        return gamma  # `scale_by_diag_hessian` rejects invalid values
     if callable(gamma):
         return lambda count: factor * jnp.asarray(gamma(count), jnp.float32)
-    return factor * gamma  # pyright: ignore[reportReturnType]
+    return factor * gamma
 
 
 def _scale(factor: ArrayLike) -> optax.GradientTransformation:

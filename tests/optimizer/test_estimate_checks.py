@@ -172,8 +172,9 @@ def test_sophia_update_requires_params():
 
 
 def test_sophia_g_rejects_an_invalid_gamma_or_update_interval():
-    with pytest.raises(TypeError, match=r"`gamma`.*`hold_unclipped\(0\.2\)`"):
-        sophia_g(0.1, gamma=hold_unclipped)
+    for gamma in (hold_unclipped, "auto", {"w": 0.05}):
+        with pytest.raises(TypeError, match=r"`gamma`.*`hold_unclipped\(0\.2\)`, got"):
+            sophia_g(0.1, gamma=gamma)
     for interval in (0, -1, 0.5, np.int32(0)):
         with pytest.raises(ValueError, match=rf"`update_interval`.* got {interval}"):
             sophia_g(0.1, update_interval=interval)
