@@ -17,7 +17,7 @@ def assert_equal_losses(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
 def test_8_device_run_matches_single_device(
     corpus, tmp_path, single_device_losses, optimizer
 ):
@@ -83,12 +83,11 @@ def test_two_process_run_resumes_in_a_single_process(
     assert_equal_losses(read_losses(tmp_path), single_device_losses("sophia_g"))
 
 
-@pytest.mark.parametrize("mesh", ["", "fsdp=4"])
-def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, single_device_losses, mesh):
+def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, single_device_losses):
     """The run starts on 8 devices, then resumes on 4 and on 16. It always has 8 groups."""
     for devices, step in ((8, 7), (4, 13), (16, None)):
         stop = None if step is None else (step, signal.SIGTERM)
-        args = run_flags(corpus, tmp_path, mesh=mesh)
+        args = run_flags(corpus, tmp_path, mesh="fsdp=4")
         code, output = run_command(args, devices=devices, signal_after=stop)
         assert code == (0 if step is None else 128 + signal.SIGTERM), output
     assert_equal_losses(read_losses(tmp_path), single_device_losses("sophia_g"))
