@@ -12,6 +12,7 @@ from chex import assert_trees_all_close
 
 import sophia_optax
 from sophia_optax import gnb, sophia, variants
+from sophia_optax.curvature import check_annotations
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -107,6 +108,14 @@ def test_readme_links_only_to_existing_site_pages():
     assert pages
     for page in pages:
         assert (DOCS / f"{page}.md").exists(), page
+
+
+def test_devices_page_has_a_row_for_each_invalid_annotation():
+    page, values = (DOCS / "devices.md").read_text(), vars(check_annotations).values()
+    causes = [v.cause for v in values if isinstance(v, check_annotations.Value)]
+    assert len(list(filter(None, causes))) == 9
+    for cause in causes:
+        assert f"*{cause}*" in page or not cause
 
 
 @pytest.mark.parametrize(
