@@ -12,7 +12,7 @@ import jax
 
 from benchmarks import measure
 from benchmarks.gpt import Model, Shape, abstract_tokens, compile_step
-from benchmarks.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_by_kind, collectives
 from examples.gpt.core import sharding
 from examples.gpt.core.config import Config, Preset
 from examples.gpt.presets import preset_config
@@ -37,8 +37,8 @@ def measure_devices(presets: tuple[Preset, ...]) -> dict[str, Any]:
         rows.append(
             {
                 "layout": layout,
-                "gradient_bytes": bytes_of(collectives(gradient)),
-                "refresh_bytes": bytes_of(collectives(refresh)),
+                "gradient_bytes": bytes_by_kind(collectives(gradient)),
+                "refresh_bytes": bytes_by_kind(collectives(refresh)),
                 "refresh_flops_ratio": DEVICES * _flops(refresh) / _flops(on_one_device),
             }
         )

@@ -103,11 +103,11 @@ class Comparison:
         references: list[SizedEstimator],
     ) -> dict[str, measure.Rows]:
         """Return a row per estimator, and the standard errors of the references."""
-        truths, known = {}, []
+        truths, reference_errors = {}, []
         for reference in references:
-            known.append({"truth": reference.truth})
+            reference_errors.append({"truth": reference.truth})
             for model, params in self.models.items():
-                truth, known[-1][model] = self.truth(reference, params)
+                truth, reference_errors[-1][model] = self.truth(reference, params)
                 truths[reference.truth, model] = truth
         rows = self.costs(estimators, gradient)
         for row, estimator in zip(rows, estimators, strict=True):
@@ -115,7 +115,7 @@ class Comparison:
                 truth = truths[estimator.truth, model]
                 error, uncertainty = self.error(estimator, params, truth)
                 row |= {f"error_{model}": error, f"uncertainty_{model}": uncertainty}
-        return {"truths": known, "rows": rows}
+        return {"truths": reference_errors, "rows": rows}
 
     def batches(self, sequences: int, seed: int) -> Iterator[jax.Array]:
         """Yield token batches (sequences, context + 1), all equal if `fresh` is false."""
@@ -168,12 +168,12 @@ class Comparison:
             for e in (gradient, *estimators)
         }
         seconds = measure.time_alternating(programs, self.sizes.repeats)
-        of_gradient = flops(gradient.estimate, *arguments(gradient))
+        gradient_flops = flops(gradient.estimate, *arguments(gradient))
         rows = []
         for e in estimators:
             time = measure.ratios(seconds[e.name], seconds[gradient.name])
             row = {n: getattr(e, n) for n in ("name", "truth", "sequences", "groups")}
-            row["flops_over_gradient"] = flops(e.estimate, *arguments(e)) / of_gradient
+            row["flops_over_gradient"] = flops(e.estimate, *arguments(e)) / gradient_flops
             rows.append(row | {"time_over_gradient": time["median"]})
         return rows
 

@@ -22,21 +22,21 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _of_jaxpr(needed)
+    return _jaxpr_flops(needed)
 
 
-def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
-    return sum(map(_of_equation, jaxpr.eqns))
+def _jaxpr_flops(jaxpr: core.Jaxpr) -> float:
+    return sum(map(_equation_flops, jaxpr.eqns))
 
 
-def _of_equation(equation: core.JaxprEqn) -> float:
+def _equation_flops(equation: core.JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
     results = sum(float(math.prod(_shape(v))) for v in equation.outvars)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         lhs = _shape(equation.invars[0])
         return 2 * results * math.prod(lhs[dimension] for dimension in contracted)
-    inner = [_of_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in _jaxprs_of(params)]
+    inner = [_jaxpr_flops(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in _jaxprs_of(params)]
     if name == "cond":
         return max(inner)
     return params.get("length", 1) * sum(inner) if inner else results

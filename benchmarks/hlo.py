@@ -55,7 +55,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     return found
 
 
-def bytes_of(found: list[Collective]) -> dict[str, int]:
+def bytes_by_kind(found: list[Collective]) -> dict[str, int]:
     """Return the total bytes of the collectives' results, keyed by kind of collective."""
     total: dict[str, int] = {}
     for c in found:

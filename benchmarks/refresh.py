@@ -83,8 +83,8 @@ def _flops_over_step(config: Config) -> float:
         for n in (length, length + 1)
     )
     estimate = functools.partial(step.estimate_diagonal, config, key=jax.random.key(0))
-    of_gradient = flops(jax.grad(model.loss), model.abstract_params, inputs)
-    return flops(estimate, model.abstract_params, tokens) / of_gradient
+    gradient_flops = flops(jax.grad(model.loss), model.abstract_params, inputs)
+    return flops(estimate, model.abstract_params, tokens) / gradient_flops
 
 
 def _time_refresh(sizes: Sizes) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def describe(compiled: jax.stages.Compiled) -> dict[str, Any]:
     return {
         "bytes": hlo.memory_bytes(compiled),
         "temporaries": memory.temp_size_in_bytes,
-        "exchanged": hlo.bytes_of(hlo.collectives(compiled)),
+        "exchanged": hlo.bytes_by_kind(hlo.collectives(compiled)),
         "ops": {op: ops[op] for op in ("fusion", "copy")},
     }
 

@@ -152,11 +152,11 @@ def run_command(args: list[str], **kwargs) -> tuple[int, str]:
 
 
 def run_processes(
-    args: list[str], count: int, to_process: int | None = None, signal_after=None, **kwargs
+    args: list[str], count: int, signaled: int | None = None, signal_after=None, **kwargs
 ) -> tuple[list[int], list[str]]:
     """Run `examples.gpt` in several processes. Return their exit codes and outputs.
 
-    `signal_after` applies to process `to_process`, or by default to all processes.
+    `signal_after` applies to process `signaled`, or by default to all processes.
     """
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -165,7 +165,7 @@ def run_processes(
     processes = [
         start_command(
             [*args, "--process-id", str(i)],
-            signal_after=signal_after if to_process in (None, i) else None,
+            signal_after=signal_after if signaled in (None, i) else None,
             **kwargs,
         )
         for i in range(count)

@@ -16,7 +16,7 @@ from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
 
 OPTIMIZERS = [*path.optimizers().values(), "lion", "signum", "clip_only", "adahessian"]
-FEW = 400  # steps of the shortest possible run: 16 validations, every 25 steps
+MIN_STEPS = 400  # steps of the shortest possible run: 16 validations, every 25 steps
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -159,7 +159,9 @@ def test_study_run_learns_reproducibly_and_is_stored(tmp_path, monkeypatch, caps
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
     ends = (("fraction", 0.9),)
     for optimizer in ("nadamw", Sophia(gamma="fraction", bound="smooth")):
-        run = Run("small", optimizer, Settings(0.01, average=0.1), steps=FEW, ends=ends)
+        run = Run(
+            "small", optimizer, Settings(0.01, average=0.1), steps=MIN_STEPS, ends=ends
+        )
         runs.train_and_store(run)
         outcome = runs.train_all([run])[run]
         assert "to go" not in capsys.readouterr().out

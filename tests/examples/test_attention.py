@@ -8,7 +8,7 @@ import pytest
 from gpt_runs import make_config, trace_step
 from problems import assert_close_to_max
 
-from benchmarks.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_by_kind, collectives
 from examples.gpt.core import attention, model, sharding
 from examples.gpt.core.config import ConfigError, ModelConfig
 
@@ -75,7 +75,7 @@ def test_step_with_splash_on_8_devices_matches_xla_on_a_single_device():
     _, with_xla = run_step(mesh, **values)
     assert_close_to_max(found, expected, 1e-3)
     splash_bytes, xla_bytes = (
-        sum(bytes_of(collectives(c)).values()) for c in (with_splash, with_xla)
+        sum(bytes_by_kind(collectives(c)).values()) for c in (with_splash, with_xla)
     )
     assert splash_bytes <= 1.05 * xla_bytes  # attention inputs are not all-gathered
 

@@ -119,7 +119,7 @@ ENTRY %main (p: (s32[], f32[4])) -> (s32[], f32[4]) {
 }
 """
     program = types.SimpleNamespace(as_text=lambda: text)
-    assert hlo.bytes_of(hlo.collectives(program)) == {"all-reduce": 12 * 16}
+    assert hlo.bytes_by_kind(hlo.collectives(program)) == {"all-reduce": 12 * 16}
 
 
 def test_collectives_count_only_the_result_of_an_asynchronous_all_gather():
@@ -131,7 +131,7 @@ ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
 }
 """
     program = types.SimpleNamespace(as_text=lambda: text)
-    assert hlo.bytes_of(hlo.collectives(program)) == {"all-gather": 2 * 8 * 8}
+    assert hlo.bytes_by_kind(hlo.collectives(program)) == {"all-gather": 2 * 8 * 8}
     assert hlo.memory_bytes(program) == 2 * 8 * 8
 
 

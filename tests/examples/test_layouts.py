@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from gpt_runs import trace_step
 
-from benchmarks.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_by_kind, collectives
 from examples.gpt.core import sharding
 from examples.gpt.core.config import ConfigError
 
@@ -42,7 +42,7 @@ def test_step_with_fsdp_keeps_gradients_and_estimate_sharded():
         # Without a constant gamma, Sophia would exchange sampled entries to choose gamma.
         gamma = {"gamma": 0.05} if optimizer == "sophia_g" else {}
         compiled, state = compile_step(mesh, optimizer=optimizer, **values, **gamma)
-        found = bytes_of(collectives(compiled))
+        found = bytes_by_kind(collectives(compiled))
         exchanged.append(found.pop("all-reduce") + found.pop("all-to-all", 0))
         assert found.keys() == {"all-gather"}
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)

@@ -64,7 +64,7 @@ def test_error_in_one_process_ends_all_processes(corpus, tmp_path):
 def test_sigkill_of_one_process_ends_the_other_process(corpus, tmp_path, index):
     args = run_flags(corpus, tmp_path / "out", mesh="fsdp=2")
     kill = (13, signal.SIGKILL)
-    codes, outputs = run_processes(args, 2, to_process=index, signal_after=kill)
+    codes, outputs = run_processes(args, 2, signaled=index, signal_after=kill)
     assert codes[index] == -signal.SIGKILL
     assert codes[1 - index] not in (0, 128 + signal.SIGTERM), outputs
 
@@ -75,7 +75,7 @@ def test_two_process_run_resumes_in_a_single_process(
     """SIGTERM to one process makes both save a checkpoint, which a single device loads."""
     args = run_flags(corpus, tmp_path, mesh="fsdp=4,tensor=2", checkpoint_every=20)
     stop = (7, signal.SIGTERM)
-    codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, to_process=1)
+    codes, outputs = run_processes(args, 2, devices=4, signal_after=stop, signaled=1)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert 7 <= next(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir()) < 20
     code, output = run_command(run_flags(corpus, tmp_path, accumulate=2))
@@ -95,6 +95,6 @@ def test_run_resumes_on_fewer_or_more_devices(corpus, tmp_path, single_device_lo
 
 def test_sigint_to_one_process_saves_a_checkpoint_and_ends_all_processes(corpus, tmp_path):
     args = run_flags(corpus, tmp_path, checkpoint_every=20)
-    codes, outputs = run_processes(args, 2, signal_after=(7, signal.SIGINT), to_process=1)
+    codes, outputs = run_processes(args, 2, signal_after=(7, signal.SIGINT), signaled=1)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert "is saved in" in outputs[0]

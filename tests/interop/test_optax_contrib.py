@@ -70,7 +70,7 @@ def rosenbrock(dtype=jnp.float32):
     return jnp.zeros(2, dtype), jnp.array([a, a**2], dtype), loss_fn
 
 
-def all_targets():
+def summed_problems():
     """Return initial parameters, the minimizer and the loss of a sum of test problems."""
     goals = [
         jnp.array([[3.0, -2.0], [1.0, 4.0]]),
@@ -107,7 +107,7 @@ def train_with_curvature(name, tx, params, loss_fn, steps):
 
 @every_transformation
 def test_sophia_converges_to_the_minimum(name):
-    params, goal, loss_fn = all_targets()
+    params, goal, loss_fn = summed_problems()
     tx = make_optimizer(name)
     params, state = train_with_curvature(name, tx, params, loss_fn, 30_000)
     assert_trees_all_close(params, goal, rtol=3e-2, atol=3e-2)

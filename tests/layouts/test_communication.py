@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_by_kind, collectives
 from sophia_optax import Categorical, empirical_fisher, gnb, hutchinson, sophia_g
 
 P, BATCH, KEY = PartitionSpec, 64, jax.random.key(0)
@@ -66,7 +66,7 @@ def test_gnb_and_hutchinson_all_reduce_the_estimate_only_once(kind, name, groups
         # The Hessian-vector product for "out" has two terms. With one group, XLA's CPU
         # compiler sums each term over devices before it adds the two terms.
         expected += 4 * PARAMS["out"].size
-    assert bytes_of(found) == {"all-reduce": expected}
+    assert bytes_by_kind(found) == {"all-reduce": expected}
     assert {c.times for c in found} == {1}
 
 
@@ -81,7 +81,10 @@ def test_gnb_gathers_fully_sharded_parameters_once(kind, groups):
         return estimate_fn("gnb", groups=groups)(params, x)
 
     found = collectives(compile_data_parallel(estimate, kind, params_spec=P("data")))
-    assert bytes_of(found) == {"all-gather": GRADIENT_BYTES, "all-reduce": GRADIENT_BYTES}
+    assert bytes_by_kind(found) == {
+        "all-gather": GRADIENT_BYTES,
+        "all-reduce": GRADIENT_BYTES,
+    }
     assert {c.times for c in found} == {1}
 
 
@@ -126,7 +129,7 @@ def test_sophia_g_step_without_refresh_communicates_like_adamw(kind, params_spec
         return collectives(compile_data_parallel(step, kind, params_spec=params_spec))
 
     sophia, adamw = map(collectives_of_step, (sophia_g(0.1), optax.adamw(0.1)))
-    assert bytes_of(sophia) == bytes_of(adamw)
+    assert bytes_by_kind(sophia) == bytes_by_kind(adamw)
     assert len(sophia) == len(adamw)
 
 

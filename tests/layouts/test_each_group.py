@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import assert_close_to_max
 
-from benchmarks.hlo import bytes_of, collectives
+from benchmarks.hlo import bytes_by_kind, collectives
 from sophia_optax import Categorical, accumulate, each_group, empirical_fisher, hutchinson
 
 V, B, T = 32, 16, 4  # vocabulary size, batch size, tokens per sequence
@@ -248,6 +248,6 @@ def test_each_group_uses_no_more_memory_or_traffic_than_a_gradient(kind, gather,
     assert max(map(largest_array, compiled)) < LARGE["up"].size
     memory = [c.memory_analysis().temp_size_in_bytes for c in compiled]
     assert memory[1] <= 1.1 * memory[0]
-    sent = [bytes_of(collectives(c)) for c in compiled]
+    sent = [bytes_by_kind(collectives(c)) for c in compiled]
     assert sent[1].keys() == sent[0].keys()
     assert all(sent[1][op] <= 1.01 * sent[0][op] for op in sent[0])

@@ -123,22 +123,22 @@ def test_scale_by_diag_hessian_rejects_estimates_that_overflow_hessian_dtype(
 
 
 @pytest.mark.parametrize(
-    ("offered", "called"),
+    ("passed", "due"),
     [
         ([9, 19, 29], [9, 19, 29]),  # as in the training loop of the paper's code
         ([7, 8, 9, 17, 18, 30], [7, 17, 30]),
         (range(0, 40, 3), [0, 12, 24, 36]),
     ],
 )
-def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn_when_passed(offered, called):
+def test_scale_by_diag_hessian_calls_an_overdue_hessian_fn_when_passed(passed, due):
     tx, refreshes = scale_by_diag_hessian(), []
     state = tx.init(PARAMS)
     for i in range(40):
-        extra = {"hessian_fn": constant_hessian_fn(1.0)} if i in offered else {}
+        extra = {"hessian_fn": constant_hessian_fn(1.0)} if i in passed else {}
         before = state.num_refreshes
         _, state = tx.update(GRADS, state, PARAMS, **extra)
         refreshes += [i] * int(state.num_refreshes - before)
-    assert refreshes == called
+    assert refreshes == due
 
 
 def test_scale_by_diag_hessian_update_interval_may_change_during_training():

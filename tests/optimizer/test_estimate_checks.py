@@ -26,7 +26,7 @@ HESSIAN = jax.tree.map(jnp.ones_like, PARAMS)
 X = jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
 NORM = optax.tree.norm
 KEY = jax.random.key(0)
-One, Other = (namedtuple(*names) for names in (("One", "w"), ("Other", "w2")))
+W, W2 = (namedtuple(*names) for names in (("W", "w"), ("W2", "w2")))
 G, H = sophia_g(0.1), sophia_h(0.1)
 MASKED_G, MASKED_H = (optax.masked(tx, {"in": True, "out": False}) for tx in (G, H))
 
@@ -70,7 +70,7 @@ def test_sophia_update_rejects_invalid_arguments(kwargs, error, message):
         (PARAMS, [X, X], ValueError, r"`dict`.*`list`.*`params\['in'\]`"),
         (PARAMS, (HESSIAN, 0), ValueError, "`hessian`.*`dict`.*`tuple`"),
         (PARAMS, X, ValueError, r"`hessian`.*`dict`.*`params\['in'\]`"),
-        (One(X), Other(X), ValueError, r"missing `params\.w`, unexpected `params\.w2`"),
+        (W(X), W2(X), ValueError, r"missing `params\.w`, unexpected `params\.w2`"),
         ({"a": (X, X)}, {"a": [X, X]}, ValueError, r"`hessian`.*'a': \[.*'a': \("),
         (PARAMS | {"n": None}, HESSIAN, ValueError, r"`hessian`.*missing `params\['n'\]`"),
         ({"a": X}, {"a": None}, ValueError, r"`hessian`.*`params\['a'\]`.*\(4, 2\)"),

@@ -36,13 +36,13 @@ def open_checkpointer(folder: Path, output: Output) -> ocp.training.Checkpointer
 
 def find_to_resume(config: Config, folder: Path) -> Path | None:
     """Return the newest checkpoint in `folder` or, if there is none, in `resume_from`."""
-    path, least, steps = find_checkpoint(folder), 0, config.training.steps
+    path, remaining, steps = find_checkpoint(folder), 0, config.training.steps
     if path is None and config.resume_from is not None:
-        path, least = find_checkpoint(config.resume_from), 1  # one step must remain
+        path, remaining = find_checkpoint(config.resume_from), 1  # one step must remain
         if path is None:
             raise ConfigError(f"`resume_from`: no checkpoint in {config.resume_from}.")
-    if path is not None and int(path.name) + least > steps:
-        required = int(path.name) + least
+    if path is not None and int(path.name) + remaining > steps:
+        required = int(path.name) + remaining
         raise ConfigError(
             f"`steps` must be at least {required} to resume from {path}, got {steps}."
         )

@@ -143,7 +143,7 @@ def compile_program(
         step.train_step, dataclasses.replace(config, model=with_xla), tx, estimate
     )
     operations = flops(counted, state, tokens) / mesh.size
-    exchanged = hlo.bytes_of(hlo.collectives(compiled))
+    exchanged = hlo.bytes_by_kind(hlo.collectives(compiled))
     crossing = exchanged.get(hlo.BETWEEN_SLICES, 0)
     moved = hlo.memory_bytes(compiled)
     used = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
