@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import devices, estimate, measure, plots, topologies, tpu
-from benchmarks.study import changes, default_run, path
+from benchmarks.study import changes, default_run, path, scale
 from benchmarks.study import plots as study_plots
 from benchmarks.study.runs import stored
 
@@ -42,6 +42,7 @@ function)."""
 
 PLOTS: dict[str, Callable[[], Figure]] = {
     "path": lambda: study_plots.path_of_changes(stored),
+    "lengths": lambda: study_plots.loss_over_length(stored),
     "refreshes": lambda: plots.refreshes(results(REFERENCE)["estimate"]["results"]),
 }
 
@@ -74,6 +75,7 @@ OTHER_TABLES = {
     "path": lambda: path.table(stored),
     "changes": lambda: changes.table(stored),
     "default_run": lambda: default_run.table(stored),
+    "scale": lambda: scale.table(stored),
     "topologies": topologies.table,
     "compiled": lambda: topologies.output(topologies.EXAMPLE),
     "two_slices": lambda: topologies.output(topologies.TWO_SLICES),

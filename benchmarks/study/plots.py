@@ -3,11 +3,12 @@
 import statistics
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.plots import OTHERS, OURS, plain
-from benchmarks.study import path
-from benchmarks.study.runs import Outcomes
+from benchmarks.study import path, scale
+from benchmarks.study.runs import VALIDATIONS, Outcomes
 from benchmarks.study.tables import losses
 
 
@@ -28,4 +29,26 @@ def path_of_changes(outcomes: Outcomes) -> Figure:
         plain(panel)
     axes[0, 0].set_yticks(range(len(changes)), changes)
     axes[0, 0].set_ylim(len(changes) - 0.5, -0.5)
+    return figure
+
+
+def loss_over_length(outcomes: Outcomes) -> Figure:
+    """Plot the losses along runs of each length, relative to NAdamW's at the same step."""
+    found = scale.best_runs(outcomes, scale.LENGTHS)
+    known = outcomes(run for runs in found.values() for run in runs)
+    figure, axes = plt.subplots(
+        1, len(scale.LENGTHS), sharey=True, figsize=(10, 4), layout="constrained"
+    )
+    for panel, length in zip(axes, scale.LENGTHS, strict=True):
+        at = scale.SCALES[length].steps * np.arange(1, VALIDATIONS + 1) / VALIDATIONS
+        curves = {
+            name: np.mean([known[r].losses for r in found[name, length]], axis=0)
+            for name in scale.COMPARED
+        }
+        for name, curve in curves.items():
+            panel.plot(at, curve - curves["NAdamW"], label=name)
+        panel.set(title=length, xlabel="step", ylim=(-0.1, 0.2))
+        plain(panel)
+    axes[0].set_ylabel("validation loss minus NAdamW's, nats per byte")
+    axes[-1].legend(fontsize="small", frameon=False)
     return figure

@@ -83,9 +83,9 @@ def _read_prose() -> Splits:
     return Splits(data.Tokens((tokens[:cut],)), data.Tokens((tokens[cut:],)))
 
 
-def gpt(batch: int = 32) -> Task:
+def gpt(width: int = 64, batch: int = 32) -> Task:
     """Return the task of a GPT on the source code of Python's standard library."""
-    config = ModelConfig(vocabulary=256)
+    config = ModelConfig(width=width, vocabulary=256)
 
     def logits_fn(params, tokens_BxT):
         return model.bind(config, params)(tokens_BxT)
@@ -119,6 +119,8 @@ def mlp(context: int = 16, width: int = 128) -> Task:
 
 TASKS = {
     "code": gpt(),
+    "code, width 128": gpt(width=128),
     "code, batch 64": gpt(batch=64),
+    "code, batch 128": gpt(batch=128),
     "prose": mlp(),
 }
