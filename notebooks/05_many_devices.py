@@ -312,7 +312,7 @@ for name, program in programs.items():
 # A refresh is a step on which Sophia adds a new estimate to its moving average. On a pod, which is a
 # large set of connected TPU chips, each chip that holds a part of the batch processes at least one
 # sequence per refresh. These are more sequences than a refresh needs, so a refresh every 10 steps is
-# expensive. With so many groups an estimate has a small error, so refreshes can be less frequent. With
+# expensive. An estimate from this number of groups has a small error: refresh less often. With
 # a refresh every k steps, the decay b2 = 0.99^(k / 10) keeps the time constant of the moving average.
 # The moving average is as accurate as a mean of (1 + b2) / (1 - b2) estimates. In the table, "effective
 # groups" is the number of groups in this mean, and "mean age" is the mean age of the averaged estimates.
