@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import devices, estimate, measure, plots, topologies, tpu
-from benchmarks.study import changes, default_run, path, scale
+from benchmarks.study import changes, default_run, path, scale, where
 from benchmarks.study import plots as study_plots
 from benchmarks.study.runs import stored
 
@@ -76,6 +76,7 @@ OTHER_TABLES = {
     "changes": lambda: changes.table(stored),
     "default_run": lambda: default_run.table(stored),
     "scale": lambda: scale.table(stored),
+    "where": lambda: where.table(stored),
     "topologies": topologies.table,
     "compiled": lambda: topologies.output(topologies.EXAMPLE),
     "two_slices": lambda: topologies.output(topologies.TWO_SLICES),

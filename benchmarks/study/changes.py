@@ -23,11 +23,6 @@ def changed_runs(base: Run) -> Iterator[tuple[str, Run]]:
     def with_optimizer(**values) -> Run:
         return dataclasses.replace(base, optimizer=dataclasses.replace(BASE, **values))
 
-    def with_settings(**values: float) -> Run:
-        return dataclasses.replace(
-            base, settings=dataclasses.replace(base.settings, **values)
-        )
-
     yield "none", base
     yield "a refresh every step", with_optimizer(interval=1)
     yield "a refresh every 100 steps", with_optimizer(interval=100)
@@ -36,26 +31,28 @@ def changed_runs(base: Run) -> Iterator[tuple[str, Run]]:
     yield (
         "Hutchinson's estimates, gamma / 3",
         dataclasses.replace(
-            with_settings(gamma=base.settings.gamma / 3),
+            base.with_settings(gamma=base.settings.gamma / 3),
             optimizer=dataclasses.replace(BASE, estimator="hutchinson"),
         ),
     )
     yield "no bias correction of h", with_optimizer(debias=False)
     yield "m and h in bfloat16", with_optimizer(dtype="bfloat16")
     for b2 in (0.9, 0.999):
-        yield f"b2 {b2:g}", with_settings(b2=b2)
+        yield f"b2 {b2:g}", base.with_settings(b2=b2)
     for times in (0.25, 4):
-        yield f"gamma times {times:g}", with_settings(gamma=times * base.settings.gamma)
+        yield (
+            f"gamma times {times:g}",
+            base.with_settings(gamma=times * base.settings.gamma),
+        )
     for b1 in (0.8, 0.9, 0.965):
-        yield f"b1 {b1:g}", with_settings(b1=b1)
+        yield f"b1 {b1:g}", base.with_settings(b1=b1)
     for eps in (1e-7, 1e-5, 1e-3):
-        yield f"eps {eps:g}", with_settings(eps=eps)
+        yield f"eps {eps:g}", base.with_settings(eps=eps)
     unbounded = with_optimizer(bound="none")
     for times in (1, 0.1):
         rate = times * base.settings.learning_rate
-        settings = dataclasses.replace(base.settings, learning_rate=rate)
         change = f"no clip, learning rate times {times:g}"
-        yield change, dataclasses.replace(unbounded, settings=settings)
+        yield change, unbounded.with_settings(learning_rate=rate)
 
 
 def table(outcomes: Outcomes) -> str:

@@ -9,10 +9,13 @@ import dataclasses
 
 from benchmarks.study.optimizers import Optimizer, Sophia
 from benchmarks.study.runs import Outcomes, train_all
-from benchmarks.study.search import refine, repeat, search
+from benchmarks.study.scale import with_rates
+from benchmarks.study.search import best_of, refine, repeat, search
 from benchmarks.study.tables import Runs, losses_table
 
 TASK, STEPS = "code, batch 64", 800
+DECAYS = (0.04, 0.1, 0.25, 0.6, 1.5)  # weight decay
+RATES = (0.63, 1.0, 1.6, 2.5)  # learning rates, relative to the best of the steps before
 OPTIMIZERS: dict[str, Optimizer] = {
     "NAdamW": "nadamw",
     "AdamW": "adamw",
@@ -27,7 +30,14 @@ def best_runs(outcomes: Outcomes) -> Runs:
         name: [dataclasses.replace(best["code", optimizer], task=TASK, steps=STEPS)]
         for name, optimizer in OPTIMIZERS.items()
     }
-    return {(name, "loss"): repeat(run) for name, run in refine(starts, outcomes).items()}
+    found = refine(starts, outcomes)
+    trials = {
+        name: [run, *(run.with_settings(weight_decay=decay) for decay in DECAYS)]
+        for name, run in found.items()
+    }
+    found = best_of(trials, outcomes)
+    trials = {name: list(with_rates(run, RATES)) for name, run in found.items()}
+    return {(name, "loss"): repeat(run) for name, run in best_of(trials, outcomes).items()}
 
 
 def table(outcomes: Outcomes) -> str:

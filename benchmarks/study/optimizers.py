@@ -41,25 +41,37 @@ class Sophia:
     nesterov: bool = False
     debias: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"  # of both moving averages
-    parameters: Literal["all", "embedding", "head", "matrices", "vectors"] = "all"
 
 
 Baseline = Literal[
     "adamw", "nadamw", "lion", "adahessian", "signum", "clip_only", "normalize_only"
 ]
-Optimizer = Sophia | Baseline
+Single = Sophia | Baseline
+Kind = Literal["embedding", "head", "matrices", "vectors"]  # of parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An optimizer for the parameters of one kind. NAdamW trains the others."""
+
+    kind: Kind
+    optimizer: Single
+
+
+Optimizer = Single | Part
 
 
 def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
     """Return the optimizer with the given hyperparameters."""
-    if isinstance(optimizer, Sophia):
-        chain = _sophia(optimizer, values)
-        if optimizer.parameters != "all":
-            adam = {**values, "learning_rate": values["adam_learning_rate"]}
-            both: dict[Any, Any] = {"sophia": chain, "adam": _baseline("nadamw", adam)}
-            chain = optax.partition(both, functools.partial(_labels, optimizer.parameters))
+    if isinstance(optimizer, Part):
+        own = {k.removeprefix("adam_"): values[k] for k in values if k.startswith("adam_")}
+        parts: dict[Any, Any] = {
+            True: _make(optimizer.optimizer, values),
+            False: _make("nadamw", values | own),
+        }
+        chain = optax.partition(parts, functools.partial(_is_of_kind, optimizer.kind))
     else:
-        chain = _baseline(optimizer, values)
+        chain = _make(optimizer, values)
     chain = optax.chain(optax.clip_by_global_norm(1.0), chain)
     return optax.with_extra_args_support(chain)
 
@@ -76,8 +88,10 @@ _BASELINES: dict[Baseline, tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
-def _baseline(name: Baseline, values: Values) -> Any:
-    make, own = _BASELINES[name]
+def _make(optimizer: Single, values: Values) -> Any:
+    if isinstance(optimizer, Sophia):
+        return _sophia(optimizer, values)
+    make, own = _BASELINES[optimizer]
     names = ("learning_rate", "b1", "weight_decay", *own)
     return make(mask=is_decayed, **{name: values[name] for name in names})
 
@@ -115,24 +129,24 @@ def _ema(b1: Any, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(ema.init, update)
 
 
-def _labels(parameters: str, params: Any) -> Any:
-    """Label the parameters of the kind `parameters` "sophia", and all others "adam"."""
+def _is_of_kind(kind: Kind, params: Any) -> Any:
+    """Return a tree that is True for the parameters of this kind."""
 
-    def label(path, _):
+    def kind_of(path):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "embedding" in name:
-            kind = "embedding"
-        elif name.startswith("head"):
-            kind = "head"
-        else:
-            kind = "matrices" if name.endswith("kernel") else "vectors"
-        return "sophia" if kind == parameters else "adam"
+            return "embedding"
+        if name.startswith("head"):
+            return "head"
+        return "matrices" if name.endswith("kernel") else "vectors"
 
-    return jax.tree.map_with_path(label, params)
+    return jax.tree.map_with_path(lambda path, _: kind_of(path) == kind, params)
 
 
 def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
     """Return `refresh(params, tokens, key)`, which computes an estimate, or None."""
+    if isinstance(optimizer, Part):
+        optimizer = optimizer.optimizer
     if optimizer == "adahessian":
         optimizer = Sophia("hutchinson")
     if not isinstance(optimizer, Sophia):

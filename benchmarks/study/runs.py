@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.study.optimizers import Optimizer, Sophia, make_optimizer, make_refresh
+from benchmarks.study.optimizers import (
+    Optimizer,
+    Part,
+    Sophia,
+    make_optimizer,
+    make_refresh,
+)
 from benchmarks.study.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results.jsonl"  # one line per run
@@ -35,7 +41,11 @@ class Settings:
     fraction: float = 0.76  # target fraction of unclipped entries
     eps: float = 1e-12
     weight_decay: float = 0.25
-    adam_learning_rate: float = 0.0  # for the parameters that NAdamW trains
+    # Of NAdamW for the other parameters, if the optimizer is a `Part`.
+    adam_learning_rate: float = 0.0
+    adam_b1: float = 0.0
+    adam_b2: float = 0.0
+    adam_weight_decay: float = 0.0
     decay_start: float = 0.1  # fraction of the steps before the learning rate decays
     final: float = 0.0  # learning rate at the end, as a fraction of the peak
     linear: float = 0.0  # 1 for a linear decay, 0 for a cosine
@@ -53,6 +63,11 @@ class Run:
     steps: int = 400
     # Settings that change linearly in the second half, to these values at the end.
     ends: tuple[tuple[str, float], ...] = ()
+
+    def with_settings(self, **values: float) -> "Run":
+        """Return the run with other hyperparameters."""
+        settings = dataclasses.replace(self.settings, **values)
+        return dataclasses.replace(self, settings=settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +200,9 @@ def _take_core(free: Any) -> None:
 
 def train_and_store(run: Run) -> None:
     outcome = train(run)
-    changes = {"optimizer": _changed(run.optimizer), "settings": _changed(run.settings)}
-    line = {"run": _changed(run) | changes, "outcome": outcome, "jax": jax.__version__}
+    line = {"run": _changed(run), "outcome": vars(outcome), "jax": jax.__version__}
     with RESULTS.open("a") as file:
-        file.write(json.dumps(line, default=vars) + "\n")
+        file.write(json.dumps(line) + "\n")
     print(f"{outcome.loss:.4f} {line['run']}", flush=True)
 
 
@@ -197,7 +211,15 @@ def _changed(instance: Any) -> Any:
     if not dataclasses.is_dataclass(instance):
         return instance
     defaults = {f.name: f.default for f in dataclasses.fields(instance)}
-    return {k: v for k, v in vars(instance).items() if v != defaults[k]}
+    return {k: _changed(v) for k, v in vars(instance).items() if v != defaults[k]}
+
+
+def _optimizer(stored: Any) -> Any:
+    if not isinstance(stored, dict):
+        return stored
+    if "kind" in stored:
+        return Part(stored["kind"], _optimizer(stored["optimizer"]))
+    return Sophia(**stored)
 
 
 def read() -> dict[Run, Outcome]:
@@ -206,8 +228,7 @@ def read() -> dict[Run, Outcome]:
     found = {}
     for line in map(json.loads, lines):
         run = dict(line["run"])
-        if isinstance(run["optimizer"], dict):
-            run["optimizer"] = Sophia(**run["optimizer"])
+        run["optimizer"] = _optimizer(run["optimizer"])
         run["settings"] = Settings(**run["settings"])
         run["ends"] = tuple(map(tuple, run.get("ends", ())))
         found[Run(**run)] = Outcome(**line["outcome"])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from benchmarks.study.optimizers import Optimizer, Sophia
 from benchmarks.study.path import NOISE_BOUND
 from benchmarks.study.runs import Outcomes, Run, train_all
-from benchmarks.study.search import repeat, search
+from benchmarks.study.search import best_of, repeat, search
 from benchmarks.study.tables import Runs, losses_table
 
 
@@ -56,16 +56,14 @@ def best_trials(
         for scale in scales
         for name in names
     }
-    known = outcomes(run for runs in trials.values() for run in runs)
-    return {key: min(runs, key=lambda r: known[r].loss) for key, runs in trials.items()}
+    return best_of(trials, outcomes)
 
 
 def with_rates(run: Run, rates: Iterable[float]) -> Iterable[Run]:
     """Yield the run with its learning rate multiplied by each of these factors."""
     for rate in rates:
-        learning_rate = float(f"{rate * run.settings.learning_rate:.3g}")
-        settings = dataclasses.replace(run.settings, learning_rate=learning_rate)
-        yield dataclasses.replace(run, settings=settings)
+        rounded = float(f"{rate * run.settings.learning_rate:.3g}")
+        yield run.with_settings(learning_rate=rounded)
 
 
 def best_runs(outcomes: Outcomes, scales: Iterable[str] = SCALES) -> Runs:

@@ -92,12 +92,13 @@ def search(pairs: Iterable[Pair], outcomes: Outcomes) -> dict[Pair, Run]:
 def refine(trials: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, Run]:
     """Return the best trials after two more rounds of trials near the best."""
     for seed in (1, 2):
-        best = _best(trials, outcomes)
+        best = best_of(trials, outcomes)
         trials = {key: trials[key] + near_trials(best[key], seed) for key in trials}
-    return _best(trials, outcomes)
+    return best_of(trials, outcomes)
 
 
-def _best(trials: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, Run]:
+def best_of(trials: dict[Key, list[Run]], outcomes: Outcomes) -> dict[Key, Run]:
+    """Return the run with the lowest loss of each list."""
     known = outcomes(itertools.chain.from_iterable(trials.values()))
     return {
         key: min(found, key=lambda run: known[run].loss) for key, found in trials.items()

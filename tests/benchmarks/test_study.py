@@ -10,7 +10,7 @@ import pytest
 from chex import assert_trees_all_close
 
 from benchmarks.study import path, runs, search
-from benchmarks.study.optimizers import Sophia, make_optimizer, make_refresh
+from benchmarks.study.optimizers import Part, Sophia, make_optimizer, make_refresh
 from benchmarks.study.runs import Outcome, Run, Settings
 from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
@@ -129,11 +129,12 @@ def test_study_sophia_on_matrices_trains_other_parameters_with_nadamw():
     params = {"embedding": jnp.ones(3), "first": {"kernel": jnp.ones((2, 2))}}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     values = dataclasses.asdict(Settings(0.1, gamma=1e-9, weight_decay=0.0)) | {"seed": 0}
-    values["adam_learning_rate"] = 0.01
-    tx = make_optimizer(Sophia(parameters="matrices"), values)
+    own = {"learning_rate": 0.01, "b1": 0.7, "b2": 0.95, "weight_decay": 0.3}
+    values |= {f"adam_{name}": value for name, value in own.items()}
+    tx = make_optimizer(Part("matrices", Sophia()), values)
     updates, _ = tx.update(grads, tx.init(params), params, hessian=params)
     np.testing.assert_allclose(updates["first"]["kernel"], -0.1, rtol=1e-6)
-    nadamw = make_optimizer("nadamw", values | {"learning_rate": 0.01})
+    nadamw = make_optimizer("nadamw", values | own)
     expected, _ = nadamw.update(grads, nadamw.init(params), params)
     np.testing.assert_allclose(updates["embedding"], expected["embedding"], rtol=1e-6)
 
