@@ -69,7 +69,7 @@ _BYTES: Recipes = {
     "sophia_g": Config().recipe,
     "sophia_h": Recipe(5e-3, 0.8, 0.99, 0.2, gamma=0.01),
     "adamw": Recipe(1.32e-2, 0.743, 0.9582, 0.106),
-    "nadamw": Recipe(1.84e-2, 0.888, 0.9089, 0.211, nesterov=True),
+    "nadamw": Recipe(1.84e-2, 0.888, 0.9089, 0.25, nesterov=True),
     "lion": Recipe(2e-3, 0.8, 0.9, 0.2),
 }
 

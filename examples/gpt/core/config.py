@@ -163,7 +163,7 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     training: Training = Training()
-    recipe: Recipe = Recipe(5.72e-3, 0.883, 0.99, 0.0348, gamma=0.148, nesterov=True)
+    recipe: Recipe = Recipe(9.15e-3, 0.883, 0.99, 0.6, gamma=0.148, nesterov=True)
     refresh: Refresh = Refresh()
     output: Output = Output()
     processes: Processes = Processes()
