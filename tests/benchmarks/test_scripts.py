@@ -64,6 +64,7 @@ def test_gnb_error_decreases_with_the_number_of_groups():
         run=Config(
             model=ModelConfig(layers=1, heads=2, width=16, context=16),
             training=Training(steps=20, warmup=2, batch=16),
+            recipe=estimate.RECIPE,
         ),
     )
     results = read_back(estimate.measure_errors(sizes))
