@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import devices, estimate, measure, plots, topologies, tpu
-from benchmarks.study import changes, default_run, path, scale, where
+from benchmarks.study import changes, default_run, long_runs, path, scale, where
 from benchmarks.study import plots as study_plots
 from benchmarks.study.runs import stored
 
@@ -76,6 +76,9 @@ OTHER_TABLES = {
     "changes": lambda: changes.table(stored),
     "default_run": lambda: default_run.table(stored),
     "scale": lambda: scale.table(stored),
+    "weight_decays": lambda: long_runs.decays_table(stored),
+    "long_runs": lambda: long_runs.table(stored),
+    "schedules": lambda: long_runs.schedules_table(stored),
     "where": lambda: where.table(stored),
     "topologies": topologies.table,
     "compiled": lambda: topologies.output(topologies.EXAMPLE),

@@ -144,8 +144,8 @@ plt.show()
 
 # %% [markdown]
 # **Result:** after 200 steps on a CPU, the loss of AdamW is 0.14 nats lower than the loss of
-# Sophia-G. The hyperparameters were tuned on runs of 800 steps. Sophia-G is slower at the start,
-# because clipping limits the change of each weight per step to the learning rate.
+# Sophia-G. The hyperparameters were tuned on runs of 800 steps, and with them Sophia-G is slower at
+# the start.
 # [Results](https://sophia-optax.github.io/sophia_optax/results.html) compares both optimizers after an
 # equal hyperparameter search.
 

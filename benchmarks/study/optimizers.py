@@ -46,28 +46,30 @@ class Sophia:
 Baseline = Literal[
     "adamw", "nadamw", "lion", "adahessian", "signum", "clip_only", "normalize_only"
 ]
-Single = Sophia | Baseline
-Kind = Literal["embedding", "head", "matrices", "vectors"]  # of parameters
+WholeOptimizer = Sophia | Baseline
+ParameterKind = Literal["embedding", "head", "matrices", "vectors"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ForKind:
     """An optimizer for the parameters of one kind. NAdamW trains the others."""
 
-    kind: Kind
-    optimizer: Single
+    kind: ParameterKind
+    optimizer: WholeOptimizer
 
 
-Optimizer = Single | Part
+Optimizer = WholeOptimizer | ForKind
 
 
 def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
     """Return the optimizer with the given hyperparameters."""
-    if isinstance(optimizer, Part):
-        own = {k.removeprefix("adam_"): values[k] for k in values if k.startswith("adam_")}
+    if isinstance(optimizer, ForKind):
+        others = {
+            k.removeprefix("adam_"): values[k] for k in values if k.startswith("adam_")
+        }
         parts: dict[Any, Any] = {
             True: _make(optimizer.optimizer, values),
-            False: _make("nadamw", values | own),
+            False: _make("nadamw", values | others),
         }
         chain = optax.partition(parts, functools.partial(_is_of_kind, optimizer.kind))
     else:
@@ -88,7 +90,7 @@ _BASELINES: dict[Baseline, tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
-def _make(optimizer: Single, values: Values) -> Any:
+def _make(optimizer: WholeOptimizer, values: Values) -> Any:
     if isinstance(optimizer, Sophia):
         return _sophia(optimizer, values)
     make, own = _BASELINES[optimizer]
@@ -129,7 +131,7 @@ def _ema(b1: Any, nesterov: bool, dtype: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(ema.init, update)
 
 
-def _is_of_kind(kind: Kind, params: Any) -> Any:
+def _is_of_kind(kind: ParameterKind, params: Any) -> Any:
     """Return a tree that is True for the parameters of this kind."""
 
     def kind_of(path):
@@ -145,7 +147,7 @@ def _is_of_kind(kind: Kind, params: Any) -> Any:
 
 def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
     """Return `refresh(params, tokens, key)`, which computes an estimate, or None."""
-    if isinstance(optimizer, Part):
+    if isinstance(optimizer, ForKind):
         optimizer = optimizer.optimizer
     if optimizer == "adahessian":
         optimizer = Sophia("hutchinson")

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from benchmarks.study.optimizers import (
+    ForKind,
     Optimizer,
-    Part,
     Sophia,
     make_optimizer,
     make_refresh,
@@ -41,7 +41,7 @@ class Settings:
     fraction: float = 0.76  # target fraction of unclipped entries
     eps: float = 1e-12
     weight_decay: float = 0.25
-    # Of NAdamW for the other parameters, if the optimizer is a `Part`.
+    # Hyperparameters of NAdamW for the other parameters. Only `ForKind` uses them.
     adam_learning_rate: float = 0.0
     adam_b1: float = 0.0
     adam_b2: float = 0.0
@@ -65,7 +65,7 @@ class Run:
     ends: tuple[tuple[str, float], ...] = ()
 
     def with_settings(self, **values: float) -> "Run":
-        """Return the run with other hyperparameters."""
+        """Return the run with these hyperparameters replaced."""
         settings = dataclasses.replace(self.settings, **values)
         return dataclasses.replace(self, settings=settings)
 
@@ -207,18 +207,19 @@ def train_and_store(run: Run) -> None:
 
 
 def _changed(instance: Any) -> Any:
-    """Return a dict of the fields of a dataclass that differ from their defaults."""
+    """Convert dataclasses to dicts of the fields that differ from their defaults."""
     if not dataclasses.is_dataclass(instance):
         return instance
     defaults = {f.name: f.default for f in dataclasses.fields(instance)}
     return {k: _changed(v) for k, v in vars(instance).items() if v != defaults[k]}
 
 
-def _optimizer(stored: Any) -> Any:
+def _read_optimizer(stored: Any) -> Any:
+    """Return the optimizer from its stored form."""
     if not isinstance(stored, dict):
         return stored
     if "kind" in stored:
-        return Part(stored["kind"], _optimizer(stored["optimizer"]))
+        return ForKind(stored["kind"], _read_optimizer(stored["optimizer"]))
     return Sophia(**stored)
 
 
@@ -228,7 +229,7 @@ def read() -> dict[Run, Outcome]:
     found = {}
     for line in map(json.loads, lines):
         run = dict(line["run"])
-        run["optimizer"] = _optimizer(run["optimizer"])
+        run["optimizer"] = _read_optimizer(run["optimizer"])
         run["settings"] = Settings(**run["settings"])
         run["ends"] = tuple(map(tuple, run.get("ends", ())))
         found[Run(**run)] = Outcome(**line["outcome"])

@@ -59,11 +59,10 @@ def best_trials(
     return best_of(trials, outcomes)
 
 
-def with_rates(run: Run, rates: Iterable[float]) -> Iterable[Run]:
-    """Yield the run with its learning rate multiplied by each of these factors."""
-    for rate in rates:
-        rounded = float(f"{rate * run.settings.learning_rate:.3g}")
-        yield run.with_settings(learning_rate=rounded)
+def with_rates(run: Run, rates: Iterable[float]) -> list[Run]:
+    """Return the run with its learning rate multiplied by each of these factors."""
+    rate = run.settings.learning_rate
+    return [run.with_settings(learning_rate=float(f"{r * rate:.3g}")) for r in rates]
 
 
 def best_runs(outcomes: Outcomes, scales: Iterable[str] = SCALES) -> Runs:

@@ -10,7 +10,7 @@ import pytest
 from chex import assert_trees_all_close
 
 from benchmarks.study import path, runs, search
-from benchmarks.study.optimizers import Part, Sophia, make_optimizer, make_refresh
+from benchmarks.study.optimizers import ForKind, Sophia, make_optimizer, make_refresh
 from benchmarks.study.runs import Outcome, Run, Settings
 from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
@@ -129,12 +129,12 @@ def test_study_sophia_on_matrices_trains_other_parameters_with_nadamw():
     params = {"embedding": jnp.ones(3), "first": {"kernel": jnp.ones((2, 2))}}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     values = dataclasses.asdict(Settings(0.1, gamma=1e-9, weight_decay=0.0)) | {"seed": 0}
-    own = {"learning_rate": 0.01, "b1": 0.7, "b2": 0.95, "weight_decay": 0.3}
-    values |= {f"adam_{name}": value for name, value in own.items()}
-    tx = make_optimizer(Part("matrices", Sophia()), values)
+    others = {"learning_rate": 0.01, "b1": 0.7, "b2": 0.95, "weight_decay": 0.3}
+    values |= {f"adam_{name}": value for name, value in others.items()}
+    tx = make_optimizer(ForKind("matrices", Sophia()), values)
     updates, _ = tx.update(grads, tx.init(params), params, hessian=params)
     np.testing.assert_allclose(updates["first"]["kernel"], -0.1, rtol=1e-6)
-    nadamw = make_optimizer("nadamw", values | own)
+    nadamw = make_optimizer("nadamw", values | others)
     expected, _ = nadamw.update(grads, nadamw.init(params), params)
     np.testing.assert_allclose(updates["embedding"], expected["embedding"], rtol=1e-6)
 
@@ -158,11 +158,11 @@ def test_values_at_follows_the_schedule_and_interpolates_to_end_values():
 def test_study_run_learns_reproducibly_and_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "small", mlp(context=4, width=8))
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
-    ends = (("fraction", 0.9),)
-    for optimizer in ("nadamw", Sophia(gamma="fraction", bound="smooth")):
-        run = Run(
-            "small", optimizer, Settings(0.01, average=0.1), steps=MIN_STEPS, ends=ends
-        )
+    ends, others = (("fraction", 0.9),), {"adam_b1": 0.9, "adam_b2": 0.99}
+    settings = Settings(0.01, average=0.1, adam_learning_rate=0.01, **others)
+    optimizers = ("nadamw", ForKind("head", Sophia(gamma="fraction", bound="smooth")))
+    for optimizer in optimizers:
+        run = Run("small", optimizer, settings, steps=MIN_STEPS, ends=ends)
         runs.train_and_store(run)
         outcome = runs.train_all([run])[run]
         assert "to go" not in capsys.readouterr().out
