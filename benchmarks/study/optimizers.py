@@ -33,9 +33,7 @@ class Sophia:
     groups: int | None = None  # None: one group per sequence
     part: float = 0.5  # fraction of the batch that a refresh uses
     interval: int = 10  # steps between refreshes
-    # The moving average of the estimates, its square root, or the square root of the moving
-    # average of the squared estimates, as in AdaHessian.
-    divisor: Literal["h", "√h", "rms"] = "h"
+    divisor: Literal["h", "√h"] = "h"  # h is the moving average of the estimates
     gamma: Literal["number", "fraction", "batch"] = "number"
     bound: Literal["clip", "smooth", "none"] = "clip"
     nesterov: bool = False
@@ -43,10 +41,7 @@ class Sophia:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of both moving averages
 
 
-Baseline = Literal[
-    "adamw", "nadamw", "lion", "adahessian", "signum", "clip_only", "normalize_only"
-]
-WholeOptimizer = Sophia | Baseline
+WholeOptimizer = Sophia | Literal["adamw", "nadamw"]
 ParameterKind = Literal["embedding", "head", "matrices", "vectors"]
 
 
@@ -78,24 +73,12 @@ def make_optimizer(optimizer: Optimizer, values: Values) -> Any:
     return optax.with_extra_args_support(chain)
 
 
-# The function of each baseline, and the hyperparameters that not all baselines have.
-_BASELINES: dict[Baseline, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "adamw": (optax.adamw, ("b2",)),
-    "nadamw": (functools.partial(optax.adamw, nesterov=True), ("b2",)),
-    "lion": (optax.lion, ("b2",)),
-    "adahessian": (variants.adahessian, ("b2", "seed")),
-    "signum": (variants.signum, ()),
-    "clip_only": (variants.clip_only, ("gamma",)),
-    "normalize_only": (variants.normalize_only, ()),
-}
-
-
 def _make(optimizer: WholeOptimizer, values: Values) -> Any:
     if isinstance(optimizer, Sophia):
         return _sophia(optimizer, values)
-    make, own = _BASELINES[optimizer]
-    names = ("learning_rate", "b1", "weight_decay", *own)
-    return make(mask=is_decayed, **{name: values[name] for name in names})
+    names = ("learning_rate", "b1", "b2", "weight_decay")
+    own = {name: values[name] for name in names}
+    return optax.adamw(**own, mask=is_decayed, nesterov=optimizer == "nadamw")
 
 
 def _sophia(variant: Sophia, values: Values) -> Any:
@@ -149,8 +132,6 @@ def make_refresh(task: Task, optimizer: Optimizer) -> Callable[..., Any] | None:
     """Return `refresh(params, tokens, key)`, which computes an estimate, or None."""
     if isinstance(optimizer, ForKind):
         optimizer = optimizer.optimizer
-    if optimizer == "adahessian":
-        optimizer = Sophia("hutchinson")
     if not isinstance(optimizer, Sophia):
         return None
     size = round(optimizer.part * task.batch)

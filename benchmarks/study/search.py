@@ -20,34 +20,20 @@ Range = tuple[float, float]  # searched on a log scale
 ONE_MINUS_B1, WEIGHT_DECAY = (0.05, 0.4), (0.05, 0.8)
 
 
-# The lowest learning rate of each range. The highest is 16 times the lowest.
-_LOWEST_RATES: dict[Optimizer, float] = {
-    "adamw": 2.5e-3,
-    "nadamw": 2.5e-3,
-    "lion": 5e-4,
-    "signum": 5e-4,
-    "clip_only": 1.25e-3,
-    "adahessian": 2e-2,
-    "normalize_only": 0.05,
-}
-
-
 def learning_rates(optimizer: Optimizer) -> Range:
     """Return the range of learning rates for an optimizer."""
-    is_adam_like = isinstance(optimizer, Sophia) and optimizer.gamma == "batch"
-    lowest = _LOWEST_RATES.get(optimizer, 2.5e-3 if is_adam_like else 1.25e-3)
+    like_adam = not isinstance(optimizer, Sophia) or optimizer.gamma == "batch"
+    lowest = 2.5e-3 if like_adam else 1.25e-3
     return lowest, 16 * lowest
 
 
 def fourth_hyperparameter(optimizer: Optimizer) -> tuple[str, Range]:
     """Return the fourth hyperparameter's name and range. For b2, the range is of 1 - b2."""
-    if optimizer == "clip_only":
-        return "gamma", (1e-4, 3e-3)
     if not isinstance(optimizer, Sophia) or optimizer.gamma == "batch":
         return "b2", (0.003, 0.1)
     if optimizer.gamma == "fraction":
         return "fraction", (0.1, 0.95)
-    return "gamma", (0.003, 0.1) if optimizer.estimator == "hutchinson" else (0.01, 0.3)
+    return "gamma", (0.01, 0.3)
 
 
 def wide_trials(task: str, optimizer: Optimizer) -> list[Run]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from benchmarks import measure
-from benchmarks.study.optimizers import Sophia
 from benchmarks.study.runs import Outcomes, Run
 from benchmarks.study.search import fourth_hyperparameter
 
@@ -64,9 +63,5 @@ def format_losses(found: Sequence[float], base: Sequence[float] | None = None) -
 def format_settings(run: Run) -> str:
     """Format the hyperparameters that were searched."""
     s, (name, _) = run.settings, fourth_hyperparameter(run.optimizer)
-    shown = [f"lr {s.learning_rate:.2g}", f"b1 {s.b1:.3g}", f"decay {s.weight_decay:.2g}"]
-    has_fourth = isinstance(run.optimizer, Sophia) or run.optimizer not in (
-        "signum",
-        "normalize_only",
-    )
-    return ", ".join([*shown, *([f"{name} {getattr(s, name):.3g}"] if has_fourth else [])])
+    shown = f"lr {s.learning_rate:.2g}, b1 {s.b1:.3g}, decay {s.weight_decay:.2g}"
+    return f"{shown}, {name} {getattr(s, name):.3g}"

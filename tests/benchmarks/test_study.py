@@ -15,11 +15,10 @@ from benchmarks.study.runs import Outcome, Run, Settings
 from benchmarks.study.tasks import TASKS, mlp
 from sophia_optax import empirical_fisher
 
-OPTIMIZERS = [*path.optimizers().values(), "lion", "signum", "clip_only", "adahessian"]
 MIN_STEPS = 400  # steps of the shortest possible run: 16 validations, every 25 steps
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("optimizer", path.optimizers().values(), ids=str)
 def test_hyperparameter_search_has_equal_size_for_every_optimizer(optimizer):
     low, high = search.learning_rates(optimizer)
     assert high == 16 * low
@@ -65,8 +64,6 @@ def test_hyperparameter_changes_an_update_only_if_the_optimizer_uses_it():
     own = {
         "adamw": {"b2"},
         "nadamw": {"b2"},
-        "signum": set(),
-        "clip_only": {"gamma"},
         Sophia(): {"b2", "gamma", "eps"},
         Sophia(gamma="fraction"): {"b2", "fraction", "eps"},
         path.NOISE_BOUND: {"b2", "eps"},
@@ -83,7 +80,7 @@ def test_hyperparameter_changes_an_update_only_if_the_optimizer_uses_it():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bound", ["clip", "smooth"])
-@pytest.mark.parametrize("divisor", ["h", "rms"])
+@pytest.mark.parametrize("divisor", ["h", "√h"])
 def test_study_sophia_update_matches_a_numpy_implementation(divisor, bound, nesterov):
     lr, b1, b2, gamma, decay = 0.1, 0.8, 0.9, 0.3, 0.2
     settings = Settings(lr, b1, b2, gamma, weight_decay=decay)
