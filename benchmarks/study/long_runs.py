@@ -3,8 +3,8 @@
     python -m benchmarks.study.long_runs    # about two hours on two CPU cores
 
 Sophia-G leads NAdamW in the middle of the runs of `scale`, which use the best settings for
-400 steps. The weight decays of the two differ by a factor of five there, so it is searched
-again here.
+400 steps. The weight decays of the two differ by a factor of five there. So the weight
+decay is searched again here.
 """
 
 import dataclasses
